@@ -1,0 +1,159 @@
+"""The demonstration: documents that every Python has, and a server whose "model" picks sentences. No GPU, no network."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import platform
+import re
+import sys
+import sysconfig
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import sdg
+
+if TYPE_CHECKING:
+    from aiohttp import web
+
+MODEL = "demo-extractive"
+
+
+@sdg.hookimpl
+def register_readers(register: sdg.Register) -> None:
+    register("demo", DemoReader)
+
+
+@sdg.hookimpl
+def register_servers(register: sdg.Register) -> None:
+    register("demo", demo)
+
+
+class DemoReader:
+    """Read the docstrings of the standard library's modules and classes."""
+
+    def __init__(self, run: sdg.Run) -> None:
+        import pyarrow as pa
+
+        self.schema = pa.schema([("id", pa.string()), ("text", pa.string())])
+        self.identity = {"python": platform.python_version()}
+        self._files = sorted(
+            path
+            for path in Path(sysconfig.get_path("stdlib")).rglob("*.py")
+            if not {"site-packages", "test", "tests", "idle_test", "lib2to3", "turtledemo"} & set(path.parts)
+        )
+        self._read_files = 0
+        self.seek(0, None)
+
+    def seek(self, row: int, bookmark: str | None) -> None:
+        self._row, self._read_files = 0, 0
+        self._docstrings = self._all()
+        while self._row < row and next(self._docstrings, None):
+            self._row += 1
+
+    def tell(self) -> str | None:
+        return None
+
+    def read(self, rows: int) -> list[sdg.Block | sdg.BadRow]:
+        import pyarrow as pa
+
+        found = [row for _, row in zip(range(rows), self._docstrings, strict=False)]
+        start, self._row = self._row, self._row + len(found)
+        batch = pa.RecordBatch.from_pylist(found, schema=self.schema)
+        return [sdg.Block(batch, "demo", start)] if found else []
+
+    def total(self) -> int | None:
+        return round(self._row * len(self._files) / self._read_files) if self._read_files else None
+
+    def continues(self, earlier: Mapping[str, Any]) -> bool:
+        return False
+
+    def _all(self) -> Iterator[dict[str, str]]:
+        root = Path(sysconfig.get_path("stdlib"))
+        for path in self._files:
+            try:
+                module = ast.parse(path.read_bytes())
+            except (SyntaxError, ValueError):  # files that test the parser
+                continue
+            finally:
+                self._read_files += 1
+            name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+            for node in [module, *(item for item in module.body if isinstance(item, ast.ClassDef))]:
+                text = ast.get_docstring(node)
+                if text and len(text) >= 100:
+                    yield {"id": f"{name}.{node.name}" if isinstance(node, ast.ClassDef) else name, "text": text}
+
+
+@contextlib.asynccontextmanager
+async def demo(run: sdg.Run) -> AsyncIterator[list[str]]:
+    """Answer with the most central sentences of the prompt: a demonstration without a language model."""
+    from aiohttp import web
+
+    sdg.say(
+        "This is a demonstration without a language model: its answers are sentences of the document. "
+        "For a real one: --input YOUR_FILES --base-url http://HOST:PORT"
+    )
+    app = web.Application(client_max_size=1 << 30)
+    app.add_routes(
+        [
+            web.get("/v1/models", models),
+            web.post("/v1/chat/completions", answer),
+            web.post("/v1/completions", answer),
+        ]
+    )
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        yield [f"http://127.0.0.1:{runner.addresses[0][1]}"]
+    finally:
+        await runner.cleanup()
+
+
+async def models(request: web.Request) -> web.Response:
+    """GET /v1/models."""
+    from aiohttp import web
+
+    return web.json_response({"object": "list", "data": [{"id": MODEL, "object": "model", "owned_by": "sdg"}]})
+
+
+async def answer(request: web.Request) -> web.Response:
+    """POST /v1/chat/completions and /v1/completions."""
+    from aiohttp import web
+
+    payload = await request.json()
+    if payload.get("model") != MODEL:
+        return web.json_response({"error": {"message": f"the only model is {MODEL}", "code": 404}}, status=404)
+    chat = "messages" in payload
+    prompt = payload["messages"][-1].get("content") or "" if chat else str(payload.get("prompt", ""))
+    most = payload.get("max_tokens") or 100
+    # An instruction stands before the document, as `summarize` has it.
+    text = prompt.partition("\n\n")[2] or prompt
+    words = central_sentences(text, most)
+    finish = "stop"
+    choice = {"message": {"role": "assistant", "content": words}} if chat else {"text": words}
+    choices = [{"index": i, "finish_reason": finish, **choice} for i in range(payload.get("n") or 1)]
+    spent = {"prompt_tokens": len(prompt.split()), "completion_tokens": len(words.split()) * len(choices)}
+    body = {"id": "demo", "object": "chat.completion" if chat else "text_completion", "created": int(time.time())}
+    usage = {**spent, "total_tokens": sum(spent.values())}
+    return web.json_response({**body, "model": MODEL, "choices": choices, "usage": usage})
+
+
+def central_sentences(text: str, most: int) -> str:
+    """The sentences that share most words with all others, in their order, `most` words together at the most.
+
+    A sentence's score is the mean frequency of its words in the text (SumBasic; Nenkova and Vanderwende 2005).
+    """
+    sentences = [" ".join(part.split()) for part in re.split(r"(?<=[.!?])\s+|\n\s*\n", text) if part.strip()]
+    words = [re.findall(r"[a-z]{4,}", sentence.lower()) for sentence in sentences]
+    frequency = Counter(word for some in words for word in some)
+    scores = [sum(frequency[word] for word in some) / (len(some) + 3) for some in words]
+    chosen: list[int] = []
+    for i in sorted(range(len(sentences)), key=lambda i: -scores[i])[:3]:
+        if sum(len(sentences[j].split()) for j in [*chosen, i]) <= most:
+            chosen.append(i)
+    kept = " ".join(sentences[i] for i in sorted(chosen))
+    return kept or " ".join(text.split()[:most])

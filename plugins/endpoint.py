@@ -1,0 +1,21 @@
+"""A server that somebody else runs: a hosted API, or an engine that is up already."""
+
+import contextlib
+import os
+from collections.abc import AsyncIterator
+
+import sdg
+
+
+@sdg.hookimpl
+def register_servers(register: sdg.Register) -> None:
+    register("endpoint", endpoint)
+
+
+@contextlib.asynccontextmanager
+async def endpoint(run: sdg.Run) -> AsyncIterator[list[str]]:
+    """Use the servers of --base-url, else of the variable OPENAI_BASE_URL."""
+    urls = run.options.base_url or [os.environ.get("OPENAI_BASE_URL", "")]
+    if not all(urls):
+        raise sdg.UsageError("--server endpoint needs --base-url, or OPENAI_BASE_URL in the environment")
+    yield urls

@@ -1,0 +1,148 @@
+"""JSON lines, plain or compressed (.gz, .zst): each line that is not blank is one document.
+
+The columns and their types are learnt from a sample at the start of the input. A column whose values there are of
+several types, or all null, is text: strings as they are, anything else as JSON. What the sample did not announce (a new
+column, a value of another type) is kept as JSON in the column `source_extra`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import sdg
+
+from .lines import Lines, LinesReader
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SAMPLE = 8 << 20  # bytes
+EXTRA = "source_extra"
+
+
+@sdg.hookimpl
+def register_readers(register: sdg.Register) -> None:
+    register("jsonl", JsonlReader)
+
+
+@sdg.hookimpl
+def register_writers(register: sdg.Register) -> None:
+    register("jsonl", JsonlWriter)
+
+
+class JsonlReader(LinesReader):
+    """Read JSON lines, plain or compressed."""
+
+    def __init__(self, run: sdg.Run) -> None:
+        super().__init__(run, "jsonl")
+        self.schema = run.source_schema or learn_schema(Lines(self.files), self.parse_line)
+        self._types = {field.name: field.type for field in self.schema}
+        self._prompt = run.options.prompt_column
+
+    def rows_of_file(self) -> Iterator[bytes]:
+        return (line for line in self.lines if not line.isspace())
+
+    @staticmethod
+    def parse_line(line: bytes) -> dict[str, Any]:
+        """A line's object; ValueError if it is none."""
+        import orjson
+
+        values = orjson.loads(line.removeprefix(b"\xef\xbb\xbf"))
+        if not isinstance(values, dict):
+            raise ValueError(f"a JSON object is wanted, this is a {type(values).__name__}")
+        return values
+
+    def parse(self, piece: bytes) -> dict[str, Any]:
+        import orjson
+        import pyarrow.types
+
+        values = self.parse_line(piece)
+        surprises = {}
+        for name, value in list(values.items()):
+            kind = self._types.get(name)
+            if kind is not None and sdg.fits(value, kind):
+                continue
+            if kind is None or not pyarrow.types.is_string(kind):
+                surprises[name] = values.pop(name)
+            elif name == self._prompt:
+                raise ValueError(f"column {name!r} is not text: {str(value)[:80]}")
+            else:
+                values[name] = orjson.dumps(value).decode()
+        if surprises:
+            if EXTRA not in self._types:
+                raise ValueError(f"column {next(iter(surprises))!r} does not fit what this run recorded of its input")
+            values[EXTRA] = orjson.dumps(surprises).decode()
+        return values
+
+
+def learn_schema(lines: Lines, parse: Any) -> pa.Schema:
+    """The columns of a sample of the input."""
+    import pyarrow as pa
+
+    known: dict[str, pa.DataType | None] = {}  # None: of several types
+    rows: list[dict[str, Any]] = []
+    size = 0
+    while lines.file < len(lines.files.names) and size < SAMPLE:
+        for line in lines:
+            size += len(line)
+            try:
+                rows.append(parse(line))
+            except ValueError:
+                continue  # a broken line says nothing about the columns; it fails when it is read
+            if len(rows) == 1000 or size >= SAMPLE:
+                learn(known, rows)
+                rows = []
+            if size >= SAMPLE:
+                break
+        else:
+            lines.go(lines.file + 1, 0, 0)
+    learn(known, rows)
+    if not known:
+        raise sdg.InputError(f"--input: {lines.files.names[0]} has no line with a JSON object")
+    fields = [(name, pa.string() if kind is None or "null" in str(kind) else kind) for name, kind in known.items()]
+    complete = lines.file == len(lines.files.names)
+    return pa.schema(fields if complete else [*fields, (EXTRA, pa.string())])
+
+
+def learn(known: dict[str, pa.DataType | None], rows: list[dict[str, Any]]) -> None:
+    """Merge the types of some rows into those that are known."""
+    import pyarrow as pa
+
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values = [row.get(name) for row in rows]
+        try:
+            kind = pa.infer_type(values)
+            if name in known:
+                both = [pa.schema([(name, known[name])]), pa.schema([(name, kind)])] if known[name] is not None else []
+                kind = pa.unify_schemas(both, promote_options="permissive").field(name).type if both else None
+        except (pa.ArrowException, OverflowError):
+            kind = None
+        exact = kind is not None and ("null" in str(kind) or all(sdg.fits(value, kind) for value in values))
+        known[name] = kind if exact else None
+
+
+class JsonlWriter:
+    """Write each chunk as JSON lines."""
+
+    def __init__(self, run: sdg.Run) -> None:
+        self._run = run
+
+    def write(self, chunk: sdg.Chunk, rows: pa.Table) -> None:
+        import orjson
+
+        def produce(file: Any) -> None:
+            for batch in rows.to_batches(1000):
+                file.write(b"".join(orjson.dumps(row, default=str) + b"\n" for row in batch.to_pylist()))
+
+        self._run.output.write(self._run.path_of(chunk), produce)
+
+    def read(self, chunk: sdg.Chunk) -> pa.Table | None:
+        import orjson
+        import pyarrow as pa
+
+        try:
+            with self._run.output.open(self._run.path_of(chunk)) as file:
+                return pa.Table.from_pylist([orjson.loads(line) for line in file.read().splitlines()])
+        except FileNotFoundError:
+            return None

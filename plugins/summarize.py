@@ -1,0 +1,13 @@
+"""Summaries of one paragraph: the smallest useful plugin."""
+
+import sdg
+
+
+@sdg.hookimpl
+def register_rollouts(register: sdg.Register) -> None:
+    register("summarize", summarize)
+
+
+async def summarize(document: sdg.Document, generate: sdg.Generate) -> sdg.Reply:
+    """Summarise a document in one paragraph."""
+    return await generate(f"Summarise the following text in one paragraph.\n\n{document.text}")

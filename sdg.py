@@ -1,0 +1,2853 @@
+"""Generate synthetic training data: one async rollout per document, against any OpenAI-compatible server.
+
+    python sdg.py --plugin summarize                                      # a demonstration: no GPU, no network, no key
+    python sdg.py --plugin summarize --input 'docs/*.parquet' --base-url http://localhost:8000
+    python sdg.py --plugin ./mine.py --input docs.jsonl.gz --base-url https://api.example.com/v1 --model some-model
+    python sdg.py --config run.toml --rank 3 --world-size 8               # one of eight processes
+    python sdg.py verify --output ./output/summarize                      # is every document accounted for?
+
+A request is the unit of replay, a document the unit of work, a chunk the unit of commit. Answers and finished
+documents are durable in SQLite within a fraction of a second; when all documents of a chunk are final, its file is
+written, recorded, and its part of the state dropped. Names of files and their content follow from the input and the
+answers alone, so that every step can be repeated after a crash.
+
+Reading order: types, errors, hooks, plugins, options, places, schema, store, client, engine, progress, commands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import contextlib
+import dataclasses
+import difflib
+import errno
+import functools
+import importlib
+import importlib.util
+import inspect
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import sqlite3
+import string
+import sys
+import time
+import tomllib
+import traceback
+import types
+import typing
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict
+
+import pluggy
+
+if TYPE_CHECKING:
+    import aiohttp
+    import aiosqlite
+    import pyarrow as pa
+
+__version__ = "0.1.0"
+
+STATE_VERSION = 1
+COMMIT_INTERVAL = 0.05  # s between group commits: 5,000 documents/s become 250 rows a commit, not 5,000 commits
+WINDOW = 32  # documents read and not yet written, per document in flight: 1 % stragglers of 20 times the mean need 20
+GRACE = 10.0  # s that requests in flight get to be answered after SIGTERM: schedulers kill after 30
+STORM_PATIENCE = 10  # times --max-retries: answers of 429 and 503 that one request takes while others succeed
+LONGEST_PAUSE = 60.0  # s between two attempts, unless the server asks for more
+
+
+# ── Types ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Usage(TypedDict, total=False):
+    """Tokens of one request, as the server counted them."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Reply:
+    """One answer of the model. `choices` has all `n` of them, this one included; `str(reply)` is its text."""
+
+    text: str
+    reasoning: str | None = None
+    finish_reason: str | None = None
+    usage: Usage | None = None  # of the whole request: only on the first choice, so that sums stay true
+    tool_calls: list[dict[str, Any]] | None = None
+    logprobs: dict[str, Any] | None = None
+    choices: tuple[Reply, ...] = ()
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Document:
+    """One row of the input, as a rollout sees it."""
+
+    id: str
+    text: str  # the prompt column; of a list of messages their contents, joined by blank lines
+    messages: list[dict[str, Any]] | None  # the prompt column where it holds chats, else None
+    index: int  # row number in the whole input
+    _table: pa.Table = dataclasses.field(repr=False)
+    _position: int = dataclasses.field(repr=False)
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """All columns of the source's row as Python values. Made anew at each access: most rollouts need none."""
+        return typing.cast("dict[str, Any]", self._table.slice(self._position, 1).to_pylist()[0])
+
+
+class Block(NamedTuple):
+    """Rows as a reader hands them over: `batch` starts at row `row` of `file` (both only name the rows)."""
+
+    batch: pa.RecordBatch
+    file: str
+    row: int
+
+
+class BadRow(NamedTuple):
+    """Takes the place of one row that could not be read; its document fails with `reason`."""
+
+    file: str
+    row: int
+    reason: str
+    raw: str = ""  # what stood there, as far as it can be shown
+
+
+class Reader(Protocol):
+    """A source of rows, numbered from 0 over all its files. One thread calls it, one call at a time."""
+
+    schema: pa.Schema  # of every batch
+    identity: Mapping[str, Any]  # JSON that changes when the content does, not when it moves; part of the fingerprint
+
+    def seek(self, row: int, bookmark: str | None) -> None:
+        """Go on at `row`. `bookmark`, if any, is what `tell` said at a row before it, or at it, in some earlier run."""
+
+    def tell(self) -> str | None:
+        """A bookmark (any text that spares reading what lies before it) of the present row; None if there are none."""
+
+    def read(self, rows: int) -> list[Block | BadRow]:
+        """The next `rows` rows, fewer only at the end of the input."""
+
+    def total(self) -> int | None:
+        """Rows of the whole input, or an estimate that gets better as reading goes on; None if nobody knows."""
+
+    def continues(self, earlier: Mapping[str, Any]) -> bool:
+        """Whether this input is one of identity `earlier` with rows added after its end."""
+
+
+class Writer(Protocol):
+    """Where chunks go. Called in threads, at most two at a time; each call for another chunk."""
+
+    def write(self, chunk: Chunk, rows: pa.Table) -> None:
+        """Make the chunk's file durable, whole or not at all. Called again after a crash: the result is the same."""
+
+    def read(self, chunk: Chunk) -> pa.Table | None:
+        """The rows of a chunk that was written, None if its file is gone."""
+
+
+class Generate(Protocol):
+    """What a rollout asks the model with."""
+
+    async def __call__(self, prompt: str | list[dict[str, Any]] | dict[str, Any], **overrides: Any) -> Reply:
+        """Answer a prompt.
+
+        Args:
+            prompt: a string (one user message), a list of chat messages, or a whole payload: with `messages` for the
+                chat endpoint, with `prompt` for completions.
+            overrides: fields of the payload, such as `temperature=0.2` or `n=4`; they win over the command line's.
+
+        Raises:
+            RequestFailed: the server refused the request, or all retries were used up.
+        """
+
+
+@dataclasses.dataclass(slots=True)
+class Chunk:
+    """`count` rows of the input from row `start` on: one output file. `index` counts chunks of the whole input."""
+
+    index: int
+    start: int
+    count: int = 0
+    bookmark: str | None = None
+    written: bool = False
+    filtered: tuple[int, ...] = ()  # positions in the chunk
+    failed: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """Rows in the chunk's file."""
+        return self.count - len(self.filtered) - len(self.failed)
+
+
+@dataclasses.dataclass(slots=True)
+class Run:
+    """What plugins learn about the run."""
+
+    options: argparse.Namespace
+    plugins: Plugins
+    output: Place
+    state: Path
+    stop: Callable[[Error], None]  # end the run early: what is in flight gets a moment, what is answered is kept
+    model: str = ""
+    fingerprint: str = ""
+    input_revision: str = ""
+    source_schema: pa.Schema | None = None  # of the input, as an earlier process of this run recorded it
+    counts: Counter[str] = dataclasses.field(default_factory=Counter)  # of this process; see `statistics`
+
+    def path_of(self, chunk: Chunk) -> str:
+        """The chunk's file, relative to the output."""
+        name = string.Template(self.options.output_filename).substitute(
+            rank=f"{chunk.index % self.options.world_size:05d}", chunk_index=f"{chunk.index:05d}"
+        )
+        return f"{self.options.output_config}/{name}"
+
+    def failed_path_of(self, chunk: Chunk) -> str:
+        """The file of the chunk's failed documents, relative to the output."""
+        folder = "failed" if self.options.output_config == "data" else f"failed/{self.options.output_config}"
+        return f"{folder}/{chunk.index % self.options.world_size:05d}_{chunk.index:05d}.jsonl"
+
+
+# ── Errors ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Error(Exception):
+    """Ends the run with one line on stderr: what happened to which object, then the way out.
+
+    Error
+    ├── UsageError       2   an option that cannot be
+    ├── InputError       1   the input cannot be read
+    ├── PluginError      1   a plugin does not load, or breaks a rule
+    ├── StateError       1   the state is locked, broken, or of another run
+    ├── OutputError      1   the output cannot be written
+    ├── ServerError      1   no server, no right, no such model
+    ├── TooManyFailures  3   above --max-failure-rate
+    └── Interrupted    130, 143   by a signal; run again to go on
+
+    `RequestFailed` stands beside it: it fails a document, not the run.
+    """
+
+    exit_code = 1
+
+
+class UsageError(Error):
+    exit_code = 2
+
+
+class InputError(Error):
+    pass
+
+
+class PluginError(Error):
+    pass
+
+
+class StateError(Error):
+    pass
+
+
+class OutputError(Error):
+    pass
+
+
+class ServerError(Error):
+    pass
+
+
+class TooManyFailures(Error):
+    exit_code = 3
+
+
+class Interrupted(Error):
+    def __init__(self, signum: signal.Signals) -> None:
+        super().__init__(f"interrupted by {signum.name}: everything answered is stored; run the same command to go on")
+        self.exit_code = 130 if signum == signal.SIGINT else 143
+
+
+class RequestFailed(Exception):  # noqa: N818: read as a sentence, "except RequestFailed"
+    """A request that has no answer. A rollout may catch it; otherwise its document fails.
+
+    Attributes:
+        cause: the HTTP status as text, or one of timeout, connection, body, empty.
+        status: the HTTP status, None where there was none.
+        attempts: how often the request was sent.
+    """
+
+    def __init__(self, cause: str, message: str, *, status: int | None = None, retry: bool = True) -> None:
+        super().__init__(message)
+        self.cause, self.status, self.retry, self.attempts = cause, status, retry, 1
+        self.retry_after: float | None = None  # s, as the server asked
+        self.unreached = False  # no connection: the request cannot have done anything
+
+
+class BadDocument(Exception):  # noqa: N818
+    """The input's row has no usable prompt."""
+
+
+# ── Hooks ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+hookspec = pluggy.HookspecMarker("sdg")
+hookimpl = pluggy.HookimplMarker("sdg")
+
+
+class Register(Protocol):
+    """Handed to the `register_*` hooks: `register(name, factory)`. The factory's docstring is its one-line help."""
+
+    def __call__(self, name: str, factory: Callable[..., Any]) -> None: ...
+
+
+class Hooks:
+    """The hook specifications. An implementation takes any subset of the arguments; no return value is used."""
+
+    @hookspec
+    def add_options(self, parser: argparse._ArgumentGroup) -> None:
+        """Add command-line options to the plugin's own group of `--help`.
+
+        Options of the plugin that registers the rollout or the reader in use are part of the run's fingerprint.
+        An exception ends the program and names the plugin.
+        """
+
+    @hookspec
+    def register_readers(self, register: Register) -> None:
+        """Register `open_reader(run) -> Reader` under a URI scheme (`hf`) or a file suffix without its dot (`csv`).
+
+        `open_reader` and the reader run in one thread of their own; an exception there ends the run.
+        """
+
+    @hookspec
+    def register_rollouts(self, register: Register) -> None:
+        """Register `async rollout(document, generate, **resources)`.
+
+        It runs on the event loop, many at a time. It returns the result: a str, a dict, a `Reply`, a dataclass or a
+        pydantic model, a list of those, or None to filter the document. An exception fails this rollout alone.
+        """
+
+    @hookspec
+    def register_resources(self, register: Register) -> None:
+        """Register an async context manager `resource(run)`, for the rollouts that have a parameter of its name.
+
+        It is entered once per run, before the first document, and left after the last. An exception ends the run.
+        """
+
+    @hookspec
+    def register_writers(self, register: Register) -> None:
+        """Register `open_writer(run) -> Writer` under a URI scheme or a file suffix without its dot.
+
+        The writer runs in threads; an exception ends the run, with everything answered kept.
+        """
+
+    @hookspec
+    def register_servers(self, register: Register) -> None:
+        """Register an async context manager `server(run)` that yields a list of base URLs.
+
+        It is entered before the first request and left after the last, whatever ended the run.
+        """
+
+    @hookspec
+    def register_commands(self, register: Register) -> None:
+        """Register `main(argv) -> int`, run as `sdg.py NAME ARGUMENTS`; its result is the exit status."""
+
+    @hookspec
+    def observe(self, run: Run) -> contextlib.AbstractAsyncContextManager[None]:
+        """Give an async context manager that is entered before the first document and left when the run ends.
+
+        An exception ends the run.
+        """
+
+    @hookspec
+    def chunk_written(self, run: Run, chunk: Chunk) -> None:
+        """Learn that a chunk is durable. Called in a thread; an exception is reported and changes nothing."""
+
+
+# ── Plugins ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+BUNDLED = ("csv", "demo", "endpoint", "jsonl", "parquet", "prompt", "summarize", "verify")
+
+
+class Entry(NamedTuple):
+    """One registered name."""
+
+    factory: Callable[..., Any]
+    plugin: str  # the module that registered it
+    version: str  # of the package or file it comes from
+
+    @property
+    def help(self) -> str:
+        """The first line of the docstring."""
+        return (inspect.getdoc(self.factory) or "").partition("\n")[0]
+
+
+class Plugins:
+    """The loaded plugins, and the names that they registered: `plugins.rollouts["summarize"]`."""
+
+    kinds = ("readers", "rollouts", "resources", "writers", "servers", "commands")
+
+    def __init__(self) -> None:
+        self.manager = pluggy.PluginManager("sdg")
+        self.manager.add_hookspecs(Hooks)
+        self.readers: dict[str, Entry] = {}
+        self.rollouts: dict[str, Entry] = {}
+        self.resources: dict[str, Entry] = {"run": Entry(_run_resource, "sdg", __version__)}
+        self.writers: dict[str, Entry] = {}
+        self.servers: dict[str, Entry] = {}
+        self.commands: dict[str, Entry] = {}
+        self.commands["run"] = Entry(run_command, "sdg", __version__)
+        self.commands["plugins"] = Entry(plugins_command, "sdg", __version__)
+
+    @classmethod
+    def load(cls, specs: Iterable[str]) -> tuple[Plugins, str | None]:
+        """Load the bundled plugins, those of installed packages, then `specs` as `--plugin` takes them.
+
+        Returns:
+            The plugins, and the name of the rollout that the last of `specs` stands for (None without specs).
+        """
+        plugins = cls()
+        package = _bundled_package()
+        for name in BUNDLED:
+            plugins.add(importlib.import_module(f"{package}.{name}"), __version__)
+        plugins._load_installed()
+        rollout = None
+        for spec in specs:
+            rollout = plugins._load_spec(spec)
+        if rollout == "":
+            raise UsageError(f"--plugin {spec} registers no rollout, or several: name one as {spec}:NAME")
+        try:
+            plugins.manager.check_pending()
+        except pluggy.PluginValidationError as problem:
+            raise PluginError(_hook_mistake(problem)) from problem
+        return plugins, rollout
+
+    def add(self, module: types.ModuleType, version: str) -> None:
+        """Register a module's hooks and, through them, its names."""
+        name = module.__name__
+        if self.manager.has_plugin(name):
+            return
+        try:
+            self.manager.register(module, name)
+        except pluggy.PluginValidationError as problem:
+            raise PluginError(_hook_mistake(problem)) from problem
+        for kind in self.kinds:
+            self._call(f"register_{kind}", module, register=functools.partial(self._register, kind, name, version))
+
+    def add_options(self, parser: argparse.ArgumentParser) -> dict[str, set[str]]:
+        """Let each plugin add its options, in a group of its own. Returns the option names of each plugin."""
+        added = {}
+        for name, module in self.manager.list_name_plugin():
+            title = name.rpartition(".")[2]
+            group = parser.add_argument_group(title)
+            known = {action.dest for action in parser._actions}
+            try:
+                self._call("add_options", module, parser=group)
+            except argparse.ArgumentError as problem:
+                raise PluginError(f"plugin {name}: {problem}; rename the option") from problem
+            added[name] = {action.dest for action in parser._actions} - known
+            if not added[name]:
+                parser._action_groups.remove(group)
+        return added
+
+    def find(self, kind: str, name: str) -> Entry:
+        """The entry of a name, or a `UsageError` that offers near names."""
+        entries: dict[str, Entry] = getattr(self, kind)
+        if name in entries:
+            return entries[name]
+        near = difflib.get_close_matches(name, entries, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(sorted(entries))}"
+        raise UsageError(f"no {kind[:-1]} is called {name!r}; {hint}")
+
+    def _register(self, kind: str, plugin: str, version: str, name: str, factory: Callable[..., Any]) -> None:
+        entries: dict[str, Entry] = getattr(self, kind)
+        if name in entries:
+            raise PluginError(f"plugins {entries[name].plugin} and {plugin} both register the {kind[:-1]} {name!r}")
+        if not callable(factory):
+            raise PluginError(f"plugin {plugin}: the {kind[:-1]} {name!r} is a {type(factory).__name__}, no callable")
+        entries[name] = Entry(factory, plugin, version)
+
+    def _call(self, hook: str, plugin: object, **arguments: Any) -> None:
+        """Call one plugin's implementation of a hook: pluggy's own call cannot say whose turn it is."""
+        for impl in getattr(self.manager.hook, hook).get_hookimpls():
+            if impl.plugin is not plugin:
+                continue
+            try:
+                impl.function(*[arguments[name] for name in impl.argnames])
+            except (Error, argparse.ArgumentError):
+                raise
+            except Exception as problem:
+                raise PluginError(f"plugin {impl.plugin_name}: {hook} failed: {describe(problem)}") from problem
+
+    def _load_installed(self) -> None:
+        import importlib.metadata
+
+        for point in importlib.metadata.entry_points(group="sdg"):
+            module = _import(f"the installed plugin {point.name} ({point.value})", point.load)
+            self.add(module, point.dist.version if point.dist else "")
+
+    def _load_spec(self, spec: str) -> str:
+        """Load one `--plugin`; return the rollout that it names, "" if it leaves that open."""
+        if spec in self.rollouts:
+            return spec
+        target, _, name = spec.rpartition(":") if ":" in spec else (spec, "", "")
+        if target.endswith(".py"):
+            module, version = _import_file(Path(target))
+        elif re.fullmatch(r"\w+(\.\w+)*", target) and importlib.util.find_spec(target.partition(".")[0]):
+            module = _import(f"plugin {target}", functools.partial(importlib.import_module, target))
+            version = str(getattr(module, "__version__", ""))
+        else:
+            self.find("rollouts", spec)
+        self.add(module, version)
+        own = [name for name, entry in self.rollouts.items() if entry.plugin == module.__name__]
+        if name and name not in own:
+            raise UsageError(f"{target} has no rollout {name!r}; it has: {', '.join(own) or 'none'}")
+        stem = module.__name__.rpartition(".")[2]
+        return name or (own[0] if len(own) == 1 else stem if stem in own else "")
+
+
+def describe(problem: BaseException, file: str | None = None) -> str:
+    """An exception in one line, with the place where it was raised: the deepest one in `file` if that is given."""
+    frames = traceback.extract_tb(problem.__traceback__)
+    inside = [frame for frame in frames if frame.filename == file] or frames
+    where = f" ({inside[-1].filename}:{inside[-1].lineno})" if inside else ""
+    text = " ".join(str(problem).split()) or "no message"
+    return f"{type(problem).__name__}: {text}{where}"
+
+
+def _hook_mistake(problem: pluggy.PluginValidationError) -> str:
+    """What pluggy says of a wrong hook, with the nearest right name."""
+    text = " ".join(str(problem).split())
+    known = [name for name in vars(Hooks) if not name.startswith("_")]
+    for word in re.findall(r"\w+", text):
+        near = difflib.get_close_matches(word, known, n=1, cutoff=0.8)
+        if near and word not in known:
+            return f"{text}; did you mean {near[0]}?"
+    return f"{text}; the hooks are: {', '.join(known)}"
+
+
+def _import(what: str, load: Callable[[], Any]) -> types.ModuleType:
+    """Import a plugin's module; whatever that raises is the plugin's fault."""
+    try:
+        module = load()
+    except Error:
+        raise
+    except (Exception, SystemExit) as problem:
+        raise PluginError(f"{what} does not import: {describe(problem)}") from problem
+    if not isinstance(module, types.ModuleType):
+        raise PluginError(f"{what} is a {type(module).__name__}; a plugin is a module")
+    return module
+
+
+def _import_file(path: Path) -> tuple[types.ModuleType, str]:
+    """Import a plugin file under its stem; its version is a hash of its text."""
+    import xxhash
+
+    if not path.is_file():
+        raise UsageError(f"--plugin {path}: there is no such file")
+    name = f"sdg_plugin_files.{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path.resolve())
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    _import(f"plugin {path}", lambda: (spec.loader.exec_module(module), module)[1])  # type: ignore[union-attr, func-returns-value]
+    return module, xxhash.xxh3_64_hexdigest(path.read_bytes())
+
+
+def _bundled_package() -> str:
+    """Make the package `sdg_plugins` importable, and name it.
+
+    In a checkout it is the folder `plugins/` beside this file, even if an older wheel is installed as well.
+    """
+    here = Path(__file__).resolve().parent
+    if "sdg_plugins" not in sys.modules and not (here / "sdg_plugins").is_dir():
+        init = here / "plugins" / "__init__.py"
+        spec = importlib.util.spec_from_file_location("sdg_plugins", init, submodule_search_locations=[str(init.parent)])
+        assert spec is not None and spec.loader is not None
+        sys.modules["sdg_plugins"] = package = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(package)
+    return "sdg_plugins"
+
+
+@contextlib.asynccontextmanager
+async def _run_resource(run: Run) -> AsyncIterator[Run]:
+    """The run itself, with its options: for rollouts that have some of their own."""
+    yield run
+
+
+# ── Options ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def text_or_file(value: str) -> str:
+    """An option's text, or with a leading `@` the content of a file."""
+    if not value.startswith("@"):
+        return value
+    try:
+        return Path(value[1:]).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise argparse.ArgumentTypeError(f"cannot read {value[1:]}: {problem}") from problem
+
+
+def _json_object(value: str) -> dict[str, Any]:
+    try:
+        parsed = json.loads(value)
+    except ValueError as problem:
+        raise argparse.ArgumentTypeError(f"not JSON: {problem}") from problem
+    if not isinstance(parsed, dict) or "stream" in parsed:
+        raise argparse.ArgumentTypeError("a JSON object without `stream` is wanted")
+    return dict(sorted(parsed.items()))
+
+
+def _number(kind: type[int] | type[float], low: float, high: float = math.inf) -> Callable[[str], float]:
+    def convert(value: str) -> float:
+        number = kind(value)
+        if not low <= number <= high:
+            raise argparse.ArgumentTypeError(f"{value} is not between {low} and {high}")
+        return number
+
+    convert.__name__ = "number" if kind is float else "whole number"
+    return convert
+
+
+_count, _natural, _seconds = _number(int, 1), _number(int, 0), _number(float, 0.001)
+
+# Those marked * are part of the fingerprint: another value gives other data.
+OPTIONS: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "input": [
+        ("--input", {"metavar": "URI", "help": "parquet, jsonl[.gz|.zst] or csv files: a file, folder, glob or s3://…; without it, demo documents"}),
+        ("--prompt-column*", {"metavar": "NAME", "default": "text", "help": "a column of strings, or of lists of {role, content}"}),
+        ("--id-column*", {"metavar": "NAME", "help": "names the documents; default: id if present, else <file>/<row>"}),
+        ("--max-documents", {"metavar": "N", "type": _count, "help": "only the first N of the whole input; may grow from run to run"}),
+    ],
+    "output": [
+        ("--output", {"metavar": "URI", "help": "a folder or s3://…; default: ./output/<rollout>"}),
+        ("--output-config", {"metavar": "NAME", "default": "data", "help": "sub-folder, and the config for load_dataset"}),
+        ("--output-filename*", {"metavar": "T", "default": "${rank}_${chunk_index}.parquet", "help": "a template that has ${chunk_index}; .jsonl gives jsonl"}),
+        ("--records-per-chunk*", {"metavar": "N", "type": _count, "default": 1000, "help": "documents of one output file: what one checkpoint covers"}),
+        ("--results-column*", {"metavar": "NAME", "default": "rollout_results", "help": "the column for results"}),
+    ],
+    "server": [
+        ("--server", {"metavar": "NAME", "help": "default: endpoint with --base-url, else demo"}),
+        ("--base-url", {"metavar": "URL", "action": "append", "help": "an OpenAI-compatible server, with /v1 or without; repeatable: requests go to the least loaded"}),
+        ("--api-key-env", {"metavar": "NAME", "default": "OPENAI_API_KEY", "help": "the environment variable that holds the key"}),
+        ("--model*", {"metavar": "NAME", "help": "default: the server's only model"}),
+        ("--max-concurrent-generations", {"metavar": "N", "type": _count, "default": 500, "help": "requests in flight"}),
+        ("--max-concurrent-documents", {"metavar": "N", "type": _count, "help": "documents in flight; default: 1.5 times as many as requests"}),
+        ("--request-timeout", {"metavar": "S", "type": _seconds, "default": 600.0, "help": "seconds for one attempt"}),
+        ("--max-retries", {"metavar": "N", "type": _natural, "default": 6, "help": "attempts after the first"}),
+    ],
+    "sampling": [
+        ("--max-tokens*", {"metavar": "N", "type": _count, "help": "of one answer"}),
+        ("--temperature*", {"metavar": "X", "type": float}),
+        ("--top-p*", {"metavar": "X", "type": float}),
+        ("--top-k*", {"metavar": "N", "type": int}),
+        ("--seed*", {"metavar": "N", "type": int, "help": "of a document's first rollout; the next ones count up from it"}),
+        ("--generation*", {"metavar": "JSON", "type": _json_object, "help": "anything else for the request's payload"}),
+        ("--rollouts-per-document*", {"metavar": "N", "type": _count, "default": 1, "help": "independent results"}),
+    ],
+    "run": [
+        ("--plugin", {"metavar": "NAME|FILE.py|MODULE[:NAME]", "action": "append", "help": "the rollout, default summarize; a file or module is loaded first; repeatable, the last names the rollout"}),
+        ("--config", {"metavar": "FILE.toml", "help": "options by the same names; the command line wins"}),
+        ("--max-failure-rate", {"metavar": "X", "type": _number(float, 0, 1), "default": 0.1, "help": "stop when more documents fail, of at least 100"}),
+        ("--retry-failed", {"action": "store_true", "help": "run the failed documents again, and only complete their files"}),
+        ("--rank", {"metavar": "I", "type": _natural, "help": "takes the chunks I, I+N, I+2N… of N = world size; default: Slurm's array task, else 0"}),
+        ("--world-size*", {"metavar": "N", "type": _count, "help": "processes that share the input; default: Slurm's array, else 1"}),
+        ("--state-dir", {"metavar": "D", "help": "default: <output>/.sdg for a folder, else ./.sdg/<output name>"}),
+        ("--fresh", {"action": "store_true", "help": "delete what an earlier run left in state and output, and start over"}),
+        ("--no-progress", {"action": "store_true", "help": "no progress bar or lines"}),
+    ],
+}  # fmt: skip
+
+
+def build_parser(plugins: Plugins) -> tuple[argparse.ArgumentParser, dict[str, set[str]]]:
+    """The parser of `run`, and which option names each plugin added."""
+    parser = argparse.ArgumentParser(
+        prog="sdg.py",
+        usage="sdg.py [run] [OPTIONS]\n       sdg.py COMMAND [OPTIONS]",
+        description=(__doc__ or "").partition("\n")[0],
+        epilog=f"commands: {', '.join(sorted(plugins.commands))}; each has a --help of its own",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"sdg {__version__}")
+    for title, options in OPTIONS.items():
+        group = parser.add_argument_group(title)
+        for name, settings in options:
+            group.add_argument(name.rstrip("*"), **settings)
+    return parser, plugins.add_options(parser)
+
+
+def parse_options(argv: list[str]) -> tuple[argparse.Namespace, Plugins]:
+    """Options of `run` from the command line and `--config`, with their defaults derived, and the loaded plugins.
+
+    The namespace also has `rollout` (the rollout's name) and `identity` (names of the options in the fingerprint).
+
+    Raises:
+        UsageError, PluginError: with the option or plugin named.
+    """
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    early.add_argument("--plugin", action="append")
+    early.add_argument("--config")
+    with contextlib.suppress(argparse.ArgumentError):  # the full parser will say it
+        asked, _ = early.parse_known_args(argv)
+        argv = _config_arguments(asked.config, argv) + argv
+        asked, _ = early.parse_known_args(argv)
+    plugins, rollout = Plugins.load(asked.plugin or ["summarize"])
+    parser, added = build_parser(plugins)
+    options = parser.parse_args(argv)
+    options.rollout = rollout
+    try:
+        _derive(options, plugins)
+    except UsageError as problem:
+        parser.error(str(problem))
+    explicit = {a.dest for a in parser._actions if any(w.partition("=")[0] in a.option_strings for w in argv)}
+    serving = {plugins.rollouts[options.rollout].plugin, plugins.find("readers", options.reader).plugin}
+    unused = {
+        dest: plugin
+        for plugin, dests in added.items()
+        if plugin not in serving and any(e.plugin == plugin for e in plugins.rollouts.values())
+        for dest in dests & explicit
+    }
+    for dest, plugin in unused.items():
+        own = [name for name, entry in plugins.rollouts.items() if entry.plugin == plugin]
+        parser.error(f"--{dest.replace('_', '-')} is an option of --plugin {' or '.join(own)}, not of {options.rollout}")
+    core = {name[2:-1].replace("-", "_") for options_ in OPTIONS.values() for name, _ in options_ if name.endswith("*")}
+    options.identity = sorted(core.union(*(added.get(plugin, set()) for plugin in serving)))
+    return options, plugins
+
+
+def _config_arguments(path: str | None, argv: list[str]) -> list[str]:
+    """A TOML file's options as arguments, without those that the command line has too."""
+    if path is None:
+        return []
+    try:
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        raise UsageError(f"--config {path}: {problem}") from problem
+    given = {word.partition("=")[0] for word in argv}
+    arguments = []
+    for key, value in table.items():
+        name = f"--{key.replace('_', '-')}"
+        if name in given or value is False:
+            continue
+        for item in value if isinstance(value, list) else [value]:
+            text = json.dumps(item) if isinstance(item, dict) else str(item)
+            arguments.append(name if item is True else f"{name}={text}")
+    return arguments
+
+
+def _derive(options: argparse.Namespace, plugins: Plugins) -> None:
+    """Fill in the defaults that depend on other options or on the environment."""
+    plugins.find("rollouts", options.rollout)
+    options.server = options.server or ("endpoint" if options.base_url else "demo")
+    plugins.find("servers", options.server)
+    if options.base_url and options.server != "endpoint":
+        raise UsageError(f"--base-url goes with --server endpoint, not {options.server}")
+    options.reader = _by_scheme_or_suffix(plugins, "readers", options.input) if options.input else "demo"
+    if "${chunk_index}" not in options.output_filename:
+        raise UsageError("--output-filename needs ${chunk_index}: chunks would overwrite each other")
+    try:
+        string.Template(options.output_filename).substitute(rank="", chunk_index="")
+    except (KeyError, ValueError) as problem:
+        raise UsageError(f"--output-filename {options.output_filename}: only ${{rank}} and ${{chunk_index}} are known") from problem
+    if not re.fullmatch(r"[\w.-]+", options.output_config) or options.output_config in {"failed", ".", "..", ".sdg"}:
+        raise UsageError(f"--output-config {options.output_config!r}: a plain folder name is wanted, and not `failed`")
+    options.output = options.output or f"output/{options.rollout}"
+    options.state_dir = options.state_dir or default_state_dir(options.output, options.output_config)
+    options.max_concurrent_documents = options.max_concurrent_documents or math.ceil(
+        1.5 * options.max_concurrent_generations
+    )
+    _derive_rank(options)
+
+
+def _derive_rank(options: argparse.Namespace) -> None:
+    """Rank and world size from Slurm's array where the options are silent."""
+    first, last, task = (os.environ.get(f"SLURM_ARRAY_TASK_{key}") for key in ("MIN", "MAX", "ID"))
+    if options.rank is None:
+        options.rank = int(task) - int(first or 0) if task else 0
+    if options.world_size is None:
+        options.world_size = int(os.environ.get("SLURM_ARRAY_TASK_COUNT", 1)) if task else 1
+        if task and options.world_size != int(last or 0) - int(first or 0) + 1:
+            raise UsageError("this Slurm array has gaps: say --rank and --world-size")
+    if options.rank >= options.world_size:
+        raise UsageError(f"--rank {options.rank} is not below --world-size {options.world_size}")
+
+
+def default_state_dir(output: str, config: str) -> str:
+    """Where a run's state lies: in the output if that is a folder, else below the working directory."""
+    scheme, rest = split_uri(output)
+    base = Path(rest) / ".sdg" if scheme == "file" else Path(".sdg") / re.sub(r"[^\w.-]+", "-", rest.strip("/"))
+    return str(base if config == "data" else base / config)
+
+
+def split_uri(uri: str) -> tuple[str, str]:
+    """`s3://bucket/key` as ("s3", "bucket/key"); a plain path has the scheme "file"."""
+    scheme, separator, rest = uri.partition("://")
+    return (scheme, rest) if separator else ("file", uri)
+
+
+def _by_scheme_or_suffix(plugins: Plugins, kind: str, uri: str) -> str:
+    """The registered name that stands for a URI: its scheme, else the suffix of its files."""
+    entries: dict[str, Entry] = getattr(plugins, kind)
+    scheme, path = split_uri(uri)
+    if scheme in entries:
+        return scheme
+    names = [path] if Path(path).suffix else [name for name, _ in list_files(uri)]
+    for name in names:
+        for suffix in reversed(Path(name).suffixes):
+            if suffix[1:] in entries:
+                return suffix[1:]
+    raise UsageError(
+        f"{uri}: no file there has a suffix that is known ({', '.join('.' + name for name in sorted(entries))})"
+    )
+
+
+# ── Places ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def filesystem(uri: str) -> tuple[Any, str]:
+    """The pyarrow file system of a URI, and the path in it (absolute if local)."""
+    import pyarrow as pa
+    import pyarrow.fs
+
+    scheme, rest = split_uri(uri)
+    if scheme == "file":
+        return pyarrow.fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(rest))
+    try:
+        fs, path = pyarrow.fs.FileSystem.from_uri(uri)
+    except (pa.ArrowInvalid, OSError) as problem:
+        raise UsageError(f"{redact(uri)}: {problem}") from problem
+    return fs, path
+
+
+def list_files(uri: str) -> list[tuple[str, int]]:
+    """Paths and sizes (bytes) of the files that a URI means, sorted: one file, a folder with all below it, or a glob.
+
+    Raises:
+        InputError: there are none.
+    """
+    import fnmatch
+    import glob
+
+    import pyarrow.fs
+
+    fs, path = filesystem(uri)
+    local = isinstance(fs, pyarrow.fs.LocalFileSystem)
+    if not any(mark in path for mark in "*?[") or (local and os.path.exists(path)):
+        info = fs.get_file_info(path)
+        if info.type == pyarrow.fs.FileType.NotFound:
+            raise InputError(f"--input {uri}: there is no such file or folder")
+        infos = [info] if info.is_file else fs.get_file_info(pyarrow.fs.FileSelector(path, recursive=True))
+    elif local:
+        infos = fs.get_file_info(glob.glob(path, recursive=True))
+    else:
+        folder = re.split(r"[*?\[]", path)[0].rpartition("/")[0]
+        infos = fs.get_file_info(pyarrow.fs.FileSelector(folder, recursive=True))
+        infos = [info for info in infos if fnmatch.fnmatch(info.path, path)]
+    found = [(info.path, info.size) for info in infos if info.is_file and info.base_name[0] not in "._"]
+    if not found:
+        raise InputError(f"--input {uri}: there are no files")
+    return sorted(found)
+
+
+class InputFiles:
+    """The files of `--input` that have a suffix: for readers of formats."""
+
+    def __init__(self, uri: str, suffix: str) -> None:
+        self.fs, path = filesystem(uri)
+        found = [(file, size) for file, size in list_files(uri) if f".{suffix}" in Path(file).suffixes]
+        if not found:
+            raise InputError(f"--input {uri}: there are no .{suffix} files")
+        self.paths = [file for file, _ in found]
+        self.sizes = [size for _, size in found]
+        root = os.path.commonpath(self.paths) if len(found) > 1 else os.path.dirname(found[0][0])
+        self.names = [os.path.relpath(file, root) for file in self.paths]
+
+    @functools.cached_property
+    def identity(self) -> dict[str, list[Any]]:
+        """Size and a hash of the first 64 KiB of each file, by name."""
+        with ThreadPoolExecutor(16) as pool:
+            heads = pool.map(self._head, range(len(self.paths)), [None] * len(self.paths))
+            return {name: [size, head] for name, size, head in zip(self.names, self.sizes, heads, strict=True)}
+
+    def continues(self, earlier: Mapping[str, Any]) -> bool:
+        """Whether `earlier` is a beginning of these files: all its files come first, and only its last one grew."""
+        known = list(earlier)
+        if known != self.names[: len(known)]:
+            return False
+        same = all(earlier[name] == self.identity[name] for name in known[:-1])
+        size, head = earlier[known[-1]]
+        return same and self.sizes[len(known) - 1] >= size and self._head(len(known) - 1, size) == head
+
+    def open(self, i: int) -> Any:
+        """A file for reading, as bytes lie on the disk."""
+        return self.fs.open_input_file(self.paths[i])
+
+    def _head(self, i: int, size: int | None) -> str:
+        import xxhash
+
+        with self.fs.open_input_stream(self.paths[i], compression=None) as file:
+            return xxhash.xxh3_64_hexdigest(file.read(min(65536, self.sizes[i] if size is None else size)))
+
+
+class Place:
+    """A folder on a file system that pyarrow knows. On local disks a file appears whole, durable, or not at all."""
+
+    def __init__(self, uri: str) -> None:
+        import pyarrow.fs
+
+        self.uri = uri
+        self.fs, self.root = filesystem(uri)
+        self.local = isinstance(self.fs, pyarrow.fs.LocalFileSystem)
+
+    def path(self, name: str) -> str:
+        """The full path of a name in this place."""
+        return f"{self.root}/{name}"
+
+    def write(self, name: str, produce: Callable[[Any], None]) -> None:
+        """Write a file by calling `produce` with an open binary file. Raises OutputError, and leaves nothing then."""
+        target = self.path(name)
+        folder, _, base = target.rpartition("/")
+        temporary = f"{folder}/.{base}.tmp" if self.local else target  # a put is atomic by itself
+        try:
+            self.fs.create_dir(folder, recursive=True)
+            with self.fs.open_output_stream(temporary, compression=None) as file:
+                produce(file)
+            if self.local:
+                sync(temporary)
+                os.replace(temporary, target)
+                sync(folder)
+        except OSError as problem:
+            with contextlib.suppress(OSError):
+                self.fs.delete_file(temporary)
+            raise OutputError(f"{target} cannot be written: {reason_of(problem)}; everything answered is stored") from problem
+
+    def open(self, name: str) -> Any:
+        """A file for reading; FileNotFoundError if there is none."""
+        return self.fs.open_input_file(self.path(name))
+
+    def delete(self, name: str) -> None:
+        """Remove a file if there is one."""
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.delete_file(self.path(name))
+
+    def list(self, folder: str) -> list[str]:
+        """Names (with the folder) of the files directly in a folder; none if the folder does not exist."""
+        import pyarrow.fs
+
+        selector = pyarrow.fs.FileSelector(self.path(folder), allow_not_found=True)
+        return sorted(f"{folder}/{info.base_name}" for info in self.fs.get_file_info(selector) if info.is_file)
+
+
+def sync(path: str | Path) -> None:
+    """Make a file's or folder's content durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def reason_of(problem: OSError | sqlite3.Error) -> str:
+    """Why a file operation failed, with the way out where there is one."""
+    full = getattr(problem, "errno", None) in {errno.ENOSPC, errno.EDQUOT} or (
+        getattr(problem, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+    )
+    return "the disk is full: make room, then run the same command again" if full else str(problem)
+
+
+def publish_once(path: Path, content: bytes) -> bytes:
+    """Create a file with this content unless it exists, atomically. Returns what is there: the first one wins."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        sync(temporary)
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.parent)
+    return path.read_bytes()
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a small file of the state, whole and durable."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(content)
+    sync(temporary)
+    os.replace(temporary, path)
+
+
+def redact(url: str) -> str:
+    """A URL without the password that it may carry."""
+    return re.sub(r"//[^/@]*@", "//***@", url)
+
+
+# ── Schema of results ────────────────────────────────────────────────────────────────────────────────────────────────
+# Each row holds a list of structs: text, reasoning, finish_reason, usage, then the rollout's own fields, then `extra`.
+
+
+def base_fields() -> dict[str, pa.DataType]:
+    """The fields of every result."""
+    import pyarrow as pa
+
+    tokens = ("prompt_tokens", "completion_tokens", "total_tokens")
+    text = dict.fromkeys(("text", "reasoning", "finish_reason"), pa.string())
+    return {**text, "usage": pa.struct([(name, pa.int64()) for name in tokens])}
+
+
+def results_type(fields: Mapping[str, pa.DataType]) -> pa.DataType:
+    """The Arrow type of the results column."""
+    import pyarrow as pa
+
+    return pa.list_(pa.struct([*fields.items(), ("extra", pa.string())]))
+
+
+def annotated_fields(rollout: Callable[..., Any]) -> dict[str, pa.DataType] | None:
+    """Fields that a rollout's return annotation promises; None if it promises nothing."""
+    try:
+        wanted = typing.get_type_hints(rollout).get("return")
+    except (NameError, TypeError):  # names that exist only for type checkers
+        return None
+    parts = [part for part in _alternatives(wanted) if part is not type(None)]
+    if len(parts) == 1 and typing.get_origin(parts[0]) is list:
+        parts = _alternatives(typing.get_args(parts[0])[0])
+    if not parts or not all(part in {str, Reply} or _members(part) for part in parts):
+        return None
+    members = {name: kind for part in parts if part not in {str, Reply} for name, kind in _members(part).items()}
+    return {name: kind for name, kind in ((n, arrow_type(k)) for n, k in members.items()) if kind is not None}
+
+
+def _alternatives(annotation: Any) -> list[Any]:
+    """The members of a union; a type by itself is the only one."""
+    is_union = typing.get_origin(annotation) in {typing.Union, types.UnionType}
+    return list(typing.get_args(annotation)) if is_union else [annotation]
+
+
+def _members(annotation: Any) -> dict[str, Any]:
+    """Names and types of a TypedDict's, dataclass's or pydantic model's fields; none for anything else."""
+    shaped = typing.is_typeddict(annotation) or dataclasses.is_dataclass(annotation) or hasattr(annotation, "model_fields")
+    return typing.get_type_hints(annotation) if shaped and annotation is not Reply else {}
+
+
+def arrow_type(annotation: Any) -> pa.DataType | None:
+    """The Arrow type of a Python type; None where there is none (its values are kept as JSON in `extra`)."""
+    import pyarrow as pa
+
+    plain = {str: pa.string(), bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation in plain:
+        return plain[annotation]
+    if origin in {typing.Required, typing.NotRequired, typing.Annotated}:
+        return arrow_type(arguments[0])
+    if origin is typing.Literal and len({type(value) for value in arguments}) == 1:
+        return arrow_type(type(arguments[0]))
+    parts = [part for part in _alternatives(annotation) if part is not type(None)]
+    if origin in {typing.Union, types.UnionType}:
+        return arrow_type(parts[0]) if len(parts) == 1 else None
+    if origin is list:
+        item = arrow_type(arguments[0])
+        return item and pa.list_(item)
+    members = [(name, arrow_type(kind)) for name, kind in _members(annotation).items()]
+    return pa.struct(members) if members and all(kind is not None for _, kind in members) else None
+
+
+def infer_fields(results: Iterable[Mapping[str, Any]]) -> dict[str, pa.DataType]:
+    """Fields of results without an annotation: each key whose values all have one type."""
+    columns: dict[str, list[Any]] = {}
+    for result in results:
+        for key, value in result.items():
+            columns.setdefault(key, []).append(value)
+    kinds = {key: infer_type(values) for key, values in sorted(columns.items())}
+    return {key: kind for key, kind in kinds.items() if kind is not None}
+
+
+def infer_type(values: list[Any]) -> pa.DataType | None:
+    """The one Arrow type of some JSON values; None if they have several, or none at all."""
+    import pyarrow as pa
+    import pyarrow.types
+
+    try:
+        kind = pa.infer_type(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+        return None
+    if pyarrow.types.is_struct(kind) and not kind.num_fields or re.search(r"\bnull\b", str(kind)):
+        return None
+    return kind if all(fits(value, kind) for value in values) else None
+
+
+def fits(value: Any, kind: pa.DataType) -> bool:
+    """Whether a JSON value can be stored as this Arrow type without losing anything."""
+    import pyarrow.types as t
+
+    if value is None:
+        return True
+    if t.is_struct(kind):
+        return isinstance(value, dict) and all(
+            (i := kind.get_field_index(key)) >= 0 and fits(item, kind.field(i).type) for key, item in value.items()
+        )
+    if t.is_list(kind):
+        return isinstance(value, list) and all(fits(item, kind.value_type) for item in value)
+    if t.is_boolean(kind) or isinstance(value, bool):
+        return t.is_boolean(kind) and isinstance(value, bool)
+    if t.is_integer(kind):
+        return isinstance(value, int) and -(2**63) <= value < 2**63
+    if t.is_floating(kind):
+        return isinstance(value, float) or (isinstance(value, int) and abs(value) <= 2**53)
+    return t.is_string(kind) and isinstance(value, str)
+
+
+def fit(result: Mapping[str, Any], fields: Mapping[str, pa.DataType]) -> dict[str, Any]:
+    """A result as the struct of `fields`: what does not fit stands as JSON in `extra`."""
+    import orjson
+
+    good = {key: value for key, value in result.items() if key in fields and fits(value, fields[key])}
+    if len(good) < len(result):
+        rest = {key: value for key, value in result.items() if key not in good}
+        good["extra"] = orjson.dumps(rest, option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS).decode()
+    return good
+
+
+def unfit(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The result that `fit` was given, from a row of the output."""
+    kept = {key: value for key, value in result.items() if value is not None and key != "extra"}
+    return {**kept, **json.loads(result.get("extra") or "{}")}
+
+
+def results_of(value: Any, usage: Usage | None) -> list[dict[str, Any]]:
+    """What a rollout returned, as a list of results; none for None.
+
+    Args:
+        value: a str, dict, Reply, dataclass, pydantic model, a list of those, or None.
+        usage: tokens of the whole rollout, for results that are not themselves one answer of the model.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if value is None:
+        return []
+    if isinstance(value, list):
+        parts = [results_of(item, None) for item in value]
+        results = [result for part in parts for result in part]
+        if usage and results and not any("usage" in result for result in results):
+            results[0]["usage"] = usage
+        return results
+    if isinstance(value, Reply):
+        return [_reply_result(choice) for choice in value.choices or (value,)]
+    if isinstance(value, str):
+        value = {"text": value}
+    elif hasattr(value, "model_dump"):
+        value = value.model_dump(mode="json")
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise TypeError(f"the rollout returned a {type(value).__name__}; it may return a str, dict, Reply, list or None")
+    return [value if "usage" in value or not usage else {**value, "usage": usage}]
+
+
+def _reply_result(reply: Reply) -> dict[str, Any]:
+    names = ("text", "reasoning", "finish_reason", "usage", "tool_calls", "logprobs")
+    return {name: value for name in names if (value := getattr(reply, name)) is not None}
+
+
+# ── Store ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+LOCAL_FILE_SYSTEMS = {"apfs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "hfs", "overlay", "ramfs", "tmpfs", "xfs", "zfs"}
+
+TABLES = """
+    CREATE TABLE IF NOT EXISTS chunks (
+        chunk INTEGER PRIMARY KEY, start INTEGER, count INTEGER, bookmark TEXT,
+        written INTEGER, filtered TEXT, failed TEXT);
+    -- id = chunk << 32 | position: a chunk is one range of the tree
+    CREATE TABLE IF NOT EXISTS documents (id INTEGER PRIMARY KEY, status TEXT, body TEXT);
+    CREATE TABLE IF NOT EXISTS requests (document INTEGER, key BLOB, body TEXT);
+    CREATE INDEX IF NOT EXISTS requests_by_document ON requests (document);
+    CREATE TABLE IF NOT EXISTS totals (name TEXT PRIMARY KEY, value REAL);
+"""
+
+
+class Store:
+    """The state of one rank: answered requests and finished documents of open chunks, all chunks, totals.
+
+    Answers and outcomes are handed in without waiting; one task commits them in groups. A finished document supersedes
+    its requests: those that are still waiting for their commit then are never written.
+    """
+
+    def __init__(self, db: aiosqlite.Connection, counts: Counter[str]) -> None:
+        self._db = db
+        self._counts = counts
+        self._started = time.monotonic()
+        self._chunks: list[Chunk] = []
+        self._documents: list[tuple[int, str, bytes]] = []
+        self._requests: dict[int, list[tuple[bytes, bytes]]] = {}
+        self._handed = self._durable = 0  # how many of these there ever were
+        self._dirty = asyncio.Event()
+        self._committed = asyncio.Condition()
+        self._transaction = asyncio.Lock()  # one at a time: all share the connection
+        self._closing = False
+        self.base: Counter[str] = Counter()  # totals of earlier processes
+        self.on_durable: Callable[[list[int]], None] = lambda ids: None
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def open(cls, path: Path, counts: Counter[str]) -> AsyncIterator[Store]:
+        """Open the state file, and commit what is handed in until the end; the last commit is made on the way out.
+
+        Raises:
+            StateError: the file is of another version.
+            sqlite3.Error: the file is broken, or a commit failed; in the second case the body was cancelled.
+        """
+        import aiosqlite
+
+        async with aiosqlite.connect(path, timeout=60) as db:
+            store = cls(db, counts)
+            await store._prepare(path)
+            async with asyncio.TaskGroup() as tasks:
+                committing = tasks.create_task(store._commit_forever())
+                try:
+                    yield store
+                finally:
+                    store._closing = True
+                    store._dirty.set()
+                    await asyncio.wait([committing])
+
+    async def _prepare(self, path: Path) -> None:
+        async with self._db.execute("PRAGMA user_version") as cursor:
+            (version,) = await cursor.fetchone() or (0,)
+        if version not in {0, STATE_VERSION}:
+            raise StateError(
+                f"state {path} is of version {version}, this sdg writes version {STATE_VERSION}: "
+                "finish the run with the sdg that began it, or start over with --fresh"
+            )
+        mode = "WAL" if file_system_of(path) in LOCAL_FILE_SYSTEMS else "TRUNCATE"  # WAL needs shared memory
+        for pragma in (f"journal_mode={mode}", "synchronous=FULL", "cache_size=-65536"):
+            await self._db.execute(f"PRAGMA {pragma}")
+        await self._db.executescript(TABLES + f"PRAGMA user_version={STATE_VERSION};")
+        async with self._db.execute("SELECT name, value FROM totals") as cursor:
+            self.base = Counter(dict(await cursor.fetchall()))  # type: ignore[arg-type]
+
+    # Handing in
+
+    def opened(self, chunk: Chunk) -> None:
+        """A chunk was read."""
+        self._chunks.append(dataclasses.replace(chunk))
+        self._handed += 1
+        self._dirty.set()
+
+    def answered(self, document: int, key: bytes, body: bytes) -> None:
+        """A request of a document has its answer."""
+        self._requests.setdefault(document, []).append((key, body))
+        self._handed += 1
+        self._dirty.set()
+
+    def finished(self, document: int, status: str, body: bytes) -> None:
+        """A document is final: status row, filtered or failed; body is JSON."""
+        self._requests.pop(document, None)
+        self._documents.append((document, status, body))
+        self._handed += 1
+        self._dirty.set()
+
+    async def room(self) -> None:
+        """Wait while more is handed in than the disk takes."""
+        async with self._committed:
+            await self._committed.wait_for(lambda: len(self._documents) < 20_000)
+
+    async def flush(self) -> None:
+        """Wait until all that was handed in is durable."""
+        handed = self._handed
+        self._dirty.set()
+        async with self._committed:
+            await self._committed.wait_for(lambda: self._durable >= handed)
+
+    # Committing
+
+    async def _commit_forever(self) -> None:
+        while not self._closing:
+            await self._dirty.wait()
+            self._dirty.clear()
+            await self._commit()
+            await asyncio.sleep(0 if self._closing else COMMIT_INTERVAL)
+        await self._commit()
+
+    async def _commit(self) -> None:
+        async with self._transaction:
+            # No await lies between these lines: the totals belong to exactly these rows.
+            chunks, documents, requests = self._chunks, self._documents, self._requests
+            self._chunks, self._documents, self._requests = [], [], {}
+            totals, handed = list(self.totals().items()), self._handed
+            await self._insert("chunks", 7, [_chunk_row(chunk) for chunk in chunks])
+            await self._insert("documents", 3, documents)
+            await self._insert("requests", 3, [(i, *answer) for i, answers in requests.items() for answer in answers])
+            await self._insert("totals", 2, totals)
+            await self._db.commit()
+        self._durable = handed
+        self.on_durable([document for document, _, _ in documents])
+        async with self._committed:
+            self._committed.notify_all()
+
+    async def _insert(self, table: str, width: int, rows: list[tuple[Any, ...]]) -> None:
+        """One statement for many rows: `executemany` takes the GIL back for each row, up to 5 ms when it is busy."""
+        for i in range(0, len(rows), 1000):
+            some = rows[i : i + 1000]
+            marks = ",".join([f"({','.join('?' * width)})"] * len(some))
+            values = [value for row in some for value in row]
+            await self._db.execute(f"INSERT OR REPLACE INTO {table} VALUES {marks}", values)
+
+    async def written(self, chunk: Chunk) -> None:
+        """The chunk's file is durable: record it and drop what it took to make it."""
+        span = (chunk.index << 32, (chunk.index + 1) << 32)
+        async with self._transaction:
+            await self._insert("chunks", 7, [_chunk_row(chunk)])
+            await self._db.execute("DELETE FROM documents WHERE id >= ? AND id < ?", span)
+            await self._db.execute("DELETE FROM requests WHERE document >= ? AND document < ?", span)
+            await self._db.commit()
+
+    async def reopen(self, chunk: Chunk, outcomes: Iterable[tuple[int, str, bytes]]) -> None:
+        """Make a written chunk open again, with the documents that stay as they are."""
+        async with self._transaction:
+            await self._insert("documents", 3, [(chunk.index << 32 | i, status, body) for i, status, body in outcomes])
+            await self._insert("chunks", 7, [_chunk_row(chunk)])
+            await self._db.commit()
+
+    async def forget_failures(self) -> None:
+        """Make the failed documents of open chunks unfinished."""
+        async with self._transaction:
+            await self._db.execute("DELETE FROM documents WHERE status = 'failed'")
+            await self._db.commit()
+
+    # Asking
+
+    def totals(self) -> Counter[str]:
+        """Counters over all processes of this rank so far."""
+        return self.base + self._counts + Counter({"seconds": time.monotonic() - self._started})  # type: ignore[dict-item]
+
+    async def chunks(self) -> dict[int, Chunk]:
+        """All chunks that were ever read, by index."""
+        return await recorded_chunks(self._db)
+
+    async def tally(self) -> Counter[str]:
+        """How many documents are a row, filtered or failed."""
+        sql = "SELECT status, count(*) FROM documents GROUP BY status"
+        async with self._db.execute(sql) as cursor:
+            tally = Counter(dict(await cursor.fetchall()))  # type: ignore[arg-type]
+        for chunk in (await self.chunks()).values():
+            if chunk.written:
+                tally.update(row=chunk.rows, filtered=len(chunk.filtered), failed=len(chunk.failed))
+        return tally
+
+    async def finished_in(self, chunk: Chunk) -> dict[int, str]:
+        """Positions and statuses of a chunk's final documents."""
+        sql = "SELECT id & 0xffffffff, status FROM documents WHERE id >= ? AND id < ?"
+        async with self._db.execute(sql, (chunk.index << 32, (chunk.index + 1) << 32)) as cursor:
+            return dict(await cursor.fetchall())  # type: ignore[arg-type]
+
+    async def answers_to(self, document: int) -> dict[bytes, bytes]:
+        """Durable answers of one unfinished document, by key."""
+        async with self._db.execute("SELECT key, body FROM requests WHERE document = ?", (document,)) as cursor:
+            return dict(await cursor.fetchall())  # type: ignore[arg-type]
+
+    async def outcomes_of(self, chunk: Chunk) -> bytes:
+        """A chunk's documents as one JSON list of [position, status, body]: one step of SQLite, without the GIL."""
+        sql = """SELECT '[' || group_concat('[' || (id & 0xffffffff) || ',"' || status || '",' || body || ']') || ']'
+                 FROM (SELECT * FROM documents WHERE id >= ? AND id < ? ORDER BY id)"""
+        async with self._db.execute(sql, (chunk.index << 32, (chunk.index + 1) << 32)) as cursor:
+            ((text,),) = await cursor.fetchall()
+        return bytes(text, "utf-8") if isinstance(text, str) else text or b"[]"
+
+
+def _chunk_row(chunk: Chunk) -> tuple[Any, ...]:
+    return (*dataclasses.astuple(chunk)[:5], json.dumps(chunk.filtered), json.dumps(chunk.failed))
+
+
+async def recorded_chunks(db: aiosqlite.Connection) -> dict[int, Chunk]:
+    """All chunks in a state file, by index."""
+    async with db.execute("SELECT * FROM chunks ORDER BY chunk") as cursor:
+        rows = await cursor.fetchall()
+    return {row[0]: Chunk(*row[:4], bool(row[4]), *(tuple(json.loads(part)) for part in row[5:])) for row in rows}
+
+
+def file_system_of(path: Path) -> str:
+    """The type of the file system that holds a path, as the kernel's mount table names it."""
+    mounts = Path("/proc/self/mountinfo")
+    if not mounts.exists():
+        return "apfs"  # macOS: local unless mounted otherwise
+    best, kind = "", ""
+    for line in mounts.read_text().splitlines():
+        before, _, after = line.partition(" - ")
+        mount = before.split()[4].encode().decode("unicode_escape")
+        if Path(os.path.realpath(path)).is_relative_to(mount) and len(mount) >= len(best):
+            best, kind = mount, after.split()[0]
+    return kind
+
+
+# ── Client ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Upstream:
+    """One server as the pool sees it."""
+
+    __slots__ = ("active", "failed_at", "failures", "limit", "shrunk", "until", "url")
+
+    def __init__(self, url: str, limit: int) -> None:
+        self.url = url  # ends in /v1 or what the endpoint has instead
+        self.limit: float = limit
+        self.active = 0
+        self.until = 0.0  # set aside until this loop time
+        self.failures = 0  # in a row, of requests sent one after the other
+        self.failed_at = 0.0
+        self.shrunk = 0.0  # when the limit was last halved
+
+
+class Pool:
+    """Slots for requests: at most `limit` in flight in all, each on the least loaded server that is well.
+
+    A server that answers 429 or 503 gets half as many at a time, and one more for each limit's worth of answers in
+    twenty (additive increase, multiplicative decrease; Chiu and Jain 1989). One that fails several times in a row is
+    set aside, ever longer, and comes back with one request at a time.
+    """
+
+    def __init__(self, urls: Iterable[str], limit: int) -> None:
+        self.limit = limit
+        self.upstreams = [Upstream(url, limit) for url in urls]
+        self.active = 0
+        self.successes = 0
+        self._waiting: deque[asyncio.Future[Upstream]] = deque()
+        self._alarm: asyncio.TimerHandle | None = None
+        self._stopped = False
+        self._loop = asyncio.get_running_loop()
+        self._area = 0.0  # integral of `active` over time
+        self._since = self._began = self._loop.time()
+        self.lost: float | None = None  # since when no server could be connected to
+
+    async def acquire(self) -> Upstream:
+        """Wait for a slot. Cancelled when the run is stopping."""
+        if self._stopped:
+            raise asyncio.CancelledError
+        if not self._waiting and (upstream := self._take()):
+            return upstream
+        slot: asyncio.Future[Upstream] = self._loop.create_future()
+        self._waiting.append(slot)
+        self._wake()
+        try:
+            return await slot
+        except asyncio.CancelledError:
+            if slot.done() and not slot.cancelled():
+                self.release(slot.result())
+            raise
+
+    def release(self, upstream: Upstream) -> None:
+        """Give a slot back."""
+        self._measure()
+        self.active -= 1
+        upstream.active -= 1
+        if self._waiting:
+            self._wake()
+
+    def succeeded(self, upstream: Upstream) -> None:
+        """An answer came."""
+        self.successes += 1
+        if upstream.failures:
+            upstream.failures = 0
+            upstream.until = 0.0
+        if upstream.limit < self.limit:
+            upstream.limit = min(self.limit, upstream.limit + max(1.0, self.limit / 20) / upstream.limit)
+
+    def overloaded(self, upstream: Upstream, sent: float, pause: float | None) -> None:
+        """A 429 or 503 came: one halving for all requests that were sent before the last one."""
+        now = self._loop.time()
+        if sent >= upstream.shrunk:
+            upstream.limit = max(1.0, min(upstream.limit, upstream.active) / 2)
+            upstream.shrunk = now
+        if pause:
+            upstream.until = max(upstream.until, now + pause)
+
+    def failed(self, upstream: Upstream, sent: float, patience: int = 8) -> None:
+        """No usable answer came. After `patience` failures in a row the server is set aside."""
+        if sent < upstream.failed_at:
+            return  # one crash breaks all requests in flight, and is one failure
+        upstream.failures += 1
+        upstream.failed_at = now = self._loop.time()
+        if upstream.failures >= patience:
+            pause = min(30.0, 0.5 * 2 ** min(upstream.failures - patience, 10))
+            upstream.until = max(upstream.until, now + pause)
+
+    def stop(self) -> None:
+        """Let no further request begin."""
+        self._stopped = True
+        while self._waiting:
+            self._waiting.popleft().cancel()
+
+    @property
+    def mean_in_flight(self) -> float:
+        """Requests in flight, averaged over the time since the start."""
+        self._measure()
+        return self._area / max(self._since - self._began, 1e-9)
+
+    def _measure(self) -> None:
+        now = self._loop.time()
+        self._area += self.active * (now - self._since)
+        self._since = now
+
+    def _take(self) -> Upstream | None:
+        if self.active >= self.limit:
+            return None
+        now = self._loop.time()
+        best = None
+        for upstream in self.upstreams:
+            allowed = 1 if upstream.failures >= 3 else upstream.limit
+            if upstream.until <= now and upstream.active + 1 <= allowed and (not best or upstream.active < best.active):
+                best = upstream
+        if best:
+            self._measure()
+            self.active += 1
+            best.active += 1
+        return best
+
+    def _wake(self) -> None:
+        while self._waiting:
+            if self._waiting[0].done():
+                self._waiting.popleft()
+            elif upstream := self._take():
+                self._waiting.popleft().set_result(upstream)
+            else:
+                break
+        aside = [upstream.until for upstream in self.upstreams if upstream.until > self._loop.time()]
+        if self._waiting and aside and (not self._alarm or self._alarm.when() > min(aside)):
+            if self._alarm:
+                self._alarm.cancel()
+            self._alarm = self._loop.call_at(min(aside), self._ring)
+
+    def _ring(self) -> None:
+        self._alarm = None
+        self._wake()
+
+
+class Client:
+    """Sends payloads until they are answered or given up. `stop(error)` is called when the run cannot go on."""
+
+    def __init__(self, session: aiohttp.ClientSession, pool: Pool, run: Run, stop: Callable[[Error], None]) -> None:
+        self.session, self.pool, self.counts, self._stop = session, pool, run.counts, stop
+        self.max_retries: int = run.options.max_retries
+        self.timeout: float = run.options.request_timeout
+        self.key_name: str = run.options.api_key_env
+
+    async def post(self, path: str, body: bytes) -> tuple[Reply, bytes]:
+        """Send one payload to the pool.
+
+        Args:
+            path: below the base URL, such as `/chat/completions`.
+            body: the payload as JSON.
+
+        Returns:
+            The answer, and its body as JSON.
+
+        Raises:
+            RequestFailed: refused, or no attempt is left.
+        """
+        attempts = spent = storms = 0
+        while True:
+            upstream = await self.pool.acquire()
+            successes = self.pool.successes
+            try:
+                return await self._attempt(upstream, path, body)
+            except RequestFailed as problem:
+                failure = problem
+            finally:
+                self.pool.release(upstream)
+            attempts += 0 if failure.unreached else 1
+            failure.attempts = attempts
+            self.counts[f"retries.{failure.cause}" if failure.retry else f"refused.{failure.cause}"] += 1
+            if failure.unreached:
+                continue  # the server is set aside: waiting for a slot is the pause
+            # An overloaded server that still answers others will answer this request, too.
+            overload = failure.status in {429, 503}
+            storms += overload
+            if not overload or self.pool.successes == successes:
+                spent += 1
+            if not failure.retry or spent > self.max_retries or storms > STORM_PATIENCE * self.max_retries:
+                raise failure
+            longest = min(LONGEST_PAUSE, 0.5 * 2.0 ** min(attempts, 10))
+            await asyncio.sleep(max(failure.retry_after or 0.0, random.uniform(0, longest)))  # full jitter
+
+    async def _attempt(self, upstream: Upstream, path: str, body: bytes) -> tuple[Reply, bytes]:
+        """One request and its answer; the pool learns how it went."""
+        import aiohttp
+        import orjson
+
+        sent = self.pool._loop.time()
+        self.counts["requests"] += 1
+        try:
+            async with self.session.post(upstream.url + path, data=body) as response:
+                raw = await response.read()
+            self.pool.lost = None
+            if response.status != 200:
+                raise self._refused(upstream, response, raw, sent)
+            try:
+                answer = orjson.loads(raw)
+            except ValueError as problem:
+                raise RequestFailed("body", f"the answer is not JSON: {problem}: {_shown(raw)}") from problem
+            self._count_tokens(answer)
+            reply = parse_reply(answer)
+        except TimeoutError as problem:
+            self.pool.failed(upstream, sent)
+            raise RequestFailed("timeout", f"no answer within {self.timeout:g} s") from problem
+        except (aiohttp.ClientConnectorError, aiohttp.InvalidURL) as problem:
+            raise self._unreachable(upstream, problem, sent) from problem
+        except (aiohttp.ClientError, ConnectionError) as problem:
+            self.pool.failed(upstream, sent)
+            raise RequestFailed("connection", f"the connection broke: {problem or type(problem).__name__}") from problem
+        self.pool.succeeded(upstream)
+        return reply, raw
+
+    def _refused(self, upstream: Upstream, response: aiohttp.ClientResponse, raw: bytes, sent: float) -> RequestFailed:
+        """Make an error of an answer that is not 200."""
+        status = response.status
+        retry = status in {408, 409, 425, 429} or status >= 500
+        message = f"{status} from {redact(upstream.url)}: {error_text(raw) or response.reason}"
+        failure = RequestFailed(str(status), self._without_key(message), status=status, retry=retry)
+        failure.retry_after = retry_after(response.headers.get("Retry-After"))
+        if status == 401:
+            self._stop(ServerError(f"{message}; is the key in ${self.key_name} right?"))
+        elif status in {429, 503}:
+            self.pool.overloaded(upstream, sent, failure.retry_after)
+        elif retry:
+            self.pool.failed(upstream, sent)
+        else:
+            upstream.failures = 0
+        return failure
+
+    def _unreachable(self, upstream: Upstream, problem: Exception, sent: float) -> RequestFailed:
+        """No connection: set the server aside. When all have been gone for too long the run ends."""
+        self.pool.failed(upstream, sent, patience=1)
+        self.pool.lost = self.pool.lost or sent
+        silent = self.pool._loop.time() - self.pool.lost
+        if silent > self.timeout:
+            self._stop(ServerError(f"no server could be reached for {silent:.0f} s ({problem}); start one, then run again"))
+        failure = RequestFailed("connection", str(problem))
+        failure.unreached = True
+        return failure
+
+    def _without_key(self, text: str) -> str:
+        key = os.environ.get(self.key_name)
+        return text.replace(key, "***") if key else text
+
+    def _count_tokens(self, answer: Any) -> None:
+        usage = answer.get("usage") if isinstance(answer, dict) else None
+        if isinstance(usage, dict):
+            for name in ("prompt_tokens", "completion_tokens"):
+                if isinstance(usage.get(name), int):
+                    self.counts[name] += usage[name]
+
+
+def parse_reply(answer: Any) -> Reply:
+    """A chat or completion answer as the protocol has it (https://platform.openai.com/docs/api-reference).
+
+    Raises:
+        RequestFailed: it has another shape, or neither text nor a tool call.
+    """
+    choices = answer.get("choices") if isinstance(answer, dict) else None
+    if not isinstance(choices, list) or not choices or not all(isinstance(choice, dict) for choice in choices):
+        raise RequestFailed("body", f"the answer has no choices: {_shown(json.dumps(answer).encode())}")
+    replies = [reply for choice in choices if (reply := _parse_choice(choice)).text or reply.tool_calls]
+    if not replies:
+        reason = choices[0].get("finish_reason")
+        thought = ", all of its tokens went into reasoning" if _parse_choice(choices[0]).reasoning else ""
+        hint = "; raise --max-tokens" if reason == "length" else ""
+        raise RequestFailed("empty", f"the answer is empty (finish_reason {reason}){thought}{hint}", retry=reason != "length")
+    usage = answer.get("usage")
+    if isinstance(usage, dict):
+        counted = {name: usage[name] for name in Usage.__annotations__ if isinstance(usage.get(name), int)}
+        replies[0] = dataclasses.replace(replies[0], usage=typing.cast("Usage", counted))
+    return dataclasses.replace(replies[0], choices=tuple(replies)) if len(replies) > 1 else replies[0]
+
+
+def _parse_choice(choice: dict[str, Any]) -> Reply:
+    message = choice.get("message")
+    if not isinstance(message, dict):
+        message = {"content": choice.get("text")}
+    content = message.get("content")
+    return Reply(
+        text=content if isinstance(content, str) else "",
+        reasoning=message.get("reasoning_content") or message.get("reasoning"),
+        finish_reason=choice.get("finish_reason"),
+        tool_calls=message.get("tool_calls") or None,
+        logprobs=choice.get("logprobs"),
+    )
+
+
+def error_text(raw: bytes) -> str:
+    """The message in an error's body: OpenAI and vLLM nest it, SGLang is flat, others say `detail`."""
+    try:
+        body = json.loads(raw)
+    except ValueError:
+        return _shown(raw)
+    if isinstance(body, dict):
+        inner = body.get("error") if isinstance(body.get("error"), dict) else body
+        for name in ("message", "detail", "error"):
+            if inner.get(name):
+                return _shown(str(inner[name]).encode())
+    return _shown(raw)
+
+
+def _shown(raw: bytes) -> str:
+    text = " ".join(raw[:600].decode(errors="replace").split())
+    return text if len(text) <= 300 else text[:300] + "…"
+
+
+def retry_after(value: str | None) -> float | None:
+    """Seconds that a Retry-After header asks for: a number, or an HTTP date (RFC 9110, section 10.2.3)."""
+    from email.utils import parsedate_to_datetime
+
+    if not value:
+        return None
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass  # then it is a date
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return None
+
+
+@contextlib.asynccontextmanager
+async def connect(run: Run, urls: list[str], stop: Callable[[Error], None]) -> AsyncIterator[Client]:
+    """A client of the servers at `urls`; settles `run.model`.
+
+    Raises:
+        ServerError: a server cannot be reached, refuses the key, or does not serve the model.
+    """
+    import aiohttp
+
+    if not urls:
+        raise UsageError("--server endpoint needs --base-url, or OPENAI_BASE_URL in the environment")
+    key = os.environ.get(run.options.api_key_env)
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    limit = limit_of_files(run.options.max_concurrent_generations)
+    local = all(re.match(r"https?://(127\.|localhost|\[::1\])", url) for url in urls)
+    async with aiohttp.ClientSession(
+        # vLLM's server closes idle connections after 5 s: ours must not be the ones it is just closing.
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=4),
+        timeout=aiohttp.ClientTimeout(total=run.options.request_timeout),
+        headers=headers,
+        cookie_jar=aiohttp.DummyCookieJar(),
+        trust_env=not local,
+    ) as session:
+        roots, models = [], []
+        for url in urls:
+            root, served = await find_models(session, url, run.options.api_key_env)
+            roots.append(root)
+            models += served or []
+        run.model = choose_model(run.options.model, sorted(set(models)))
+        yield Client(session, Pool(roots, limit), run, stop)
+
+
+async def find_models(session: aiohttp.ClientSession, url: str, key_name: str) -> tuple[str, list[str] | None]:
+    """The API's root below a base URL that may lack its `/v1`, and the models served; None if it does not say."""
+    import aiohttp
+
+    base = url.rstrip("/")
+    roots = [base] if base.endswith("/v1") else [f"{base}/v1", base]
+    status = 0
+    for root in roots:
+        try:
+            async with session.get(f"{root}/models", timeout=aiohttp.ClientTimeout(total=60)) as response:
+                status, raw = response.status, await response.read()
+        except (aiohttp.ClientError, TimeoutError, ValueError) as problem:
+            reason = str(problem) or type(problem).__name__
+            raise ServerError(f"no server answers at {redact(url)} ({redact(reason)}): is --base-url right, is it up?") from problem
+        if status in {401, 403}:
+            raise ServerError(f"{status} from {redact(root)}: {error_text(raw)}; is the key in ${key_name} right?")
+        if status == 200:
+            with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):  # some proxy's page, then
+                return root, [model["id"] for model in json.loads(raw)["data"]]
+    if status >= 500:
+        raise ServerError(f"{status} from {redact(base)}: the server is not ready")
+    # No list of models: an endpoint with a path of its own has no /v1 to add.
+    return (base if re.search(r"//[^/]+/", base) else roots[0]), None
+
+
+def choose_model(wanted: str | None, served: list[str]) -> str:
+    """The model to ask for; ServerError if the servers do not have it, or leave the choice open."""
+    if wanted and (not served or wanted in served):
+        return wanted
+    if not wanted and len(served) == 1:
+        return served[0]
+    names = ", ".join(served[:20]) or "none that it tells"
+    if wanted:
+        near = difflib.get_close_matches(wanted, served, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ServerError(f"the server does not serve --model {wanted}; it serves: {names}{hint}")
+    raise ServerError(f"say which --model; the server serves: {names}")
+
+
+def limit_of_files(wanted: int) -> int:
+    """Raise the limit of open files for `wanted` requests in flight; return how many it allows."""
+    import resource
+
+    needed = wanted + 256
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(hard, needed)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        if soft < needed:
+            say(f"the limit of open files is {hard}: {soft - 256} requests at a time instead of {wanted} (see ulimit -Hn)")
+    return wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, soft - 256))
+
+
+# ── Engine ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class OpenChunk:
+    """A chunk between reading and writing. Its rows wait in an Arrow file: memory does not grow with stragglers."""
+
+    def __init__(
+        self, chunk: Chunk, parts: list[Block | BadRow], schema: pa.Schema, spool: Path | None = None
+    ) -> None:
+        import pyarrow as pa
+
+        self.chunk = chunk
+        self.bad: dict[int, BadRow] = {}
+        self.remaining = 0  # documents that are not final
+        self.resumed = False
+        self._origins: list[tuple[int, str, int]] = []  # (position, file, row there)
+        self._spool = spool
+        batches = []
+        for part in parts:
+            self._origins.append((chunk.count, part.file, part.row))
+            if isinstance(part, BadRow):
+                self.bad[chunk.count] = part
+            batches.append(_null_row(schema) if isinstance(part, BadRow) else part.batch)
+            chunk.count += batches[-1].num_rows
+        self.table = pa.Table.from_batches(batches, schema)
+        if spool:
+            with pa.OSFile(str(spool), "wb") as sink, pa.ipc.new_file(sink, schema) as file:
+                file.write_table(self.table)
+            self.table = pa.ipc.open_file(pa.memory_map(str(spool))).read_all()
+
+    def ids(self, column: str | None) -> list[str]:
+        """The documents' ids: the column's values, and `<file>/<row>` where it has none."""
+        ends = [position for position, _, _ in self._origins[1:]] + [self.chunk.count]
+        names = [
+            f"{file}/{row + i}"
+            for (start, file, row), end in zip(self._origins, ends, strict=True)
+            for i in range(end - start)
+        ]
+        if column is None:
+            return names
+        own = self.table.column(column).to_pylist()
+        return [name if value is None else str(value) for name, value in zip(names, own, strict=True)]
+
+    def documents(self, prompt_column: str, id_column: str | None) -> Iterator[Document | tuple[int, str]]:
+        """The documents in order; of those without a usable prompt the position and the reason."""
+        ids = self.ids(id_column)
+        prompts = self.table.column(prompt_column)
+        for start in range(0, self.chunk.count, 256):
+            for position, value in enumerate(prompts.slice(start, 256).to_pylist(), start):
+                if position in self.bad:
+                    yield position, self.bad[position].reason
+                    continue
+                try:
+                    text, messages = prompt_of(value)
+                except BadDocument as problem:
+                    yield position, f"column {prompt_column!r} {problem}"
+                    continue
+                index = self.chunk.start + position
+                yield Document(ids[position], text, messages, index, self.table, position)
+
+    def close(self) -> None:
+        """Drop the rows."""
+        del self.table
+        if self._spool:
+            self._spool.unlink(missing_ok=True)
+
+
+def _null_row(schema: pa.Schema) -> pa.RecordBatch:
+    import pyarrow as pa
+
+    return pa.RecordBatch.from_arrays([pa.nulls(1, field.type) for field in schema], schema=schema)
+
+
+def id_column_of(options: argparse.Namespace, schema: pa.Schema) -> str | None:
+    """The column that names the documents; None if they go by file and row."""
+    return options.id_column or ("id" if "id" in schema.names else None)
+
+
+def prompt_of(value: Any) -> tuple[str, list[dict[str, Any]] | None]:
+    """Text and messages of a prompt column's value; BadDocument if it is no prompt."""
+    if isinstance(value, str):
+        if not value.strip():
+            raise BadDocument("is empty")
+        return value, None
+    if value is None:
+        raise BadDocument("is null")
+    if not isinstance(value, list) or not value:
+        raise BadDocument(f"is neither text nor a list of messages: {str(value)[:80]}")
+    messages = []
+    for message in value:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise BadDocument(f"has a message without a role: {str(message)[:80]}")
+        if not isinstance(message.get("content"), (str, list)) and not message.get("tool_calls"):
+            raise BadDocument(f"has a message without content: {str(message)[:80]}")
+        messages.append({key: item for key, item in message.items() if item is not None})
+    return "\n\n".join(m["content"] for m in messages if isinstance(m.get("content"), str)), messages
+
+
+class Trial:
+    """One rollout of one document: it is the `generate` that the rollout is given."""
+
+    __slots__ = ("_answers", "_engine", "_index", "_key", "_ordinals", "attempts", "document", "interrupted", "usage")
+
+    def __init__(self, engine: Engine, document: Document, key: int, index: int, answers: dict[bytes, bytes]) -> None:
+        self._engine, self.document, self._key, self._index, self._answers = engine, document, key, index, answers
+        self._ordinals: dict[bytes, int] = {}  # how often the same payload was asked for
+        self.attempts = 0
+        self.interrupted = False
+        self.usage: Usage | None = None
+
+    async def __call__(self, prompt: str | list[dict[str, Any]] | dict[str, Any], **overrides: Any) -> Reply:
+        """See `Generate`."""
+        import orjson
+        import xxhash
+
+        path, payload = self._engine.payload(prompt, overrides, self._index)
+        try:
+            body = orjson.dumps(payload)
+        except TypeError as problem:
+            raise BadDocument(f"the prompt cannot be sent: {problem}") from problem
+        ordinal = self._ordinals[body] = self._ordinals.get(body, -1) + 1
+        parts = (path.encode(), body, self.document.id.encode(errors="surrogatepass"), b"%d/%d" % (self._index, ordinal))
+        key = xxhash.xxh3_128_digest(b"\0".join(parts))
+        if key in self._answers:
+            self._engine.run.counts["cache_hits"] += 1
+            reply = parse_reply(orjson.loads(self._answers[key]))
+        else:
+            reply = await self._send(path, body, key)
+        self.attempts += 1
+        if reply.usage:
+            known: Usage = self.usage or {}
+            self.usage = {name: known.get(name, 0) + n for name, n in reply.usage.items()}  # type: ignore[assignment, operator, misc]
+        return reply
+
+    async def _send(self, path: str, body: bytes, key: bytes) -> Reply:
+        try:
+            reply, answer = await self._engine.client.post(path, body)
+        except asyncio.CancelledError:
+            self.interrupted = True
+            raise
+        self._engine.store.answered(self._key, key, answer)
+        return reply
+
+    async def run(self) -> list[dict[str, Any]] | dict[str, Any]:
+        """The results, or what failed: `{error, error_type, attempts}`."""
+        engine = self._engine
+        try:
+            results = results_of(await engine.rollout(self.document, self, **engine.resources), self.usage)
+        except Error:
+            raise
+        except RequestFailed as problem:
+            return {"error": str(problem), "error_type": "RequestFailed", "attempts": problem.attempts}
+        except BadDocument as problem:
+            return {"error": str(problem), "error_type": "BadDocument", "attempts": 0}
+        except (Exception, SystemExit) as problem:
+            kind = type(problem).__name__
+            return {"error": describe(problem, engine.rollout_file), "error_type": kind, "attempts": max(1, self.attempts)}
+        if self.interrupted and engine.stopping:
+            raise asyncio.CancelledError  # the rollout went on without an answer that the run was stopped before
+        return results
+
+
+class Engine:
+    """Moves documents from the reader through rollouts into files; see the top of this module."""
+
+    def __init__(
+        self, run: Run, store: Store, reader: Reader, writer: Writer, client: Client, resources: dict[str, Any]
+    ) -> None:
+        options = run.options
+        self.run, self.store, self.reader, self.writer, self.client = run, store, reader, writer, client
+        self.resources = resources
+        self.rollout = run.plugins.rollouts[options.rollout].factory
+        self.rollout_file = inspect.getsourcefile(inspect.unwrap(self.rollout))
+        self.defaults = sampling(options, run.model)
+        self.id_column = id_column_of(options, reader.schema)
+        self.fields = recorded_fields(run.state) or settle_fields(run.state, annotated_fields(self.rollout))
+        self.stopping = False
+        self.began = time.monotonic()
+        self.started = self.finished = self.failed = 0  # documents, in this process
+        self.tally: Counter[str] = Counter()  # documents, ever
+        self.reasons: Counter[str] = Counter()
+        self._open: dict[int, OpenChunk] = {}
+        self._deferred: list[OpenChunk] = []  # final, but without a result that would tell the schema
+        self._unwritten = 0
+        self._space = asyncio.Event()
+        self._slots = asyncio.Semaphore(options.max_concurrent_documents)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._reading = ThreadPoolExecutor(1, "sdg-reader")
+        self._writing = ThreadPoolExecutor(2, "sdg-writer")
+        self._one_writes = asyncio.Semaphore(2)
+
+    async def work(self) -> None:
+        """Process all chunks of this rank. When told to stop: what is answered is stored, what is complete written."""
+        (self.run.state / "open").mkdir(exist_ok=True)
+        for spool in (self.run.state / "open").glob(f"{self.run.options.rank:05d}_*"):
+            spool.unlink()
+        if self.run.options.retry_failed:
+            await self.store.forget_failures()
+        self.tally = await self.store.tally()
+        self.store.on_durable = self._durable
+        with self._reading, self._writing:
+            async with asyncio.TaskGroup() as self._write_tasks:
+                async with asyncio.TaskGroup() as self._rollouts:
+                    self._feeder = self._rollouts.create_task(self._feed())
+                    if self.stopping:
+                        self.stop()
+                await self.store.flush()
+            if not self.stopping and self._deferred:
+                self.fields = settle_fields(self.run.state, {})
+                for opened in self._deferred:
+                    await self._write_chunk(opened)
+
+    def stop(self) -> None:
+        """Start nothing new, give what is in flight a moment, then cancel it."""
+        self.stopping = True
+        self.client.pool.stop()
+        if hasattr(self, "_feeder") and (self._tasks or not self._feeder.done()):
+            self._feeder.cancel()
+            self._rollouts.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        deadline = time.monotonic() + GRACE
+        while self.client.pool.active and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        for task in list(self._tasks):
+            task.cancel()
+
+    # Reading
+
+    async def _feed(self) -> None:
+        """Start the rollouts of all documents that are not final, as many at a time as there are slots."""
+        known = await self.store.chunks()
+        async for opened in self._chunks(known):
+            chunk = opened.chunk
+            earlier = known.get(chunk.index)
+            if earlier and earlier.written and not await self._reopen(opened, earlier):
+                opened.close()
+                continue
+            while self._unwritten and self._unwritten + chunk.count > self._window():
+                self._space.clear()
+                await self._space.wait()
+            final = await self.store.finished_in(chunk) if earlier else {}
+            opened.resumed = earlier is not None
+            opened.remaining = chunk.count - len(final)
+            self._open[chunk.index] = opened
+            self._unwritten += chunk.count
+            self.store.opened(chunk)
+            if not opened.remaining:
+                self._write_tasks.create_task(self._write_chunk(opened))
+            await self._start(opened, final)
+
+    async def _start(self, opened: OpenChunk, final: Mapping[int, str]) -> None:
+        for item in opened.documents(self.run.options.prompt_column, self.id_column):
+            position = item[0] if isinstance(item, tuple) else item._position
+            if position in final:
+                continue
+            await self._slots.acquire()
+            await self.store.room()
+            self.started += 1
+            if isinstance(item, tuple):
+                self._slots.release()
+                kind = "BadRow" if position in opened.bad else "BadDocument"
+                self._finish(opened, position, {"error": item[1], "error_type": kind, "attempts": 0})
+                continue
+            task = self._rollouts.create_task(self._roll_out(opened, item))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    def _window(self) -> int:
+        return max(WINDOW * self.run.options.max_concurrent_documents, 4 * self.run.options.records_per_chunk)
+
+    async def _chunks(self, known: dict[int, Chunk]) -> AsyncIterator[OpenChunk]:
+        """What `_read_chunks` yields, read one chunk ahead in the reader's thread."""
+        loop = asyncio.get_running_loop()
+        chunks = self._read_chunks(known)
+        ahead = loop.run_in_executor(self._reading, next, chunks, None)
+        try:
+            while opened := await ahead:
+                ahead = loop.run_in_executor(self._reading, next, chunks, None)
+                yield opened
+        finally:
+            ahead.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+    def _read_chunks(self, known: dict[int, Chunk]) -> Iterator[OpenChunk]:
+        """This rank's chunks that are not written, and those that may have to be opened again."""
+        options = self.run.options
+        size, most = options.records_per_chunk, options.max_documents or sys.maxsize
+        bookmark = None
+        for index in range(options.rank, sys.maxsize, options.world_size):
+            start = index * size
+            wanted = min(size, most - start)
+            chunk = known.get(index)
+            if chunk:
+                bookmark = chunk.bookmark or bookmark
+            if wanted <= 0:
+                return
+            if chunk and chunk.written and chunk.count >= wanted and not (options.retry_failed and chunk.failed):
+                continue
+            with reading(options.input):
+                self.reader.seek(start, bookmark)
+                bookmark = self.reader.tell()
+                parts = self.reader.read(wanted)
+            if not parts:
+                return
+            spool = self.run.state / "open" / f"{options.rank:05d}_{index:05d}.arrow"
+            opened = OpenChunk(Chunk(index, start, bookmark=bookmark), parts, self.reader.schema, spool)
+            yield opened
+            if opened.chunk.count < wanted:
+                return
+
+    async def _reopen(self, opened: OpenChunk, earlier: Chunk) -> bool:
+        """Take a written chunk up again if it has grown, or has failures to retry. Returns False if it is complete."""
+        retry = self.run.options.retry_failed and bool(earlier.failed)
+        if opened.chunk.count <= earlier.count and not retry:
+            return False
+        outcomes = await asyncio.get_running_loop().run_in_executor(self._writing, self._outcomes_in_files, earlier)
+        if retry:
+            outcomes = [outcome for outcome in outcomes if outcome[1] != "failed"]
+            self.tally["failed"] -= len(earlier.failed)
+        await self.store.reopen(opened.chunk, outcomes)
+        return True
+
+    def _outcomes_in_files(self, chunk: Chunk) -> list[tuple[int, str, bytes]]:
+        """The documents of a written chunk as the store would have them, from its files."""
+        import orjson
+
+        gone = set(chunk.filtered) | set(chunk.failed)
+        table = self.writer.read(chunk)
+        if table is None or table.num_rows != chunk.rows:
+            raise OutputError(
+                f"{self.run.output.path(self.run.path_of(chunk))} is not as it was written: put it back, or use --fresh"
+            )
+        rows = table.column(self.run.options.results_column).to_pylist() if chunk.rows else []
+        kept = [position for position in range(chunk.count) if position not in gone]
+        outcomes = [
+            (position, "row", orjson.dumps([unfit(result) for result in results]))
+            for position, results in zip(kept, rows, strict=True)
+        ]
+        outcomes += [(position, "filtered", b"null") for position in chunk.filtered]
+        failures = read_failed(self.run, chunk)
+        for position, record in zip(chunk.failed, failures, strict=True):
+            body = {name: record[name] for name in ("error", "error_type", "attempts")}
+            outcomes.append((position, "failed", orjson.dumps(body)))
+        return outcomes
+
+    # Rollouts
+
+    def payload(
+        self, prompt: str | list[dict[str, Any]] | dict[str, Any], overrides: dict[str, Any], index: int
+    ) -> tuple[str, dict[str, Any]]:
+        """Endpoint and body of a request: the prompt's kind decides the first, the last word wins in the second."""
+        if isinstance(prompt, str):
+            prompt = {"messages": [{"role": "user", "content": prompt}]}
+        elif isinstance(prompt, list):
+            prompt = {"messages": prompt}
+        payload = {**self.defaults, **prompt, **overrides}
+        if index and isinstance(payload.get("seed"), int):
+            payload["seed"] += index
+        return "/completions" if "prompt" in prompt else "/chat/completions", payload
+
+    async def _roll_out(self, opened: OpenChunk, document: Document) -> None:
+        """All rollouts of a document. Those that fail leave the others standing."""
+        key = opened.chunk.index << 32 | document._position
+        try:
+            answers = await self.store.answers_to(key) if opened.resumed else {}
+            trials = [
+                Trial(self, document, key, index, answers) for index in range(self.run.options.rollouts_per_document)
+            ]
+            if len(trials) == 1:
+                outcomes = [await trials[0].run()]
+            else:
+                outcomes = await asyncio.gather(*(trial.run() for trial in trials))
+        except asyncio.CancelledError:
+            if not self.stopping:
+                raise
+            return  # unfinished: the next run goes on with it
+        except Error as problem:
+            self.run.stop(problem)
+            return
+        finally:
+            self._slots.release()
+        results = [result for outcome in outcomes if isinstance(outcome, list) for result in outcome]
+        failures = [outcome for outcome in outcomes if isinstance(outcome, dict)]
+        self.run.counts["failed_rollouts"] += len(failures)
+        self._finish(opened, document._position, results or (failures[0] if failures else None))
+
+    def _finish(self, opened: OpenChunk, position: int, outcome: list[dict[str, Any]] | dict[str, Any] | None) -> None:
+        """Hand a document's outcome to the store: results, a failure, or None for filtered."""
+        import orjson
+
+        status = "filtered" if not outcome else "row" if isinstance(outcome, list) else "failed"
+        try:
+            body = orjson.dumps(outcome or None, option=orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY)
+        except TypeError as problem:
+            reason = f"the rollout's result is not JSON: {problem}"
+            self._finish(opened, position, {"error": reason, "error_type": "TypeError", "attempts": 1})
+            return
+        self.store.finished(opened.chunk.index << 32 | position, status, body)
+        self.tally[status] += 1
+        self.finished += 1
+        if isinstance(outcome, dict):
+            self.failed += 1
+            self.reasons[outcome["error"]] += 1
+            self._check_failure_rate()
+
+    def _check_failure_rate(self) -> None:
+        # Against documents started, not finished: refusals come back sooner than answers.
+        most = self.run.options.max_failure_rate
+        if self.finished >= 100 and self.failed > most * self.started and not self.stopping:
+            reason, times = self.reasons.most_common(1)[0]
+            self.run.stop(
+                TooManyFailures(
+                    f"{self.failed} of {self.started} documents failed, more than --max-failure-rate {most:g} allows; "
+                    f"{times} times: {reason}. Mend the cause, then run again with --retry-failed"
+                )
+            )
+
+    # Writing
+
+    def _durable(self, documents: list[int]) -> None:
+        """The store has committed these documents: chunks that are complete now get written."""
+        for document in documents:
+            opened = self._open[document >> 32]
+            opened.remaining -= 1
+            if not opened.remaining:
+                self._write_tasks.create_task(self._write_chunk(opened))
+
+    async def _write_chunk(self, opened: OpenChunk) -> None:
+        """File, record, clean up: in this order, and each step may be repeated."""
+        chunk = opened.chunk
+        async with self._one_writes:
+            outcomes = await self.store.outcomes_of(chunk)
+            loop = asyncio.get_running_loop()
+            if not await loop.run_in_executor(self._writing, self._write_files, opened, outcomes):
+                self._deferred.append(opened)
+            else:
+                chunk.written = True
+                await self.store.written(chunk)
+                self._open.pop(chunk.index)
+                opened.close()
+                await loop.run_in_executor(self._writing, self._tell, chunk)
+        self._unwritten -= chunk.count
+        self._space.set()
+
+    def _write_files(self, opened: OpenChunk, outcomes: bytes) -> bool:
+        """Write a chunk's rows and failures. Returns False if no result anywhere has told the schema yet."""
+        import orjson
+        import pyarrow as pa
+
+        chunk, options = opened.chunk, self.run.options
+        statuses: dict[str, list[int]] = {"row": [], "filtered": [], "failed": []}
+        results, failures = [], []
+        for position, status, body in orjson.loads(outcomes):
+            statuses[status].append(position)
+            if status != "filtered":
+                (results if status == "row" else failures).append(body)
+        if sorted(position for positions in statuses.values() for position in positions) != list(range(chunk.count)):
+            raise StateError(f"state of chunk {chunk.index} does not match its input: start over with --fresh")
+        if self.fields is None and results:
+            flat = [result for row in results for result in row]
+            self.fields = settle_fields(self.run.state, infer_fields(flat))
+        if self.fields is None:
+            return False
+        chunk.filtered, chunk.failed = tuple(statuses["filtered"]), tuple(statuses["failed"])
+        ids = opened.ids(self.id_column)
+        rows = opened.table.take(pa.array(statuses["row"], pa.int64()))
+        if "id" not in rows.column_names:
+            rows = rows.append_column("id", pa.array([ids[position] for position in statuses["row"]], pa.string()))
+        fitted = [[fit(result, self.fields) for result in row] for row in results]
+        rows = rows.append_column(options.results_column, pa.array(fitted, results_type(self.fields)))
+        self._write_failed(opened, ids, failures)
+        with writing(self.run.output.path(self.run.path_of(chunk))):
+            self.writer.write(chunk, rows.replace_schema_metadata(provenance(self.run)))
+        return True
+
+    def _write_failed(self, opened: OpenChunk, ids: list[str], failures: list[dict[str, Any]]) -> None:
+        import orjson
+
+        path = self.run.failed_path_of(opened.chunk)
+        if not failures:
+            self.run.output.delete(path)
+            return
+        lines = []
+        for position, failure in zip(opened.chunk.failed, failures, strict=True):
+            bad = opened.bad.get(position)
+            row = bad._asdict() if bad else opened.table.slice(position, 1).to_pylist()[0]
+            lines.append(orjson.dumps({"id": ids[position], **failure, "document": row}, default=str))
+        self.run.output.write(path, lambda file: file.write(b"\n".join(lines) + b"\n"))
+
+    def _tell(self, chunk: Chunk) -> None:
+        for impl in self.run.plugins.manager.hook.chunk_written.get_hookimpls():
+            arguments = {"run": self.run, "chunk": chunk}
+            try:
+                impl.function(*[arguments[name] for name in impl.argnames])
+            except Exception as problem:  # noqa: BLE001: the chunk is safe, whatever an observer does
+                say(f"plugin {impl.plugin_name}: chunk_written failed: {describe(problem)}")
+
+
+@contextlib.contextmanager
+def reading(uri: str | None) -> Iterator[None]:
+    """Say of errors in a reader which input they concern."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except Error:
+        raise
+    except (OSError, pa.ArrowException) as problem:
+        raise InputError(f"--input {uri} cannot be read: {' '.join(str(problem).split())}") from problem
+    except Exception as problem:
+        raise PluginError(f"the reader of --input {uri} failed: {describe(problem)}") from problem
+
+
+@contextlib.contextmanager
+def writing(path: str) -> Iterator[None]:
+    """Say of errors in a writer which file they concern."""
+    try:
+        yield
+    except Error:
+        raise
+    except Exception as problem:
+        raise PluginError(f"the writer of {path} failed: {describe(problem)}; everything answered is stored") from problem
+
+
+def sampling(options: argparse.Namespace, model: str) -> dict[str, Any]:
+    """What every payload begins with."""
+    names = ("max_tokens", "temperature", "top_p", "top_k", "seed")
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    return {"model": model, **given, **(options.generation or {})}
+
+
+def provenance(run: Run) -> dict[str, str]:
+    """Key-value metadata for the files of a run."""
+    named = {"version": __version__, "fingerprint": run.fingerprint, "model": run.model, "rollout": run.options.rollout}
+    return {f"sdg.{name}": value for name, value in {**named, "input_revision": run.input_revision}.items()}
+
+
+def read_failed(run: Run, chunk: Chunk) -> list[dict[str, Any]]:
+    """The records of a chunk's failed documents, in order."""
+    try:
+        with run.output.open(run.failed_path_of(chunk)) as file:
+            return [json.loads(line) for line in file.read().decode().splitlines()]
+    except FileNotFoundError:
+        return []
+
+
+def recorded_fields(state: Path) -> dict[str, pa.DataType] | None:
+    """The fields of results that this run settled on; None if it has not yet."""
+    import pyarrow as pa
+
+    try:
+        recorded = json.loads((state / "schema.json").read_bytes())
+    except FileNotFoundError:
+        return None
+    return {field.name: field.type for field in pa.ipc.read_schema(pa.py_buffer(base64.b64decode(recorded["arrow"])))}
+
+
+def settle_fields(state: Path, own: dict[str, pa.DataType] | None) -> dict[str, pa.DataType] | None:
+    """Record the fields of results for all ranks, unless another was first; the recorded ones are returned."""
+    import pyarrow as pa
+
+    if own is None:
+        return None
+    base = base_fields()
+    special = {*base, "extra", "tool_calls", "logprobs"}
+    fields = {**base, **{name: kind for name, kind in own.items() if name not in special}}
+    arrow = base64.b64encode(pa.schema(list(fields.items())).serialize().to_pybytes()).decode()
+    content = {"fields": {name: str(kind) for name, kind in fields.items()}, "arrow": arrow}
+    publish_once(state / "schema.json", json.dumps(content, indent=2).encode())
+    return recorded_fields(state)
+
+
+# ── Identity ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def identity_of(run: Run, reader: Reader) -> dict[str, Any]:
+    """All that changes the data: input, rollout and the version of its plugin, model, sampling, slicing."""
+    entry = run.plugins.rollouts[run.options.rollout]
+    options = {name: getattr(run.options, name) for name in run.options.identity}
+    own = {"input": dict(reader.identity), "rollout": run.options.rollout, "plugin_version": entry.version}
+    return {**own, **options, "model": run.model}
+
+
+def claim_state(run: Run, reader: Reader) -> None:
+    """Make the state this run's, or see that it is; sets the fingerprint.
+
+    Raises:
+        StateError: the state is of another run; each difference is named.
+        OutputError: there is output that no state knows.
+    """
+    import pyarrow as pa
+    import xxhash
+
+    path = run.state / "run.json"
+    identity = json.loads(json.dumps(identity_of(run, reader)))
+    run.input_revision = xxhash.xxh3_64_hexdigest(json.dumps(identity["input"]).encode())
+    options = {k: v for k, v in vars(run.options).items() if isinstance(v, (str, int, float, bool, list, dict, type(None)))}
+    options["base_url"] = [redact(url) for url in run.options.base_url or []]
+    if options["input"] and split_uri(options["input"])[0] == "file":
+        options["input"] = os.path.abspath(options["input"])
+    options["plugin"] = [os.path.abspath(p) if p.endswith(".py") else p for p in options["plugin"] or []]
+    recorded = {
+        "sdg": __version__,
+        "state_version": STATE_VERSION,
+        "fingerprint": xxhash.xxh3_64_hexdigest(json.dumps(identity).encode()),
+        "identity": identity,
+        "options": options,
+        "source_schema": base64.b64encode(reader.schema.serialize().to_pybytes()).decode(),
+    }
+    if not path.exists() and (strangers := output_files(run)):
+        raise OutputError(f"{run.output.path(strangers[0])} is there, but no state of its run: --fresh deletes it")
+    recorded = parse_run(path, publish_once(path, json.dumps(recorded, indent=2).encode()))
+    earlier, run.fingerprint = recorded["identity"], recorded["fingerprint"]
+    if earlier["input"] != identity["input"] and reader.continues(earlier["input"]):
+        replace_file(path, json.dumps({**recorded, "identity": identity}, indent=2).encode())
+        earlier["input"] = identity["input"]
+    if changes := list(differences(earlier, identity)):
+        raise StateError(
+            f"state {run.state} is of another run: {'; '.join(changes[:10])}. "
+            "Take the old values, another --output, or --fresh to start over"
+        )
+
+
+def differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
+    """What differs between two JSON values, a line each."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(key for key in new if key not in old)]:
+            yield from differences(old.get(key), new.get(key), f"{name} {key}".strip())
+    elif old != new:
+        yield f"{name}: {_short(old)} → {_short(new)}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:60]}… ({len(text)} characters)"
+
+
+def parse_run(path: Path, content: bytes) -> dict[str, Any]:
+    """The content of a state's `run.json`."""
+    try:
+        recorded = json.loads(content)
+        version = recorded["state_version"]
+    except (ValueError, KeyError, TypeError) as problem:
+        raise StateError(f"state {path} is broken: restore it from a backup, or start over with --fresh") from problem
+    if version != STATE_VERSION:
+        raise StateError(
+            f"state {path} is of version {version}, this sdg writes version {STATE_VERSION}: "
+            "finish the run with the sdg that began it, or start over with --fresh"
+        )
+    return typing.cast("dict[str, Any]", recorded)
+
+
+def recorded_source_schema(state: Path) -> pa.Schema | None:
+    """The input's schema as the first process of this run saw it."""
+    import pyarrow as pa
+
+    path = state / "run.json"
+    if not path.exists():
+        return None
+    recorded = parse_run(path, path.read_bytes())
+    return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(recorded["source_schema"])))
+
+
+def output_files(run: Run) -> list[str]:
+    """Files in the output that this run's names of chunks could mean."""
+    name = re.escape(run.options.output_filename)
+    for key in ("rank", "chunk_index"):
+        name = name.replace(re.escape(f"${{{key}}}"), r"\d{5,}")
+    pattern = re.compile(f"{re.escape(run.options.output_config)}/{name}")
+    folder = os.path.dirname(run.path_of(Chunk(0, 0)))
+    return [file for file in run.output.list(folder) if pattern.fullmatch(file)]
+
+
+def start_over(run: Run) -> None:
+    """Delete the run's state and output."""
+    if run.options.world_size > 1:
+        raise UsageError(f"--fresh is for one process; with several delete {run.state} and the output before starting them")
+    for file in [*output_files(run), *run.output.list(os.path.dirname(run.failed_path_of(Chunk(0, 0))))]:
+        run.output.delete(file)
+    for path in run.state.iterdir():
+        if path.suffix in {".json", ".arrow"} or ".sqlite3" in path.name:
+            path.unlink()
+
+
+@contextlib.contextmanager
+def lock_rank(run: Run) -> Iterator[None]:
+    """Keep other processes of this rank out, on this and on other hosts that share the file system."""
+    import filelock
+
+    path = run.state / f"{run.options.rank:05d}.lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(path, timeout=0):
+            yield
+    except filelock.Timeout as problem:
+        raise StateError(
+            f"another process is at work on rank {run.options.rank} in {run.state}: wait for it, or stop it"
+        ) from problem
+
+
+# ── Progress and statistics ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def say(message: str) -> None:
+    """Tell the user something, without tearing a progress bar."""
+    if "tqdm" in sys.modules:
+        sys.modules["tqdm"].tqdm.write(message, file=sys.stderr)
+    else:
+        print(message, file=sys.stderr)
+
+
+@contextlib.asynccontextmanager
+async def progress(engine: Engine) -> AsyncIterator[None]:
+    """Show how far the run is: a bar on a terminal, else a line every ten seconds."""
+    from tqdm import tqdm
+
+    if engine.run.options.no_progress:
+        yield
+        return
+    terminal = sys.stderr.isatty()
+    began = sum(engine.tally.values())
+    bar = tqdm(total=None, initial=began, unit=" documents", disable=not terminal, smoothing=0.1, dynamic_ncols=True)
+
+    def show() -> None:
+        bar.total = documents_expected(engine)
+        bar.set_postfix_str(postfix(engine), refresh=False)
+        bar.update(sum(engine.tally.values()) - bar.n)
+        bar.refresh()
+
+    async def repeat() -> None:
+        while True:
+            await asyncio.sleep(0.5 if terminal else 10)
+            show() if terminal else say(progress_line(engine))
+
+    task = asyncio.create_task(repeat())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+        show()
+        bar.close()
+
+
+def postfix(engine: Engine) -> str:
+    """The figures beside the bar."""
+    counts, seconds = engine.run.counts, max(time.monotonic() - engine.began, 1e-9)
+    return (
+        f"{counts['completion_tokens'] / seconds:,.0f} tokens/s, {engine.client.pool.active} in flight, "
+        f"{counts['cache_hits']:,} cached, {retries_in(counts):,} retries, {engine.tally['failed']:,} failed"
+    )
+
+
+def progress_line(engine: Engine) -> str:
+    """The bar for a log file."""
+    done, total = sum(engine.tally.values()), documents_expected(engine)
+    rate = engine.finished / max(time.monotonic() - engine.began, 1e-9)
+    of = f" of {total:,}" if total else ""
+    eta = f", {max(0, total - done) / rate:,.0f} s to go" if total and rate else ""
+    return f"sdg: {done:,}{of} documents, {rate:,.1f} documents/s, {postfix(engine)}{eta}"
+
+
+def retries_in(counts: Mapping[str, float]) -> int:
+    """Requests that were sent again."""
+    return int(sum(value for name, value in counts.items() if name.startswith("retries.")))
+
+
+def documents_expected(engine: Engine) -> int | None:
+    """How many documents fall to this rank, as far as the reader knows."""
+    options = engine.run.options
+    total = engine.reader.total()
+    if total is None:
+        return None
+    total = min(total, options.max_documents or total)
+    full, rest = divmod(total, options.records_per_chunk)
+    mine = len(range(options.rank, full, options.world_size)) * options.records_per_chunk
+    return mine + (rest if full % options.world_size == options.rank else 0)
+
+
+async def statistics(run: Run, store: Store, mean_in_flight: float) -> dict[str, Any]:
+    """The rank's figures over all its processes so far."""
+    totals, tally = store.totals(), await store.tally()
+    figures: dict[str, Any] = {"documents": sum(tally.values()), "rows": tally["row"]}
+    figures |= {name: tally[name] for name in ("filtered", "failed")}
+    figures |= {name: int(totals[name]) for name in ("failed_rollouts", "requests", "cache_hits")}
+    for group in ("retries", "refused"):
+        causes = {name.partition(".")[2]: int(n) for name, n in totals.items() if name.startswith(f"{group}.")}
+        figures[group] = dict(sorted(causes.items()))
+    figures |= {name: int(totals[name]) for name in ("prompt_tokens", "completion_tokens")}
+    figures["seconds"] = round(totals["seconds"], 3)
+    figures["tokens_per_second"] = round(totals["completion_tokens"] / max(totals["seconds"], 1e-9), 1)
+    return figures | {"mean_in_flight": round(mean_in_flight, 1), "model": run.model, "fingerprint": run.fingerprint}
+
+
+def write_statistics(run: Run, figures: dict[str, Any]) -> None:
+    """Write the rank's figures, and the sum over all ranks that have written theirs."""
+    replace_file(run.state / f"{run.options.rank:05d}.stats.json", json.dumps(figures, indent=2).encode())
+    ranks = [json.loads(path.read_bytes()) for path in sorted(run.state.glob("[0-9]*.stats.json"))]
+    total: dict[str, Any] = {}
+    for rank in ranks:
+        for name, value in rank.items():
+            if isinstance(value, dict):
+                total[name] = dict(Counter(total.get(name, {})) + Counter(value))
+            elif isinstance(value, str):
+                total[name] = value
+            else:
+                total[name] = round(total.get(name, 0) + value, 3)
+    replace_file(run.state / "stats.json", json.dumps({"ranks": len(ranks), **total}, indent=2).encode())
+
+
+def report(engine: Engine, figures: dict[str, Any]) -> str:
+    """What was written where, and how to look at it."""
+    run, place = engine.run, engine.run.output
+    name = run.path_of(Chunk(0, 0))
+    shown = os.path.relpath(place.root) if place.local else place.uri
+    kind = "json" if name.endswith(".jsonl") else "parquet"
+    folder = f"{shown}/{os.path.dirname(name)}"
+    rate = engine.finished / max(time.monotonic() - engine.began, 1e-9)
+    lines = [
+        f"{figures['documents']:,} documents: {figures['rows']:,} rows, {figures['filtered']:,} filtered, "
+        f"{figures['failed']:,} failed ({engine.finished:,} of them now, {rate:,.1f} documents/s)",
+        f"rows    {folder}",
+    ]
+    if figures["failed"]:
+        lines.append(f"failed  {shown}/{os.path.dirname(run.failed_path_of(Chunk(0, 0)))}; run them again: --retry-failed")
+        lines += [f"        {times} × {reason[:150]}" for reason, times in engine.reasons.most_common(3)]
+    lines.append(f"state   {run.state}: stats.json has the figures")
+    if place.local:
+        lines.append(
+            f'look    python -c "import pyarrow.dataset as d; '
+            f"print(*d.dataset('{folder}', format='{kind}').head(3).to_pylist(), sep='\\n\\n')\""
+        )
+    return "\n".join(lines)
+
+
+# ── Commands ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Stop:
+    """Ends the run for a reason; the first reason counts. A second signal does not wait for what is in flight."""
+
+    def __init__(self, task: asyncio.Task[Any]) -> None:
+        self.reason: Error | None = None
+        self.gently: Callable[[], None] | None = None  # set while the engine works
+        self._task = task
+
+    def __call__(self, reason: Error) -> None:
+        if self.reason is None:
+            self.reason = reason
+            say(f"sdg: stopping: {reason}") if self.gently else None
+            (self.gently or self._task.cancel)()
+        elif isinstance(reason, Interrupted):
+            self._task.cancel()
+
+
+@contextlib.contextmanager
+def signals(stop: Stop) -> Iterator[None]:
+    """Stop the run on SIGINT, SIGTERM, and SIGUSR1 (which Slurm can send before the time limit)."""
+    loop = asyncio.get_running_loop()
+    handled = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    for signum in handled:
+        loop.add_signal_handler(signum, stop, Interrupted(signum))
+    try:
+        yield
+    finally:
+        for signum in handled:
+            loop.remove_signal_handler(signum)
+
+
+def open_run(options: argparse.Namespace, plugins: Plugins, stop: Callable[[Error], None]) -> Run:
+    """The run that the options describe, with its output and state folders made."""
+    run = Run(options, plugins, Place(options.output), Path(options.state_dir), stop)
+    try:
+        run.state.mkdir(parents=True, exist_ok=True)
+        if run.output.local:
+            os.makedirs(run.output.path(options.output_config), exist_ok=True)
+    except OSError as problem:
+        raise OutputError(f"{problem.filename} cannot be made: {reason_of(problem)}; choose another --output") from problem
+    return run
+
+
+async def run_once(options: argparse.Namespace, plugins: Plugins) -> None:
+    """Run to the end, or as far as it gets; raises the Error that ended it."""
+    task = asyncio.current_task()
+    assert task is not None
+    stop = Stop(task)
+    try:
+        with signals(stop):
+            run = open_run(options, plugins, stop)
+            with lock_rank(run):
+                await _run_locked(run, stop)
+    except (asyncio.CancelledError, Exception) as problem:
+        if stop.reason is None:
+            raise
+        raise stop.reason from problem
+    if stop.reason:
+        raise stop.reason
+
+
+async def _run_locked(run: Run, stop: Stop) -> None:
+    options, plugins = run.options, run.plugins
+    if options.fresh:
+        start_over(run)
+    run.source_schema = recorded_source_schema(run.state)
+    with reading(options.input):
+        reader = plugins.readers[options.reader].factory(run)
+    check_columns(reader.schema, options)
+    async with contextlib.AsyncExitStack() as stack:
+        urls = await stack.enter_async_context(plugins.servers[options.server].factory(run))
+        client = await stack.enter_async_context(connect(run, urls, stop))
+        claim_state(run, reader)
+        store = await stack.enter_async_context(
+            Store.open(run.state / f"{options.rank:05d}.sqlite3", run.counts)
+        )
+        writer = open_writer(run)
+        resources = await open_resources(run, stack)
+        engine = Engine(run, store, reader, writer, client, resources)
+        for observer in plugins.manager.hook.observe(run=run):
+            await stack.enter_async_context(observer)
+        stop.gently = engine.stop
+        _tame_collector()
+        try:
+            async with progress(engine):
+                await engine.work()
+        finally:
+            stop.gently = None
+        figures = await statistics(run, store, client.pool.mean_in_flight)
+        write_statistics(run, figures)
+    print(report(engine, figures))
+
+
+def open_writer(run: Run) -> Writer:
+    """The writer for the output's scheme, or for the suffix of its files."""
+    scheme, name = split_uri(run.options.output)[0], run.options.output_filename
+    kind = scheme if scheme in run.plugins.writers else _by_scheme_or_suffix(run.plugins, "writers", name)
+    return typing.cast("Writer", run.plugins.writers[kind].factory(run))
+
+
+def _tame_collector() -> None:
+    """Ten thousand requests in flight are a million objects: full collections would take half of the time."""
+    import gc
+
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 100)
+
+
+async def open_resources(run: Run, stack: contextlib.AsyncExitStack) -> dict[str, Any]:
+    """Enter the resources that the rollout has parameters for."""
+    entry = run.plugins.rollouts[run.options.rollout]
+    if not inspect.iscoroutinefunction(inspect.unwrap(entry.factory)):
+        raise PluginError(f"the rollout {run.options.rollout!r} of {entry.plugin} is no async function")
+    parameters = list(inspect.signature(entry.factory).parameters.values())
+    opened = {}
+    for parameter in parameters[2:]:
+        if parameter.name in run.plugins.resources:
+            resource = run.plugins.resources[parameter.name].factory(run)
+            opened[parameter.name] = await stack.enter_async_context(resource)
+        elif parameter.default is parameter.empty and parameter.kind in {
+            parameter.POSITIONAL_OR_KEYWORD,
+            parameter.KEYWORD_ONLY,
+        }:
+            names = ", ".join(sorted(run.plugins.resources))
+            raise PluginError(
+                f"the rollout {run.options.rollout!r} wants a resource {parameter.name!r}; there are: {names}"
+            )
+    if len(parameters) < 2:
+        raise PluginError(f"the rollout {run.options.rollout!r} of {entry.plugin} must take (document, generate)")
+    return opened
+
+
+def check_columns(schema: pa.Schema, options: argparse.Namespace) -> None:
+    """See that the columns that the options name are there, and can hold what they should."""
+    import pyarrow.types as t
+
+    for option, name in (("--prompt-column", options.prompt_column), ("--id-column", options.id_column)):
+        if name is not None and name not in schema.names:
+            raise InputError(f"{option} {name}: the input has no such column; it has: {', '.join(schema.names)}")
+        if schema.names.count(name) > 1:
+            raise InputError(f"{option} {name}: the input has {schema.names.count(name)} columns of this name")
+    if options.results_column in schema.names:
+        raise InputError(f"the input has a column {options.results_column} already: give another --results-column")
+    kind = schema.field(options.prompt_column).type
+    inner = kind.value_type if t.is_list(kind) or t.is_large_list(kind) or t.is_dictionary(kind) else kind
+    text = t.is_string(inner) or t.is_large_string(inner) or t.is_string_view(inner) or t.is_null(inner)
+    if not (t.is_struct(inner) and {"role", "content"} <= {f.name for f in inner} if inner is not kind and not t.is_dictionary(kind) else text):
+        raise InputError(f"--prompt-column {options.prompt_column} holds {kind}, neither text nor lists of {{role, content}}")
+
+
+def first_cause(problem: BaseException) -> BaseException:
+    """The exception that a person should hear of, out of a group."""
+    if not isinstance(problem, BaseExceptionGroup):
+        return problem
+    leaves = [first_cause(part) for part in problem.exceptions]
+    return next((leaf for kind in (Error, sqlite3.Error, Exception) for leaf in leaves if isinstance(leaf, kind)), leaves[0])
+
+
+def run_command(argv: list[str]) -> int:
+    """Generate: the command that runs when none is named."""
+    import uvloop
+
+    options, plugins = parse_options(argv)
+    try:
+        uvloop.run(run_once(options, plugins))
+    except BaseException as group:
+        problem = first_cause(group)
+        if type(problem) is sqlite3.DatabaseError:
+            raise StateError(
+                f"state {options.state_dir} is broken ({problem}): restore it from a backup, or start over with --fresh"
+            ) from group
+        if isinstance(problem, sqlite3.Error):
+            raise StateError(f"state {options.state_dir}: {reason_of(problem)}") from group
+        if isinstance(problem, OSError):
+            raise OutputError(f"{problem.filename or options.output}: {reason_of(problem)}") from group
+        raise problem from None
+    return 0
+
+
+def plugins_command(argv: list[str]) -> int:
+    """List what is registered, and by which package."""
+    parser = argparse.ArgumentParser(prog="sdg.py plugins", description=plugins_command.__doc__)
+    parser.add_argument("--plugin", action="append", metavar="FILE.py|MODULE", help="load this one, too; repeatable")
+    plugins, _ = Plugins.load(parser.parse_args(argv).plugin or [])
+    for kind in Plugins.kinds:
+        print(f"{kind}:")
+        for name, entry in sorted(getattr(plugins, kind).items()):
+            print(f"  {name:<12} {entry.plugin:<24} {entry.help}")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line. Returns the exit status; see `Error` for what each one means."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        if argv and not argv[0].startswith("-"):
+            plugins, _ = Plugins.load([])
+            return int(plugins.find("commands", argv[0]).factory(argv[1:]))
+        return run_command(argv)
+    except Error as problem:
+        print(f"sdg: {problem}", file=sys.stderr)
+        return problem.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    # Plugins import `sdg`. Without this detour they would get a second copy of every class.
+    from sdg import main as imported_main
+
+    sys.exit(imported_main())
