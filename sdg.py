@@ -32,7 +32,6 @@ import math
 import os
 import random
 import re
-import shutil
 import signal
 import sqlite3
 import string
@@ -43,10 +42,10 @@ import traceback
 import types
 import typing
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import pluggy
 
@@ -68,12 +67,8 @@ LONGEST_PAUSE = 60.0  # s between two attempts, unless the server asks for more
 # ── Types ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Usage(TypedDict, total=False):
-    """Tokens of one request, as the server counted them."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
+Usage = dict[str, int]  # tokens of a request as the server counted them, by the names in TOKENS
+TOKENS = ("prompt_tokens", "completion_tokens", "total_tokens")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -276,7 +271,7 @@ class Interrupted(Error):
         self.exit_code = 130 if signum == signal.SIGINT else 143
 
 
-class RequestFailed(Exception):  # noqa: N818: read as a sentence, "except RequestFailed"
+class RequestFailed(Exception):
     """A request that has no answer. A rollout may catch it; otherwise its document fails.
 
     Attributes:
@@ -292,7 +287,7 @@ class RequestFailed(Exception):  # noqa: N818: read as a sentence, "except Reque
         self.unreached = False  # no connection: the request cannot have done anything
 
 
-class BadDocument(Exception):  # noqa: N818
+class BadDocument(Exception):
     """The input's row has no usable prompt."""
 
 
@@ -360,7 +355,7 @@ class Hooks:
         """Register `main(argv) -> int`, run as `sdg.py NAME ARGUMENTS`; its result is the exit status."""
 
     @hookspec
-    def observe(self, run: Run) -> contextlib.AbstractAsyncContextManager[None]:
+    def observe(self, run: Run) -> contextlib.AbstractAsyncContextManager[None] | None:
         """Give an async context manager that is entered before the first document and left when the run ends.
 
         An exception ends the run.
@@ -547,17 +542,26 @@ def _import(what: str, load: Callable[[], Any]) -> types.ModuleType:
 
 
 def _import_file(path: Path) -> tuple[types.ModuleType, str]:
-    """Import a plugin file under its stem; its version is a hash of its text."""
+    """Import a plugin file; its version is a hash of its text."""
     import xxhash
 
     if not path.is_file():
         raise UsageError(f"--plugin {path}: there is no such file")
     name = f"sdg_plugin_files.{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path.resolve())
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    _import(f"plugin {path}", lambda: (spec.loader.exec_module(module), module)[1])  # type: ignore[union-attr, func-returns-value]
+    module = _import(f"plugin {path}", functools.partial(_exec_file, name, path.resolve()))
     return module, xxhash.xxh3_64_hexdigest(path.read_bytes())
+
+
+def _exec_file(name: str, path: Path, folder: Path | None = None) -> types.ModuleType:
+    """Run a file as the module `name`; with `folder` it is a package of the modules there."""
+    spec = importlib.util.spec_from_file_location(
+        name, path, submodule_search_locations=[str(folder)] if folder else None
+    )
+    if spec is None or spec.loader is None:
+        raise PluginError(f"{path} is no Python file")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _bundled_package() -> str:
@@ -567,11 +571,7 @@ def _bundled_package() -> str:
     """
     here = Path(__file__).resolve().parent
     if "sdg_plugins" not in sys.modules and not (here / "sdg_plugins").is_dir():
-        init = here / "plugins" / "__init__.py"
-        spec = importlib.util.spec_from_file_location("sdg_plugins", init, submodule_search_locations=[str(init.parent)])
-        assert spec is not None and spec.loader is not None
-        sys.modules["sdg_plugins"] = package = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(package)
+        _exec_file("sdg_plugins", here / "plugins" / "__init__.py", here / "plugins")
     return "sdg_plugins"
 
 
@@ -615,54 +615,76 @@ def _number(kind: type[int] | type[float], low: float, high: float = math.inf) -
     return convert
 
 
+FILENAME = "${rank}_${chunk_index}.parquet"
 _count, _natural, _seconds = _number(int, 1), _number(int, 0), _number(float, 0.001)
 
-# Those marked * are part of the fingerprint: another value gives other data.
-OPTIONS: dict[str, list[tuple[str, dict[str, Any]]]] = {
+
+class Option(NamedTuple):
+    """One option of `run`. `identity`: another value gives other data, so it is part of the fingerprint."""
+
+    name: str
+    metavar: str | None
+    help: str
+    default: Any = None
+    type: Callable[[str], Any] = str
+    identity: bool = False
+    action: str = "store"
+
+    def add_to(self, group: argparse._ArgumentGroup) -> None:
+        """Add it to a group of a parser."""
+        settings = {"metavar": self.metavar, "default": self.default, "help": self.help, "action": self.action}
+        if self.action == "store":
+            settings["type"] = self.type
+        elif self.action == "store_true":
+            settings = {"help": self.help, "action": self.action}
+        group.add_argument(self.name, **settings)
+
+
+OPTIONS = {
     "input": [
-        ("--input", {"metavar": "URI", "help": "parquet, jsonl[.gz|.zst] or csv files: a file, folder, glob or s3://…; without it, demo documents"}),
-        ("--prompt-column*", {"metavar": "NAME", "default": "text", "help": "a column of strings, or of lists of {role, content}"}),
-        ("--id-column*", {"metavar": "NAME", "help": "names the documents; default: id if present, else <file>/<row>"}),
-        ("--max-documents", {"metavar": "N", "type": _count, "help": "only the first N of the whole input; may grow from run to run"}),
+        Option("--input", "URI", "parquet, jsonl[.gz|.zst] or csv: a file, folder, glob or s3://…; default: a demo"),
+        Option("--prompt-column", "NAME", "a column of strings, or of lists of {role, content}", "text", identity=True),
+        Option("--id-column", "NAME", "names the documents; default: id if present, else <file>/<row>", identity=True),
+        Option("--max-documents", "N", "only the first N of the whole input; may grow from run to run", type=_count),
     ],
     "output": [
-        ("--output", {"metavar": "URI", "help": "a folder or s3://…; default: ./output/<rollout>"}),
-        ("--output-config", {"metavar": "NAME", "default": "data", "help": "sub-folder, and the config for load_dataset"}),
-        ("--output-filename*", {"metavar": "T", "default": "${rank}_${chunk_index}.parquet", "help": "a template that has ${chunk_index}; .jsonl gives jsonl"}),
-        ("--records-per-chunk*", {"metavar": "N", "type": _count, "default": 1000, "help": "documents of one output file: what one checkpoint covers"}),
-        ("--results-column*", {"metavar": "NAME", "default": "rollout_results", "help": "the column for results"}),
+        Option("--output", "URI", "a folder or s3://…; default: ./output/<rollout>"),
+        Option("--output-config", "NAME", "sub-folder, and the config for load_dataset", "data"),
+        Option("--output-filename", "T", "a template with ${chunk_index}; .jsonl gives jsonl", FILENAME, identity=True),
+        Option("--records-per-chunk", "N", "documents of one file and checkpoint", 1000, _count, identity=True),
+        Option("--results-column", "NAME", "the column for results", "rollout_results", identity=True),
     ],
     "server": [
-        ("--server", {"metavar": "NAME", "help": "default: endpoint with --base-url, else demo"}),
-        ("--base-url", {"metavar": "URL", "action": "append", "help": "an OpenAI-compatible server, with /v1 or without; repeatable: requests go to the least loaded"}),
-        ("--api-key-env", {"metavar": "NAME", "default": "OPENAI_API_KEY", "help": "the environment variable that holds the key"}),
-        ("--model*", {"metavar": "NAME", "help": "default: the server's only model"}),
-        ("--max-concurrent-generations", {"metavar": "N", "type": _count, "default": 500, "help": "requests in flight"}),
-        ("--max-concurrent-documents", {"metavar": "N", "type": _count, "help": "documents in flight; default: 1.5 times as many as requests"}),
-        ("--request-timeout", {"metavar": "S", "type": _seconds, "default": 600.0, "help": "seconds for one attempt"}),
-        ("--max-retries", {"metavar": "N", "type": _natural, "default": 6, "help": "attempts after the first"}),
+        Option("--server", "NAME", "default: endpoint with --base-url, else demo"),
+        Option("--base-url", "URL", "with /v1 or without; repeatable: the least loaded is asked", action="append"),
+        Option("--api-key-env", "NAME", "the environment variable that holds the key", "OPENAI_API_KEY"),
+        Option("--model", "NAME", "default: the server's only model", identity=True),
+        Option("--max-concurrent-generations", "N", "requests in flight", 500, _count),
+        Option("--max-concurrent-documents", "N", "documents in flight; default: 1.5 times the requests", type=_count),
+        Option("--request-timeout", "S", "seconds for one attempt", 600.0, _seconds),
+        Option("--max-retries", "N", "attempts after the first", 6, _natural),
     ],
     "sampling": [
-        ("--max-tokens*", {"metavar": "N", "type": _count, "help": "of one answer"}),
-        ("--temperature*", {"metavar": "X", "type": float}),
-        ("--top-p*", {"metavar": "X", "type": float}),
-        ("--top-k*", {"metavar": "N", "type": int}),
-        ("--seed*", {"metavar": "N", "type": int, "help": "of a document's first rollout; the next ones count up from it"}),
-        ("--generation*", {"metavar": "JSON", "type": _json_object, "help": "anything else for the request's payload"}),
-        ("--rollouts-per-document*", {"metavar": "N", "type": _count, "default": 1, "help": "independent results"}),
+        Option("--max-tokens", "N", "of one answer", type=_count, identity=True),
+        Option("--temperature", "X", "default of this and the next: the model's own", type=float, identity=True),
+        Option("--top-p", "X", "nucleus sampling", type=float, identity=True),
+        Option("--top-k", "N", "sample from so many tokens", type=int, identity=True),
+        Option("--seed", "N", "of a document's first rollout; the next ones count up from it", type=int, identity=True),
+        Option("--generation", "JSON", "anything else for the request's payload", type=_json_object, identity=True),
+        Option("--rollouts-per-document", "N", "independent results", 1, _count, identity=True),
     ],
     "run": [
-        ("--plugin", {"metavar": "NAME|FILE.py|MODULE[:NAME]", "action": "append", "help": "the rollout, default summarize; a file or module is loaded first; repeatable, the last names the rollout"}),
-        ("--config", {"metavar": "FILE.toml", "help": "options by the same names; the command line wins"}),
-        ("--max-failure-rate", {"metavar": "X", "type": _number(float, 0, 1), "default": 0.1, "help": "stop when more documents fail, of at least 100"}),
-        ("--retry-failed", {"action": "store_true", "help": "run the failed documents again, and only complete their files"}),
-        ("--rank", {"metavar": "I", "type": _natural, "help": "takes the chunks I, I+N, I+2N… of N = world size; default: Slurm's array task, else 0"}),
-        ("--world-size*", {"metavar": "N", "type": _count, "help": "processes that share the input; default: Slurm's array, else 1"}),
-        ("--state-dir", {"metavar": "D", "help": "default: <output>/.sdg for a folder, else ./.sdg/<output name>"}),
-        ("--fresh", {"action": "store_true", "help": "delete what an earlier run left in state and output, and start over"}),
-        ("--no-progress", {"action": "store_true", "help": "no progress bar or lines"}),
+        Option("--plugin", "P", "rollout, FILE.py or MODULE[:ROLLOUT]; repeatable, the last one runs", action="append"),
+        Option("--config", "FILE.toml", "options by the same names; the command line wins"),
+        Option("--max-failure-rate", "X", "stop when more of at least 100 documents fail", 0.1, _number(float, 0, 1)),
+        Option("--retry-failed", None, "run the failed documents again, and only them", action="store_true"),
+        Option("--rank", "I", "takes the chunks I, I+N, I+2N…; default: Slurm's array task, else 0", type=_natural),
+        Option("--world-size", "N", "ranks that share the input; default: Slurm's array, else 1", None, _count, True),
+        Option("--state-dir", "D", "default: <output>/.sdg for a folder, else ./.sdg/<output name>"),
+        Option("--fresh", None, "delete what is in state and output, and start over", action="store_true"),
+        Option("--no-progress", None, "no progress bar or lines", action="store_true"),
     ],
-}  # fmt: skip
+}
 
 
 def build_parser(plugins: Plugins) -> tuple[argparse.ArgumentParser, dict[str, set[str]]]:
@@ -677,8 +699,8 @@ def build_parser(plugins: Plugins) -> tuple[argparse.ArgumentParser, dict[str, s
     parser.add_argument("--version", action="version", version=f"sdg {__version__}")
     for title, options in OPTIONS.items():
         group = parser.add_argument_group(title)
-        for name, settings in options:
-            group.add_argument(name.rstrip("*"), **settings)
+        for option in options:
+            option.add_to(group)
     return parser, plugins.add_options(parser)
 
 
@@ -715,8 +737,10 @@ def parse_options(argv: list[str]) -> tuple[argparse.Namespace, Plugins]:
     }
     for dest, plugin in unused.items():
         own = [name for name, entry in plugins.rollouts.items() if entry.plugin == plugin]
-        parser.error(f"--{dest.replace('_', '-')} is an option of --plugin {' or '.join(own)}, not of {options.rollout}")
-    core = {name[2:-1].replace("-", "_") for options_ in OPTIONS.values() for name, _ in options_ if name.endswith("*")}
+        parser.error(
+            f"--{dest.replace('_', '-')} is an option of --plugin {' or '.join(own)}, not of {options.rollout}"
+        )
+    core = {option.name[2:].replace("-", "_") for group in OPTIONS.values() for option in group if option.identity}
     options.identity = sorted(core.union(*(added.get(plugin, set()) for plugin in serving)))
     return options, plugins
 
@@ -754,7 +778,7 @@ def _derive(options: argparse.Namespace, plugins: Plugins) -> None:
     try:
         string.Template(options.output_filename).substitute(rank="", chunk_index="")
     except (KeyError, ValueError) as problem:
-        raise UsageError(f"--output-filename {options.output_filename}: only ${{rank}} and ${{chunk_index}} are known") from problem
+        raise UsageError("--output-filename: ${rank} and ${chunk_index} are all that it may hold") from problem
     if not re.fullmatch(r"[\w.-]+", options.output_config) or options.output_config in {"failed", ".", "..", ".sdg"}:
         raise UsageError(f"--output-config {options.output_config!r}: a plain folder name is wanted, and not `failed`")
     options.output = options.output or f"output/{options.rollout}"
@@ -771,7 +795,7 @@ def _derive_rank(options: argparse.Namespace) -> None:
     if options.rank is None:
         options.rank = int(task) - int(first or 0) if task else 0
     if options.world_size is None:
-        options.world_size = int(os.environ.get("SLURM_ARRAY_TASK_COUNT", 1)) if task else 1
+        options.world_size = int(os.environ.get("SLURM_ARRAY_TASK_COUNT", "1")) if task else 1
         if task and options.world_size != int(last or 0) - int(first or 0) + 1:
             raise UsageError("this Slurm array has gaps: say --rank and --world-size")
     if options.rank >= options.world_size:
@@ -822,7 +846,7 @@ def filesystem(uri: str) -> tuple[Any, str]:
         fs, path = pyarrow.fs.FileSystem.from_uri(uri)
     except (pa.ArrowInvalid, OSError) as problem:
         raise UsageError(f"{redact(uri)}: {problem}") from problem
-    return fs, path
+    return fs, str(path)
 
 
 def list_files(uri: str) -> list[tuple[str, int]]:
@@ -859,7 +883,7 @@ class InputFiles:
     """The files of `--input` that have a suffix: for readers of formats."""
 
     def __init__(self, uri: str, suffix: str) -> None:
-        self.fs, path = filesystem(uri)
+        self.fs, _ = filesystem(uri)
         found = [(file, size) for file, size in list_files(uri) if f".{suffix}" in Path(file).suffixes]
         if not found:
             raise InputError(f"--input {uri}: there are no .{suffix} files")
@@ -925,7 +949,7 @@ class Place:
         except OSError as problem:
             with contextlib.suppress(OSError):
                 self.fs.delete_file(temporary)
-            raise OutputError(f"{target} cannot be written: {reason_of(problem)}; everything answered is stored") from problem
+            raise OutputError(f"{target} cannot be written: {reason_of(problem)}") from problem
 
     def open(self, name: str) -> Any:
         """A file for reading; FileNotFoundError if there is none."""
@@ -997,9 +1021,8 @@ def base_fields() -> dict[str, pa.DataType]:
     """The fields of every result."""
     import pyarrow as pa
 
-    tokens = ("prompt_tokens", "completion_tokens", "total_tokens")
     text = dict.fromkeys(("text", "reasoning", "finish_reason"), pa.string())
-    return {**text, "usage": pa.struct([(name, pa.int64()) for name in tokens])}
+    return {**text, "usage": pa.struct([(name, pa.int64()) for name in TOKENS])}
 
 
 def results_type(fields: Mapping[str, pa.DataType]) -> pa.DataType:
@@ -1032,7 +1055,8 @@ def _alternatives(annotation: Any) -> list[Any]:
 
 def _members(annotation: Any) -> dict[str, Any]:
     """Names and types of a TypedDict's, dataclass's or pydantic model's fields; none for anything else."""
-    shaped = typing.is_typeddict(annotation) or dataclasses.is_dataclass(annotation) or hasattr(annotation, "model_fields")
+    is_model = dataclasses.is_dataclass(annotation) or hasattr(annotation, "model_fields")
+    shaped = typing.is_typeddict(annotation) or is_model
     return typing.get_type_hints(annotation) if shaped and annotation is not Reply else {}
 
 
@@ -1077,7 +1101,7 @@ def infer_type(values: list[Any]) -> pa.DataType | None:
         kind = pa.infer_type(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
         return None
-    if pyarrow.types.is_struct(kind) and not kind.num_fields or re.search(r"\bnull\b", str(kind)):
+    if (pyarrow.types.is_struct(kind) and not kind.num_fields) or re.search(r"\bnull\b", str(kind)):
         return None
     return kind if all(fits(value, kind) for value in values) else None
 
@@ -1147,7 +1171,9 @@ def results_of(value: Any, usage: Usage | None) -> list[dict[str, Any]]:
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise TypeError(f"the rollout returned a {type(value).__name__}; it may return a str, dict, Reply, list or None")
+        raise TypeError(
+            f"the rollout returned a {type(value).__name__}; it may return a str, dict, Reply, list or None"
+        )
     return [value if "usage" in value or not usage else {**value, "usage": usage}]
 
 
@@ -1230,7 +1256,7 @@ class Store:
             await self._db.execute(f"PRAGMA {pragma}")
         await self._db.executescript(TABLES + f"PRAGMA user_version={STATE_VERSION};")
         async with self._db.execute("SELECT name, value FROM totals") as cursor:
-            self.base = Counter(dict(await cursor.fetchall()))  # type: ignore[arg-type]
+            self.base = Counter({name: value async for name, value in cursor})
 
     # Handing in
 
@@ -1253,10 +1279,15 @@ class Store:
         self._handed += 1
         self._dirty.set()
 
+    @property
+    def crowded(self) -> bool:
+        """Whether more is handed in than the disk takes."""
+        return len(self._documents) > 20_000
+
     async def room(self) -> None:
-        """Wait while more is handed in than the disk takes."""
+        """Wait until the store is not crowded."""
         async with self._committed:
-            await self._committed.wait_for(lambda: len(self._documents) < 20_000)
+            await self._committed.wait_for(lambda: not self.crowded)
 
     async def flush(self) -> None:
         """Wait until all that was handed in is durable."""
@@ -1325,7 +1356,7 @@ class Store:
 
     def totals(self) -> Counter[str]:
         """Counters over all processes of this rank so far."""
-        return self.base + self._counts + Counter({"seconds": time.monotonic() - self._started})  # type: ignore[dict-item]
+        return self.base + self._counts + Counter({"seconds": time.monotonic() - self._started})
 
     async def chunks(self) -> dict[int, Chunk]:
         """All chunks that were ever read, by index."""
@@ -1335,7 +1366,7 @@ class Store:
         """How many documents are a row, filtered or failed."""
         sql = "SELECT status, count(*) FROM documents GROUP BY status"
         async with self._db.execute(sql) as cursor:
-            tally = Counter(dict(await cursor.fetchall()))  # type: ignore[arg-type]
+            tally: Counter[str] = Counter({status: number async for status, number in cursor})
         for chunk in (await self.chunks()).values():
             if chunk.written:
                 tally.update(row=chunk.rows, filtered=len(chunk.filtered), failed=len(chunk.failed))
@@ -1345,12 +1376,12 @@ class Store:
         """Positions and statuses of a chunk's final documents."""
         sql = "SELECT id & 0xffffffff, status FROM documents WHERE id >= ? AND id < ?"
         async with self._db.execute(sql, (chunk.index << 32, (chunk.index + 1) << 32)) as cursor:
-            return dict(await cursor.fetchall())  # type: ignore[arg-type]
+            return {row[0]: row[1] async for row in cursor}
 
     async def answers_to(self, document: int) -> dict[bytes, bytes]:
         """Durable answers of one unfinished document, by key."""
         async with self._db.execute("SELECT key, body FROM requests WHERE document = ?", (document,)) as cursor:
-            return dict(await cursor.fetchall())  # type: ignore[arg-type]
+            return {row[0]: row[1] async for row in cursor}
 
     async def outcomes_of(self, chunk: Chunk) -> bytes:
         """A chunk's documents as one JSON list of [position, status, body]: one step of SQLite, without the GIL."""
@@ -1369,7 +1400,12 @@ async def recorded_chunks(db: aiosqlite.Connection) -> dict[int, Chunk]:
     """All chunks in a state file, by index."""
     async with db.execute("SELECT * FROM chunks ORDER BY chunk") as cursor:
         rows = await cursor.fetchall()
-    return {row[0]: Chunk(*row[:4], bool(row[4]), *(tuple(json.loads(part)) for part in row[5:])) for row in rows}
+    return {
+        index: Chunk(
+            index, start, count, bookmark, bool(written), tuple(json.loads(filtered)), tuple(json.loads(failed))
+        )
+        for index, start, count, bookmark, written, filtered, failed in rows
+    }
 
 
 def file_system_of(path: Path) -> str:
@@ -1628,7 +1664,7 @@ class Client:
         self.pool.lost = self.pool.lost or sent
         silent = self.pool._loop.time() - self.pool.lost
         if silent > self.timeout:
-            self._stop(ServerError(f"no server could be reached for {silent:.0f} s ({problem}); start one, then run again"))
+            self._stop(ServerError(f"no server could be reached for {silent:.0f} s ({problem}); start one, run again"))
         failure = RequestFailed("connection", str(problem))
         failure.unreached = True
         return failure
@@ -1654,30 +1690,35 @@ def parse_reply(answer: Any) -> Reply:
     choices = answer.get("choices") if isinstance(answer, dict) else None
     if not isinstance(choices, list) or not choices or not all(isinstance(choice, dict) for choice in choices):
         raise RequestFailed("body", f"the answer has no choices: {_shown(json.dumps(answer).encode())}")
-    replies = [reply for choice in choices if (reply := _parse_choice(choice)).text or reply.tool_calls]
-    if not replies:
-        reason = choices[0].get("finish_reason")
-        thought = ", all of its tokens went into reasoning" if _parse_choice(choices[0]).reasoning else ""
-        hint = "; raise --max-tokens" if reason == "length" else ""
-        raise RequestFailed("empty", f"the answer is empty (finish_reason {reason}){thought}{hint}", retry=reason != "length")
     usage = answer.get("usage")
     if isinstance(usage, dict):
-        counted = {name: usage[name] for name in Usage.__annotations__ if isinstance(usage.get(name), int)}
-        replies[0] = dataclasses.replace(replies[0], usage=typing.cast("Usage", counted))
+        usage = {name: usage[name] for name in TOKENS if isinstance(usage.get(name), int)}
+    replies: list[Reply] = []
+    for choice in choices:
+        reply = _parse_choice(choice, usage if not replies else None)
+        if reply.text or reply.tool_calls:
+            replies.append(reply)
+    if not replies:
+        reason = choices[0].get("finish_reason")
+        thought = ", all of its tokens went into reasoning" if _parse_choice(choices[0], None).reasoning else ""
+        hint = "; raise --max-tokens" if reason == "length" else ""
+        message = f"the answer is empty (finish_reason {reason}){thought}{hint}"
+        raise RequestFailed("empty", message, retry=reason != "length")
     return dataclasses.replace(replies[0], choices=tuple(replies)) if len(replies) > 1 else replies[0]
 
 
-def _parse_choice(choice: dict[str, Any]) -> Reply:
+def _parse_choice(choice: dict[str, Any], usage: Usage | None) -> Reply:
     message = choice.get("message")
     if not isinstance(message, dict):
         message = {"content": choice.get("text")}
     content = message.get("content")
     return Reply(
-        text=content if isinstance(content, str) else "",
-        reasoning=message.get("reasoning_content") or message.get("reasoning"),
-        finish_reason=choice.get("finish_reason"),
-        tool_calls=message.get("tool_calls") or None,
-        logprobs=choice.get("logprobs"),
+        content if isinstance(content, str) else "",
+        message.get("reasoning_content") or message.get("reasoning"),
+        choice.get("finish_reason"),
+        usage,
+        message.get("tool_calls") or None,
+        choice.get("logprobs"),
     )
 
 
@@ -1688,7 +1729,8 @@ def error_text(raw: bytes) -> str:
     except ValueError:
         return _shown(raw)
     if isinstance(body, dict):
-        inner = body.get("error") if isinstance(body.get("error"), dict) else body
+        error = body.get("error")
+        inner = error if isinstance(error, dict) else body
         for name in ("message", "detail", "error"):
             if inner.get(name):
                 return _shown(str(inner[name]).encode())
@@ -1761,7 +1803,8 @@ async def find_models(session: aiohttp.ClientSession, url: str, key_name: str) -
                 status, raw = response.status, await response.read()
         except (aiohttp.ClientError, TimeoutError, ValueError) as problem:
             reason = str(problem) or type(problem).__name__
-            raise ServerError(f"no server answers at {redact(url)} ({redact(reason)}): is --base-url right, is it up?") from problem
+            message = f"no server answers at {redact(url)} ({redact(reason)}): is --base-url right, is it up?"
+            raise ServerError(message) from problem
         if status in {401, 403}:
             raise ServerError(f"{status} from {redact(root)}: {error_text(raw)}; is the key in ${key_name} right?")
         if status == 200:
@@ -1797,7 +1840,9 @@ def limit_of_files(wanted: int) -> int:
         soft = needed if hard == resource.RLIM_INFINITY else min(hard, needed)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         if soft < needed:
-            say(f"the limit of open files is {hard}: {soft - 256} requests at a time instead of {wanted} (see ulimit -Hn)")
+            say(
+                f"the limit of open files, {hard}, allows {soft - 256} requests at a time, not {wanted}: see ulimit -Hn"
+            )
     return wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, soft - 256))
 
 
@@ -1807,9 +1852,7 @@ def limit_of_files(wanted: int) -> int:
 class OpenChunk:
     """A chunk between reading and writing. Its rows wait in an Arrow file: memory does not grow with stragglers."""
 
-    def __init__(
-        self, chunk: Chunk, parts: list[Block | BadRow], schema: pa.Schema, spool: Path | None = None
-    ) -> None:
+    def __init__(self, chunk: Chunk, parts: list[Block | BadRow], schema: pa.Schema, spool: Path | None = None) -> None:
         import pyarrow as pa
 
         self.chunk = chunk
@@ -1922,7 +1965,8 @@ class Trial:
         except TypeError as problem:
             raise BadDocument(f"the prompt cannot be sent: {problem}") from problem
         ordinal = self._ordinals[body] = self._ordinals.get(body, -1) + 1
-        parts = (path.encode(), body, self.document.id.encode(errors="surrogatepass"), b"%d/%d" % (self._index, ordinal))
+        name = self.document.id.encode(errors="surrogatepass")
+        parts = (path.encode(), body, name, b"%d/%d" % (self._index, ordinal))
         key = xxhash.xxh3_128_digest(b"\0".join(parts))
         if key in self._answers:
             self._engine.run.counts["cache_hits"] += 1
@@ -1931,8 +1975,7 @@ class Trial:
             reply = await self._send(path, body, key)
         self.attempts += 1
         if reply.usage:
-            known: Usage = self.usage or {}
-            self.usage = {name: known.get(name, 0) + n for name, n in reply.usage.items()}  # type: ignore[assignment, operator, misc]
+            self.usage = dict(Counter(self.usage or {}) + Counter(reply.usage))
         return reply
 
     async def _send(self, path: str, body: bytes, key: bytes) -> Reply:
@@ -1955,9 +1998,9 @@ class Trial:
             return {"error": str(problem), "error_type": "RequestFailed", "attempts": problem.attempts}
         except BadDocument as problem:
             return {"error": str(problem), "error_type": "BadDocument", "attempts": 0}
-        except (Exception, SystemExit) as problem:
-            kind = type(problem).__name__
-            return {"error": describe(problem, engine.rollout_file), "error_type": kind, "attempts": max(1, self.attempts)}
+        except (Exception, SystemExit) as problem:  # noqa: BLE001 - a rollout's fault is its document's failure
+            error = describe(problem, engine.rollout_file)
+            return {"error": error, "error_type": type(problem).__name__, "attempts": max(1, self.attempts)}
         if self.interrupted and engine.stopping:
             raise asyncio.CancelledError  # the rollout went on without an answer that the run was stopped before
         return results
@@ -1986,8 +2029,7 @@ class Engine:
         self._deferred: list[OpenChunk] = []  # final, but without a result that would tell the schema
         self._unwritten = 0
         self._space = asyncio.Event()
-        self._slots = asyncio.Semaphore(options.max_concurrent_documents)
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._workers: list[asyncio.Task[None]] = []
         self._reading = ThreadPoolExecutor(1, "sdg-reader")
         self._writing = ThreadPoolExecutor(2, "sdg-writer")
         self._one_writes = asyncio.Semaphore(2)
@@ -2002,11 +2044,11 @@ class Engine:
         self.tally = await self.store.tally()
         self.store.on_durable = self._durable
         with self._reading, self._writing:
-            async with asyncio.TaskGroup() as self._write_tasks:
-                async with asyncio.TaskGroup() as self._rollouts:
-                    self._feeder = self._rollouts.create_task(self._feed())
-                    if self.stopping:
-                        self.stop()
+            async with asyncio.TaskGroup() as self._write_tasks, contextlib.aclosing(self._documents()) as documents:
+                async with asyncio.TaskGroup() as workers:
+                    take = self._taker(documents)
+                    for _ in range(self.run.options.max_concurrent_documents):
+                        self._workers.append(workers.create_task(self._work(take)))
                 await self.store.flush()
             if not self.stopping and self._deferred:
                 self.fields = settle_fields(self.run.state, {})
@@ -2017,60 +2059,80 @@ class Engine:
         """Start nothing new, give what is in flight a moment, then cancel it."""
         self.stopping = True
         self.client.pool.stop()
-        if hasattr(self, "_feeder") and (self._tasks or not self._feeder.done()):
-            self._feeder.cancel()
-            self._rollouts.create_task(self._drain())
+        self._draining = asyncio.create_task(self._drain())
 
     async def _drain(self) -> None:
         deadline = time.monotonic() + GRACE
-        while self.client.pool.active and time.monotonic() < deadline:
+        while self.client.pool.active and time.monotonic() < deadline:  # noqa: ASYNC110 - the pool is too hot for events
             await asyncio.sleep(0.05)
-        for task in list(self._tasks):
-            task.cancel()
+        for worker in self._workers:
+            worker.cancel()
+
+    async def _work(self, take: Callable[[], Awaitable[tuple[OpenChunk, Document] | None]]) -> None:
+        """One of as many workers as documents may be in flight: a task for each document would cost a tenth more."""
+        try:
+            while not self.stopping and (taken := await take()):
+                await self._roll_out(*taken)
+        except asyncio.CancelledError:
+            if not self.stopping:
+                raise
 
     # Reading
 
-    async def _feed(self) -> None:
-        """Start the rollouts of all documents that are not final, as many at a time as there are slots."""
+    def _taker(
+        self, documents: AsyncIterator[tuple[OpenChunk, Document]]
+    ) -> Callable[[], Awaitable[tuple[OpenChunk, Document] | None]]:
+        """Let many workers take from one generator, one at a time."""
+        turn = asyncio.Lock()
+
+        async def take() -> tuple[OpenChunk, Document] | None:
+            async with turn:
+                return await anext(documents, None)
+
+        return take
+
+    async def _documents(self) -> AsyncGenerator[tuple[OpenChunk, Document], None]:
+        """All documents that are not final, with their chunks; those without a prompt fail here."""
         known = await self.store.chunks()
         async for opened in self._chunks(known):
-            chunk = opened.chunk
-            earlier = known.get(chunk.index)
-            if earlier and earlier.written and not await self._reopen(opened, earlier):
-                opened.close()
+            final = await self._open_chunk(opened, known.get(opened.chunk.index))
+            if final is None:
                 continue
-            while self._unwritten and self._unwritten + chunk.count > self._window():
-                self._space.clear()
-                await self._space.wait()
-            final = await self.store.finished_in(chunk) if earlier else {}
-            opened.resumed = earlier is not None
-            opened.remaining = chunk.count - len(final)
-            self._open[chunk.index] = opened
-            self._unwritten += chunk.count
-            self.store.opened(chunk)
-            if not opened.remaining:
-                self._write_tasks.create_task(self._write_chunk(opened))
-            await self._start(opened, final)
+            for item in opened.documents(self.run.options.prompt_column, self.id_column):
+                position = item[0] if isinstance(item, tuple) else item._position
+                if position in final:
+                    continue
+                if self.store.crowded:
+                    await self.store.room()
+                self.started += 1
+                if isinstance(item, tuple):
+                    kind = "BadRow" if position in opened.bad else "BadDocument"
+                    self._finish(opened, position, {"error": item[1], "error_type": kind, "attempts": 0})
+                else:
+                    yield opened, item
 
-    async def _start(self, opened: OpenChunk, final: Mapping[int, str]) -> None:
-        for item in opened.documents(self.run.options.prompt_column, self.id_column):
-            position = item[0] if isinstance(item, tuple) else item._position
-            if position in final:
-                continue
-            await self._slots.acquire()
-            await self.store.room()
-            self.started += 1
-            if isinstance(item, tuple):
-                self._slots.release()
-                kind = "BadRow" if position in opened.bad else "BadDocument"
-                self._finish(opened, position, {"error": item[1], "error_type": kind, "attempts": 0})
-                continue
-            task = self._rollouts.create_task(self._roll_out(opened, item))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+    async def _open_chunk(self, opened: OpenChunk, earlier: Chunk | None) -> Mapping[int, str] | None:
+        """Take a chunk in when there is room. Returns what is final in it; None if there is nothing to do."""
+        chunk = opened.chunk
+        if earlier and earlier.written and not await self._reopen(opened, earlier):
+            opened.close()
+            return None
+        while self._unwritten and self._unwritten + chunk.count > self._window():
+            self._space.clear()
+            await self._space.wait()
+        final = await self.store.finished_in(chunk) if earlier else {}
+        opened.resumed = earlier is not None
+        opened.remaining = chunk.count - len(final)
+        self._open[chunk.index] = opened
+        self._unwritten += chunk.count
+        self.store.opened(chunk)
+        if not opened.remaining:
+            self._write_tasks.create_task(self._write_chunk(opened))
+        return final
 
     def _window(self) -> int:
-        return max(WINDOW * self.run.options.max_concurrent_documents, 4 * self.run.options.records_per_chunk)
+        options = self.run.options
+        return int(max(WINDOW * options.max_concurrent_documents, 4 * options.records_per_chunk))
 
     async def _chunks(self, known: dict[int, Chunk]) -> AsyncIterator[OpenChunk]:
         """What `_read_chunks` yields, read one chunk ahead in the reader's thread."""
@@ -2173,15 +2235,9 @@ class Engine:
                 outcomes = [await trials[0].run()]
             else:
                 outcomes = await asyncio.gather(*(trial.run() for trial in trials))
-        except asyncio.CancelledError:
-            if not self.stopping:
-                raise
-            return  # unfinished: the next run goes on with it
         except Error as problem:
             self.run.stop(problem)
             return
-        finally:
-            self._slots.release()
         results = [result for outcome in outcomes if isinstance(outcome, list) for result in outcome]
         failures = [outcome for outcome in outcomes if isinstance(outcome, dict)]
         self.run.counts["failed_rollouts"] += len(failures)
@@ -2252,11 +2308,14 @@ class Engine:
 
         chunk, options = opened.chunk, self.run.options
         statuses: dict[str, list[int]] = {"row": [], "filtered": [], "failed": []}
-        results, failures = [], []
+        results: list[list[dict[str, Any]]] = []
+        failures: list[dict[str, Any]] = []
         for position, status, body in orjson.loads(outcomes):
             statuses[status].append(position)
-            if status != "filtered":
-                (results if status == "row" else failures).append(body)
+            if status == "row":
+                results.append(body)
+            elif status == "failed":
+                failures.append(body)
         if sorted(position for positions in statuses.values() for position in positions) != list(range(chunk.count)):
             raise StateError(f"state of chunk {chunk.index} does not match its input: start over with --fresh")
         if self.fields is None and results:
@@ -2295,7 +2354,7 @@ class Engine:
             arguments = {"run": self.run, "chunk": chunk}
             try:
                 impl.function(*[arguments[name] for name in impl.argnames])
-            except Exception as problem:  # noqa: BLE001: the chunk is safe, whatever an observer does
+            except Exception as problem:  # noqa: BLE001 - the chunk is safe, whatever an observer does
                 say(f"plugin {impl.plugin_name}: chunk_written failed: {describe(problem)}")
 
 
@@ -2322,7 +2381,7 @@ def writing(path: str) -> Iterator[None]:
     except Error:
         raise
     except Exception as problem:
-        raise PluginError(f"the writer of {path} failed: {describe(problem)}; everything answered is stored") from problem
+        raise PluginError(f"the writer of {path} failed: {describe(problem)}") from problem
 
 
 def sampling(options: argparse.Namespace, model: str) -> dict[str, Any]:
@@ -2391,13 +2450,12 @@ def claim_state(run: Run, reader: Reader) -> None:
         StateError: the state is of another run; each difference is named.
         OutputError: there is output that no state knows.
     """
-    import pyarrow as pa
     import xxhash
 
     path = run.state / "run.json"
     identity = json.loads(json.dumps(identity_of(run, reader)))
     run.input_revision = xxhash.xxh3_64_hexdigest(json.dumps(identity["input"]).encode())
-    options = {k: v for k, v in vars(run.options).items() if isinstance(v, (str, int, float, bool, list, dict, type(None)))}
+    options: dict[str, Any] = json.loads(json.dumps(vars(run.options), default=str))
     options["base_url"] = [redact(url) for url in run.options.base_url or []]
     if options["input"] and split_uri(options["input"])[0] == "file":
         options["input"] = os.path.abspath(options["input"])
@@ -2477,7 +2535,7 @@ def output_files(run: Run) -> list[str]:
 def start_over(run: Run) -> None:
     """Delete the run's state and output."""
     if run.options.world_size > 1:
-        raise UsageError(f"--fresh is for one process; with several delete {run.state} and the output before starting them")
+        raise UsageError(f"--fresh is for one process; before you start several, delete {run.state} and the output")
     for file in [*output_files(run), *run.output.list(os.path.dirname(run.failed_path_of(Chunk(0, 0))))]:
         run.output.delete(file)
     for path in run.state.iterdir():
@@ -2574,10 +2632,9 @@ def documents_expected(engine: Engine) -> int | None:
     total = engine.reader.total()
     if total is None:
         return None
-    total = min(total, options.max_documents or total)
-    full, rest = divmod(total, options.records_per_chunk)
+    full, rest = divmod(min(total, options.max_documents or total), options.records_per_chunk)
     mine = len(range(options.rank, full, options.world_size)) * options.records_per_chunk
-    return mine + (rest if full % options.world_size == options.rank else 0)
+    return int(mine + (rest if full % options.world_size == options.rank else 0))
 
 
 async def statistics(run: Run, store: Store, mean_in_flight: float) -> dict[str, Any]:
@@ -2625,7 +2682,8 @@ def report(engine: Engine, figures: dict[str, Any]) -> str:
         f"rows    {folder}",
     ]
     if figures["failed"]:
-        lines.append(f"failed  {shown}/{os.path.dirname(run.failed_path_of(Chunk(0, 0)))}; run them again: --retry-failed")
+        failed = f"{shown}/{os.path.dirname(run.failed_path_of(Chunk(0, 0)))}"
+        lines.append(f"failed  {failed}; run them again: --retry-failed")
         lines += [f"        {times} × {reason[:150]}" for reason, times in engine.reasons.most_common(3)]
     lines.append(f"state   {run.state}: stats.json has the figures")
     if place.local:
@@ -2678,7 +2736,8 @@ def open_run(options: argparse.Namespace, plugins: Plugins, stop: Callable[[Erro
         if run.output.local:
             os.makedirs(run.output.path(options.output_config), exist_ok=True)
     except OSError as problem:
-        raise OutputError(f"{problem.filename} cannot be made: {reason_of(problem)}; choose another --output") from problem
+        message = f"{problem.filename} cannot be made: {reason_of(problem)}; choose another --output"
+        raise OutputError(message) from problem
     return run
 
 
@@ -2712,9 +2771,7 @@ async def _run_locked(run: Run, stop: Stop) -> None:
         urls = await stack.enter_async_context(plugins.servers[options.server].factory(run))
         client = await stack.enter_async_context(connect(run, urls, stop))
         claim_state(run, reader)
-        store = await stack.enter_async_context(
-            Store.open(run.state / f"{options.rank:05d}.sqlite3", run.counts)
-        )
+        store = await stack.enter_async_context(Store.open(run.state / f"{options.rank:05d}.sqlite3", run.counts))
         writer = open_writer(run)
         resources = await open_resources(run, stack)
         engine = Engine(run, store, reader, writer, client, resources)
@@ -2784,10 +2841,13 @@ def check_columns(schema: pa.Schema, options: argparse.Namespace) -> None:
     if options.results_column in schema.names:
         raise InputError(f"the input has a column {options.results_column} already: give another --results-column")
     kind = schema.field(options.prompt_column).type
-    inner = kind.value_type if t.is_list(kind) or t.is_large_list(kind) or t.is_dictionary(kind) else kind
-    text = t.is_string(inner) or t.is_large_string(inner) or t.is_string_view(inner) or t.is_null(inner)
-    if not (t.is_struct(inner) and {"role", "content"} <= {f.name for f in inner} if inner is not kind and not t.is_dictionary(kind) else text):
-        raise InputError(f"--prompt-column {options.prompt_column} holds {kind}, neither text nor lists of {{role, content}}")
+    inner = kind.value_type if t.is_dictionary(kind) else kind
+    text = t.is_string(inner) or t.is_large_string(inner) or t.is_string_view(inner)
+    item = kind.value_type if t.is_list(kind) or t.is_large_list(kind) else None
+    chat = item is not None and t.is_struct(item) and {"role", "content"} <= {field.name for field in item}
+    if not text and not chat:
+        problem = f"--prompt-column {options.prompt_column} holds {kind}, neither text nor lists of {{role, content}}"
+        raise InputError(problem)
 
 
 def first_cause(problem: BaseException) -> BaseException:
@@ -2795,7 +2855,8 @@ def first_cause(problem: BaseException) -> BaseException:
     if not isinstance(problem, BaseExceptionGroup):
         return problem
     leaves = [first_cause(part) for part in problem.exceptions]
-    return next((leaf for kind in (Error, sqlite3.Error, Exception) for leaf in leaves if isinstance(leaf, kind)), leaves[0])
+    ranked = [leaf for kind in (Error, sqlite3.Error, Exception) for leaf in leaves if isinstance(leaf, kind)]
+    return [*ranked, *leaves][0]
 
 
 def run_command(argv: list[str]) -> int:

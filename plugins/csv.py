@@ -33,7 +33,7 @@ class CsvReader(LinesReader):
     def rows_of_file(self) -> Iterator[list[str]]:
         at_start = self.lines.offset == 0 and self.lines.file < len(self.files.names)
         rows = records(self.lines)
-        if at_start and (header := next(rows, self._header)) != self._header:
+        if at_start and next(rows, self._header) != self._header:
             raise sdg.InputError(f"{self.lines.name} has other columns than {self.files.names[0]}")
         yield from rows
 

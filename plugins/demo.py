@@ -1,4 +1,4 @@
-"""The demonstration: documents that every Python has, and a server whose "model" picks sentences. No GPU, no network."""
+"""The demonstration: documents that every Python has, and a server whose "model" picks sentences."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import ast
 import contextlib
 import platform
 import re
-import sys
 import sysconfig
 import time
 from collections import Counter
@@ -81,7 +80,9 @@ class DemoReader:
             finally:
                 self._read_files += 1
             name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
-            for node in [module, *(item for item in module.body if isinstance(item, ast.ClassDef))]:
+            nodes: list[ast.Module | ast.ClassDef] = [module]
+            nodes += [item for item in module.body if isinstance(item, ast.ClassDef)]
+            for node in nodes:
                 text = ast.get_docstring(node)
                 if text and len(text) >= 100:
                     yield {"id": f"{name}.{node.name}" if isinstance(node, ast.ClassDef) else name, "text": text}

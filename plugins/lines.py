@@ -1,4 +1,4 @@
-"""What the readers of line-wise formats share: a cursor over the lines of many files, bookmarks, the estimated total."""
+"""What readers of line-wise formats share: a cursor over the lines of many files, bookmarks, the total."""
 
 from __future__ import annotations
 
@@ -114,6 +114,7 @@ class LinesReader:
     def read(self, rows: int) -> list[sdg.Block | sdg.BadRow]:
         found: list[sdg.Block | sdg.BadRow] = []
         good: list[dict[str, Any]] = []
+        start = ("", 0)
         end = self._row + rows
         while self._row < end and (piece := self._next()) is not None:
             name, row = self.lines.name, self._row_in_file - 1

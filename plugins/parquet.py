@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,7 @@ class ParquetReader:
         self.schema = footers[0][0].remove_metadata()
         for name, (schema, _) in zip(self._files.names, footers, strict=True):
             if not schema.equals(self.schema):
-                raise sdg.InputError(f"{name} has other columns than {self._files.names[0]}: give --input a glob of one kind")
+                raise sdg.InputError(f"{name} has other columns than {self._files.names[0]}: name those of one kind")
         self._groups = [rows for _, rows in footers]  # rows of each row group of each file
         self._starts = [0]
         for rows in self._groups:
@@ -41,7 +42,7 @@ class ParquetReader:
         self._row = 0
         self._batches: Iterator[sdg.Block] = iter(())
         self._rest: sdg.Block | None = None
-        self._at = -1  # the row that `_batches` and `_rest` go on with
+        self._at = sys.maxsize  # the row that `_batches` and `_rest` go on with: nowhere yet
 
     def _footer(self, i: int) -> tuple[pa.Schema, list[int]]:
         import pyarrow as pa
@@ -91,12 +92,11 @@ class ParquetReader:
         for i, groups in enumerate(self._groups):
             if self._starts[i + 1] <= row:
                 continue
-            at, wanted = 0, max(0, row - self._starts[i])
-            while groups and at + groups[0] <= wanted:
-                at, groups = at + groups[0], groups[1:]
-            first = len(self._groups[i]) - len(groups)
+            at, first, wanted = 0, 0, max(0, row - self._starts[i])
+            while first < len(groups) and at + groups[first] <= wanted:
+                at, first = at + groups[first], first + 1
             with pq.ParquetFile(self._files.open(i)) as file:
-                for batch in file.iter_batches(1024, row_groups=list(range(first, first + len(groups)))):
+                for batch in file.iter_batches(1024, row_groups=list(range(first, len(groups)))):
                     skip = min(max(0, wanted - at), batch.num_rows)
                     if skip < batch.num_rows:
                         yield sdg.Block(batch.slice(skip).cast(self.schema), self._files.names[i], at + skip)

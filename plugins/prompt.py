@@ -8,10 +8,8 @@ import sdg
 
 @sdg.hookimpl
 def add_options(parser: argparse._ArgumentGroup) -> None:
-    parser.add_argument(
-        "--prompt-template", metavar="T", type=template, help="the prompt; [[DOCUMENT]] in it is the text; @FILE reads it"
-    )
-    parser.add_argument("--system-prompt", metavar="S", type=sdg.text_or_file, help="the system message; @FILE reads it")
+    parser.add_argument("--prompt-template", metavar="T", type=template, help="[[DOCUMENT]] is the text; or @FILE")
+    parser.add_argument("--system-prompt", metavar="S", type=sdg.text_or_file, help="the system message; or @FILE")
 
 
 @sdg.hookimpl

@@ -69,7 +69,7 @@ def check(run: sdg.Run, counts: dict[str, int]) -> Iterator[str]:
         if chunk is None or not chunk.written:
             yield f"chunk {opened.chunk.index} ({rows}) is not finished: run again"
         elif chunk.count != opened.chunk.count:
-            yield f"chunk {chunk.index} was made of {chunk.count} documents, the input has {opened.chunk.count} ({rows})"
+            yield f"chunk {chunk.index} ({rows}) was made of {chunk.count} documents"
         else:
             expected |= {run.path_of(chunk), *([run.failed_path_of(chunk)] if chunk.failed else [])}
             yield from check_chunk(run, chunk, opened.ids(sdg.id_column_of(options, reader.schema)), writer)
@@ -132,4 +132,4 @@ def check_chunk(run: sdg.Run, chunk: sdg.Chunk, ids: list[str], writer: sdg.Writ
                 yield f"{path} row {row} is document {is_!r}; {should_be!r} was written"
                 return
     if failed != [ids[position] for position in chunk.failed]:
-        yield f"{run.output.path(run.failed_path_of(chunk))} does not name the {len(chunk.failed)} documents that failed"
+        yield f"{run.output.path(run.failed_path_of(chunk))} does not name the {len(chunk.failed)} failed documents"
