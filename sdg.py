@@ -27,6 +27,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import io
 import json
 import math
 import os
@@ -36,6 +37,7 @@ import signal
 import sqlite3
 import string
 import sys
+import threading
 import time
 import tomllib
 import traceback
@@ -235,6 +237,7 @@ class Error(Exception):
     """
 
     exit_code = 1
+    said = False  # on stderr, when it began to stop the run
 
 
 class UsageError(Error):
@@ -267,7 +270,7 @@ class TooManyFailures(Error):
 
 class Interrupted(Error):
     def __init__(self, signum: signal.Signals) -> None:
-        super().__init__(f"interrupted by {signum.name}: everything answered is stored; run the same command to go on")
+        super().__init__(f"interrupted by {signum.name}: what is answered gets stored; run the same command to go on")
         self.exit_code = 130 if signum == signal.SIGINT else 143
 
 
@@ -416,12 +419,12 @@ class Plugins:
         rollout = None
         for spec in specs:
             rollout = plugins._load_spec(spec)
-        if rollout == "":
-            raise UsageError(f"--plugin {spec} registers no rollout, or several: name one as {spec}:NAME")
         try:
             plugins.manager.check_pending()
         except pluggy.PluginValidationError as problem:
             raise PluginError(_hook_mistake(problem)) from problem
+        if rollout == "":
+            raise UsageError(f"--plugin {spec} registers no rollout, or several: name one as {spec}:NAME")
         return plugins, rollout
 
     def add(self, module: types.ModuleType, version: str) -> None:
@@ -660,7 +663,9 @@ OPTIONS = {
         Option("--api-key-env", "NAME", "the environment variable that holds the key", "OPENAI_API_KEY"),
         Option("--model", "NAME", "default: the server's only model", identity=True),
         Option("--max-concurrent-generations", "N", "requests in flight", 500, _count),
-        Option("--max-concurrent-documents", "N", "documents in flight; default: 1.5 times the requests", type=_count),
+        Option(
+            "--max-concurrent-documents", "N", "documents in flight; default: half as many again, and 16", type=_count
+        ),
         Option("--request-timeout", "S", "seconds for one attempt", 600.0, _seconds),
         Option("--max-retries", "N", "attempts after the first", 6, _natural),
     ],
@@ -783,9 +788,8 @@ def _derive(options: argparse.Namespace, plugins: Plugins) -> None:
         raise UsageError(f"--output-config {options.output_config!r}: a plain folder name is wanted, and not `failed`")
     options.output = options.output or f"output/{options.rollout}"
     options.state_dir = options.state_dir or default_state_dir(options.output, options.output_config)
-    options.max_concurrent_documents = options.max_concurrent_documents or math.ceil(
-        1.5 * options.max_concurrent_generations
-    )
+    if options.max_concurrent_documents is None:  # more than requests: some wait for a retry, or compute
+        options.max_concurrent_documents = math.ceil(1.5 * options.max_concurrent_generations) + 16
     _derive_rank(options)
 
 
@@ -985,27 +989,28 @@ def reason_of(problem: OSError | sqlite3.Error) -> str:
     return "the disk is full: make room, then run the same command again" if full else str(problem)
 
 
-def publish_once(path: Path, content: bytes) -> bytes:
-    """Create a file with this content unless it exists, atomically. Returns what is there: the first one wins."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        sync(temporary)
-        with contextlib.suppress(FileExistsError):
-            os.link(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync(path.parent)
-    return path.read_bytes()
+def publish_once(run: Run, name: str, content: bytes) -> bytes:
+    """Create a file of the state unless it exists, atomically. Returns what is there: of many ranks the first wins."""
+    temporary = _write_temporary(run, name, content)
+    with contextlib.suppress(FileExistsError):
+        os.link(temporary, run.state / name)
+    temporary.unlink()
+    sync(run.state)
+    return (run.state / name).read_bytes()
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a small file of the state, whole and durable."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def replace_file(run: Run, name: str, content: bytes) -> None:
+    """Write a file of the state, whole and durable."""
+    os.replace(_write_temporary(run, name, content), run.state / name)
+    sync(run.state)
+
+
+def _write_temporary(run: Run, name: str, content: bytes) -> Path:
+    # The rank's lock keeps the name from being used twice, and a rerun overwrites what a crash left.
+    temporary = run.state / f".{run.options.rank:05d}.{name}.tmp"
     temporary.write_bytes(content)
     sync(temporary)
-    os.replace(temporary, path)
+    return temporary
 
 
 def redact(url: str) -> str:
@@ -1229,9 +1234,7 @@ class Store:
             StateError: the file is of another version.
             sqlite3.Error: the file is broken, or a commit failed; in the second case the body was cancelled.
         """
-        import aiosqlite
-
-        async with aiosqlite.connect(path, timeout=60) as db:
+        async with _database(path) as db:
             store = cls(db, counts)
             await store._prepare(path)
             async with asyncio.TaskGroup() as tasks:
@@ -1392,6 +1395,18 @@ class Store:
         return bytes(text, "utf-8") if isinstance(text, str) else text or b"[]"
 
 
+@contextlib.asynccontextmanager
+async def _database(path: Path) -> AsyncIterator[aiosqlite.Connection]:
+    """A connection. Cancelled while it opens, it is closed all the same: its thread would outlive the loop."""
+    import aiosqlite
+
+    connecting = asyncio.ensure_future(aiosqlite.connect(path, timeout=60))
+    try:
+        yield await asyncio.shield(connecting)
+    finally:
+        await (await connecting).close()
+
+
 def _chunk_row(chunk: Chunk) -> tuple[Any, ...]:
     return (*dataclasses.astuple(chunk)[:5], json.dumps(chunk.filtered), json.dumps(chunk.failed))
 
@@ -1455,7 +1470,7 @@ class Pool:
         self.successes = 0
         self._waiting: deque[asyncio.Future[Upstream]] = deque()
         self._alarm: asyncio.TimerHandle | None = None
-        self._stopped = False
+        self.stopped = False
         self._loop = asyncio.get_running_loop()
         self._area = 0.0  # integral of `active` over time
         self._since = self._began = self._loop.time()
@@ -1463,7 +1478,7 @@ class Pool:
 
     async def acquire(self) -> Upstream:
         """Wait for a slot. Cancelled when the run is stopping."""
-        if self._stopped:
+        if self.stopped:
             raise asyncio.CancelledError
         if not self._waiting and (upstream := self._take()):
             return upstream
@@ -1515,7 +1530,7 @@ class Pool:
 
     def stop(self) -> None:
         """Let no further request begin."""
-        self._stopped = True
+        self.stopped = True
         while self._waiting:
             self._waiting.popleft().cancel()
 
@@ -1596,18 +1611,21 @@ class Client:
                 failure = problem
             finally:
                 self.pool.release(upstream)
-            attempts += 0 if failure.unreached else 1
-            failure.attempts = attempts
-            self.counts[f"retries.{failure.cause}" if failure.retry else f"refused.{failure.cause}"] += 1
+            if self.pool.stopped and (failure.retry or failure.status == 401):
+                raise asyncio.CancelledError  # the run's fault, not the document's
             if failure.unreached:
                 continue  # the server is set aside: waiting for a slot is the pause
+            attempts += 1
+            failure.attempts = attempts
             # An overloaded server that still answers others will answer this request, too.
             overload = failure.status in {429, 503}
             storms += overload
             if not overload or self.pool.successes == successes:
                 spent += 1
             if not failure.retry or spent > self.max_retries or storms > STORM_PATIENCE * self.max_retries:
+                self.counts[f"given_up.{failure.cause}"] += 1
                 raise failure
+            self.counts[f"retries.{failure.cause}"] += 1
             longest = min(LONGEST_PAUSE, 0.5 * 2.0 ** min(attempts, 10))
             await asyncio.sleep(max(failure.retry_after or 0.0, random.uniform(0, longest)))  # full jitter
 
@@ -1619,7 +1637,8 @@ class Client:
         sent = self.pool._loop.time()
         self.counts["requests"] += 1
         try:
-            async with self.session.post(upstream.url + path, data=body) as response:
+            data = body if len(body) < 1 << 20 else io.BytesIO(body)  # aiohttp sends the second kind in pieces
+            async with self.session.post(upstream.url + path, data=data) as response:
                 raw = await response.read()
             self.pool.lost = None
             if response.status != 200:
@@ -1884,7 +1903,7 @@ class OpenChunk:
         ]
         if column is None:
             return names
-        own = self.table.column(column).to_pylist()
+        own = values_of(self.table.column(column))
         return [name if value is None else str(value) for name, value in zip(names, own, strict=True)]
 
     def documents(self, prompt_column: str, id_column: str | None) -> Iterator[Document | tuple[int, str]]:
@@ -1892,7 +1911,7 @@ class OpenChunk:
         ids = self.ids(id_column)
         prompts = self.table.column(prompt_column)
         for start in range(0, self.chunk.count, 256):
-            for position, value in enumerate(prompts.slice(start, 256).to_pylist(), start):
+            for position, value in enumerate(values_of(prompts.slice(start, 256)), start):
                 if position in self.bad:
                     yield position, self.bad[position].reason
                     continue
@@ -1909,6 +1928,21 @@ class OpenChunk:
         del self.table
         if self._spool:
             self._spool.unlink(missing_ok=True)
+
+
+def values_of(column: pa.ChunkedArray) -> list[Any]:
+    """A column's values as Python has them; text that is not UTF-8 as bytes."""
+    try:
+        return typing.cast("list[Any]", column.to_pylist())
+    except UnicodeDecodeError:
+        return [_value_of(scalar) for scalar in column]
+
+
+def _value_of(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        return scalar.as_buffer().to_pybytes() if hasattr(scalar, "as_buffer") else b"not UTF-8"
 
 
 def _null_row(schema: pa.Schema) -> pa.RecordBatch:
@@ -1930,6 +1964,8 @@ def prompt_of(value: Any) -> tuple[str, list[dict[str, Any]] | None]:
         return value, None
     if value is None:
         raise BadDocument("is null")
+    if isinstance(value, bytes):
+        raise BadDocument("is not UTF-8")
     if not isinstance(value, list) or not value:
         raise BadDocument(f"is neither text nor a list of messages: {str(value)[:80]}")
     messages = []
@@ -2019,7 +2055,7 @@ class Engine:
         self.rollout_file = inspect.getsourcefile(inspect.unwrap(self.rollout))
         self.defaults = sampling(options, run.model)
         self.id_column = id_column_of(options, reader.schema)
-        self.fields = recorded_fields(run.state) or settle_fields(run.state, annotated_fields(self.rollout))
+        self.fields = recorded_fields(run.state) or settle_fields(run, annotated_fields(self.rollout))
         self.stopping = False
         self.began = time.monotonic()
         self.started = self.finished = self.failed = 0  # documents, in this process
@@ -2032,7 +2068,8 @@ class Engine:
         self._workers: list[asyncio.Task[None]] = []
         self._reading = ThreadPoolExecutor(1, "sdg-reader")
         self._writing = ThreadPoolExecutor(2, "sdg-writer")
-        self._one_writes = asyncio.Semaphore(2)
+        self._settling = threading.Lock()
+        self._two_write = asyncio.Semaphore(2)
 
     async def work(self) -> None:
         """Process all chunks of this rank. When told to stop: what is answered is stored, what is complete written."""
@@ -2051,7 +2088,7 @@ class Engine:
                         self._workers.append(workers.create_task(self._work(take)))
                 await self.store.flush()
             if not self.stopping and self._deferred:
-                self.fields = settle_fields(self.run.state, {})
+                self.fields = settle_fields(self.run, {})
                 for opened in self._deferred:
                     await self._write_chunk(opened)
 
@@ -2287,7 +2324,7 @@ class Engine:
     async def _write_chunk(self, opened: OpenChunk) -> None:
         """File, record, clean up: in this order, and each step may be repeated."""
         chunk = opened.chunk
-        async with self._one_writes:
+        async with self._two_write:
             outcomes = await self.store.outcomes_of(chunk)
             loop = asyncio.get_running_loop()
             if not await loop.run_in_executor(self._writing, self._write_files, opened, outcomes):
@@ -2318,9 +2355,10 @@ class Engine:
                 failures.append(body)
         if sorted(position for positions in statuses.values() for position in positions) != list(range(chunk.count)):
             raise StateError(f"state of chunk {chunk.index} does not match its input: start over with --fresh")
-        if self.fields is None and results:
-            flat = [result for row in results for result in row]
-            self.fields = settle_fields(self.run.state, infer_fields(flat))
+        with self._settling:
+            if self.fields is None and results:
+                flat = [result for row in results for result in row]
+                self.fields = settle_fields(self.run, infer_fields(flat))
         if self.fields is None:
             return False
         chunk.filtered, chunk.failed = tuple(statuses["filtered"]), tuple(statuses["failed"])
@@ -2345,8 +2383,9 @@ class Engine:
         lines = []
         for position, failure in zip(opened.chunk.failed, failures, strict=True):
             bad = opened.bad.get(position)
-            row = bad._asdict() if bad else opened.table.slice(position, 1).to_pylist()[0]
-            lines.append(orjson.dumps({"id": ids[position], **failure, "document": row}, default=str))
+            one = opened.table.slice(position, 1)
+            row = bad._asdict() if bad else {name: values_of(one.column(name))[0] for name in one.column_names}
+            lines.append(orjson.dumps({"id": ids[position], **failure, "document": row}, default=plain))
         self.run.output.write(path, lambda file: file.write(b"\n".join(lines) + b"\n"))
 
     def _tell(self, chunk: Chunk) -> None:
@@ -2397,6 +2436,11 @@ def provenance(run: Run) -> dict[str, str]:
     return {f"sdg.{name}": value for name, value in {**named, "input_revision": run.input_revision}.items()}
 
 
+def plain(value: Any) -> str:
+    """JSON's best word for a value that it cannot hold: times, decimals, bytes."""
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+
+
 def read_failed(run: Run, chunk: Chunk) -> list[dict[str, Any]]:
     """The records of a chunk's failed documents, in order."""
     try:
@@ -2417,7 +2461,7 @@ def recorded_fields(state: Path) -> dict[str, pa.DataType] | None:
     return {field.name: field.type for field in pa.ipc.read_schema(pa.py_buffer(base64.b64decode(recorded["arrow"])))}
 
 
-def settle_fields(state: Path, own: dict[str, pa.DataType] | None) -> dict[str, pa.DataType] | None:
+def settle_fields(run: Run, own: dict[str, pa.DataType] | None) -> dict[str, pa.DataType] | None:
     """Record the fields of results for all ranks, unless another was first; the recorded ones are returned."""
     import pyarrow as pa
 
@@ -2428,8 +2472,8 @@ def settle_fields(state: Path, own: dict[str, pa.DataType] | None) -> dict[str, 
     fields = {**base, **{name: kind for name, kind in own.items() if name not in special}}
     arrow = base64.b64encode(pa.schema(list(fields.items())).serialize().to_pybytes()).decode()
     content = {"fields": {name: str(kind) for name, kind in fields.items()}, "arrow": arrow}
-    publish_once(state / "schema.json", json.dumps(content, indent=2).encode())
-    return recorded_fields(state)
+    publish_once(run, "schema.json", json.dumps(content, indent=2).encode())
+    return recorded_fields(run.state)
 
 
 # ── Identity ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -2455,31 +2499,41 @@ def claim_state(run: Run, reader: Reader) -> None:
     path = run.state / "run.json"
     identity = json.loads(json.dumps(identity_of(run, reader)))
     run.input_revision = xxhash.xxh3_64_hexdigest(json.dumps(identity["input"]).encode())
-    options: dict[str, Any] = json.loads(json.dumps(vars(run.options), default=str))
-    options["base_url"] = [redact(url) for url in run.options.base_url or []]
-    if options["input"] and split_uri(options["input"])[0] == "file":
-        options["input"] = os.path.abspath(options["input"])
-    options["plugin"] = [os.path.abspath(p) if p.endswith(".py") else p for p in options["plugin"] or []]
-    recorded = {
+    mine = {
         "sdg": __version__,
         "state_version": STATE_VERSION,
         "fingerprint": xxhash.xxh3_64_hexdigest(json.dumps(identity).encode()),
         "identity": identity,
-        "options": options,
+        "options": recordable_options(run),
         "source_schema": base64.b64encode(reader.schema.serialize().to_pybytes()).decode(),
     }
     if not path.exists() and (strangers := output_files(run)):
         raise OutputError(f"{run.output.path(strangers[0])} is there, but no state of its run: --fresh deletes it")
-    recorded = parse_run(path, publish_once(path, json.dumps(recorded, indent=2).encode()))
-    earlier, run.fingerprint = recorded["identity"], recorded["fingerprint"]
+    recorded = parse_run(path, publish_once(run, path.name, json.dumps(mine, indent=2).encode()))
+    run.fingerprint = recorded["fingerprint"]
+    earlier = dict(recorded["identity"])
     if earlier["input"] != identity["input"] and reader.continues(earlier["input"]):
-        replace_file(path, json.dumps({**recorded, "identity": identity}, indent=2).encode())
         earlier["input"] = identity["input"]
     if changes := list(differences(earlier, identity)):
         raise StateError(
             f"state {run.state} is of another run: {'; '.join(changes[:10])}. "
             "Take the old values, another --output, or --fresh to start over"
         )
+    most = (recorded["options"]["max_documents"], run.options.max_documents)
+    mine["options"]["max_documents"] = max(most) if all(most) else None
+    now = recorded | {"identity": identity, "options": mine["options"]}
+    if now != recorded:
+        replace_file(run, path.name, json.dumps(now, indent=2).encode())
+
+
+def recordable_options(run: Run) -> dict[str, Any]:
+    """The options as JSON, without secrets, and so that other commands can use them in another folder."""
+    options: dict[str, Any] = json.loads(json.dumps(vars(run.options), default=str))
+    options["base_url"] = [redact(url) for url in run.options.base_url or []]
+    if options["input"] and split_uri(options["input"])[0] == "file":
+        options["input"] = os.path.abspath(options["input"])
+    options["plugin"] = [os.path.abspath(name) if name.endswith(".py") else name for name in options["plugin"] or []]
+    return options
 
 
 def differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
@@ -2643,7 +2697,7 @@ async def statistics(run: Run, store: Store, mean_in_flight: float) -> dict[str,
     figures: dict[str, Any] = {"documents": sum(tally.values()), "rows": tally["row"]}
     figures |= {name: tally[name] for name in ("filtered", "failed")}
     figures |= {name: int(totals[name]) for name in ("failed_rollouts", "requests", "cache_hits")}
-    for group in ("retries", "refused"):
+    for group in ("retries", "given_up"):
         causes = {name.partition(".")[2]: int(n) for name, n in totals.items() if name.startswith(f"{group}.")}
         figures[group] = dict(sorted(causes.items()))
     figures |= {name: int(totals[name]) for name in ("prompt_tokens", "completion_tokens")}
@@ -2654,7 +2708,7 @@ async def statistics(run: Run, store: Store, mean_in_flight: float) -> dict[str,
 
 def write_statistics(run: Run, figures: dict[str, Any]) -> None:
     """Write the rank's figures, and the sum over all ranks that have written theirs."""
-    replace_file(run.state / f"{run.options.rank:05d}.stats.json", json.dumps(figures, indent=2).encode())
+    replace_file(run, f"{run.options.rank:05d}.stats.json", json.dumps(figures, indent=2).encode())
     ranks = [json.loads(path.read_bytes()) for path in sorted(run.state.glob("[0-9]*.stats.json"))]
     total: dict[str, Any] = {}
     for rank in ranks:
@@ -2665,7 +2719,7 @@ def write_statistics(run: Run, figures: dict[str, Any]) -> None:
                 total[name] = value
             else:
                 total[name] = round(total.get(name, 0) + value, 3)
-    replace_file(run.state / "stats.json", json.dumps({"ranks": len(ranks), **total}, indent=2).encode())
+    replace_file(run, "stats.json", json.dumps({"ranks": len(ranks), **total}, indent=2).encode())
 
 
 def report(engine: Engine, figures: dict[str, Any]) -> str:
@@ -2708,7 +2762,8 @@ class Stop:
     def __call__(self, reason: Error) -> None:
         if self.reason is None:
             self.reason = reason
-            say(f"sdg: stopping: {reason}") if self.gently else None
+            say(f"sdg: {reason}")
+            reason.said = True
             (self.gently or self._task.cancel)()
         elif isinstance(reason, Interrupted):
             self._task.cancel()
@@ -2901,7 +2956,8 @@ def main(argv: list[str] | None = None) -> int:
             return int(plugins.find("commands", argv[0]).factory(argv[1:]))
         return run_command(argv)
     except Error as problem:
-        print(f"sdg: {problem}", file=sys.stderr)
+        if not problem.said:
+            print(f"sdg: {problem}", file=sys.stderr)
         return problem.exit_code
     except KeyboardInterrupt:
         return 130

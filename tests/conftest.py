@@ -1,0 +1,57 @@
+"""What the tests share: a real server on loopback, and `sdg.py` as a subprocess in a fresh folder."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from fake_server import FakeServer
+from running import ROOT, Job, Sdg, Started
+
+sys.path.insert(0, str(ROOT))  # `import sdg` is the checkout's, installed or not
+
+
+@pytest.fixture
+def server() -> Iterator[FakeServer]:
+    with FakeServer() as server:
+        yield server
+    assert not server.errors
+
+
+@pytest.fixture
+def servers() -> Iterator[Callable[[], FakeServer]]:
+    """Starts as many more servers as a test wants."""
+    started: list[FakeServer] = []
+
+    def start() -> FakeServer:
+        started.append(FakeServer().__enter__())
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.__exit__()
+        assert not server.errors
+
+
+@pytest.fixture
+def run_sdg(tmp_path: Path) -> Iterator[Sdg]:
+    """Calls `sdg.py` with plain arguments; keywords are environment variables."""
+    sdg = Sdg(tmp_path)
+    yield sdg
+    sdg.close()
+
+
+@pytest.fixture
+def start_sdg(run_sdg: Sdg) -> Callable[..., Started]:
+    """The same without waiting for the end."""
+    return run_sdg.start
+
+
+@pytest.fixture
+def job(tmp_path: Path, server: FakeServer) -> Iterator[Job]:
+    """A run of an echo rollout against the server; a test writes the input."""
+    job = Job(tmp_path, server)
+    yield job
+    job.sdg.close()

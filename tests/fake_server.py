@@ -1,0 +1,346 @@
+"""A real OpenAI-compatible HTTP server on loopback, programmed by the tests: a recorder first, a model never.
+
+    with FakeServer() as server:
+        server.behave(lambda payload, n: Status(500) if n == 1 else None)
+        ...                                        # requests to server.url
+        assert len(server.requests) == 2
+
+A behaviour gets the payload and how often this very payload has been seen (from 1), and returns a text, an `Answer`,
+one of the faults below, or None for the usual answer, which depends on the payload and on nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiohttp import web
+
+Payload = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A well-formed answer; `choices` replaces the list that `text` and its like would give."""
+
+    text: str | None = None
+    reasoning: str | None = None
+    reasoning_key: str = "reasoning_content"
+    tool_calls: list[Payload] | None = None
+    logprobs: Payload | None = None
+    finish_reason: str = "stop"
+    choices: list[Payload] | None = None
+
+
+@dataclass(frozen=True)
+class Status:
+    """An HTTP error with the body that OpenAI's servers give."""
+
+    status: int
+    headers: dict[str, str] = field(default_factory=dict)
+    message: str = "scripted by the test"
+
+
+@dataclass(frozen=True)
+class Raw:
+    """A body that is sent as it is, with status 200."""
+
+    body: bytes
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Close the connection, after `sent` bytes of an answer that announces more."""
+
+    sent: int = 0
+
+
+@dataclass(frozen=True)
+class Hang:
+    """Answer only after `release()`."""
+
+    then: Any = None
+
+
+@dataclass(frozen=True)
+class Delay:
+    """Answer after some seconds."""
+
+    seconds: float
+    then: Any = None
+
+
+Behaviour = Callable[[Payload, int], Any]
+
+
+@dataclass
+class Request:
+    """One request, as it came; `answered` is when the last byte of its answer left, None if that never happened."""
+
+    path: str
+    headers: dict[str, str]
+    payload: Payload
+    time: float
+    connection: int
+    n: int
+    answered: float | None = None
+
+    @property
+    def prompt(self) -> str:
+        return prompt_of(self.payload)
+
+
+def prompt_of(payload: Payload) -> str:
+    """The text of the last message, or the prompt of a completion."""
+    text = payload["prompt"] if "prompt" in payload else payload["messages"][-1]["content"]
+    assert isinstance(text, str)
+    return text
+
+
+def usual_text(payload: Payload) -> str:
+    """The usual answer: a hash of all that may change an answer, and some words whose number varies."""
+    digest = hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
+    return f"answer {digest[:16]}" + " word" * int(digest[0], 16)
+
+
+class FakeServer:
+    """Starts on entering and stops on leaving; `stop` and `start` in between are a crash and a restart."""
+
+    def __init__(self) -> None:
+        self.requests: list[Request] = []
+        self.model_requests: list[Request] = []
+        self.models = ["test-model"]
+        self.max_model_len: int | None = None
+        self.api_key: str | None = None
+        self.errors: list[BaseException] = []
+        self.max_in_flight = 0
+        self.in_flight = 0
+        self.port = 0
+        self._behaviour: Behaviour = lambda payload, n: None
+        self._seen: Counter[str] = Counter()
+        self._area = 0.0
+        self._changed = 0.0
+        self._loop = asyncio.new_event_loop()
+        self._released = asyncio.Event()
+        self._runner: web.AppRunner | None = None
+        self._thread = threading.Thread(target=self._loop.run_forever, name="fake-server", daemon=True)
+
+    # -- what tests use
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    def behave(self, behaviour: Behaviour) -> None:
+        self._behaviour = behaviour
+
+    def release(self) -> None:
+        """Answer whatever hangs, and let nothing hang any more."""
+        self._loop.call_soon_threadsafe(self._released.set)
+
+    def hold(self) -> None:
+        """Let requests hang again."""
+        self._loop.call_soon_threadsafe(self._released.clear)
+
+    def forget(self) -> None:
+        """Start a new recording; whatever is scripted begins anew."""
+        self.requests = []
+        self.model_requests = []
+        self._seen.clear()
+        self._area = 0.0
+        self.max_in_flight = self.in_flight
+
+    @property
+    def prompts(self) -> list[str]:
+        return [request.prompt for request in self.requests]
+
+    @property
+    def answered(self) -> list[Request]:
+        return [request for request in self.requests if request.answered is not None]
+
+    def mean_in_flight(self) -> float:
+        """Requests in flight, averaged from the first request to the last change."""
+        elapsed = self._changed - self.requests[0].time
+        return self._area / elapsed if elapsed else 0.0
+
+    # -- life
+
+    def __enter__(self) -> FakeServer:
+        self._thread.start()
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def start(self) -> None:
+        self._call(self._start())
+
+    def stop(self) -> None:
+        """End at once: open connections are reset, new ones are refused."""
+        self._call(self._stop())
+
+    def _call(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(30)
+
+    async def _start(self) -> None:
+        app = web.Application(client_max_size=1 << 30)
+        app.router.add_get("/{prefix:.*}v1/models", self._list_models)
+        app.router.add_post("/{prefix:.*}v1/chat/completions", self._complete)
+        app.router.add_post("/{prefix:.*}v1/completions", self._complete)
+        self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0, access_log=None)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True, backlog=4096)
+        await site.start()
+        self.port = self._runner.addresses[0][1]
+
+    async def _stop(self) -> None:
+        if self._runner is None:
+            return
+        runner, self._runner = self._runner, None
+        for site in list(runner.sites):
+            await site.stop()
+        if runner.server is not None:
+            for connection in runner.server.connections:
+                if connection.transport is not None:
+                    connection.transport.abort()
+        await runner.cleanup()
+
+    # -- the protocol
+
+    def _record(self, request: web.Request, payload: Payload) -> Request:
+        key = request.path + json.dumps(payload, sort_keys=True)
+        self._seen[key] += 1
+        return Request(
+            request.path, dict(request.headers), payload, time.monotonic(), id(request.transport), self._seen[key]
+        )
+
+    def _authorized(self, request: web.Request) -> bool:
+        return self.api_key is None or request.headers.get("Authorization") == f"Bearer {self.api_key}"
+
+    async def _list_models(self, request: web.Request) -> web.StreamResponse:
+        self.model_requests.append(self._record(request, {}))
+        if not self._authorized(request):
+            return _error(Status(401, message="no valid API key"))
+        extra = {} if self.max_model_len is None else {"max_model_len": self.max_model_len}
+        models = [{"id": name, "object": "model", "created": 0, "owned_by": "test", **extra} for name in self.models]
+        return web.json_response({"object": "list", "data": models})
+
+    async def _complete(self, request: web.Request) -> web.StreamResponse:
+        record = self._record(request, json.loads(await request.read()))
+        self.requests.append(record)
+        self._count(+1)
+        try:
+            if not self._authorized(request):
+                return _error(Status(401, message="no valid API key"))
+            if record.payload.get("model") not in self.models:
+                return _error(Status(404, message=f"the model {record.payload.get('model')} does not exist"))
+            return await self._answer(request, record)
+        except (AssertionError, LookupError, TypeError, ValueError) as error:  # a mistake in the test's behaviour
+            self.errors.append(error)
+            raise
+        finally:
+            self._count(-1)
+
+    async def _answer(self, request: web.Request, record: Request) -> web.StreamResponse:
+        answer = self._behaviour(record.payload, record.n)
+        while isinstance(answer, (Delay, Hang)):
+            if isinstance(answer, Delay):
+                await asyncio.sleep(answer.seconds)
+            else:
+                await self._released.wait()
+            answer = answer.then
+        if isinstance(answer, Status):
+            return _error(answer)
+        if answer is None:
+            answer = usual_text(record.payload)
+        if isinstance(answer, str):
+            answer = Answer(answer)
+        if isinstance(answer, Answer):
+            body = json.dumps(_body(record, answer)).encode()
+        elif isinstance(answer, Raw):
+            body = answer.body
+        else:
+            assert isinstance(answer, Drop), f"the test's behaviour returned {answer!r}"
+            return await _drop(request, answer)
+        response = web.Response(body=body, content_type="application/json")
+        await response.prepare(request)
+        await response.write_eof()
+        record.answered = time.monotonic()
+        return response
+
+    def _count(self, change: int) -> None:
+        now = time.monotonic()
+        self._area += self.in_flight * (now - self._changed) if self.in_flight else 0.0
+        self._changed = now
+        self.in_flight += change
+        self.max_in_flight = max(self.max_in_flight, self.in_flight)
+
+
+def free_port() -> int:
+    """A port of loopback on which nothing listens."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    assert isinstance(port, int)
+    return port
+
+
+def _error(fault: Status) -> web.Response:
+    body = {"error": {"message": fault.message, "type": "test", "code": fault.status}}
+    return web.json_response(body, status=fault.status, headers=fault.headers)
+
+
+async def _drop(request: web.Request, fault: Drop) -> web.StreamResponse:
+    assert request.transport is not None
+    response = web.StreamResponse(headers={"Content-Length": "1000000", "Content-Type": "application/json"})
+    if fault.sent:
+        await response.prepare(request)
+        await response.write(b" " * fault.sent)
+    request.transport.close()
+    return response
+
+
+def _body(record: Request, answer: Answer) -> Payload:
+    chat = record.path.endswith("/chat/completions")
+    choices = answer.choices
+    if choices is None:
+        choices = [_choice(index, chat, answer) for index in range(record.payload.get("n") or 1)]
+    messages = record.payload.get("messages") or [{"content": record.payload.get("prompt")}]
+    prompt_tokens = sum(len(str(message["content"]).split()) for message in messages)
+    completion_tokens = len((answer.text or "").split()) * len(choices)
+    return {
+        "id": "test",
+        "object": "chat.completion" if chat else "text_completion",
+        "created": 0,
+        "model": record.payload["model"],
+        "choices": choices,
+        "usage": {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+        },
+    }
+
+
+def _choice(index: int, chat: bool, answer: Answer) -> Payload:
+    text = answer.text if index == 0 or answer.text is None else f"{answer.text} #{index}"
+    choice: Payload = {"index": index, "finish_reason": answer.finish_reason, "logprobs": answer.logprobs}
+    if not chat:
+        return choice | {"text": text}
+    message: Payload = {"role": "assistant", "content": text}
+    if answer.reasoning is not None:
+        message[answer.reasoning_key] = answer.reasoning
+    if answer.tool_calls is not None:
+        message["tool_calls"] = answer.tool_calls
+    return choice | {"message": message}
