@@ -1113,23 +1113,28 @@ def infer_type(values: list[Any]) -> pa.DataType | None:
 
 def fits(value: Any, kind: pa.DataType) -> bool:
     """Whether a JSON value can be stored as this Arrow type without losing anything."""
+    return value is None or _check_of(kind)(value)
+
+
+@functools.cache
+def _check_of(kind: pa.DataType) -> Callable[[Any], bool]:
+    """What `fits` asks of values of a type, made once: asking Arrow for each value would cost more than writing it."""
     import pyarrow.types as t
 
-    if value is None:
-        return True
     if t.is_struct(kind):
-        return isinstance(value, dict) and all(
-            (i := kind.get_field_index(key)) >= 0 and fits(item, kind.field(i).type) for key, item in value.items()
+        fields = {field.name: field.type for field in kind}
+        return lambda value: (
+            isinstance(value, dict) and all(key in fields and fits(item, fields[key]) for key, item in value.items())
         )
     if t.is_list(kind):
-        return isinstance(value, list) and all(fits(item, kind.value_type) for item in value)
-    if t.is_boolean(kind) or isinstance(value, bool):
-        return t.is_boolean(kind) and isinstance(value, bool)
+        return lambda value: isinstance(value, list) and all(fits(item, kind.value_type) for item in value)
+    if t.is_boolean(kind):
+        return lambda value: isinstance(value, bool)
     if t.is_integer(kind):
-        return isinstance(value, int) and -(2**63) <= value < 2**63
+        return lambda value: type(value) is int and -(2**63) <= value < 2**63
     if t.is_floating(kind):
-        return isinstance(value, float) or (isinstance(value, int) and abs(value) <= 2**53)
-    return t.is_string(kind) and isinstance(value, str)
+        return lambda value: type(value) is float or (type(value) is int and abs(value) <= 2**53)
+    return lambda value: isinstance(value, str) and t.is_string(kind)
 
 
 def fit(result: Mapping[str, Any], fields: Mapping[str, pa.DataType]) -> dict[str, Any]:
@@ -1906,8 +1911,8 @@ class OpenChunk:
         own = values_of(self.table.column(column))
         return [name if value is None else str(value) for name, value in zip(names, own, strict=True)]
 
-    def documents(self, prompt_column: str, id_column: str | None) -> Iterator[Document | tuple[int, str]]:
-        """The documents in order; of those without a usable prompt the position and the reason."""
+    def documents(self, prompt_column: str, id_column: str | None) -> Iterator[tuple[int, Document | str]]:
+        """Position and document of each row in order; in place of one without a usable prompt the reason."""
         ids = self.ids(id_column)
         prompts = self.table.column(prompt_column)
         for start in range(0, self.chunk.count, 256):
@@ -1921,7 +1926,7 @@ class OpenChunk:
                     yield position, f"column {prompt_column!r} {problem}"
                     continue
                 index = self.chunk.start + position
-                yield Document(ids[position], text, messages, index, self.table, position)
+                yield position, Document(ids[position], text, messages, index, self.table, position)
 
     def close(self) -> None:
         """Drop the rows."""
@@ -2028,8 +2033,9 @@ class Trial:
         engine = self._engine
         try:
             results = results_of(await engine.rollout(self.document, self, **engine.resources), self.usage)
-        except Error:
-            raise
+        except Error as problem:
+            engine.run.stop(problem)
+            raise asyncio.CancelledError from problem
         except RequestFailed as problem:
             return {"error": str(problem), "error_type": "RequestFailed", "attempts": problem.attempts}
         except BadDocument as problem:
@@ -2066,6 +2072,7 @@ class Engine:
         self._unwritten = 0
         self._space = asyncio.Event()
         self._workers: list[asyncio.Task[None]] = []
+        self._draining: asyncio.Task[None] | None = None
         self._reading = ThreadPoolExecutor(1, "sdg-reader")
         self._writing = ThreadPoolExecutor(2, "sdg-writer")
         self._settling = threading.Lock()
@@ -2073,9 +2080,7 @@ class Engine:
 
     async def work(self) -> None:
         """Process all chunks of this rank. When told to stop: what is answered is stored, what is complete written."""
-        (self.run.state / "open").mkdir(exist_ok=True)
-        for spool in (self.run.state / "open").glob(f"{self.run.options.rank:05d}_*"):
-            spool.unlink()
+        self._clear_leftovers()
         if self.run.options.retry_failed:
             await self.store.forget_failures()
         self.tally = await self.store.tally()
@@ -2087,10 +2092,13 @@ class Engine:
                     for _ in range(self.run.options.max_concurrent_documents):
                         self._workers.append(workers.create_task(self._work(take)))
                 await self.store.flush()
-            if not self.stopping and self._deferred:
+            if self._deferred and not self.stopping:
                 self.fields = settle_fields(self.run, {})
                 for opened in self._deferred:
                     await self._write_chunk(opened)
+        if self._draining:
+            await self._draining
+        self._clear_leftovers()
 
     def stop(self) -> None:
         """Start nothing new, give what is in flight a moment, then cancel it."""
@@ -2110,9 +2118,18 @@ class Engine:
         try:
             while not self.stopping and (taken := await take()):
                 await self._roll_out(*taken)
+        except Error as problem:
+            self.run.stop(problem)
         except asyncio.CancelledError:
             if not self.stopping:
                 raise
+
+    def _clear_leftovers(self) -> None:
+        folder = self.run.state / "open"
+        folder.mkdir(exist_ok=True)
+        rank = f"{self.run.options.rank:05d}"
+        for leftover in [*folder.glob(f"{rank}_*"), *self.run.state.glob(f".{rank}.*.tmp")]:
+            leftover.unlink()
 
     # Reading
 
@@ -2131,22 +2148,22 @@ class Engine:
     async def _documents(self) -> AsyncGenerator[tuple[OpenChunk, Document], None]:
         """All documents that are not final, with their chunks; those without a prompt fail here."""
         known = await self.store.chunks()
-        async for opened in self._chunks(known):
-            final = await self._open_chunk(opened, known.get(opened.chunk.index))
-            if final is None:
-                continue
-            for item in opened.documents(self.run.options.prompt_column, self.id_column):
-                position = item[0] if isinstance(item, tuple) else item._position
-                if position in final:
+        async with contextlib.aclosing(self._chunks(known)) as chunks:
+            async for opened in chunks:
+                final = await self._open_chunk(opened, known.get(opened.chunk.index))
+                if final is None:
                     continue
-                if self.store.crowded:
-                    await self.store.room()
-                self.started += 1
-                if isinstance(item, tuple):
-                    kind = "BadRow" if position in opened.bad else "BadDocument"
-                    self._finish(opened, position, {"error": item[1], "error_type": kind, "attempts": 0})
-                else:
-                    yield opened, item
+                for position, item in opened.documents(self.run.options.prompt_column, self.id_column):
+                    if position in final:
+                        continue
+                    if self.store.crowded:
+                        await self.store.room()
+                    self.started += 1
+                    if isinstance(item, Document):
+                        yield opened, item
+                    else:
+                        kind = "BadRow" if position in opened.bad else "BadDocument"
+                        self._finish(opened, position, {"error": item, "error_type": kind, "attempts": 0})
 
     async def _open_chunk(self, opened: OpenChunk, earlier: Chunk | None) -> Mapping[int, str] | None:
         """Take a chunk in when there is room. Returns what is final in it; None if there is nothing to do."""
@@ -2171,7 +2188,7 @@ class Engine:
         options = self.run.options
         return int(max(WINDOW * options.max_concurrent_documents, 4 * options.records_per_chunk))
 
-    async def _chunks(self, known: dict[int, Chunk]) -> AsyncIterator[OpenChunk]:
+    async def _chunks(self, known: dict[int, Chunk]) -> AsyncGenerator[OpenChunk, None]:
         """What `_read_chunks` yields, read one chunk ahead in the reader's thread."""
         loop = asyncio.get_running_loop()
         chunks = self._read_chunks(known)
@@ -2194,6 +2211,7 @@ class Engine:
             chunk = known.get(index)
             if chunk:
                 bookmark = chunk.bookmark or bookmark
+                wanted = max(wanted, chunk.count)  # what was begun with a larger --max-documents is finished
             if wanted <= 0:
                 return
             if chunk and chunk.written and chunk.count >= wanted and not (options.retry_failed and chunk.failed):
@@ -2263,18 +2281,14 @@ class Engine:
     async def _roll_out(self, opened: OpenChunk, document: Document) -> None:
         """All rollouts of a document. Those that fail leave the others standing."""
         key = opened.chunk.index << 32 | document._position
-        try:
-            answers = await self.store.answers_to(key) if opened.resumed else {}
-            trials = [
-                Trial(self, document, key, index, answers) for index in range(self.run.options.rollouts_per_document)
-            ]
-            if len(trials) == 1:
-                outcomes = [await trials[0].run()]
-            else:
-                outcomes = await asyncio.gather(*(trial.run() for trial in trials))
-        except Error as problem:
-            self.run.stop(problem)
-            return
+        answers = await self.store.answers_to(key) if opened.resumed else {}
+        trials = [Trial(self, document, key, index, answers) for index in range(self.run.options.rollouts_per_document)]
+        if len(trials) == 1:
+            outcomes = [await trials[0].run()]
+        else:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(trial.run()) for trial in trials]
+            outcomes = [task.result() for task in tasks]
         results = [result for outcome in outcomes if isinstance(outcome, list) for result in outcome]
         failures = [outcome for outcome in outcomes if isinstance(outcome, dict)]
         self.run.counts["failed_rollouts"] += len(failures)
@@ -2327,14 +2341,19 @@ class Engine:
         async with self._two_write:
             outcomes = await self.store.outcomes_of(chunk)
             loop = asyncio.get_running_loop()
-            if not await loop.run_in_executor(self._writing, self._write_files, opened, outcomes):
-                self._deferred.append(opened)
-            else:
+            try:
+                complete = await loop.run_in_executor(self._writing, self._write_files, opened, outcomes)
+            except Error as problem:
+                self.run.stop(problem)
+                return
+            if complete:
                 chunk.written = True
                 await self.store.written(chunk)
                 self._open.pop(chunk.index)
                 opened.close()
                 await loop.run_in_executor(self._writing, self._tell, chunk)
+            else:
+                self._deferred.append(opened)
         self._unwritten -= chunk.count
         self._space.set()
 
