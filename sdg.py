@@ -44,12 +44,14 @@ import traceback
 import types
 import typing
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+import orjson
 import pluggy
+import xxhash
 
 if TYPE_CHECKING:
     import aiohttp
@@ -546,7 +548,6 @@ def _import(what: str, load: Callable[[], Any]) -> types.ModuleType:
 
 def _import_file(path: Path) -> tuple[types.ModuleType, str]:
     """Import a plugin file; its version is a hash of its text."""
-    import xxhash
 
     if not path.is_file():
         raise UsageError(f"--plugin {path}: there is no such file")
@@ -917,7 +918,6 @@ class InputFiles:
         return self.fs.open_input_file(self.paths[i])
 
     def _head(self, i: int, size: int | None) -> str:
-        import xxhash
 
         with self.fs.open_input_stream(self.paths[i], compression=None) as file:
             return xxhash.xxh3_64_hexdigest(file.read(min(65536, self.sizes[i] if size is None else size)))
@@ -1108,42 +1108,43 @@ def infer_type(values: list[Any]) -> pa.DataType | None:
         return None
     if (pyarrow.types.is_struct(kind) and not kind.num_fields) or re.search(r"\bnull\b", str(kind)):
         return None
-    return kind if all(fits(value, kind) for value in values) else None
+    return kind if all(map(checker(kind), values)) else None
 
 
-def fits(value: Any, kind: pa.DataType) -> bool:
-    """Whether a JSON value can be stored as this Arrow type without losing anything."""
-    return value is None or _check_of(kind)(value)
+def checker(kind: pa.DataType) -> Callable[[Any], bool]:
+    """A function that says whether a JSON value can be stored as this Arrow type without losing anything.
 
-
-@functools.cache
-def _check_of(kind: pa.DataType) -> Callable[[Any], bool]:
-    """What `fits` asks of values of a type, made once: asking Arrow for each value would cost more than writing it."""
+    Made once per type: asking Arrow about its types for each value would cost more than writing the value.
+    """
     import pyarrow.types as t
 
     if t.is_struct(kind):
-        fields = {field.name: field.type for field in kind}
+        fields = {field.name: checker(field.type) for field in kind}
         return lambda value: (
-            isinstance(value, dict) and all(key in fields and fits(item, fields[key]) for key, item in value.items())
+            value is None
+            or (isinstance(value, dict) and all(key in fields and fields[key](item) for key, item in value.items()))
         )
     if t.is_list(kind):
-        return lambda value: isinstance(value, list) and all(fits(item, kind.value_type) for item in value)
+        inner = checker(kind.value_type)
+        return lambda value: value is None or (isinstance(value, list) and all(inner(item) for item in value))
     if t.is_boolean(kind):
-        return lambda value: isinstance(value, bool)
+        return lambda value: value is None or isinstance(value, bool)
     if t.is_integer(kind):
-        return lambda value: type(value) is int and -(2**63) <= value < 2**63
+        return lambda value: value is None or (type(value) is int and -(2**63) <= value < 2**63)
     if t.is_floating(kind):
-        return lambda value: type(value) is float or (type(value) is int and abs(value) <= 2**53)
-    return lambda value: isinstance(value, str) and t.is_string(kind)
+        return lambda value: value is None or type(value) is float or (type(value) is int and abs(value) <= 2**53)
+    return lambda value: value is None or (isinstance(value, str) and t.is_string(kind))
 
 
-def fit(result: Mapping[str, Any], fields: Mapping[str, pa.DataType]) -> dict[str, Any]:
-    """A result as the struct of `fields`: what does not fit stands as JSON in `extra`."""
-    import orjson
-
-    good = {key: value for key, value in result.items() if key in fields and fits(value, fields[key])}
-    if len(good) < len(result):
-        rest = {key: value for key, value in result.items() if key not in good}
+def fit(result: Mapping[str, Any], checks: Mapping[str, Callable[[Any], bool]]) -> dict[str, Any]:
+    """A result as a struct of the fields that `checks` accepts: what does not fit stands as JSON in `extra`."""
+    good, rest = {}, {}
+    for key, value in result.items():
+        if key in checks and checks[key](value):
+            good[key] = value
+        else:
+            rest[key] = value
+    if rest:
         good["extra"] = orjson.dumps(rest, option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS).decode()
     return good
 
@@ -1637,7 +1638,6 @@ class Client:
     async def _attempt(self, upstream: Upstream, path: str, body: bytes) -> tuple[Reply, bytes]:
         """One request and its answer; the pool learns how it went."""
         import aiohttp
-        import orjson
 
         sent = self.pool._loop.time()
         self.counts["requests"] += 1
@@ -1990,25 +1990,24 @@ class Trial:
 
     def __init__(self, engine: Engine, document: Document, key: int, index: int, answers: dict[bytes, bytes]) -> None:
         self._engine, self.document, self._key, self._index, self._answers = engine, document, key, index, answers
-        self._ordinals: dict[bytes, int] = {}  # how often the same payload was asked for
+        self._ordinals: dict[bytes, int] = {}  # the ordinal of the last of equal requests: each is another sample
         self.attempts = 0
         self.interrupted = False
         self.usage: Usage | None = None
 
     async def __call__(self, prompt: str | list[dict[str, Any]] | dict[str, Any], **overrides: Any) -> Reply:
         """See `Generate`."""
-        import orjson
-        import xxhash
 
         path, payload = self._engine.payload(prompt, overrides, self._index)
         try:
             body = orjson.dumps(payload)
         except TypeError as problem:
             raise BadDocument(f"the prompt cannot be sent: {problem}") from problem
-        ordinal = self._ordinals[body] = self._ordinals.get(body, -1) + 1
-        name = self.document.id.encode(errors="surrogatepass")
-        parts = (path.encode(), body, name, b"%d/%d" % (self._index, ordinal))
-        key = xxhash.xxh3_128_digest(b"\0".join(parts))
+        digest = xxhash.xxh3_128(body)
+        digest.update(f"{path}\0{self._index}\0{self.document.id}".encode(errors="surrogatepass"))
+        same = digest.digest()
+        ordinal = self._ordinals[same] = self._ordinals.get(same, -1) + 1
+        key = same + ordinal.to_bytes(4, "big")
         if key in self._answers:
             self._engine.run.counts["cache_hits"] += 1
             reply = parse_reply(orjson.loads(self._answers[key]))
@@ -2016,7 +2015,7 @@ class Trial:
             reply = await self._send(path, body, key)
         self.attempts += 1
         if reply.usage:
-            self.usage = dict(Counter(self.usage or {}) + Counter(reply.usage))
+            self.usage = dict(Counter(self.usage) + Counter(reply.usage)) if self.usage else reply.usage
         return reply
 
     async def _send(self, path: str, body: bytes, key: bytes) -> Reply:
@@ -2071,6 +2070,8 @@ class Engine:
         self._deferred: list[OpenChunk] = []  # final, but without a result that would tell the schema
         self._unwritten = 0
         self._space = asyncio.Event()
+        self._ready: Iterator[tuple[OpenChunk, Document]] = iter(())
+        self._turn = asyncio.Lock()
         self._workers: list[asyncio.Task[None]] = []
         self._draining: asyncio.Task[None] | None = None
         self._reading = ThreadPoolExecutor(1, "sdg-reader")
@@ -2086,11 +2087,10 @@ class Engine:
         self.tally = await self.store.tally()
         self.store.on_durable = self._durable
         with self._reading, self._writing:
-            async with asyncio.TaskGroup() as self._write_tasks, contextlib.aclosing(self._documents()) as documents:
+            async with asyncio.TaskGroup() as self._write_tasks, contextlib.aclosing(self._batches()) as batches:
                 async with asyncio.TaskGroup() as workers:
-                    take = self._taker(documents)
                     for _ in range(self.run.options.max_concurrent_documents):
-                        self._workers.append(workers.create_task(self._work(take)))
+                        self._workers.append(workers.create_task(self._work(batches)))
                 await self.store.flush()
             if self._deferred and not self.stopping:
                 self.fields = settle_fields(self.run, {})
@@ -2113,11 +2113,22 @@ class Engine:
         for worker in self._workers:
             worker.cancel()
 
-    async def _work(self, take: Callable[[], Awaitable[tuple[OpenChunk, Document] | None]]) -> None:
+    async def _work(self, batches: AsyncIterator[Iterator[tuple[OpenChunk, Document]]]) -> None:
         """One of as many workers as documents may be in flight: a task for each document would cost a tenth more."""
         try:
-            while not self.stopping and (taken := await take()):
-                await self._roll_out(*taken)
+            while not self.stopping:
+                if taken := next(self._ready, None):
+                    await self._roll_out(*taken)
+                    if self.store.crowded:
+                        await self.store.room()
+                    continue
+                exhausted = self._ready
+                async with self._turn:  # not for each document: those who wait for a lock would queue up for good
+                    if self._ready is exhausted:
+                        batch = await anext(batches, None)
+                        if batch is None:
+                            return
+                        self._ready = batch
         except Error as problem:
             self.run.stop(problem)
         except asyncio.CancelledError:
@@ -2133,37 +2144,26 @@ class Engine:
 
     # Reading
 
-    def _taker(
-        self, documents: AsyncIterator[tuple[OpenChunk, Document]]
-    ) -> Callable[[], Awaitable[tuple[OpenChunk, Document] | None]]:
-        """Let many workers take from one generator, one at a time."""
-        turn = asyncio.Lock()
-
-        async def take() -> tuple[OpenChunk, Document] | None:
-            async with turn:
-                return await anext(documents, None)
-
-        return take
-
-    async def _documents(self) -> AsyncGenerator[tuple[OpenChunk, Document], None]:
-        """All documents that are not final, with their chunks; those without a prompt fail here."""
+    async def _batches(self) -> AsyncGenerator[Iterator[tuple[OpenChunk, Document]], None]:
+        """For each chunk the documents that are not final."""
         known = await self.store.chunks()
         async with contextlib.aclosing(self._chunks(known)) as chunks:
             async for opened in chunks:
                 final = await self._open_chunk(opened, known.get(opened.chunk.index))
-                if final is None:
-                    continue
-                for position, item in opened.documents(self.run.options.prompt_column, self.id_column):
-                    if position in final:
-                        continue
-                    if self.store.crowded:
-                        await self.store.room()
-                    self.started += 1
-                    if isinstance(item, Document):
-                        yield opened, item
-                    else:
-                        kind = "BadRow" if position in opened.bad else "BadDocument"
-                        self._finish(opened, position, {"error": item, "error_type": kind, "attempts": 0})
+                if final is not None:
+                    yield self._documents(opened, final)
+
+    def _documents(self, opened: OpenChunk, final: Mapping[int, str]) -> Iterator[tuple[OpenChunk, Document]]:
+        """A chunk's documents that are not final; those without a prompt fail here."""
+        for position, item in opened.documents(self.run.options.prompt_column, self.id_column):
+            if position in final:
+                continue
+            self.started += 1
+            if isinstance(item, Document):
+                yield opened, item
+            else:
+                kind = "BadRow" if position in opened.bad else "BadDocument"
+                self._finish(opened, position, {"error": item, "error_type": kind, "attempts": 0})
 
     async def _open_chunk(self, opened: OpenChunk, earlier: Chunk | None) -> Mapping[int, str] | None:
         """Take a chunk in when there is room. Returns what is final in it; None if there is nothing to do."""
@@ -2242,7 +2242,6 @@ class Engine:
 
     def _outcomes_in_files(self, chunk: Chunk) -> list[tuple[int, str, bytes]]:
         """The documents of a written chunk as the store would have them, from its files."""
-        import orjson
 
         gone = set(chunk.filtered) | set(chunk.failed)
         table = self.writer.read(chunk)
@@ -2296,7 +2295,6 @@ class Engine:
 
     def _finish(self, opened: OpenChunk, position: int, outcome: list[dict[str, Any]] | dict[str, Any] | None) -> None:
         """Hand a document's outcome to the store: results, a failure, or None for filtered."""
-        import orjson
 
         status = "filtered" if not outcome else "row" if isinstance(outcome, list) else "failed"
         try:
@@ -2359,7 +2357,6 @@ class Engine:
 
     def _write_files(self, opened: OpenChunk, outcomes: bytes) -> bool:
         """Write a chunk's rows and failures. Returns False if no result anywhere has told the schema yet."""
-        import orjson
         import pyarrow as pa
 
         chunk, options = opened.chunk, self.run.options
@@ -2385,7 +2382,8 @@ class Engine:
         rows = opened.table.take(pa.array(statuses["row"], pa.int64()))
         if "id" not in rows.column_names:
             rows = rows.append_column("id", pa.array([ids[position] for position in statuses["row"]], pa.string()))
-        fitted = [[fit(result, self.fields) for result in row] for row in results]
+        checks = {name: checker(kind) for name, kind in self.fields.items()}
+        fitted = [[fit(result, checks) for result in row] for row in results]
         rows = rows.append_column(options.results_column, pa.array(fitted, results_type(self.fields)))
         self._write_failed(opened, ids, failures)
         with writing(self.run.output.path(self.run.path_of(chunk))):
@@ -2393,7 +2391,6 @@ class Engine:
         return True
 
     def _write_failed(self, opened: OpenChunk, ids: list[str], failures: list[dict[str, Any]]) -> None:
-        import orjson
 
         path = self.run.failed_path_of(opened.chunk)
         if not failures:
@@ -2513,7 +2510,6 @@ def claim_state(run: Run, reader: Reader) -> None:
         StateError: the state is of another run; each difference is named.
         OutputError: there is output that no state knows.
     """
-    import xxhash
 
     path = run.state / "run.json"
     identity = json.loads(json.dumps(identity_of(run, reader)))

@@ -35,9 +35,12 @@ class JsonlReader(LinesReader):
     """Read JSON lines, plain or compressed."""
 
     def __init__(self, run: sdg.Run) -> None:
+        import pyarrow.types
+
         super().__init__(run, "jsonl")
         self.schema = run.source_schema or learn_schema(Lines(self.files), self.parse_line)
-        self._types = {field.name: field.type for field in self.schema}
+        self._checks = {field.name: sdg.checker(field.type) for field in self.schema}
+        self._texts = {field.name for field in self.schema if pyarrow.types.is_string(field.type)}
         self._prompt = run.options.prompt_column
 
     def rows_of_file(self) -> Iterator[bytes]:
@@ -55,22 +58,21 @@ class JsonlReader(LinesReader):
 
     def parse(self, piece: bytes) -> dict[str, Any]:
         import orjson
-        import pyarrow.types
 
         values = self.parse_line(piece)
         surprises = {}
         for name, value in list(values.items()):
-            kind = self._types.get(name)
-            if kind is not None and sdg.fits(value, kind):
+            check = self._checks.get(name)
+            if check and check(value):
                 continue
-            if kind is None or not pyarrow.types.is_string(kind):
+            if name not in self._texts:
                 surprises[name] = values.pop(name)
             elif name == self._prompt:
                 raise ValueError(f"column {name!r} is not text: {str(value)[:80]}")
             else:
                 values[name] = orjson.dumps(value).decode()
         if surprises:
-            if EXTRA not in self._types:
+            if EXTRA not in self._checks:
                 raise ValueError(f"column {next(iter(surprises))!r} does not fit what this run recorded of its input")
             values[EXTRA] = orjson.dumps(surprises).decode()
         return values
@@ -118,7 +120,7 @@ def learn(known: dict[str, pa.DataType | None], rows: list[dict[str, Any]]) -> N
                 kind = pa.unify_schemas(both, promote_options="permissive").field(name).type if both else None
         except (pa.ArrowException, OverflowError):
             kind = None
-        exact = kind is not None and ("null" in str(kind) or all(sdg.fits(value, kind) for value in values))
+        exact = kind is not None and ("null" in str(kind) or all(map(sdg.checker(kind), values)))
         known[name] = kind if exact else None
 
 

@@ -95,7 +95,8 @@ class ParquetReader:
             at, first, wanted = 0, 0, max(0, row - self._starts[i])
             while first < len(groups) and at + groups[first] <= wanted:
                 at, first = at + groups[first], first + 1
-            with pq.ParquetFile(self._files.open(i)) as file:
+            # Pre-buffering would keep all row groups that were read until the file is closed.
+            with pq.ParquetFile(self._files.open(i), pre_buffer=False) as file:
                 for batch in file.iter_batches(1024, row_groups=list(range(first, len(groups)))):
                     skip = min(max(0, wanted - at), batch.num_rows)
                     if skip < batch.num_rows:

@@ -138,6 +138,22 @@ def test_retry_after_is_honoured_in_seconds_and_as_a_date(job: Job, server: Fake
     assert len(server.requests) == 2 * len(prompts)
 
 
+def test_a_short_retry_after_fails_nothing(job: Job, server: FakeServer) -> None:
+    job.input(documents(300))
+    pauses = ["0", "0.0002", "0.0005", "0.001", "0.01", "-1", "soon", "", formatdate(0, usegmt=True)]
+
+    def ask_for_patience(payload: dict[str, Any], n: int) -> Any:
+        number = int(prompt_of(payload).split()[1])
+        return Status(429, {"Retry-After": pauses[number % len(pauses)]}) if n == 1 and number % 3 else None
+
+    server.behave(ask_for_patience)
+
+    output = job.succeed(max_concurrent_generations=30)
+
+    assert len(output.rows()) == 300
+    assert not output.failures()
+
+
 def test_a_slot_is_free_while_its_request_waits_for_a_retry(job: Job, server: FakeServer) -> None:
     waiting = ["409", "500"]
     others = [f"other {number}" for number in range(5)]
@@ -348,7 +364,7 @@ def test_a_server_that_stays_away_ends_the_run_and_costs_nothing(job: Job, serve
     job.input(documents(40))
     server.behave(lambda payload, n: None if len(server.requests) <= 20 else Hang())
 
-    running = job.start(max_concurrent_generations=2, request_timeout=3)
+    running = job.start(max_concurrent_generations=2, request_timeout=2)
     wait_until(lambda: len(server.requests) == 22)
     bought = {request.prompt for request in server.answered}
     server.stop()

@@ -26,7 +26,9 @@ NAMES = st.sampled_from(["text", "usage", "score", "tags", "extra", "tool_calls"
 STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("answer"), st.integers(0, 3), st.integers(0, 4), st.binary(min_size=1, max_size=4)),
-        st.tuples(st.just("finish"), st.integers(0, 3), st.integers(0, 4), st.sampled_from(["row", "filtered", "failed"])),
+        st.tuples(
+            st.just("finish"), st.integers(0, 3), st.integers(0, 4), st.sampled_from(["row", "filtered", "failed"])
+        ),
         st.tuples(st.just("write"), st.integers(0, 3)),
         st.tuples(st.just("restart")),
         st.tuples(st.just("flush")),
@@ -101,7 +103,8 @@ def test_any_results_fit_one_schema_and_lose_nothing(results: list[dict[str, Any
     special = {*sdg.base_fields(), "extra", "tool_calls", "logprobs"}
     inferred = {name: kind for name, kind in sdg.infer_fields(results[:known]).items() if name not in special}
     fields = sdg.base_fields() | inferred
-    column = pa.array([[sdg.fit(result, fields) for result in results]], sdg.results_type(fields))
+    checks = {name: sdg.checker(kind) for name, kind in fields.items()}
+    column = pa.array([[sdg.fit(result, checks) for result in results]], sdg.results_type(fields))
     back = [sdg.unfit(result) for result in column.to_pylist()[0]]
     assert [without_nulls(result) for result in back] == [without_nulls(result) for result in results]
 
@@ -109,7 +112,9 @@ def test_any_results_fit_one_schema_and_lose_nothing(results: list[dict[str, Any
 def without_nulls(value: Any) -> Any:
     """Arrow has every field in every struct: a missing key and a null are the same there."""
     if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None and without_nulls(item) != {}}
+        return {
+            key: without_nulls(item) for key, item in value.items() if item is not None and without_nulls(item) != {}
+        }
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
