@@ -1486,7 +1486,7 @@ class Pool:
         """Wait for a slot. Cancelled when the run is stopping."""
         if self.stopped:
             raise asyncio.CancelledError
-        if not self._waiting and (upstream := self._take()):
+        if not self._waiting and (upstream := self._take(self._loop.time())):
             return upstream
         slot: asyncio.Future[Upstream] = self._loop.create_future()
         self._waiting.append(slot)
@@ -1551,10 +1551,9 @@ class Pool:
         self._area += self.active * (now - self._since)
         self._since = now
 
-    def _take(self) -> Upstream | None:
+    def _take(self, now: float) -> Upstream | None:
         if self.active >= self.limit:
             return None
-        now = self._loop.time()
         best = None
         for upstream in self.upstreams:
             allowed = 1 if upstream.failures >= 3 else upstream.limit
@@ -1567,18 +1566,19 @@ class Pool:
         return best
 
     def _wake(self) -> None:
+        now = self._loop.time()  # once: what is set aside for `_take` must be so for the alarm, too
         while self._waiting:
             if self._waiting[0].done():
                 self._waiting.popleft()
-            elif upstream := self._take():
+            elif upstream := self._take(now):
                 self._waiting.popleft().set_result(upstream)
             else:
                 break
-        aside = [upstream.until for upstream in self.upstreams if upstream.until > self._loop.time()]
-        if self._waiting and aside and (not self._alarm or self._alarm.when() > min(aside)):
+        aside = min((upstream.until for upstream in self.upstreams if upstream.until > now), default=None)
+        if self._waiting and aside and (not self._alarm or self._alarm.when() > aside):
             if self._alarm:
                 self._alarm.cancel()
-            self._alarm = self._loop.call_at(min(aside), self._ring)
+            self._alarm = self._loop.call_at(aside, self._ring)
 
     def _ring(self) -> None:
         self._alarm = None
