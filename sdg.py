@@ -1475,7 +1475,7 @@ class Pool:
         self.active = 0
         self.successes = 0
         self._waiting: deque[asyncio.Future[Upstream]] = deque()
-        self._alarm: asyncio.TimerHandle | None = None
+        self._alarm: tuple[float, asyncio.Handle] | None = None  # uvloop's handles of short delays have no `when`
         self.stopped = False
         self._loop = asyncio.get_running_loop()
         self._area = 0.0  # integral of `active` over time
@@ -1575,10 +1575,10 @@ class Pool:
             else:
                 break
         aside = min((upstream.until for upstream in self.upstreams if upstream.until > now), default=None)
-        if self._waiting and aside and (not self._alarm or self._alarm.when() > aside):
+        if self._waiting and aside and (not self._alarm or self._alarm[0] > aside):
             if self._alarm:
-                self._alarm.cancel()
-            self._alarm = self._loop.call_at(aside, self._ring)
+                self._alarm[1].cancel()
+            self._alarm = aside, self._loop.call_at(aside, self._ring)
 
     def _ring(self) -> None:
         self._alarm = None
