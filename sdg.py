@@ -1608,9 +1608,9 @@ class Client:
             RequestFailed: refused, or no attempt is left.
         """
         attempts = spent = storms = 0
+        successes = self.pool.successes
         while True:
             upstream = await self.pool.acquire()
-            successes = self.pool.successes
             try:
                 return await self._attempt(upstream, path, body)
             except RequestFailed as problem:
@@ -1626,8 +1626,8 @@ class Client:
             # An overloaded server that still answers others will answer this request, too.
             overload = failure.status in {429, 503}
             storms += overload
-            if not overload or self.pool.successes == successes:
-                spent += 1
+            spent += not overload or self.pool.successes == successes
+            successes = self.pool.successes
             if not failure.retry or spent > self.max_retries or storms > STORM_PATIENCE * self.max_retries:
                 self.counts[f"given_up.{failure.cause}"] += 1
                 raise failure
