@@ -37,7 +37,6 @@ import signal
 import sqlite3
 import string
 import sys
-import threading
 import time
 import tomllib
 import traceback
@@ -105,7 +104,7 @@ class Document:
     @property
     def row(self) -> dict[str, Any]:
         """All columns of the source's row as Python values. Made anew at each access: most rollouts need none."""
-        return typing.cast("dict[str, Any]", self._table.slice(self._position, 1).to_pylist()[0])
+        return rows_of(self._table.slice(self._position, 1))[0]
 
 
 class Block(NamedTuple):
@@ -231,7 +230,7 @@ class Error(Exception):
     ├── PluginError      1   a plugin does not load, or breaks a rule
     ├── StateError       1   the state is locked, broken, or of another run
     ├── OutputError      1   the output cannot be written
-    ├── ServerError      1   no server, no right, no such model
+    ├── ServerError      1   no server (Unreachable), no right, no such model
     ├── TooManyFailures  3   above --max-failure-rate
     └── Interrupted    130, 143   by a signal; run again to go on
 
@@ -263,6 +262,10 @@ class OutputError(Error):
 
 
 class ServerError(Error):
+    pass
+
+
+class Unreachable(ServerError):
     pass
 
 
@@ -899,10 +902,10 @@ class InputFiles:
 
     @functools.cached_property
     def identity(self) -> dict[str, list[Any]]:
-        """Size and a hash of the first 64 KiB of each file, by name."""
+        """Size and a hash of the first and the last 64 KiB of each file, by name."""
         with ThreadPoolExecutor(16) as pool:
-            heads = pool.map(self._head, range(len(self.paths)), [None] * len(self.paths))
-            return {name: [size, head] for name, size, head in zip(self.names, self.sizes, heads, strict=True)}
+            marks = pool.map(self._mark, range(len(self.paths)), self.sizes)
+            return {name: [size, mark] for name, size, mark in zip(self.names, self.sizes, marks, strict=True)}
 
     def continues(self, earlier: Mapping[str, Any]) -> bool:
         """Whether `earlier` is a beginning of these files: all its files come first, and only its last one grew."""
@@ -910,17 +913,20 @@ class InputFiles:
         if known != self.names[: len(known)]:
             return False
         same = all(earlier[name] == self.identity[name] for name in known[:-1])
-        size, head = earlier[known[-1]]
-        return same and self.sizes[len(known) - 1] >= size and self._head(len(known) - 1, size) == head
+        size, mark = earlier[known[-1]]
+        return same and self.sizes[len(known) - 1] >= size and self._mark(len(known) - 1, size) == mark
 
     def open(self, i: int) -> Any:
         """A file for reading, as bytes lie on the disk."""
         return self.fs.open_input_file(self.paths[i])
 
-    def _head(self, i: int, size: int | None) -> str:
-
-        with self.fs.open_input_stream(self.paths[i], compression=None) as file:
-            return xxhash.xxh3_64_hexdigest(file.read(min(65536, self.sizes[i] if size is None else size)))
+    def _mark(self, i: int, size: int) -> str:
+        """A hash of the two ends of a file's first `size` bytes."""
+        with self.open(i) as file:
+            mark = xxhash.xxh3_64(file.read(min(65536, size)))
+            file.seek(max(0, size - 65536))
+            mark.update(file.read(min(65536, size)))
+        return mark.hexdigest()
 
 
 class Place:
@@ -1805,13 +1811,30 @@ async def connect(run: Run, urls: list[str], stop: Callable[[Error], None]) -> A
         cookie_jar=aiohttp.DummyCookieJar(),
         trust_env=not local,
     ) as session:
-        roots, models = [], []
-        for url in urls:
-            root, served = await find_models(session, url, run.options.api_key_env)
-            roots.append(root)
-            models += served or []
-        run.model = choose_model(run.options.model, sorted(set(models)))
+        found = [await try_models(session, url, run.options.api_key_env) for url in urls]
+        dead = [outcome for outcome in found if isinstance(outcome, Unreachable)]
+        if len(dead) == len(found):
+            raise dead[0]
+        for problem in dead:
+            say(f"sdg: {problem} The others are used meanwhile.")
+        live = [outcome for outcome in found if not isinstance(outcome, Unreachable)]
+        run.model = choose_model(run.options.model, sorted({model for _, models in live for model in models or []}))
+        guesses = [url.rstrip("/") + ("" if url.rstrip("/").endswith("/v1") else "/v1") for url in urls]
+        roots = [
+            guess if isinstance(outcome, Unreachable) else outcome[0]
+            for guess, outcome in zip(guesses, found, strict=True)
+        ]
         yield Client(session, Pool(roots, limit), run, stop)
+
+
+async def try_models(
+    session: aiohttp.ClientSession, url: str, key_name: str
+) -> tuple[str, list[str] | None] | Unreachable:
+    """What `find_models` finds, or why there is nobody to ask."""
+    try:
+        return await find_models(session, url, key_name)
+    except Unreachable as problem:
+        return problem
 
 
 async def find_models(session: aiohttp.ClientSession, url: str, key_name: str) -> tuple[str, list[str] | None]:
@@ -1828,7 +1851,7 @@ async def find_models(session: aiohttp.ClientSession, url: str, key_name: str) -
         except (aiohttp.ClientError, TimeoutError, ValueError) as problem:
             reason = str(problem) or type(problem).__name__
             message = f"no server answers at {redact(url)} ({redact(reason)}): is --base-url right, is it up?"
-            raise ServerError(message) from problem
+            raise Unreachable(message) from problem
         if status in {401, 403}:
             raise ServerError(f"{status} from {redact(root)}: {error_text(raw)}; is the key in ${key_name} right?")
         if status == 200:
@@ -1936,18 +1959,30 @@ class OpenChunk:
 
 
 def values_of(column: pa.ChunkedArray) -> list[Any]:
-    """A column's values as Python has them; text that is not UTF-8 as bytes."""
+    """A column's values as Python has them; text that is not UTF-8 as bytes, nanoseconds as text."""
     try:
         return typing.cast("list[Any]", column.to_pylist())
-    except UnicodeDecodeError:
+    except ValueError:
         return [_value_of(scalar) for scalar in column]
 
 
 def _value_of(scalar: Any) -> Any:
+    import pyarrow as pa
+
     try:
         return scalar.as_py()
-    except UnicodeDecodeError:
-        return scalar.as_buffer().to_pybytes() if hasattr(scalar, "as_buffer") else b"not UTF-8"
+    except ValueError:
+        if isinstance(scalar, pa.StructScalar):
+            return {name: _value_of(value) for name, value in scalar.items()}
+        if hasattr(scalar, "values"):
+            return [_value_of(item) for item in scalar.values]
+        return scalar.as_buffer().to_pybytes() if hasattr(scalar, "as_buffer") else scalar.cast(pa.string()).as_py()
+
+
+def rows_of(table: pa.Table) -> list[dict[str, Any]]:
+    """A table's rows as Python values."""
+    columns = [values_of(column) for column in table.columns]
+    return [dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def _null_row(schema: pa.Schema) -> pa.RecordBatch:
@@ -2067,7 +2102,7 @@ class Engine:
         self.tally: Counter[str] = Counter()  # documents, ever
         self.reasons: Counter[str] = Counter()
         self._open: dict[int, OpenChunk] = {}
-        self._deferred: list[OpenChunk] = []  # final, but without a result that would tell the schema
+        self._deferred: list[OpenChunk] = []  # final, but the fields of results are not settled
         self._unwritten = 0
         self._space = asyncio.Event()
         self._ready: Iterator[tuple[OpenChunk, Document]] = iter(())
@@ -2076,7 +2111,7 @@ class Engine:
         self._draining: asyncio.Task[None] | None = None
         self._reading = ThreadPoolExecutor(1, "sdg-reader")
         self._writing = ThreadPoolExecutor(2, "sdg-writer")
-        self._settling = threading.Lock()
+        self._settling = asyncio.Lock()
         self._two_write = asyncio.Semaphore(2)
 
     async def work(self) -> None:
@@ -2092,10 +2127,10 @@ class Engine:
                     for _ in range(self.run.options.max_concurrent_documents):
                         self._workers.append(workers.create_task(self._work(batches)))
                 await self.store.flush()
-            if self._deferred and not self.stopping:
+            if self._deferred and not self.stopping:  # no document has a result
                 self.fields = settle_fields(self.run, {})
-                for opened in self._deferred:
-                    await self._write_chunk(opened)
+                async with asyncio.TaskGroup() as self._write_tasks:
+                    self._write_deferred()
         if self._draining:
             await self._draining
         self._clear_leftovers()
@@ -2179,7 +2214,8 @@ class Engine:
         opened.remaining = chunk.count - len(final)
         self._open[chunk.index] = opened
         self._unwritten += chunk.count
-        self.store.opened(chunk)
+        if not earlier or earlier.count != chunk.count:
+            self.store.opened(chunk)
         if not opened.remaining:
             self._write_tasks.create_task(self._write_chunk(opened))
         return final
@@ -2333,62 +2369,74 @@ class Engine:
             if not opened.remaining:
                 self._write_tasks.create_task(self._write_chunk(opened))
 
+    async def _settle(self, opened: OpenChunk) -> None:
+        """Learn the fields of results from the first chunk that has any; those without wait for it."""
+        async with self._settling:
+            self._deferred.append(opened)
+            self._written(opened.chunk)
+            if self.fields is None:
+                outcomes = orjson.loads(await self.store.outcomes_of(opened.chunk))
+                results = [result for _, status, body in outcomes if status == "row" for result in body]
+                self.fields = settle_fields(self.run, infer_fields(results)) if results else None
+            if self.fields is not None:
+                self._write_deferred()
+
+    def _write_deferred(self) -> None:
+        for opened in self._deferred:
+            self._unwritten += opened.chunk.count
+            self._write_tasks.create_task(self._write_chunk(opened))
+        self._deferred.clear()
+
     async def _write_chunk(self, opened: OpenChunk) -> None:
         """File, record, clean up: in this order, and each step may be repeated."""
         chunk = opened.chunk
+        if self.fields is None:
+            await self._settle(opened)
+            return
         async with self._two_write:
             outcomes = await self.store.outcomes_of(chunk)
             loop = asyncio.get_running_loop()
             try:
-                complete = await loop.run_in_executor(self._writing, self._write_files, opened, outcomes)
+                await loop.run_in_executor(self._writing, self._write_files, opened, outcomes)
             except Error as problem:
                 self.run.stop(problem)
                 return
-            if complete:
-                chunk.written = True
-                await self.store.written(chunk)
-                self._open.pop(chunk.index)
-                opened.close()
-                await loop.run_in_executor(self._writing, self._tell, chunk)
-            else:
-                self._deferred.append(opened)
+            chunk.written = True
+            await self.store.written(chunk)
+            self._open.pop(chunk.index)
+            opened.close()
+            await loop.run_in_executor(self._writing, self._tell, chunk)
+        self._written(chunk)
+
+    def _written(self, chunk: Chunk) -> None:
+        """Let the window move on."""
         self._unwritten -= chunk.count
         self._space.set()
 
-    def _write_files(self, opened: OpenChunk, outcomes: bytes) -> bool:
-        """Write a chunk's rows and failures. Returns False if no result anywhere has told the schema yet."""
+    def _write_files(self, opened: OpenChunk, outcomes: bytes) -> None:
+        """Write a chunk's rows and failures."""
         import pyarrow as pa
 
+        assert self.fields is not None
         chunk, options = opened.chunk, self.run.options
         statuses: dict[str, list[int]] = {"row": [], "filtered": [], "failed": []}
-        results: list[list[dict[str, Any]]] = []
-        failures: list[dict[str, Any]] = []
+        bodies: dict[str, list[Any]] = {"row": [], "filtered": [], "failed": []}
         for position, status, body in orjson.loads(outcomes):
             statuses[status].append(position)
-            if status == "row":
-                results.append(body)
-            elif status == "failed":
-                failures.append(body)
+            bodies[status].append(body)
         if sorted(position for positions in statuses.values() for position in positions) != list(range(chunk.count)):
             raise StateError(f"state of chunk {chunk.index} does not match its input: start over with --fresh")
-        with self._settling:
-            if self.fields is None and results:
-                flat = [result for row in results for result in row]
-                self.fields = settle_fields(self.run, infer_fields(flat))
-        if self.fields is None:
-            return False
         chunk.filtered, chunk.failed = tuple(statuses["filtered"]), tuple(statuses["failed"])
         ids = opened.ids(self.id_column)
         rows = opened.table.take(pa.array(statuses["row"], pa.int64()))
         if "id" not in rows.column_names:
             rows = rows.append_column("id", pa.array([ids[position] for position in statuses["row"]], pa.string()))
         checks = {name: checker(kind) for name, kind in self.fields.items()}
-        fitted = [[fit(result, checks) for result in row] for row in results]
+        fitted = [[fit(result, checks) for result in row] for row in bodies["row"]]
         rows = rows.append_column(options.results_column, pa.array(fitted, results_type(self.fields)))
-        self._write_failed(opened, ids, failures)
+        self._write_failed(opened, ids, bodies["failed"])
         with writing(self.run.output.path(self.run.path_of(chunk))):
             self.writer.write(chunk, rows.replace_schema_metadata(provenance(self.run)))
-        return True
 
     def _write_failed(self, opened: OpenChunk, ids: list[str], failures: list[dict[str, Any]]) -> None:
 
@@ -2399,8 +2447,7 @@ class Engine:
         lines = []
         for position, failure in zip(opened.chunk.failed, failures, strict=True):
             bad = opened.bad.get(position)
-            one = opened.table.slice(position, 1)
-            row = bad._asdict() if bad else {name: values_of(one.column(name))[0] for name in one.column_names}
+            row = bad._asdict() if bad else rows_of(opened.table.slice(position, 1))[0]
             lines.append(orjson.dumps({"id": ids[position], **failure, "document": row}, default=plain))
         self.run.output.write(path, lambda file: file.write(b"\n".join(lines) + b"\n"))
 

@@ -135,7 +135,7 @@ class JsonlWriter:
 
         def produce(file: Any) -> None:
             for batch in rows.to_batches(1000):
-                file.write(b"".join(orjson.dumps(row, default=sdg.plain) + b"\n" for row in batch.to_pylist()))
+                file.write(b"".join(orjson.dumps(row, default=sdg.plain) + b"\n" for row in sdg.rows_of(batch)))
 
         self._run.output.write(self._run.path_of(chunk), produce)
 
