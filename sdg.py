@@ -1267,7 +1267,7 @@ class Store:
                 "finish the run with the sdg that began it, or start over with --fresh"
             )
         mode = "WAL" if file_system_of(path) in LOCAL_FILE_SYSTEMS else "TRUNCATE"  # WAL needs shared memory
-        for pragma in (f"journal_mode={mode}", "synchronous=FULL", "cache_size=-65536"):
+        for pragma in (f"journal_mode={mode}", "synchronous=FULL", "cache_size=-8192"):
             await self._db.execute(f"PRAGMA {pragma}")
         await self._db.executescript(TABLES + f"PRAGMA user_version={STATE_VERSION};")
         async with self._db.execute("SELECT name, value FROM totals") as cursor:
@@ -2919,7 +2919,7 @@ def _tame_collector() -> None:
 
     gc.collect()
     gc.freeze()
-    gc.set_threshold(100_000, 20, 100)
+    gc.set_threshold(10_000, 50, 50)
 
 
 async def open_resources(run: Run, stack: contextlib.AsyncExitStack) -> dict[str, Any]:

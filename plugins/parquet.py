@@ -12,6 +12,8 @@ import sdg
 if TYPE_CHECKING:
     import pyarrow as pa
 
+BUFFER = 1 << 20  # bytes of a column chunk read at a time
+
 
 @sdg.hookimpl
 def register_readers(register: sdg.Register) -> None:
@@ -95,8 +97,8 @@ class ParquetReader:
             at, first, wanted = 0, 0, max(0, row - self._starts[i])
             while first < len(groups) and at + groups[first] <= wanted:
                 at, first = at + groups[first], first + 1
-            # Pre-buffering would keep all row groups that were read until the file is closed.
-            with pq.ParquetFile(self._files.open(i), pre_buffer=False) as file:
+            # Pre-buffering would keep what was read until the file is closed, and no buffer a whole row group.
+            with pq.ParquetFile(self._files.open(i), pre_buffer=False, buffer_size=BUFFER) as file:
                 for batch in file.iter_batches(1024, row_groups=list(range(first, len(groups)))):
                     skip = min(max(0, wanted - at), batch.num_rows)
                     if skip < batch.num_rows:
