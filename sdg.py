@@ -37,6 +37,7 @@ import signal
 import sqlite3
 import string
 import sys
+import threading
 import time
 import tomllib
 import traceback
@@ -63,7 +64,9 @@ STATE_VERSION = 1
 COMMIT_INTERVAL = 0.05  # s between group commits: 5,000 documents/s become 250 rows a commit, not 5,000 commits
 WINDOW = 32  # documents read and not yet written, per document in flight: 1 % stragglers of 20 times the mean need 20
 GRACE = 10.0  # s that requests in flight get to be answered after SIGTERM: schedulers kill after 30
+LAST_RESORT = 18.0  # s after a signal the process ends, even if a plugin blocks it
 STORM_PATIENCE = 10  # times --max-retries: answers of 429 and 503 that one request takes while others succeed
+LONGEST_REST = 3600.0  # s that a server may ask to be left alone
 LONGEST_PAUSE = 60.0  # s between two attempts, unless the server asks for more
 
 
@@ -125,7 +128,10 @@ class BadRow(NamedTuple):
 
 
 class Reader(Protocol):
-    """A source of rows, numbered from 0 over all its files. One thread calls it, one call at a time."""
+    """A source of rows, numbered from 0 over all its files.
+
+    `seek`, `tell` and `read` are called in a thread, one at a time; `total` from the event loop: it must not block.
+    """
 
     schema: pa.Schema  # of every batch
     identity: Mapping[str, Any]  # JSON that changes when the content does, not when it moves; part of the fingerprint
@@ -326,7 +332,7 @@ class Hooks:
     def register_readers(self, register: Register) -> None:
         """Register `open_reader(run) -> Reader` under a URI scheme (`hf`) or a file suffix without its dot (`csv`).
 
-        `open_reader` and the reader run in one thread of their own; an exception there ends the run.
+        `open_reader`, `seek`, `tell` and `read` run in threads, one call at a time; an exception there ends the run.
         """
 
     @hookspec
@@ -423,13 +429,14 @@ class Plugins:
         plugins._load_installed()
         rollout = None
         for spec in specs:
-            rollout = plugins._load_spec(spec)
+            rollout, own = plugins._load_spec(spec)
         try:
             plugins.manager.check_pending()
         except pluggy.PluginValidationError as problem:
             raise PluginError(_hook_mistake(problem)) from problem
         if rollout == "":
-            raise UsageError(f"--plugin {spec} registers no rollout, or several: name one as {spec}:NAME")
+            several = f"several rollouts: name one as {spec}:NAME"
+            raise UsageError(f"--plugin {spec} registers {several if own else 'no rollout: is @sdg.hookimpl there?'}")
         return plugins, rollout
 
     def add(self, module: types.ModuleType, version: str) -> None:
@@ -496,10 +503,10 @@ class Plugins:
             module = _import(f"the installed plugin {point.name} ({point.value})", point.load)
             self.add(module, point.dist.version if point.dist else "")
 
-    def _load_spec(self, spec: str) -> str:
-        """Load one `--plugin`; return the rollout that it names, "" if it leaves that open."""
+    def _load_spec(self, spec: str) -> tuple[str, list[str]]:
+        """Load one `--plugin`; return the rollout that it names, "" if it leaves that open, and all that it has."""
         if spec in self.rollouts:
-            return spec
+            return spec, [spec]
         target, _, name = spec.rpartition(":") if ":" in spec else (spec, "", "")
         if target.endswith(".py"):
             module, version = _import_file(Path(target))
@@ -513,7 +520,7 @@ class Plugins:
         if name and name not in own:
             raise UsageError(f"{target} has no rollout {name!r}; it has: {', '.join(own) or 'none'}")
         stem = module.__name__.rpartition(".")[2]
-        return name or (own[0] if len(own) == 1 else stem if stem in own else "")
+        return name or (own[0] if len(own) == 1 else stem if stem in own else ""), own
 
 
 def describe(problem: BaseException, file: str | None = None) -> str:
@@ -611,11 +618,11 @@ def _json_object(value: str) -> dict[str, Any]:
     return dict(sorted(parsed.items()))
 
 
-def _number(kind: type[int] | type[float], low: float, high: float = math.inf) -> Callable[[str], float]:
+def _number(kind: type[int] | type[float], low: float, high: float = 1e9) -> Callable[[str], float]:
     def convert(value: str) -> float:
         number = kind(value)
         if not low <= number <= high:
-            raise argparse.ArgumentTypeError(f"{value} is not between {low} and {high}")
+            raise argparse.ArgumentTypeError(f"{value} is not between {low:,} and {high:,}")
         return number
 
     convert.__name__ = "number" if kind is float else "whole number"
@@ -623,7 +630,7 @@ def _number(kind: type[int] | type[float], low: float, high: float = math.inf) -
 
 
 FILENAME = "${rank}_${chunk_index}.parquet"
-_count, _natural, _seconds = _number(int, 1), _number(int, 0), _number(float, 0.001)
+_count, _natural, _seconds, _ratio = _number(int, 1), _number(int, 0), _number(float, 0.001), _number(float, 0)
 
 
 class Option(NamedTuple):
@@ -639,7 +646,8 @@ class Option(NamedTuple):
 
     def add_to(self, group: argparse._ArgumentGroup) -> None:
         """Add it to a group of a parser."""
-        settings = {"metavar": self.metavar, "default": self.default, "help": self.help, "action": self.action}
+        text = self.help if self.default is None else f"{self.help} [{self.default}]"
+        settings = {"metavar": self.metavar, "default": self.default, "help": text, "action": self.action}
         if self.action == "store":
             settings["type"] = self.type
         elif self.action == "store_true":
@@ -675,8 +683,8 @@ OPTIONS = {
     ],
     "sampling": [
         Option("--max-tokens", "N", "of one answer", type=_count, identity=True),
-        Option("--temperature", "X", "default of this and the next: the model's own", type=float, identity=True),
-        Option("--top-p", "X", "nucleus sampling", type=float, identity=True),
+        Option("--temperature", "X", "default of this and the next: the model's own", type=_ratio, identity=True),
+        Option("--top-p", "X", "nucleus sampling", type=_number(float, 0, 1), identity=True),
         Option("--top-k", "N", "sample from so many tokens", type=int, identity=True),
         Option("--seed", "N", "of a document's first rollout; the next ones count up from it", type=int, identity=True),
         Option("--generation", "JSON", "anything else for the request's payload", type=_json_object, identity=True),
@@ -769,7 +777,7 @@ def _config_arguments(path: str | None, argv: list[str]) -> list[str]:
         if name in given or value is False:
             continue
         for item in value if isinstance(value, list) else [value]:
-            text = json.dumps(item) if isinstance(item, dict) else str(item)
+            text = json.dumps(item, default=str) if isinstance(item, dict) else str(item)
             arguments.append(name if item is True else f"{name}={text}")
     return arguments
 
@@ -791,10 +799,22 @@ def _derive(options: argparse.Namespace, plugins: Plugins) -> None:
     if not re.fullmatch(r"[\w.-]+", options.output_config) or options.output_config in {"failed", ".", "..", ".sdg"}:
         raise UsageError(f"--output-config {options.output_config!r}: a plain folder name is wanted, and not `failed`")
     options.output = options.output or f"output/{options.rollout}"
+    _check_uris(options)
+    if options.results_column == "id":
+        raise UsageError("--results-column id: that is the column of the documents' names")
     options.state_dir = options.state_dir or default_state_dir(options.output, options.output_config)
     if options.max_concurrent_documents is None:  # more than requests: some wait for a retry, or compute
         options.max_concurrent_documents = math.ceil(1.5 * options.max_concurrent_generations) + 16
     _derive_rank(options)
+
+
+def _check_uris(options: argparse.Namespace) -> None:
+    for uri in (options.input or "", options.output):
+        if redact(uri) != uri:
+            raise UsageError(f"{redact(uri)}: keys belong in the environment (AWS_ACCESS_KEY_ID…), not in a URI")
+    for url in options.base_url or []:
+        if not url.startswith(("http://", "https://")):
+            raise UsageError(f"--base-url {redact(url)}: begin it with http:// or https://")
 
 
 def _derive_rank(options: argparse.Namespace) -> None:
@@ -823,20 +843,25 @@ def split_uri(uri: str) -> tuple[str, str]:
     return (scheme, rest) if separator else ("file", uri)
 
 
+def format_of(path: str) -> str:
+    """The suffix that tells a file's format: the last one, compression aside."""
+    return Path(re.sub(r"\.(gz|zst)$", "", path)).suffix[1:]
+
+
 def _by_scheme_or_suffix(plugins: Plugins, kind: str, uri: str) -> str:
-    """The registered name that stands for a URI: its scheme, else the suffix of its files."""
+    """The registered name that stands for a URI: its scheme, else the format of its files."""
     entries: dict[str, Entry] = getattr(plugins, kind)
     scheme, path = split_uri(uri)
     if scheme in entries:
         return scheme
-    names = [path] if Path(path).suffix else [name for name, _ in list_files(uri)]
-    for name in names:
-        for suffix in reversed(Path(name).suffixes):
-            if suffix[1:] in entries:
-                return suffix[1:]
-    raise UsageError(
-        f"{uri}: no file there has a suffix that is known ({', '.join('.' + name for name in sorted(entries))})"
-    )
+    many = kind == "readers" and (not format_of(path) or any(mark in path for mark in "*?["))
+    formats = sorted({format_of(name) for name in ([name for name, _ in list_files(uri)] if many else [path])})
+    known = [name for name in formats if name in entries]
+    if len(known) == 1:
+        return known[0]
+    if known:
+        raise UsageError(f"{uri} has files of several formats, {' and '.join(known)}: name those of one by a glob")
+    raise UsageError(f"{uri}: no suffix that is known there ({', '.join('.' + name for name in sorted(entries))})")
 
 
 # ── Places ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -892,7 +917,7 @@ class InputFiles:
 
     def __init__(self, uri: str, suffix: str) -> None:
         self.fs, _ = filesystem(uri)
-        found = [(file, size) for file, size in list_files(uri) if f".{suffix}" in Path(file).suffixes]
+        found = [(file, size) for file, size in list_files(uri) if format_of(file) == suffix]
         if not found:
             raise InputError(f"--input {uri}: there are no .{suffix} files")
         self.paths = [file for file, _ in found]
@@ -1021,7 +1046,7 @@ def _write_temporary(run: Run, name: str, content: bytes) -> Path:
 
 def redact(url: str) -> str:
     """A URL without the password that it may carry."""
-    return re.sub(r"//[^/@]*@", "//***@", url)
+    return re.sub(r"//[^/]*@", "//***@", url)
 
 
 # ── Schema of results ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1046,9 +1071,12 @@ def results_type(fields: Mapping[str, pa.DataType]) -> pa.DataType:
 def annotated_fields(rollout: Callable[..., Any]) -> dict[str, pa.DataType] | None:
     """Fields that a rollout's return annotation promises; None if it promises nothing."""
     try:
-        wanted = typing.get_type_hints(rollout).get("return")
-    except (NameError, TypeError):  # names that exist only for type checkers
+        return _promised(typing.get_type_hints(rollout).get("return"))
+    except Exception:  # noqa: BLE001 - an annotation may be anything; it is a promise only if it can be read
         return None
+
+
+def _promised(wanted: Any) -> dict[str, pa.DataType] | None:
     parts = [part for part in _alternatives(wanted) if part is not type(None)]
     if len(parts) == 1 and typing.get_origin(parts[0]) is list:
         parts = _alternatives(typing.get_args(parts[0])[0])
@@ -1112,9 +1140,17 @@ def infer_type(values: list[Any]) -> pa.DataType | None:
         kind = pa.infer_type(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
         return None
-    if (pyarrow.types.is_struct(kind) and not kind.num_fields) or re.search(r"\bnull\b", str(kind)):
+    if (pyarrow.types.is_struct(kind) and not kind.num_fields) or has_null(kind):
         return None
     return kind if all(map(checker(kind), values)) else None
+
+
+def has_null(kind: pa.DataType) -> bool:
+    """Whether some part of a type is the type of columns that have no value yet."""
+    import pyarrow.types
+
+    inner = [kind.field(i).type for i in range(kind.num_fields)]
+    return bool(pyarrow.types.is_null(kind)) or any(map(has_null, inner))
 
 
 def checker(kind: pa.DataType) -> Callable[[Any], bool]:
@@ -1177,10 +1213,11 @@ def results_of(value: Any, usage: Usage | None) -> list[dict[str, Any]]:
         parts = [results_of(item, None) for item in value]
         results = [result for part in parts for result in part]
         if usage and results and not any("usage" in result for result in results):
-            results[0]["usage"] = usage
+            results[0] = {**results[0], "usage": usage}
         return results
     if isinstance(value, Reply):
-        return [_reply_result(choice) for choice in value.choices or (value,)]
+        untouched = value.choices and dataclasses.replace(value, choices=()) == value.choices[0]
+        return [_reply_result(choice) for choice in (value.choices if untouched else (value,))]
     if isinstance(value, str):
         value = {"text": value}
     elif hasattr(value, "model_dump"):
@@ -1188,9 +1225,8 @@ def results_of(value: Any, usage: Usage | None) -> list[dict[str, Any]]:
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise TypeError(
-            f"the rollout returned a {type(value).__name__}; it may return a str, dict, Reply, list or None"
-        )
+        hint = "is an `await` missing?" if inspect.isawaitable(value) else "it may be a str, dict, Reply, list or None"
+        raise TypeError(f"the rollout returned a {type(value).__name__}: {hint}")
     return [value if "usage" in value or not usage else {**value, "usage": usage}]
 
 
@@ -1232,7 +1268,7 @@ class Store:
         self._handed = self._durable = 0  # how many of these there ever were
         self._dirty = asyncio.Event()
         self._committed = asyncio.Condition()
-        self._transaction = asyncio.Lock()  # one at a time: all share the connection
+        self._turn = asyncio.Lock()
         self._closing = False
         self.base: Counter[str] = Counter()  # totals of earlier processes
         self.on_durable: Callable[[list[int]], None] = lambda ids: None
@@ -1321,8 +1357,19 @@ class Store:
             await asyncio.sleep(0 if self._closing else COMMIT_INTERVAL)
         await self._commit()
 
+    @contextlib.asynccontextmanager
+    async def _transaction(self) -> AsyncIterator[None]:
+        """All or nothing, and one at a time: everybody shares the connection."""
+        async with self._turn:
+            try:
+                yield
+            except BaseException:
+                await self._db.rollback()
+                raise
+            await self._db.commit()
+
     async def _commit(self) -> None:
-        async with self._transaction:
+        async with self._transaction():
             # No await lies between these lines: the totals belong to exactly these rows.
             chunks, documents, requests = self._chunks, self._documents, self._requests
             self._chunks, self._documents, self._requests = [], [], {}
@@ -1331,7 +1378,6 @@ class Store:
             await self._insert("documents", 3, documents)
             await self._insert("requests", 3, [(i, *answer) for i, answers in requests.items() for answer in answers])
             await self._insert("totals", 2, totals)
-            await self._db.commit()
         self._durable = handed
         self.on_durable([document for document, _, _ in documents])
         async with self._committed:
@@ -1348,24 +1394,21 @@ class Store:
     async def written(self, chunk: Chunk) -> None:
         """The chunk's file is durable: record it and drop what it took to make it."""
         span = (chunk.index << 32, (chunk.index + 1) << 32)
-        async with self._transaction:
+        async with self._transaction():
             await self._insert("chunks", 7, [_chunk_row(chunk)])
             await self._db.execute("DELETE FROM documents WHERE id >= ? AND id < ?", span)
             await self._db.execute("DELETE FROM requests WHERE document >= ? AND document < ?", span)
-            await self._db.commit()
 
     async def reopen(self, chunk: Chunk, outcomes: Iterable[tuple[int, str, bytes]]) -> None:
         """Make a written chunk open again, with the documents that stay as they are."""
-        async with self._transaction:
+        async with self._transaction():
             await self._insert("documents", 3, [(chunk.index << 32 | i, status, body) for i, status, body in outcomes])
             await self._insert("chunks", 7, [_chunk_row(chunk)])
-            await self._db.commit()
 
     async def forget_failures(self) -> None:
         """Make the failed documents of open chunks unfinished."""
-        async with self._transaction:
+        async with self._transaction():
             await self._db.execute("DELETE FROM documents WHERE status = 'failed'")
-            await self._db.commit()
 
     # Asking
 
@@ -1398,13 +1441,20 @@ class Store:
         async with self._db.execute("SELECT key, body FROM requests WHERE document = ?", (document,)) as cursor:
             return {row[0]: row[1] async for row in cursor}
 
-    async def outcomes_of(self, chunk: Chunk) -> bytes:
-        """A chunk's documents as one JSON list of [position, status, body]: one step of SQLite, without the GIL."""
+    async def outcomes_of(self, chunk: Chunk) -> list[bytes]:
+        """A chunk's documents as JSON lists of [position, status, body], a thousand in each.
+
+        SQLite makes each list in one step, without the GIL. Its limit for one is a gigabyte.
+        """
         sql = """SELECT '[' || group_concat('[' || (id & 0xffffffff) || ',"' || status || '",' || body || ']') || ']'
                  FROM (SELECT * FROM documents WHERE id >= ? AND id < ? ORDER BY id)"""
-        async with self._db.execute(sql, (chunk.index << 32, (chunk.index + 1) << 32)) as cursor:
-            ((text,),) = await cursor.fetchall()
-        return bytes(text, "utf-8") if isinstance(text, str) else text or b"[]"
+        first, lists = chunk.index << 32, []
+        for start in range(0, chunk.count, 1000):
+            async with self._db.execute(sql, (first + start, first + start + 1000)) as cursor:
+                ((text,),) = await cursor.fetchall()
+            if text:
+                lists.append(text if isinstance(text, bytes) else text.encode())
+        return lists
 
 
 @contextlib.asynccontextmanager
@@ -1650,7 +1700,7 @@ class Client:
         try:
             data = body if len(body) < 1 << 20 else io.BytesIO(body)  # aiohttp sends the second kind in pieces
             async with self.session.post(upstream.url + path, data=data) as response:
-                raw = await response.read()
+                raw = without_key(await response.read(), self.key_name)
             self.pool.lost = None
             if response.status != 200:
                 raise self._refused(upstream, response, raw, sent)
@@ -1664,6 +1714,7 @@ class Client:
             self.pool.failed(upstream, sent)
             raise RequestFailed("timeout", f"no answer within {self.timeout:g} s") from problem
         except (aiohttp.ClientConnectorError, aiohttp.InvalidURL) as problem:
+            self.counts["requests"] -= 1
             raise self._unreachable(upstream, problem, sent) from problem
         except (aiohttp.ClientError, ConnectionError) as problem:
             self.pool.failed(upstream, sent)
@@ -1676,7 +1727,7 @@ class Client:
         status = response.status
         retry = status in {408, 409, 425, 429} or status >= 500
         message = f"{status} from {redact(upstream.url)}: {error_text(raw) or response.reason}"
-        failure = RequestFailed(str(status), self._without_key(message), status=status, retry=retry)
+        failure = RequestFailed(str(status), message, status=status, retry=retry)
         failure.retry_after = retry_after(response.headers.get("Retry-After"))
         if status == 401:
             self._stop(ServerError(f"{message}; is the key in ${self.key_name} right?"))
@@ -1698,10 +1749,6 @@ class Client:
         failure = RequestFailed("connection", str(problem))
         failure.unreached = True
         return failure
-
-    def _without_key(self, text: str) -> str:
-        key = os.environ.get(self.key_name)
-        return text.replace(key, "***") if key else text
 
     def _count_tokens(self, answer: Any) -> None:
         usage = answer.get("usage") if isinstance(answer, dict) else None
@@ -1742,6 +1789,8 @@ def _parse_choice(choice: dict[str, Any], usage: Usage | None) -> Reply:
     if not isinstance(message, dict):
         message = {"content": choice.get("text")}
     content = message.get("content")
+    if isinstance(content, list):  # of parts
+        content = "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
     return Reply(
         content if isinstance(content, str) else "",
         message.get("reasoning_content") or message.get("reasoning"),
@@ -1750,6 +1799,12 @@ def _parse_choice(choice: dict[str, Any], usage: Usage | None) -> Reply:
         message.get("tool_calls") or None,
         choice.get("logprobs"),
     )
+
+
+def without_key(raw: bytes, key_name: str) -> bytes:
+    """What a server said, without the key: it goes into messages, records and state."""
+    key = os.environ.get(key_name, "").encode()
+    return raw.replace(key, b"***") if key else raw
 
 
 def error_text(raw: bytes) -> str:
@@ -1776,16 +1831,14 @@ def retry_after(value: str | None) -> float | None:
     """Seconds that a Retry-After header asks for: a number, or an HTTP date (RFC 9110, section 10.2.3)."""
     from email.utils import parsedate_to_datetime
 
-    if not value:
-        return None
     try:
-        return max(0.0, float(value))
+        seconds = float(value or "nan")
     except ValueError:
-        pass  # then it is a date
-    try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
-        return None
+        try:
+            seconds = parsedate_to_datetime(value or "").timestamp() - time.time()
+        except ValueError:
+            return None
+    return min(max(0.0, seconds), LONGEST_REST) if math.isfinite(seconds) else None
 
 
 @contextlib.asynccontextmanager
@@ -1819,6 +1872,9 @@ async def connect(run: Run, urls: list[str], stop: Callable[[Error], None]) -> A
             say(f"sdg: {problem} The others are used meanwhile.")
         live = [outcome for outcome in found if not isinstance(outcome, Unreachable)]
         run.model = choose_model(run.options.model, sorted({model for _, models in live for model in models or []}))
+        for url, outcome in zip(urls, found, strict=True):
+            if not isinstance(outcome, Unreachable) and outcome[1] and run.model not in outcome[1]:
+                raise ServerError(f"{redact(url)} does not serve {run.model}, but {', '.join(outcome[1])}")
         guesses = [url.rstrip("/") + ("" if url.rstrip("/").endswith("/v1") else "/v1") for url in urls]
         roots = [
             guess if isinstance(outcome, Unreachable) else outcome[0]
@@ -1847,7 +1903,7 @@ async def find_models(session: aiohttp.ClientSession, url: str, key_name: str) -
     for root in roots:
         try:
             async with session.get(f"{root}/models", timeout=aiohttp.ClientTimeout(total=60)) as response:
-                status, raw = response.status, await response.read()
+                status, raw = response.status, without_key(await response.read(), key_name)
         except (aiohttp.ClientError, TimeoutError, ValueError) as problem:
             reason = str(problem) or type(problem).__name__
             message = f"no server answers at {redact(url)} ({redact(reason)}): is --base-url right, is it up?"
@@ -1915,7 +1971,7 @@ class OpenChunk:
                 self.bad[chunk.count] = part
             batches.append(_null_row(schema) if isinstance(part, BadRow) else part.batch)
             chunk.count += batches[-1].num_rows
-        self.table = pa.Table.from_batches(batches, schema)
+        self.table = pa.Table.from_batches(batches, schema).unify_dictionaries()
         if spool:
             with pa.OSFile(str(spool), "wb") as sink, pa.ipc.new_file(sink, schema) as file:
                 file.write_table(self.table)
@@ -1979,6 +2035,19 @@ def _value_of(scalar: Any) -> Any:
         return scalar.as_buffer().to_pybytes() if hasattr(scalar, "as_buffer") else scalar.cast(pa.string()).as_py()
 
 
+def pick(table: pa.Table, positions: list[int]) -> pa.Table:
+    """Some rows of a table, in order, without copying them: `take` stops at 2 GiB, and at some types."""
+    import pyarrow as pa
+
+    runs: list[list[int]] = []
+    for position in positions:
+        if runs and position == sum(runs[-1]):
+            runs[-1][1] += 1
+        else:
+            runs.append([position, 1])
+    return pa.concat_tables([table.slice(*run) for run in runs]) if runs else table.slice(0, 0)
+
+
 def rows_of(table: pa.Table) -> list[dict[str, Any]]:
     """A table's rows as Python values."""
     columns = [values_of(column) for column in table.columns]
@@ -2021,13 +2090,24 @@ def prompt_of(value: Any) -> tuple[str, list[dict[str, Any]] | None]:
 class Trial:
     """One rollout of one document: it is the `generate` that the rollout is given."""
 
-    __slots__ = ("_answers", "_engine", "_index", "_key", "_ordinals", "attempts", "document", "interrupted", "usage")
+    __slots__ = (
+        "_answers",
+        "_engine",
+        "_index",
+        "_key",
+        "_ordinals",
+        "attempts",
+        "document",
+        "final",
+        "interrupted",
+        "usage",
+    )
 
     def __init__(self, engine: Engine, document: Document, key: int, index: int, answers: dict[bytes, bytes]) -> None:
         self._engine, self.document, self._key, self._index, self._answers = engine, document, key, index, answers
         self._ordinals: dict[bytes, int] = {}  # the ordinal of the last of equal requests: each is another sample
         self.attempts = 0
-        self.interrupted = False
+        self.interrupted = self.final = False
         self.usage: Usage | None = None
 
     async def __call__(self, prompt: str | list[dict[str, Any]] | dict[str, Any], **overrides: Any) -> Reply:
@@ -2059,14 +2139,22 @@ class Trial:
         except asyncio.CancelledError:
             self.interrupted = True
             raise
-        self._engine.store.answered(self._key, key, answer)
+        if not self.final:  # else the rollout has ended without waiting for this answer
+            self._engine.store.answered(self._key, key, answer)
         return reply
 
     async def run(self) -> list[dict[str, Any]] | dict[str, Any]:
-        """The results, or what failed: `{error, error_type, attempts}`."""
+        """The results, or what failed: `{error, error_type, attempts}`. Cancelled if the run is stopping."""
+        outcome = await self._outcome()
+        self.final = True
+        if self.interrupted and self._engine.stopping:
+            raise asyncio.CancelledError  # made without an answer that was on its way: the next run makes it again
+        return outcome
+
+    async def _outcome(self) -> list[dict[str, Any]] | dict[str, Any]:
         engine = self._engine
         try:
-            results = results_of(await engine.rollout(self.document, self, **engine.resources), self.usage)
+            return results_of(await engine.rollout(self.document, self, **engine.resources), self.usage)
         except Error as problem:
             engine.run.stop(problem)
             raise asyncio.CancelledError from problem
@@ -2074,12 +2162,17 @@ class Trial:
             return {"error": str(problem), "error_type": "RequestFailed", "attempts": problem.attempts}
         except BadDocument as problem:
             return {"error": str(problem), "error_type": "BadDocument", "attempts": 0}
+        except asyncio.CancelledError as problem:
+            task = asyncio.current_task()
+            if engine.stopping or (task and task.cancelling()):
+                raise
+            return self._failure(problem)  # the rollout's own: something that it awaited was cancelled
         except (Exception, SystemExit) as problem:  # noqa: BLE001 - a rollout's fault is its document's failure
-            error = describe(problem, engine.rollout_file)
-            return {"error": error, "error_type": type(problem).__name__, "attempts": max(1, self.attempts)}
-        if self.interrupted and engine.stopping:
-            raise asyncio.CancelledError  # the rollout went on without an answer that the run was stopped before
-        return results
+            return self._failure(problem)
+
+    def _failure(self, problem: BaseException) -> dict[str, Any]:
+        error = describe(problem, self._engine.rollout_file)
+        return {"error": error, "error_type": type(problem).__name__, "attempts": max(1, self.attempts)}
 
 
 class Engine:
@@ -2092,7 +2185,7 @@ class Engine:
         self.run, self.store, self.reader, self.writer, self.client = run, store, reader, writer, client
         self.resources = resources
         self.rollout = run.plugins.rollouts[options.rollout].factory
-        self.rollout_file = inspect.getsourcefile(inspect.unwrap(self.rollout))
+        self.rollout_file = getattr(sys.modules.get(run.plugins.rollouts[options.rollout].plugin), "__file__", None)
         self.defaults = sampling(options, run.model)
         self.id_column = id_column_of(options, reader.schema)
         self.fields = recorded_fields(run.state) or settle_fields(run, annotated_fields(self.rollout))
@@ -2127,13 +2220,16 @@ class Engine:
                     for _ in range(self.run.options.max_concurrent_documents):
                         self._workers.append(workers.create_task(self._work(batches)))
                 await self.store.flush()
-            if self._deferred and not self.stopping:  # no document has a result
-                self.fields = settle_fields(self.run, {})
+            if self._deferred and not self.stopping:  # no document has a result: the files are empty
+                self.fields = recorded_fields(self.run.state) or base_fields()
                 async with asyncio.TaskGroup() as self._write_tasks:
                     self._write_deferred()
         if self._draining:
             await self._draining
+        if self._open and not self.stopping:
+            raise StateError(f"chunks {sorted(self._open)[:5]} are unfinished: run again, and please report this")
         self._clear_leftovers()
+        self._check_failure_rate(self.tally["failed"], sum(self.tally.values()))
 
     def stop(self) -> None:
         """Start nothing new, give what is in flight a moment, then cancel it."""
@@ -2271,7 +2367,6 @@ class Engine:
             return False
         outcomes = await asyncio.get_running_loop().run_in_executor(self._writing, self._outcomes_in_files, earlier)
         if retry:
-            outcomes = [outcome for outcome in outcomes if outcome[1] != "failed"]
             self.tally["failed"] -= len(earlier.failed)
         await self.store.reopen(opened.chunk, outcomes)
         return True
@@ -2292,7 +2387,11 @@ class Engine:
             for position, results in zip(kept, rows, strict=True)
         ]
         outcomes += [(position, "filtered", b"null") for position in chunk.filtered]
+        if self.run.options.retry_failed:
+            return outcomes
         failures = read_failed(self.run, chunk)
+        if len(failures) != len(chunk.failed):
+            raise OutputError(f"{self.run.output.path(self.run.failed_path_of(chunk))} is not as it was written")
         for position, record in zip(chunk.failed, failures, strict=True):
             body = {name: record[name] for name in ("error", "error_type", "attempts")}
             outcomes.append((position, "failed", orjson.dumps(body)))
@@ -2344,18 +2443,19 @@ class Engine:
         self.finished += 1
         if isinstance(outcome, dict):
             self.failed += 1
-            self.reasons[outcome["error"]] += 1
-            self._check_failure_rate()
+            if len(self.reasons) < 1000:
+                self.reasons[outcome["error"]] += 1
+            if self.finished >= 100:  # of those started, not finished: refusals come back sooner than answers
+                self._check_failure_rate(self.failed, self.started)
 
-    def _check_failure_rate(self) -> None:
-        # Against documents started, not finished: refusals come back sooner than answers.
+    def _check_failure_rate(self, failed: int, documents: int) -> None:
         most = self.run.options.max_failure_rate
-        if self.finished >= 100 and self.failed > most * self.started and not self.stopping:
-            reason, times = self.reasons.most_common(1)[0]
+        if documents >= 100 and failed > most * documents and not self.stopping:
+            reasons = [f"; {times} times: {reason}" for reason, times in self.reasons.most_common(1)]
             self.run.stop(
                 TooManyFailures(
-                    f"{self.failed} of {self.started} documents failed, more than --max-failure-rate {most:g} allows; "
-                    f"{times} times: {reason}. Mend the cause, then run again with --retry-failed"
+                    f"{failed} of {documents} documents failed, more than --max-failure-rate {most:g} allows"
+                    f"{''.join(reasons)}. Mend the cause, then run again with --retry-failed"
                 )
             )
 
@@ -2375,9 +2475,11 @@ class Engine:
             self._deferred.append(opened)
             self._written(opened.chunk)
             if self.fields is None:
-                outcomes = orjson.loads(await self.store.outcomes_of(opened.chunk))
+                lists = await self.store.outcomes_of(opened.chunk)
+                outcomes = [outcome for text in lists for outcome in orjson.loads(text)]
                 results = [result for _, status, body in outcomes if status == "row" for result in body]
-                self.fields = settle_fields(self.run, infer_fields(results)) if results else None
+                told = settle_fields(self.run, infer_fields(results)) if results else None
+                self.fields = told or recorded_fields(self.run.state)  # of another rank
             if self.fields is not None:
                 self._write_deferred()
 
@@ -2413,7 +2515,7 @@ class Engine:
         self._unwritten -= chunk.count
         self._space.set()
 
-    def _write_files(self, opened: OpenChunk, outcomes: bytes) -> None:
+    def _write_files(self, opened: OpenChunk, outcomes: list[bytes]) -> None:
         """Write a chunk's rows and failures."""
         import pyarrow as pa
 
@@ -2421,21 +2523,21 @@ class Engine:
         chunk, options = opened.chunk, self.run.options
         statuses: dict[str, list[int]] = {"row": [], "filtered": [], "failed": []}
         bodies: dict[str, list[Any]] = {"row": [], "filtered": [], "failed": []}
-        for position, status, body in orjson.loads(outcomes):
+        for position, status, body in (outcome for text in outcomes for outcome in orjson.loads(text)):
             statuses[status].append(position)
             bodies[status].append(body)
         if sorted(position for positions in statuses.values() for position in positions) != list(range(chunk.count)):
             raise StateError(f"state of chunk {chunk.index} does not match its input: start over with --fresh")
         chunk.filtered, chunk.failed = tuple(statuses["filtered"]), tuple(statuses["failed"])
         ids = opened.ids(self.id_column)
-        rows = opened.table.take(pa.array(statuses["row"], pa.int64()))
+        rows = pick(opened.table, statuses["row"])
         if "id" not in rows.column_names:
             rows = rows.append_column("id", pa.array([ids[position] for position in statuses["row"]], pa.string()))
         checks = {name: checker(kind) for name, kind in self.fields.items()}
         fitted = [[fit(result, checks) for result in row] for row in bodies["row"]]
         rows = rows.append_column(options.results_column, pa.array(fitted, results_type(self.fields)))
         self._write_failed(opened, ids, bodies["failed"])
-        with writing(self.run.output.path(self.run.path_of(chunk))):
+        with at_work(f"the writer of {self.run.output.path(self.run.path_of(chunk))}"):
             self.writer.write(chunk, rows.replace_schema_metadata(provenance(self.run)))
 
     def _write_failed(self, opened: OpenChunk, ids: list[str], failures: list[dict[str, Any]]) -> None:
@@ -2476,14 +2578,14 @@ def reading(uri: str | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def writing(path: str) -> Iterator[None]:
-    """Say of errors in a writer which file they concern."""
+def at_work(what: str) -> Iterator[None]:
+    """Say of errors in a plugin's code where they happened."""
     try:
         yield
     except Error:
         raise
     except Exception as problem:
-        raise PluginError(f"the writer of {path} failed: {describe(problem)}") from problem
+        raise PluginError(f"{what} failed: {describe(problem)}") from problem
 
 
 def sampling(options: argparse.Namespace, model: str) -> dict[str, Any]:
@@ -2508,7 +2610,7 @@ def read_failed(run: Run, chunk: Chunk) -> list[dict[str, Any]]:
     """The records of a chunk's failed documents, in order."""
     try:
         with run.output.open(run.failed_path_of(chunk)) as file:
-            return [json.loads(line) for line in file.read().decode().splitlines()]
+            return [orjson.loads(line) for line in file.read().splitlines()]
     except FileNotFoundError:
         return []
 
@@ -2570,12 +2672,18 @@ def claim_state(run: Run, reader: Reader) -> None:
         "source_schema": base64.b64encode(reader.schema.serialize().to_pybytes()).decode(),
     }
     if not path.exists() and (strangers := output_files(run)):
-        raise OutputError(f"{run.output.path(strangers[0])} is there, but no state of its run: --fresh deletes it")
+        raise OutputError(
+            f"{run.output.path(strangers[0])} is there, but no state of its run: "
+            "choose another --output, or --fresh, which deletes an earlier run's files"
+        )
     recorded = parse_run(path, publish_once(run, path.name, json.dumps(mine, indent=2).encode()))
     run.fingerprint = recorded["fingerprint"]
     earlier = dict(recorded["identity"])
     if earlier["input"] != identity["input"] and reader.continues(earlier["input"]):
         earlier["input"] = identity["input"]
+    if run.options.retry_failed and earlier["plugin_version"] != identity["plugin_version"]:
+        say("sdg: the plugin has changed since this run began: what is not finished runs with the new one")
+        earlier["plugin_version"] = identity["plugin_version"]
     if changes := list(differences(earlier, identity)):
         raise StateError(
             f"state {run.state} is of another run: {'; '.join(changes[:10])}. "
@@ -2639,24 +2747,44 @@ def recorded_source_schema(state: Path) -> pa.Schema | None:
 
 
 def output_files(run: Run) -> list[str]:
-    """Files in the output that this run's names of chunks could mean."""
-    name = re.escape(run.options.output_filename)
+    """All files where the run's chunks go, hidden ones aside."""
+    files = run.output.list(os.path.dirname(run.path_of(Chunk(0, 0))))
+    return [file for file in files if not os.path.basename(file).startswith(".")]
+
+
+def chunk_files(run: Run, config: str, template: str) -> list[str]:
+    """Files in the output, and in its `failed`, that a run with these options can have made."""
+    name = re.escape(f"{config}/{template}")
     for key in ("rank", "chunk_index"):
         name = name.replace(re.escape(f"${{{key}}}"), r"\d{5,}")
-    pattern = re.compile(f"{re.escape(run.options.output_config)}/{name}")
-    folder = os.path.dirname(run.path_of(Chunk(0, 0)))
-    return [file for file in run.output.list(folder) if pattern.fullmatch(file)]
+    failed = "failed" if config == "data" else f"failed/{config}"
+    pattern = re.compile(name + "|" + re.escape(failed) + r"/\d{5,}_\d{5,}\.jsonl")
+    folders = [os.path.dirname(f"{config}/{template}"), failed]
+    return [file for folder in folders for file in run.output.list(folder) if pattern.fullmatch(file)]
 
 
 def start_over(run: Run) -> None:
-    """Delete the run's state and output."""
-    if run.options.world_size > 1:
-        raise UsageError(f"--fresh is for one process; before you start several, delete {run.state} and the output")
-    for file in [*output_files(run), *run.output.list(os.path.dirname(run.failed_path_of(Chunk(0, 0))))]:
-        run.output.delete(file)
-    for path in run.state.iterdir():
-        if path.suffix in {".json", ".arrow"} or ".sqlite3" in path.name:
-            path.unlink()
+    """Delete what this run, or the one that the state is of, has written: nothing else."""
+    import filelock
+
+    with contextlib.ExitStack() as locks:
+        for path in run.state.glob("*.lock"):
+            if path.name != f"{run.options.rank:05d}.lock":
+                try:
+                    locks.enter_context(filelock.FileLock(path, timeout=0))
+                except filelock.Timeout as problem:
+                    raise StateError(f"another process is at work in {run.state} ({path.name}): stop it") from problem
+        names = {(run.options.output_config, run.options.output_filename)}
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # what is broken tells no names
+            old = json.loads((run.state / "run.json").read_bytes())["options"]
+            names.add((old["output_config"], old["output_filename"]))
+        for config, template in names:
+            for file in chunk_files(run, config, template):
+                run.output.delete(file)
+        own = re.compile(r"(run|schema|stats|\d{5}\.stats)\.json|\d{5}\.sqlite3(-wal|-shm|-journal)?")
+        for path in run.state.iterdir():
+            if own.fullmatch(path.name):
+                path.unlink()
 
 
 @contextlib.contextmanager
@@ -2696,7 +2824,9 @@ async def progress(engine: Engine) -> AsyncIterator[None]:
         return
     terminal = sys.stderr.isatty()
     began = sum(engine.tally.values())
-    bar = tqdm(total=None, initial=began, unit=" documents", disable=not terminal, smoothing=0.1, dynamic_ncols=True)
+    width = (os.get_terminal_size(2).columns if terminal else 0) or 80
+    bar = tqdm(initial=began, disable=not terminal, ncols=width)
+    bar.bar_format = "{n_fmt}/{total_fmt} {percentage:3.0f}%|{bar}| ETA {remaining}{postfix}"
 
     def show() -> None:
         bar.total = documents_expected(engine)
@@ -2724,7 +2854,7 @@ def postfix(engine: Engine) -> str:
     counts, seconds = engine.run.counts, max(time.monotonic() - engine.began, 1e-9)
     return (
         f"{counts['completion_tokens'] / seconds:,.0f} tokens/s, {engine.client.pool.active} in flight, "
-        f"{counts['cache_hits']:,} cached, {retries_in(counts):,} retries, {engine.tally['failed']:,} failed"
+        f"{counts['cache_hits']} cached, {retries_in(counts)} retries, {engine.tally['failed']} failed"
     )
 
 
@@ -2826,6 +2956,10 @@ class Stop:
             self.reason = reason
             say(f"sdg: {reason}")
             reason.said = True
+            if isinstance(reason, Interrupted):  # whatever a plugin does: what is answered is durable by then
+                watchdog = threading.Timer(LAST_RESORT, os._exit, [reason.exit_code])
+                watchdog.daemon = True
+                watchdog.start()
             (self.gently or self._task.cancel)()
         elif isinstance(reason, Interrupted):
             self._task.cancel()
@@ -2859,7 +2993,7 @@ def open_run(options: argparse.Namespace, plugins: Plugins, stop: Callable[[Erro
 
 
 async def run_once(options: argparse.Namespace, plugins: Plugins) -> None:
-    """Run to the end, or as far as it gets; raises the Error that ended it."""
+    """Run to the end, or as far as it gets, and report; raises the Error that ended it."""
     task = asyncio.current_task()
     assert task is not None
     stop = Stop(task)
@@ -2882,18 +3016,20 @@ async def _run_locked(run: Run, stop: Stop) -> None:
         start_over(run)
     run.source_schema = recorded_source_schema(run.state)
     with reading(options.input):
-        reader = plugins.readers[options.reader].factory(run)
+        reader = await asyncio.to_thread(plugins.readers[options.reader].factory, run)
     check_columns(reader.schema, options)
     async with contextlib.AsyncExitStack() as stack:
-        urls = await stack.enter_async_context(plugins.servers[options.server].factory(run))
+        with at_work(f"the server {options.server!r}"):
+            urls = await stack.enter_async_context(plugins.servers[options.server].factory(run))
         client = await stack.enter_async_context(connect(run, urls, stop))
         claim_state(run, reader)
         store = await stack.enter_async_context(Store.open(run.state / f"{options.rank:05d}.sqlite3", run.counts))
         writer = open_writer(run)
         resources = await open_resources(run, stack)
         engine = Engine(run, store, reader, writer, client, resources)
-        for observer in plugins.manager.hook.observe(run=run):
-            await stack.enter_async_context(observer)
+        with at_work("a plugin's `observe`"):
+            for observer in plugins.manager.hook.observe(run=run):
+                await stack.enter_async_context(observer)
         stop.gently = engine.stop
         _tame_collector()
         try:
@@ -2903,7 +3039,8 @@ async def _run_locked(run: Run, stop: Stop) -> None:
             stop.gently = None
         figures = await statistics(run, store, client.pool.mean_in_flight)
         write_statistics(run, figures)
-    print(report(engine, figures))
+    with contextlib.suppress(BrokenPipeError):  # nobody reads it: the run is as good as before
+        print(report(engine, figures), flush=True)
 
 
 def open_writer(run: Run) -> Writer:
@@ -2925,14 +3062,16 @@ def _tame_collector() -> None:
 async def open_resources(run: Run, stack: contextlib.AsyncExitStack) -> dict[str, Any]:
     """Enter the resources that the rollout has parameters for."""
     entry = run.plugins.rollouts[run.options.rollout]
-    if not inspect.iscoroutinefunction(inspect.unwrap(entry.factory)):
+    plain = inspect.unwrap(entry.factory)
+    if inspect.isfunction(plain) and not inspect.iscoroutinefunction(plain):
         raise PluginError(f"the rollout {run.options.rollout!r} of {entry.plugin} is no async function")
     parameters = list(inspect.signature(entry.factory).parameters.values())
     opened = {}
     for parameter in parameters[2:]:
         if parameter.name in run.plugins.resources:
-            resource = run.plugins.resources[parameter.name].factory(run)
-            opened[parameter.name] = await stack.enter_async_context(resource)
+            with at_work(f"the resource {parameter.name!r}"):
+                resource = run.plugins.resources[parameter.name].factory(run)
+                opened[parameter.name] = await stack.enter_async_context(resource)
         elif parameter.default is parameter.empty and parameter.kind in {
             parameter.POSITIONAL_OR_KEYWORD,
             parameter.KEYWORD_ONLY,
@@ -2941,7 +3080,7 @@ async def open_resources(run: Run, stack: contextlib.AsyncExitStack) -> dict[str
             raise PluginError(
                 f"the rollout {run.options.rollout!r} wants a resource {parameter.name!r}; there are: {names}"
             )
-    if len(parameters) < 2:
+    if len(parameters) < 2 and not any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
         raise PluginError(f"the rollout {run.options.rollout!r} of {entry.plugin} must take (document, generate)")
     return opened
 
@@ -2993,7 +3132,10 @@ def run_command(argv: list[str]) -> int:
             raise StateError(f"state {options.state_dir}: {reason_of(problem)}") from group
         if isinstance(problem, OSError):
             raise OutputError(f"{problem.filename or options.output}: {reason_of(problem)}") from group
-        raise problem from None
+        if isinstance(problem, Error | KeyboardInterrupt) or os.environ.get("SDG_TRACEBACK"):
+            raise problem from None
+        message = f"unexpected {describe(problem)}: please report it (SDG_TRACEBACK=1 shows the traceback)"
+        raise Error(message) from problem
     return 0
 
 

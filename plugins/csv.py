@@ -28,6 +28,8 @@ class CsvReader(LinesReader):
         self._header = next(records(Lines(self.files)), [])
         if not self._header:
             raise sdg.InputError(f"--input: {self.files.names[0]} has no header")
+        if len(set(self._header)) < len(self._header):
+            raise sdg.InputError(f"--input: the header of {self.files.names[0]} has a name twice: rename one")
         self.schema = pa.schema([(name, pa.string()) for name in self._header])
 
     def rows_of_file(self) -> Iterator[list[str]]:
@@ -48,4 +50,13 @@ class CsvReader(LinesReader):
 def records(lines: Lines) -> Iterator[list[str]]:
     """The records of the present file; a quoted field may span lines."""
     texts = (line.decode("utf-8-sig" if lines.offset == len(line) else "utf-8", "surrogateescape") for line in lines)
-    return (record for record in csv.reader(texts) if record)
+    rows = csv.reader(texts, strict=True)
+    while True:
+        try:
+            record = next(rows, None)
+        except csv.Error as problem:
+            raise sdg.InputError(f"{lines.name} line {lines.line}: {problem}; mend the file") from problem
+        if record is None:
+            return
+        if record:
+            yield record

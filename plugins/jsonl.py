@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import sdg
 
-from .lines import Lines, LinesReader
+from .lines import Lines, LinesReader, codec_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -102,7 +102,7 @@ def learn_schema(lines: Lines, parse: Any) -> pa.Schema:
     learn(known, rows)
     if not known:
         raise sdg.InputError(f"--input: {lines.files.names[0]} has no line with a JSON object")
-    fields = [(name, pa.string() if kind is None or "null" in str(kind) else kind) for name, kind in known.items()]
+    fields = [(name, pa.string() if kind is None or sdg.has_null(kind) else kind) for name, kind in known.items()]
     complete = lines.file == len(lines.files.names)
     return pa.schema(fields if complete else [*fields, (EXTRA, pa.string())])
 
@@ -120,8 +120,10 @@ def learn(known: dict[str, pa.DataType | None], rows: list[dict[str, Any]]) -> N
                 kind = pa.unify_schemas(both, promote_options="permissive").field(name).type if both else None
         except (pa.ArrowException, OverflowError):
             kind = None
-        exact = kind is not None and ("null" in str(kind) or all(map(sdg.checker(kind), values)))
-        known[name] = kind if exact else None
+        if kind is not None and not sdg.has_null(kind):
+            known[name] = kind if all(map(sdg.checker(kind), values)) else None
+        else:
+            known[name] = kind
 
 
 class JsonlWriter:
@@ -132,19 +134,30 @@ class JsonlWriter:
 
     def write(self, chunk: sdg.Chunk, rows: pa.Table) -> None:
         import orjson
+        import pyarrow as pa
+
+        path = self._run.path_of(chunk)
+        codec = codec_of(path)
 
         def produce(file: Any) -> None:
             for batch in rows.to_batches(1000):
                 file.write(b"".join(orjson.dumps(row, default=sdg.plain) + b"\n" for row in sdg.rows_of(batch)))
 
-        self._run.output.write(self._run.path_of(chunk), produce)
+        def compress(file: Any) -> None:
+            with pa.CompressedOutputStream(file, codec) as packed:
+                produce(packed)
+
+        self._run.output.write(path, compress if codec else produce)
 
     def read(self, chunk: sdg.Chunk) -> pa.Table | None:
         import orjson
         import pyarrow as pa
 
+        path = self._run.path_of(chunk)
+        codec = codec_of(path)
         try:
-            with self._run.output.open(self._run.path_of(chunk)) as file:
-                return pa.Table.from_pylist([orjson.loads(line) for line in file.read().splitlines()])
+            with self._run.output.open(path) as file:
+                content = pa.CompressedInputStream(file, codec).read() if codec else file.read()
+                return pa.Table.from_pylist([orjson.loads(line) for line in content.splitlines()])
         except FileNotFoundError:
             return None

@@ -47,13 +47,14 @@ class Lines:
     def fraction(self) -> float:
         """How much of all files has been read."""
         before = sum(self.files.sizes[: self.file])
-        return float(before + (self._raw.tell() if self._raw else 0)) / max(1, sum(self.files.sizes))
+        inside = self._raw.tell() if self._raw and codec_of(self.name) else self.offset
+        return float(before + inside) / max(1, sum(self.files.sizes))
 
     def _open(self) -> Iterator[bytes]:
         import pyarrow as pa
 
         self._raw = stream = self.files.open(self.file)
-        codec = {"gz": "gzip", "zst": "zstd"}.get(self.name.rpartition(".")[2])
+        codec = codec_of(self.name)
         if codec:
             stream = pa.CompressedInputStream(self._raw, codec)
             left = self.offset
@@ -62,6 +63,11 @@ class Lines:
         elif self.offset:
             stream.seek(self.offset)
         return split_lines(stream)
+
+
+def codec_of(name: str) -> str | None:
+    """How a file of this name is compressed, in Arrow's words."""
+    return {"gz": "gzip", "zst": "zstd"}.get(name.rpartition(".")[2])
 
 
 def split_lines(stream: Any) -> Iterator[bytes]:

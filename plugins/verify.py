@@ -59,7 +59,7 @@ def check(run: sdg.Run, counts: dict[str, int]) -> Iterator[str]:
     for rank in range(options.world_size):
         path = run.state / f"{rank:05d}.sqlite3"
         if path.exists():
-            known.update(asyncio.run(read_chunks(path)))
+            known.update(asyncio.run(read_chunks(path.absolute().as_uri())))
         else:
             yield f"rank {rank} has not run: {path} is missing"
     expected = set()
@@ -98,15 +98,15 @@ def all_chunks(run: sdg.Run, reader: sdg.Reader) -> Iterator[sdg.OpenChunk]:
             return
 
 
-async def read_chunks(path: Path) -> dict[int, sdg.Chunk]:
-    """The chunks that a rank has recorded."""
+async def read_chunks(uri: str) -> dict[int, sdg.Chunk]:
+    """The chunks that a rank has recorded in the file of this URI."""
     import aiosqlite
 
     try:
-        async with aiosqlite.connect(f"file:{path}?mode=ro", uri=True) as db:
+        async with aiosqlite.connect(f"{uri}?mode=ro", uri=True) as db:
             return await sdg.recorded_chunks(db)
     except sqlite3.Error as problem:
-        raise sdg.StateError(f"state {path} cannot be read: {problem}") from problem
+        raise sdg.StateError(f"state {uri} cannot be read: {problem}") from problem
 
 
 def check_chunk(run: sdg.Run, chunk: sdg.Chunk, ids: list[str], writer: sdg.Writer) -> Iterator[str]:

@@ -151,7 +151,7 @@ class Output:
 
     def failures(self) -> list[dict[str, Any]]:
         files = sorted((self.path / "failed").glob("*.jsonl"))
-        return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+        return [json.loads(line) for file in files for line in file.read_bytes().splitlines()]
 
     def failed(self) -> dict[str, dict[str, Any]]:
         records = self.failures()

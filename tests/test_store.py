@@ -76,7 +76,8 @@ async def against_a_model(path: Path, steps: list[tuple[Any, ...]]) -> None:
             for chunk in range(4):
                 expected = {key & 0xFFFFFFFF: status for key, status in finished.items() if key >> 32 == chunk}
                 assert await store.finished_in(sdg.Chunk(chunk, 0)) == expected
-                outcomes = orjson.loads(await store.outcomes_of(sdg.Chunk(chunk, 0)))
+                lists = await store.outcomes_of(sdg.Chunk(chunk, 0, 5))
+                outcomes = [outcome for text in lists for outcome in orjson.loads(text)]
                 assert [(position, status) for position, status, _ in outcomes] == sorted(expected.items())
             for document, known in answers.items():
                 if document not in finished:
