@@ -1,0 +1,204 @@
+"""What hostile reviews have found, so that it stays mended."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import signal
+import time
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fake_server import FakeServer, Hang, Raw, Status, prompt_of
+from running import Job, documents
+
+import sdg
+
+KEY = "sk-VERYSECRETKEY0123456789"
+
+
+def rollout(body: str) -> str:
+    """A plugin with one rollout."""
+    lines = "".join(f"    {line}\n" for line in body.splitlines())
+    return (
+        "import asyncio\nimport sdg\n\n@sdg.hookimpl\ndef register_rollouts(register):\n    register('mine', mine)\n\n"
+        f"async def mine(document, generate):\n    '''Mine.'''\n{lines}"
+    )
+
+
+def test_a_cancellation_of_the_rollouts_own_making_fails_its_document_alone(job: Job) -> None:
+    job.input(documents(20))
+    body = (
+        "if document.id in ('d0003', 'd0017'):\n    task = asyncio.ensure_future(asyncio.sleep(9))\n"
+        "    task.cancel()\n    await task\nreturn await generate(document.text)"
+    )
+    output = job.succeed(plugin=job.plugin("mine", rollout(body)), records_per_chunk=5)
+    assert len(output.rows()) == 18
+    assert {record["error_type"] for record in output.failures()} == {"CancelledError"}
+    assert job.verify().rc == 0
+
+
+def test_an_interruption_that_a_rollout_swallows_is_no_failure(job: Job, server: FakeServer) -> None:
+    job.input(documents(12))
+    server.behave(lambda payload, n: Hang() if n == 1 else None)
+    body = (
+        "replies = await asyncio.gather(generate('a' + document.text), generate('b'), return_exceptions=True)\n"
+        "return replies[0].text"
+    )
+    options = {"plugin": job.plugin("mine", rollout(body)), "max_concurrent_generations": 8}
+    started = job.start(**options)
+    while len(server.requests) < 8:
+        time.sleep(0.02)
+    started.send(signal.SIGTERM)
+    time.sleep(0.3)
+    started.send(signal.SIGTERM)
+    assert started.finish().rc == 143
+    server.behave(lambda payload, n: None)
+    output = job.succeed(**options)
+    assert len(output.rows()) == 12
+    assert not output.failures()
+
+
+def test_fresh_deletes_only_what_a_run_has_written(job: Job) -> None:
+    job.documents("one", "two")
+    output = job.succeed(state_dir=".")
+    strangers = ["package.json", "other.arrow", "output/failed/notes.txt", "output/data/mine.parquet"]
+    (output.path / "failed").mkdir(exist_ok=True)
+    for name in strangers:
+        (job.folder / name).write_text("mine")
+    assert job(state_dir=".", fresh=True, output_filename="${chunk_index}.parquet").rc == 1  # mine.parquet is no chunk
+    (job.folder / "output/data/mine.parquet").unlink()
+    job.succeed(state_dir=".", fresh=True, output_filename="${chunk_index}.parquet")
+    assert [path.name for path in (output.path / "data").iterdir()] == ["00000.parquet"]
+    for name in strangers[:3]:
+        assert (job.folder / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("status", [200, 400, 401, 500])
+def test_a_key_that_a_server_echoes_is_written_nowhere(job: Job, server: FakeServer, status: int) -> None:
+    job.documents("one", "two")
+    text = f"{'x' * 285} bad key {KEY}"
+    body = json.dumps({"error": {"message": text}}).encode()
+    server.behave(lambda payload, n: Raw(body) if status == 200 else Status(status, message=text))
+    finished = job(env={"OPENAI_API_KEY": KEY}, max_retries=0)
+    written = finished.stdout + finished.stderr
+    written += "".join(path.read_bytes().decode("latin1") for path in job.output.path.rglob("*") if path.is_file())
+    assert KEY[:8] not in written
+
+
+def test_failures_that_come_early_count_in_the_end(job: Job, server: FakeServer) -> None:
+    job.input(documents(200))
+    server.behave(lambda payload, n: Status(400) if int(prompt_of(payload).split()[1]) < 50 else None)
+    finished = job(max_concurrent_generations=5)
+    assert finished.rc == 3
+    assert finished.says("50 of", "--max-failure-rate", "--retry-failed")
+    again = job(max_concurrent_generations=5)
+    assert again.rc == 3, "a rerun does not turn failures into success"
+
+
+def test_unusual_line_ends_in_a_failed_document_can_be_retried(job: Job, server: FakeServer) -> None:
+    job.documents("a\u2028b\u0085c\x0cd", "fine")
+    server.behave(lambda payload, n: Status(400) if n == 1 and "fine" not in prompt_of(payload) else None)
+    job.succeed()
+    assert job.verify().rc == 0
+    output = job.succeed(retry_failed=True)
+    assert len(output.rows()) == 2
+
+
+def test_a_mended_plugin_may_retry_what_failed(job: Job) -> None:
+    job.documents("one", "two")
+    job.succeed(plugin=job.plugin("mine", rollout("return 1 / 0 if document.id == 'one' else 'fine'")))
+    mended = job.plugin("mine", rollout("return 'mended'"))
+    assert job(plugin=mended).rc == 1
+    output = job.succeed(plugin=mended, retry_failed=True)
+    assert output.texts() == {"one": ["mended"], "two": ["fine"]}
+
+
+def test_categories_and_views_pass_unchanged(job: Job) -> None:
+    categories = pa.array(["a", "b", "a", "c"]).dictionary_encode()
+    views = pa.array(["w", "x", "y", "z"], pa.string_view())
+    table = pa.table({"text": pa.array(["1", "2", "3", "4"]), "category": categories, "view": views})
+    path = job.input(table, row_group_size=2)
+    output = job.succeed()
+    assert output.table().column("category").to_pylist() == ["a", "b", "a", "c"]
+    assert output.table().column("view").to_pylist() == pq.read_table(path).column("view").to_pylist()
+
+
+def test_a_folder_of_several_formats_is_refused_and_backups_are_not_read(job: Job, server: FakeServer) -> None:
+    folder = job.folder / "in"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"text": "a"}\n')
+    (folder / "a.jsonl.bak").write_text('{"text": "a"}\n')
+    job.options["input"] = folder
+    assert len(job.succeed().rows()) == 1
+    (folder / "b.csv").write_text("text\nb\n")
+    finished = job(output="other")
+    assert finished.rc == 2
+    assert finished.says("csv", "jsonl")
+
+
+def test_output_named_gz_is_compressed(job: Job) -> None:
+    job.documents("one", "two")
+    name = "${rank}_${chunk_index}.jsonl.gz"
+    output = job.succeed(output_filename=name)
+    lines = gzip.decompress((output.path / "data" / "00000_00000.jsonl.gz").read_bytes()).splitlines()
+    assert [json.loads(line)["id"] for line in lines] == ["one", "two"]
+    assert job.verify().rc == 0
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [("inf", None), ("nan", None), ("1e15", 3600), ("-5", 0), ("2.5", 2.5), ("soon", None), ("", None)],
+)
+def test_any_retry_after_is_a_bounded_pause_or_none(value: str, seconds: float | None) -> None:
+    assert sdg.retry_after(value) == seconds
+
+
+def test_servers_with_different_models_are_refused(job: Job, servers: Any) -> None:
+    job.documents("one")
+    other = servers()
+    other.models = ["another"]
+    finished = job(base_url=[job.server.url, other.url], model=job.server.models[0])
+    assert finished.rc == 1
+    assert finished.says("another", job.server.models[0])
+
+
+def test_one_dead_server_of_two_at_the_start_is_done_without(job: Job) -> None:
+    job.documents("one", "two", "three")
+    finished = job(base_url=["http://127.0.0.1:9", job.server.url])
+    assert finished.rc == 0
+    assert "127.0.0.1:9" in finished.stderr
+    assert len(job.output.rows()) == 3
+
+
+def test_a_csv_header_with_a_name_twice_is_refused(job: Job) -> None:
+    (job.folder / "twice.csv").write_text("text,a,a\nx,1,2\n")
+    finished = job(input="twice.csv")
+    assert finished.rc == 1
+    assert finished.says("twice.csv", "twice")
+
+
+def test_a_resource_that_breaks_is_named(job: Job) -> None:
+    code = rollout("return ''").replace("(document, generate)", "(document, generate, broken)") + (
+        "\n@sdg.hookimpl\ndef register_resources(register):\n    register('broken', broken)\n\n"
+        "def broken(run):\n    '''Broken.'''\n    raise ValueError('no such thing')\n"
+    )
+    job.documents("one")
+    finished = job(plugin=job.plugin("mine", code))
+    assert finished.rc == 1
+    assert finished.says("broken", "no such thing", "mine.py")
+
+
+def test_a_plugin_that_blocks_cannot_hold_up_the_end(job: Job, server: FakeServer) -> None:
+    job.documents("one", "two")
+    body = "await asyncio.to_thread(__import__('time').sleep, 60)\nreturn 'x'"
+    started = job.start(plugin=job.plugin("mine", rollout(body)))
+    while not (job.output.state / "00000.sqlite3").exists():
+        time.sleep(0.02)
+    time.sleep(0.5)
+    began = time.monotonic()
+    started.send(signal.SIGTERM)
+    assert started.finish().rc == 143
+    assert time.monotonic() - began < 20
