@@ -2824,8 +2824,8 @@ async def progress(engine: Engine) -> AsyncIterator[None]:
         return
     terminal = sys.stderr.isatty()
     began = sum(engine.tally.values())
-    width = (os.get_terminal_size(2).columns if terminal else 0) or 80
-    bar = tqdm(initial=began, disable=not terminal, ncols=width)
+    columns, lines = os.get_terminal_size(sys.stderr.fileno()) if terminal else (0, 0)
+    bar = tqdm(initial=began, disable=not terminal, ncols=columns or 80, nrows=lines or 24)  # some report no size
     bar.bar_format = "{n_fmt}/{total_fmt} {percentage:3.0f}%|{bar}| ETA {remaining}{postfix}"
 
     def show() -> None:
