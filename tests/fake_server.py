@@ -211,11 +211,13 @@ class FakeServer:
         runner, self._runner = self._runner, None
         for site in list(runner.sites):
             await site.stop()
+        await asyncio.sleep(0.02)  # connections that the kernel has accepted already get their transports now
         if runner.server is not None:
             for connection in runner.server.connections:
                 if connection.transport is not None:
                     connection.transport.abort()
         await runner.cleanup()
+        await asyncio.sleep(0.02)  # aborted transports close their sockets in the loop's next turns
 
     # -- the protocol
 
