@@ -3166,6 +3166,9 @@ def main(argv: list[str] | None = None) -> int:
         if not problem.said:
             print(f"sdg: {problem}", file=sys.stderr)
         return problem.exit_code
+    except BrokenPipeError:  # as with `| head`: who reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         return 130
 
