@@ -44,7 +44,7 @@ import traceback
 import types
 import typing
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -61,6 +61,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 STATE_VERSION = 1
+FIRST_LIMIT = 64  # requests at a time for a server whose load is not known yet: doubled each second if it bears it
+METRICS_INTERVAL = 1.0  # s between two looks at the load that a server reports
 COMMIT_INTERVAL = 0.05  # s between group commits: 5,000 documents/s become 250 rows a commit, not 5,000 commits
 WINDOW = 32  # documents read and not yet written, per document in flight: 1 % stragglers of 20 times the mean need 20
 GRACE = 10.0  # s that requests in flight get to be answered after SIGTERM: schedulers kill after 30
@@ -300,6 +302,11 @@ class RequestFailed(Exception):
         self.retry_after: float | None = None  # s, as the server asked
         self.unreached = False  # no connection: the request cannot have done anything
 
+    @property
+    def breaks_off(self) -> bool:
+        """Whether it looks as if the server had died, rather than answered."""
+        return self.cause == "connection" or (self.status is not None and self.status >= 500 and self.status != 503)
+
 
 class BadDocument(Exception):
     """The input's row has no usable prompt."""
@@ -359,9 +366,11 @@ class Hooks:
 
     @hookspec
     def register_servers(self, register: Register) -> None:
-        """Register an async context manager `server(run)` that yields a list of base URLs.
+        """Register an async context manager `server(run)` that yields a list of base URLs, or of `Upstream`s.
 
-        It is entered before the first request and left after the last, whatever ended the run.
+        It is entered before the first request and left after the last, whatever ended the run. A server that is
+        launched is an `Upstream`: through it the engine learns when it is up, and that it has died. An empty list
+        means that there is nothing to do here: the process was part of another one's server.
         """
 
     @hookspec
@@ -382,7 +391,10 @@ class Hooks:
 
 # ── Plugins ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-BUNDLED = ("csv", "demo", "endpoint", "jsonl", "parquet", "prompt", "summarize", "verify")
+BUNDLED = (
+    *("command", "csv", "demo", "endpoint", "jsonl", "launching", "parquet", "prompt", "sglang", "summarize"),
+    *("verify", "vllm"),
+)
 
 
 class Entry(NamedTuple):
@@ -475,6 +487,21 @@ class Plugins:
         near = difflib.get_close_matches(name, entries, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(sorted(entries))}"
         raise UsageError(f"no {kind[:-1]} is called {name!r}; {hint}")
+
+    def idle(self, plugin: str, used: set[str]) -> str:
+        """If a plugin's options cannot have an effect: whose options they are. "" if they can."""
+        module = self.manager.get_plugin(plugin)
+        for kind, option in (("rollouts", "--plugin"), ("servers", "--server")):
+            entries: dict[str, Entry] = getattr(self, kind)
+            # Those of a module that several plugins import are theirs.
+            users = {
+                name: entry.plugin
+                for name, entry in entries.items()
+                if entry.plugin == plugin or module in vars(self.manager.get_plugin(entry.plugin)).values()
+            }
+            if users and not used & {*users.values(), plugin}:
+                return f"{option} {' or '.join(sorted(users))}"
+        return ""
 
     def _register(self, kind: str, plugin: str, version: str, name: str, factory: Callable[..., Any]) -> None:
         entries: dict[str, Entry] = getattr(self, kind)
@@ -608,7 +635,7 @@ def text_or_file(value: str) -> str:
         raise argparse.ArgumentTypeError(f"cannot read {value[1:]}: {problem}") from problem
 
 
-def _json_object(value: str) -> dict[str, Any]:
+def json_object(value: str) -> dict[str, Any]:
     try:
         parsed = json.loads(value)
     except ValueError as problem:
@@ -618,7 +645,7 @@ def _json_object(value: str) -> dict[str, Any]:
     return dict(sorted(parsed.items()))
 
 
-def _number(kind: type[int] | type[float], low: float, high: float = 1e9) -> Callable[[str], float]:
+def number(kind: type[int] | type[float], low: float, high: float = 1e9) -> Callable[[str], float]:
     def convert(value: str) -> float:
         number = kind(value)
         if not low <= number <= high:
@@ -630,7 +657,7 @@ def _number(kind: type[int] | type[float], low: float, high: float = 1e9) -> Cal
 
 
 FILENAME = "${rank}_${chunk_index}.parquet"
-_count, _natural, _seconds, _ratio = _number(int, 1), _number(int, 0), _number(float, 0.001), _number(float, 0)
+_count, _natural, _seconds, _ratio = number(int, 1), number(int, 0), number(float, 0.001), number(float, 0)
 
 
 class Option(NamedTuple):
@@ -648,10 +675,10 @@ class Option(NamedTuple):
         """Add it to a group of a parser."""
         text = self.help if self.default is None else f"{self.help} [{self.default}]"
         settings = {"metavar": self.metavar, "default": self.default, "help": text, "action": self.action}
-        if self.action == "store":
-            settings["type"] = self.type
-        elif self.action == "store_true":
+        if self.action == "store_true":
             settings = {"help": self.help, "action": self.action}
+        else:
+            settings["type"] = self.type
         group.add_argument(self.name, **settings)
 
 
@@ -684,16 +711,16 @@ OPTIONS = {
     "sampling": [
         Option("--max-tokens", "N", "of one answer", type=_count, identity=True),
         Option("--temperature", "X", "default of this and the next: the model's own", type=_ratio, identity=True),
-        Option("--top-p", "X", "nucleus sampling", type=_number(float, 0, 1), identity=True),
+        Option("--top-p", "X", "nucleus sampling", type=number(float, 0, 1), identity=True),
         Option("--top-k", "N", "sample from so many tokens", type=int, identity=True),
         Option("--seed", "N", "of a document's first rollout; the next ones count up from it", type=int, identity=True),
-        Option("--generation", "JSON", "anything else for the request's payload", type=_json_object, identity=True),
+        Option("--generation", "JSON", "anything else for the request's payload", type=json_object, identity=True),
         Option("--rollouts-per-document", "N", "independent results", 1, _count, identity=True),
     ],
     "run": [
         Option("--plugin", "P", "rollout, FILE.py or MODULE[:ROLLOUT]; repeatable, the last one runs", action="append"),
         Option("--config", "FILE.toml", "options by the same names; the command line wins"),
-        Option("--max-failure-rate", "X", "stop when more of at least 100 documents fail", 0.1, _number(float, 0, 1)),
+        Option("--max-failure-rate", "X", "stop when more of at least 100 documents fail", 0.1, number(float, 0, 1)),
         Option("--retry-failed", None, "run the failed documents again, and only them", action="store_true"),
         Option("--rank", "I", "takes the chunks I, I+N, I+2N…; default: Slurm's array task, else 0", type=_natural),
         Option("--world-size", "N", "ranks that share the input; default: Slurm's array, else 1", None, _count, True),
@@ -746,17 +773,10 @@ def parse_options(argv: list[str]) -> tuple[argparse.Namespace, Plugins]:
         parser.error(str(problem))
     explicit = {a.dest for a in parser._actions if any(w.partition("=")[0] in a.option_strings for w in argv)}
     serving = {plugins.rollouts[options.rollout].plugin, plugins.find("readers", options.reader).plugin}
-    unused = {
-        dest: plugin
-        for plugin, dests in added.items()
-        if plugin not in serving and any(e.plugin == plugin for e in plugins.rollouts.values())
-        for dest in dests & explicit
-    }
-    for dest, plugin in unused.items():
-        own = [name for name, entry in plugins.rollouts.items() if entry.plugin == plugin]
-        parser.error(
-            f"--{dest.replace('_', '-')} is an option of --plugin {' or '.join(own)}, not of {options.rollout}"
-        )
+    for plugin, dests in added.items():
+        if owners := plugins.idle(plugin, serving | {plugins.servers[options.server].plugin}):
+            for dest in dests & explicit:
+                parser.error(f"--{dest.replace('_', '-')} is an option of {owners}")
     core = {option.name[2:].replace("-", "_") for group in OPTIONS.values() for option in group if option.identity}
     options.identity = sorted(core.union(*(added.get(plugin, set()) for plugin in serving)))
     return options, plugins
@@ -1503,31 +1523,81 @@ def file_system_of(path: Path) -> str:
 
 
 class Upstream:
-    """One server as the pool sees it."""
+    """One server: what the pool knows of it, and what the engine and the plugin that launched it tell each other.
 
-    __slots__ = ("active", "failed_at", "failures", "limit", "shrunk", "until", "url")
+    A plugin that launches servers yields these. It calls `rise` when the server is ready, `fall` when it is not any
+    more, `give_up` when it will not come back, and says in `status` what it does meanwhile. No request is sent, and
+    none times out, while the server is down. `answers` and `progressed` tell the plugin whether it still works.
 
-    def __init__(self, url: str, limit: int) -> None:
-        self.url = url  # ends in /v1 or what the endpoint has instead
-        self.limit: float = limit
+    Args:
+        url: ends in /v1, or what the endpoint has instead.
+        model: the name under which requests find the model, if it is known before the server is up.
+        examine: `await examine(crashes)` tells whether a failure just now was the server's death, rather than one
+            request's; `crashes` is their number when the request was sent. Without it the server is somebody else's.
+    """
+
+    def __init__(
+        self, url: str, examine: Callable[[int], Awaitable[bool]] | None = None, model: str | None = None
+    ) -> None:
+        self.url, self.examine, self.model = url, examine, model
+        self.up = asyncio.Event()
+        self.gone = False
+        self.status = ""
+        self.crashes = 0
+        self.answers = 0
+        self.progressed = 0.0  # loop time of the last answer or token, or of the first request after a rest
         self.active = 0
+        self.limit = math.inf  # requests at a time, as the server bears them
+        self.load: Load | None = None  # as the server reports it
+        self.reports: bool | None = None  # whether it reports its load; None until it was asked
         self.until = 0.0  # set aside until this loop time
         self.failures = 0  # in a row, of requests sent one after the other
         self.failed_at = 0.0
         self.shrunk = 0.0  # when the limit was last halved
+        self.suspects: deque[tuple[int, asyncio.Future[Upstream]]] = deque()  # see `Pool`
+        self.caution = 0  # the most crashes that a request in flight has survived
+        self.changed: Callable[[], None] = lambda: None  # the pool's
+        if examine is None:
+            self.up.set()
+
+    def rise(self) -> None:
+        """It is ready for requests."""
+        self.failures, self.until, self.reports, self.load = 0, 0.0, None, None
+        self.limit = FIRST_LIMIT
+        self.up.set()
+        self.changed()
+
+    def fall(self, crashed: bool) -> None:
+        """It takes no requests now; `crashed`: those in flight are lost, and one of them may be the reason."""
+        if self.up.is_set():
+            self.crashes += crashed
+        self.up.clear()
+
+    def give_up(self) -> None:
+        """It will not come back: the other servers do its work."""
+        self.gone = True
+        self.changed()
 
 
 class Pool:
     """Slots for requests: at most `limit` in flight in all, each on the least loaded server that is well.
 
-    A server that answers 429 or 503 gets half as many at a time, and one more for each limit's worth of answers in
-    twenty (additive increase, multiplicative decrease; Chiu and Jain 1989). One that fails several times in a row is
-    set aside, ever longer, and comes back with one request at a time.
+    A server that reports its load gets as many requests as keep a short queue in it; see `Upstream.adapt`. Any other
+    that answers 429 or 503 gets half as many at a time, and one more for each limit's worth of answers in twenty
+    (additive increase, multiplicative decrease; Chiu and Jain 1989). One that fails several times in a row is set
+    aside, ever longer, and comes back with one request at a time.
+
+    Requests that were in flight when a server died are suspects: they go back to that server and no other, before all
+    others and apart from them, a sixteenth as many at a time after each crash. So a request that kills its server is
+    soon alone with it, and found.
     """
 
-    def __init__(self, urls: Iterable[str], limit: int) -> None:
+    def __init__(self, upstreams: Iterable[Upstream], limit: int) -> None:
         self.limit = limit
-        self.upstreams = [Upstream(url, limit) for url in urls]
+        self.upstreams = list(upstreams)
+        for upstream in self.upstreams:
+            upstream.changed = self._wake
+            upstream.limit = min(limit, FIRST_LIMIT)
         self.active = 0
         self.successes = 0
         self._waiting: deque[asyncio.Future[Upstream]] = deque()
@@ -1538,37 +1608,49 @@ class Pool:
         self._since = self._began = self._loop.time()
         self.lost: float | None = None  # since when no server could be connected to
 
-    async def acquire(self) -> Upstream:
-        """Wait for a slot. Cancelled when the run is stopping."""
+    async def acquire(self, suspected: Upstream | None = None, crashes: int = 0) -> Upstream:
+        """Wait for a slot: on the server `suspected` for a request that has seen it die. Cancelled at a stop."""
         if self.stopped:
             raise asyncio.CancelledError
-        if not self._waiting and (upstream := self._take(self._loop.time())):
+        if not suspected and not self._waiting and (upstream := self._take(self._loop.time())):
             return upstream
         slot: asyncio.Future[Upstream] = self._loop.create_future()
-        self._waiting.append(slot)
+        if suspected and not suspected.gone:
+            suspected.suspects.append((crashes, slot))
+        else:
+            self._waiting.append(slot)
         self._wake()
         try:
             return await slot
         except asyncio.CancelledError:
             if slot.done() and not slot.cancelled():
                 self.release(slot.result())
+            self._wake()
             raise
+
+    def share(self, crashes: int) -> int:
+        """How many requests that have survived so many crashes may be together on a server."""
+        return max(1, self.limit >> 4 * crashes)
 
     def release(self, upstream: Upstream) -> None:
         """Give a slot back."""
         self._measure()
         self.active -= 1
         upstream.active -= 1
-        if self._waiting:
+        if not upstream.active:
+            upstream.caution = 0
+        if self._waiting or upstream.suspects:
             self._wake()
 
     def succeeded(self, upstream: Upstream) -> None:
         """An answer came."""
         self.successes += 1
+        upstream.answers += 1
+        upstream.progressed = self._loop.time()
         if upstream.failures:
             upstream.failures = 0
             upstream.until = 0.0
-        if upstream.limit < self.limit:
+        if upstream.limit < self.limit and upstream.reports is False:
             upstream.limit = min(self.limit, upstream.limit + max(1.0, self.limit / 20) / upstream.limit)
 
     def overloaded(self, upstream: Upstream, sent: float, pause: float | None) -> None:
@@ -1590,9 +1672,32 @@ class Pool:
             pause = min(30.0, 0.5 * 2 ** min(upstream.failures - patience, 10))
             upstream.until = max(upstream.until, now + pause)
 
+    def adapt(self, upstream: Upstream, load: Load | None) -> None:
+        """Take in what a server reports of its load, each second or so; None if it does not report.
+
+        Twice as many requests while it has no queue and works on what it was given; fewer when more wait than an
+        eighth of what runs. Others' requests count as well: a server that ranks share is not flooded by all of them.
+        """
+        if load is None:
+            if upstream.reports is None:  # nothing to go by but 429 and 503
+                upstream.reports, upstream.limit = False, self.limit
+        else:
+            if upstream.load and load.tokens > upstream.load.tokens:
+                upstream.progressed = self._loop.time()
+            upstream.reports, upstream.load = True, load
+            queue = max(4.0, load.running / 8)
+            if load.waiting > queue:
+                upstream.limit = max(1.0, min(upstream.limit, upstream.active) - (load.waiting - queue) / 2)
+            elif not load.waiting and load.running >= 0.5 * upstream.active >= 0.4 * upstream.limit:
+                upstream.limit = min(self.limit, 2 * upstream.limit)
+        self._wake()
+
     def stop(self) -> None:
         """Let no further request begin."""
         self.stopped = True
+        for upstream in self.upstreams:
+            self._waiting.extend(slot for _, slot in upstream.suspects)
+            upstream.suspects.clear()
         while self._waiting:
             self._waiting.popleft().cancel()
 
@@ -1610,28 +1715,55 @@ class Pool:
     def _take(self, now: float) -> Upstream | None:
         if self.active >= self.limit:
             return None
-        best = None
+        best: Upstream | None = None
         for upstream in self.upstreams:
+            if upstream.until > now or not upstream.up.is_set() or upstream.suspects or upstream.caution:
+                continue
             allowed = 1 if upstream.failures >= 3 else upstream.limit
-            if upstream.until <= now and upstream.active + 1 <= allowed and (not best or upstream.active < best.active):
+            if upstream.active + 1 <= allowed and (not best or upstream.active < best.active):
                 best = upstream
         if best:
-            self._measure()
-            self.active += 1
-            best.active += 1
+            self._occupy(best, now)
         return best
+
+    def _occupy(self, upstream: Upstream, now: float) -> None:
+        self._measure()
+        if not upstream.active:
+            upstream.progressed = now
+        self.active += 1
+        upstream.active += 1
+
+    def _admit_suspects(self, upstream: Upstream, now: float) -> None:
+        if upstream.gone:
+            self._waiting.extendleft(slot for _, slot in reversed(upstream.suspects))
+            upstream.suspects.clear()
+        while upstream.suspects:
+            crashes, slot = upstream.suspects[0]
+            crashes = max(crashes, upstream.caution)
+            if not slot.done():
+                ready = upstream.up.is_set() and upstream.until <= now and self.active < self.limit
+                if not ready or upstream.active >= self.share(crashes):
+                    break
+                upstream.caution = crashes
+                self._occupy(upstream, now)
+                slot.set_result(upstream)
+            upstream.suspects.popleft()
 
     def _wake(self) -> None:
         now = self._loop.time()  # once: what is set aside for `_take` must be so for the alarm, too
+        for upstream in self.upstreams:
+            if upstream.suspects:
+                self._admit_suspects(upstream, now)
         while self._waiting:
             if self._waiting[0].done():
                 self._waiting.popleft()
-            elif upstream := self._take(now):
-                self._waiting.popleft().set_result(upstream)
+            elif free := self._take(now):
+                self._waiting.popleft().set_result(free)
             else:
                 break
         aside = min((upstream.until for upstream in self.upstreams if upstream.until > now), default=None)
-        if self._waiting and aside and (not self._alarm or self._alarm[0] > aside):
+        waiting = self._waiting or any(upstream.suspects for upstream in self.upstreams)
+        if waiting and aside and (not self._alarm or self._alarm[0] > aside):
             if self._alarm:
                 self._alarm[1].cancel()
             self._alarm = aside, self._loop.call_at(aside, self._ring)
@@ -1663,20 +1795,29 @@ class Client:
         Raises:
             RequestFailed: refused, or no attempt is left.
         """
-        attempts = spent = storms = 0
+        attempts = spent = storms = crashes = 0
+        suspected: Upstream | None = None
         successes = self.pool.successes
         while True:
-            upstream = await self.pool.acquire()
+            upstream = await self.pool.acquire(suspected, crashes)
+            before = upstream.crashes
             try:
                 return await self._attempt(upstream, path, body)
             except RequestFailed as problem:
                 failure = problem
             finally:
                 self.pool.release(upstream)
+            died = upstream.examine and failure.breaks_off and await upstream.examine(before)
             if self.pool.stopped and (failure.retry or failure.status == 401):
                 raise asyncio.CancelledError  # the run's fault, not the document's
             if failure.unreached:
-                continue  # the server is set aside: waiting for a slot is the pause
+                continue  # the server is set aside or down: waiting for a slot is the pause
+            if died:
+                suspected, crashes = upstream, crashes + 1
+                self.counts["retries.crash"] += 1
+                if crashes > 2 and self.pool.share(crashes - 1) == 1:
+                    raise self._convicted(crashes)
+                continue
             attempts += 1
             failure.attempts = attempts
             # An overloaded server that still answers others will answer this request, too.
@@ -1690,6 +1831,14 @@ class Client:
             self.counts[f"retries.{failure.cause}"] += 1
             longest = min(LONGEST_PAUSE, 0.5 * 2.0 ** min(attempts, 10))
             await asyncio.sleep(max(failure.retry_after or 0.0, random.uniform(0, longest)))  # full jitter
+
+    def _convicted(self, crashes: int) -> RequestFailed:
+        """The failure of a request that has killed the server, the last time with no other in flight."""
+        self.counts["given_up.crash"] += 1
+        message = f"the server died each of the {crashes} times that it had this request, at last alone with it"
+        failure = RequestFailed("crash", message)
+        failure.attempts = crashes
+        return failure
 
     async def _attempt(self, upstream: Upstream, path: str, body: bytes) -> tuple[Reply, bytes]:
         """One request and its answer; the pool learns how it went."""
@@ -1744,7 +1893,7 @@ class Client:
         self.pool.failed(upstream, sent, patience=1)
         self.pool.lost = self.pool.lost or sent
         silent = self.pool._loop.time() - self.pool.lost
-        if silent > self.timeout:
+        if silent > self.timeout and not upstream.examine:  # else the supervisor decides
             self._stop(ServerError(f"no server could be reached for {silent:.0f} s ({problem}); start one, run again"))
         failure = RequestFailed("connection", str(problem))
         failure.unreached = True
@@ -1842,19 +1991,20 @@ def retry_after(value: str | None) -> float | None:
 
 
 @contextlib.asynccontextmanager
-async def connect(run: Run, urls: list[str], stop: Callable[[Error], None]) -> AsyncIterator[Client]:
-    """A client of the servers at `urls`; settles `run.model`.
+async def connect(run: Run, servers: list[str | Upstream], stop: Callable[[Error], None]) -> AsyncIterator[Client]:
+    """A client of the servers, as their plugin yielded them; settles `run.model`.
+
+    Servers that are launched may still be loading then, if the model's name is known.
 
     Raises:
         ServerError: a server cannot be reached, refuses the key, or does not serve the model.
     """
     import aiohttp
 
-    if not urls:
-        raise UsageError("--server endpoint needs --base-url, or OPENAI_BASE_URL in the environment")
     key = os.environ.get(run.options.api_key_env)
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     limit = limit_of_files(run.options.max_concurrent_generations)
+    urls = [server if isinstance(server, str) else server.url for server in servers]
     local = all(re.match(r"https?://(127\.|localhost|\[::1\])", url) for url in urls)
     async with aiohttp.ClientSession(
         # vLLM's server closes idle connections after 5 s: ours must not be the ones it is just closing.
@@ -1864,23 +2014,106 @@ async def connect(run: Run, urls: list[str], stop: Callable[[Error], None]) -> A
         cookie_jar=aiohttp.DummyCookieJar(),
         trust_env=not local,
     ) as session:
-        found = [await try_models(session, url, run.options.api_key_env) for url in urls]
-        dead = [outcome for outcome in found if isinstance(outcome, Unreachable)]
-        if len(dead) == len(found):
-            raise dead[0]
-        for problem in dead:
-            say(f"sdg: {problem} The others are used meanwhile.")
-        live = [outcome for outcome in found if not isinstance(outcome, Unreachable)]
-        run.model = choose_model(run.options.model, sorted({model for _, models in live for model in models or []}))
-        for url, outcome in zip(urls, found, strict=True):
-            if not isinstance(outcome, Unreachable) and outcome[1] and run.model not in outcome[1]:
-                raise ServerError(f"{redact(url)} does not serve {run.model}, but {', '.join(outcome[1])}")
-        guesses = [url.rstrip("/") + ("" if url.rstrip("/").endswith("/v1") else "/v1") for url in urls]
-        roots = [
-            guess if isinstance(outcome, Unreachable) else outcome[0]
-            for guess, outcome in zip(guesses, found, strict=True)
-        ]
-        yield Client(session, Pool(roots, limit), run, stop)
+        upstreams = [server for server in servers if isinstance(server, Upstream)]
+        if upstreams and upstreams[0].model:
+            run.model = upstreams[0].model
+        else:
+            for upstream in upstreams:
+                await upstream.up.wait()
+            roots = await find_servers(run, session, [upstream.url for upstream in upstreams] or urls)
+            upstreams = upstreams or [Upstream(root) for root in roots]
+        pool = Pool(upstreams, limit)
+        async with watch_load(session, pool):
+            yield Client(session, pool, run, stop)
+
+
+async def find_servers(run: Run, session: aiohttp.ClientSession, urls: list[str]) -> list[str]:
+    """The APIs' roots; settles `run.model`."""
+    found = [await try_models(session, url, run.options.api_key_env) for url in urls]
+    dead = [outcome for outcome in found if isinstance(outcome, Unreachable)]
+    if len(dead) == len(found):
+        raise dead[0]
+    for problem in dead:
+        say(f"sdg: {problem} The others are used meanwhile.")
+    live = [outcome for outcome in found if not isinstance(outcome, Unreachable)]
+    run.model = choose_model(run.options.model, sorted({model for _, models in live for model in models or []}))
+    for url, outcome in zip(urls, found, strict=True):
+        if not isinstance(outcome, Unreachable) and outcome[1] and run.model not in outcome[1]:
+            raise ServerError(f"{redact(url)} does not serve {run.model}, but {', '.join(outcome[1])}")
+    guesses = [url.rstrip("/") + ("" if url.rstrip("/").endswith("/v1") else "/v1") for url in urls]
+    return [
+        guess if isinstance(outcome, Unreachable) else outcome[0] for guess, outcome in zip(guesses, found, strict=True)
+    ]
+
+
+class Load(NamedTuple):
+    """What a server says of its work, summed over its engines; `kv_use` is the fullest KV cache's share in use."""
+
+    running: float
+    waiting: float
+    kv_use: float
+    tokens: float  # ever, of prompts and answers
+
+
+# Names of vLLM (0.10 to 0.32) and SGLang (0.5), in the Prometheus text format
+LOAD_METRICS = {
+    "running": {"vllm:num_requests_running", "sglang:num_running_reqs"},
+    "waiting": {"vllm:num_requests_waiting", "sglang:num_queue_reqs"},
+    "kv_use": {"vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc", "sglang:token_usage"},
+    "tokens": {
+        *("vllm:prompt_tokens_total", "vllm:generation_tokens_total"),
+        *("sglang:prompt_tokens_total", "sglang:generation_tokens_total"),
+    },
+}
+
+
+def parse_load(text: str) -> Load | None:
+    """The load in a page of metrics (https://prometheus.io/docs/instrumenting/exposition_formats), if it has any."""
+    values: dict[str, list[float]] = {name: [] for name in LOAD_METRICS}
+    for name, number in re.findall(r"^((?:vllm|sglang):\w+)(?:\{.*\})? (\S+)", text, re.MULTILINE):
+        for kind, names in LOAD_METRICS.items():
+            if name in names:
+                values[kind].append(float(number))
+    if not values["running"] or not values["waiting"]:
+        return None
+    return Load(
+        sum(values["running"]), sum(values["waiting"]), max(values["kv_use"], default=0.0), sum(values["tokens"])
+    )
+
+
+@contextlib.asynccontextmanager
+async def watch_load(session: aiohttp.ClientSession, pool: Pool) -> AsyncIterator[None]:
+    """Ask the servers that are up for their load, now and again and again; one that has no metrics only once."""
+    import aiohttp
+
+    async def look(upstream: Upstream) -> None:
+        url = upstream.url.removesuffix("/v1") + "/metrics"
+        try:
+            async with session.get(url, timeout=aiohttp.ClientTimeout(total=5), allow_redirects=False) as response:
+                load = parse_load(await response.text()) if response.status == 200 else None
+        except (aiohttp.ClientError, TimeoutError, ValueError):  # busy, or no text: the next look tells more
+            load = None
+        if upstream.up.is_set():
+            pool.adapt(upstream, load)
+
+    async def look_at_all() -> None:
+        async with asyncio.TaskGroup() as group:
+            for upstream in pool.upstreams:
+                if upstream.up.is_set() and upstream.reports is not False:
+                    group.create_task(look(upstream))
+
+    async def repeat() -> None:
+        while True:
+            await look_at_all()
+            await asyncio.sleep(METRICS_INTERVAL)
+
+    await look_at_all()
+    task = asyncio.create_task(repeat())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
 
 
 async def try_models(
@@ -1910,13 +2143,20 @@ async def find_models(session: aiohttp.ClientSession, url: str, key_name: str) -
             raise Unreachable(message) from problem
         if status in {401, 403}:
             raise ServerError(f"{status} from {redact(root)}: {error_text(raw)}; is the key in ${key_name} right?")
-        if status == 200:
-            with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):  # some proxy's page, then
-                return root, [model["id"] for model in json.loads(raw)["data"]]
+        if status == 200 and (models := models_in(raw)) is not None:
+            return root, models
     if status >= 500:
         raise ServerError(f"{status} from {redact(base)}: the server is not ready")
     # No list of models: an endpoint with a path of its own has no /v1 to add.
     return (base if re.search(r"//[^/]+/", base) else roots[0]), None
+
+
+def models_in(raw: bytes) -> list[str] | None:
+    """The names in a list of models; None if it is something else, such as a proxy's page."""
+    try:
+        return [str(model["id"]) for model in json.loads(raw)["data"]]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
 
 
 def choose_model(wanted: str | None, served: list[str]) -> str:
@@ -2852,9 +3092,14 @@ async def progress(engine: Engine) -> AsyncIterator[None]:
 def postfix(engine: Engine) -> str:
     """The figures beside the bar."""
     counts, seconds = engine.run.counts, max(time.monotonic() - engine.began, 1e-9)
+    pool = engine.client.pool
+    down = [upstream.status for upstream in pool.upstreams if not upstream.up.is_set()]
+    loads = [upstream.load for upstream in pool.upstreams if upstream.load and upstream.up.is_set()]
+    queue = f" ({sum(load.waiting for load in loads):.0f} queued)" if loads else ""
     return (
-        f"{counts['completion_tokens'] / seconds:,.0f} tokens/s, {engine.client.pool.active} in flight, "
+        f"{counts['completion_tokens'] / seconds:,.0f} tokens/s, {pool.active} in flight{queue}, "
         f"{counts['cache_hits']} cached, {retries_in(counts)} retries, {engine.tally['failed']} failed"
+        f"{''.join(f'; {status}' for status in down[:2])}"
     )
 
 
@@ -3000,8 +3245,12 @@ async def run_once(options: argparse.Namespace, plugins: Plugins) -> None:
     try:
         with signals(stop):
             run = open_run(options, plugins, stop)
-            with lock_rank(run):
-                await _run_locked(run, stop)
+            async with contextlib.AsyncExitStack() as stack:
+                with at_work(f"the server {options.server!r}"):
+                    servers = await stack.enter_async_context(plugins.servers[options.server].factory(run))
+                if servers:  # else this machine has lent its GPUs to a run on another one, which has ended
+                    with lock_rank(run):
+                        await _run_locked(run, servers, stop)
     except (asyncio.CancelledError, Exception) as problem:
         if stop.reason is None:
             raise
@@ -3010,7 +3259,7 @@ async def run_once(options: argparse.Namespace, plugins: Plugins) -> None:
         raise stop.reason
 
 
-async def _run_locked(run: Run, stop: Stop) -> None:
+async def _run_locked(run: Run, servers: list[str | Upstream], stop: Stop) -> None:
     options, plugins = run.options, run.plugins
     if options.fresh:
         start_over(run)
@@ -3019,9 +3268,7 @@ async def _run_locked(run: Run, stop: Stop) -> None:
         reader = await asyncio.to_thread(plugins.readers[options.reader].factory, run)
     check_columns(reader.schema, options)
     async with contextlib.AsyncExitStack() as stack:
-        with at_work(f"the server {options.server!r}"):
-            urls = await stack.enter_async_context(plugins.servers[options.server].factory(run))
-        client = await stack.enter_async_context(connect(run, urls, stop))
+        client = await stack.enter_async_context(connect(run, servers, stop))
         claim_state(run, reader)
         store = await stack.enter_async_context(Store.open(run.state / f"{options.rank:05d}.sqlite3", run.counts))
         writer = open_writer(run)

@@ -1,0 +1,35 @@
+"""Any server that speaks the protocol, started by a command of the user's."""
+
+import contextlib
+import shlex
+from collections.abc import AsyncIterator
+
+import sdg
+
+from . import launching
+
+
+@sdg.hookimpl
+def register_servers(register: sdg.Register) -> None:
+    register("command", command)
+
+
+@contextlib.asynccontextmanager
+async def command(run: sdg.Run) -> AsyncIterator[list[sdg.Upstream]]:
+    """Launch --server-command; {port} and {model} in it are filled in."""
+    words = shlex.split(run.options.server_command or "")
+    if not any("{port}" in word for word in words):
+        raise sdg.UsageError("--server command needs --server-command 'PROGRAM … {port} {model}', with {port} in it")
+    if any("{model}" in word for word in words):
+        launching.model_of(run)
+    if run.options.nodes > 1:
+        raise sdg.UsageError("--nodes goes with --server vllm or sglang: nothing tells other commands of each other")
+
+    def arguments(spot: launching.Spot) -> list[str]:
+        given = launching.flags({}, run.options.server_arg)
+        filled = [word.replace("{port}", str(spot.port)).replace("{model}", run.options.model or "") for word in words]
+        return filled + given
+
+    program = launching.Program("command", arguments, run.options.model)
+    async with launching.serve(run, program) as replicas:
+        yield replicas
