@@ -636,6 +636,7 @@ def text_or_file(value: str) -> str:
 
 
 def json_object(value: str) -> dict[str, Any]:
+    """An option's JSON object, with sorted keys."""
     try:
         parsed = json.loads(value)
     except ValueError as problem:
@@ -646,6 +647,8 @@ def json_object(value: str) -> dict[str, Any]:
 
 
 def number(kind: type[int] | type[float], low: float, high: float = 1e9) -> Callable[[str], float]:
+    """A converter for options that are numbers between two others, these included."""
+
     def convert(value: str) -> float:
         number = kind(value)
         if not low <= number <= high:
@@ -1548,6 +1551,7 @@ class Upstream:
         self.progressed = 0.0  # loop time of the last answer or token, or of the first request after a rest
         self.active = 0
         self.limit = math.inf  # requests at a time, as the server bears them
+        self.growth = 2.0  # of the limit, each time that the server is found without a queue
         self.load: Load | None = None  # as the server reports it
         self.reports: bool | None = None  # whether it reports its load; None until it was asked
         self.until = 0.0  # set aside until this loop time
@@ -1563,7 +1567,7 @@ class Upstream:
     def rise(self) -> None:
         """It is ready for requests."""
         self.failures, self.until, self.reports, self.load = 0, 0.0, None, None
-        self.limit = FIRST_LIMIT
+        self.limit, self.growth = FIRST_LIMIT, 2.0
         self.up.set()
         self.changed()
 
@@ -1675,8 +1679,9 @@ class Pool:
     def adapt(self, upstream: Upstream, load: Load | None) -> None:
         """Take in what a server reports of its load, each second or so; None if it does not report.
 
-        Twice as many requests while it has no queue and works on what it was given; fewer when more wait than an
-        eighth of what runs. Others' requests count as well: a server that ranks share is not flooded by all of them.
+        Twice as many requests, an eighth more once it had a queue, while it has none and works on what it was given;
+        fewer when more wait than an eighth of what runs. Others' requests count as well: a server that ranks share is
+        not flooded by all of them.
         """
         if load is None:
             if upstream.reports is None:  # nothing to go by but 429 and 503
@@ -1686,10 +1691,12 @@ class Pool:
                 upstream.progressed = self._loop.time()
             upstream.reports, upstream.load = True, load
             queue = max(4.0, load.running / 8)
+            if load.waiting:
+                upstream.growth = 1.125
             if load.waiting > queue:
                 upstream.limit = max(1.0, min(upstream.limit, upstream.active) - (load.waiting - queue) / 2)
             elif not load.waiting and load.running >= 0.5 * upstream.active >= 0.4 * upstream.limit:
-                upstream.limit = min(self.limit, 2 * upstream.limit)
+                upstream.limit = min(self.limit, upstream.growth * upstream.limit)
         self._wake()
 
     def stop(self) -> None:
@@ -1851,6 +1858,8 @@ class Client:
             async with self.session.post(upstream.url + path, data=data) as response:
                 raw = without_key(await response.read(), self.key_name)
             self.pool.lost = None
+            if pause := quota_pause(response.headers):
+                upstream.until = max(upstream.until, self.pool._loop.time() + pause)
             if response.status != 200:
                 raise self._refused(upstream, response, raw, sent)
             try:
@@ -1877,7 +1886,7 @@ class Client:
         retry = status in {408, 409, 425, 429} or status >= 500
         message = f"{status} from {redact(upstream.url)}: {error_text(raw) or response.reason}"
         failure = RequestFailed(str(status), message, status=status, retry=retry)
-        failure.retry_after = retry_after(response.headers.get("Retry-After"))
+        failure.retry_after = retry_after(response.headers)
         if status == 401:
             self._stop(ServerError(f"{message}; is the key in ${self.key_name} right?"))
         elif status in {429, 503}:
@@ -1976,11 +1985,14 @@ def _shown(raw: bytes) -> str:
     return text if len(text) <= 300 else text[:300] + "…"
 
 
-def retry_after(value: str | None) -> float | None:
-    """Seconds that a Retry-After header asks for: a number, or an HTTP date (RFC 9110, section 10.2.3)."""
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds that an answer asks to wait: a number, or an HTTP date (RFC 9110, section 10.2.3)."""
     from email.utils import parsedate_to_datetime
 
+    value = headers.get("Retry-After")
     try:
+        if "retry-after-ms" in headers:  # Azure's, and more exact
+            return min(max(0.0, float(headers["retry-after-ms"]) / 1000), LONGEST_REST)
         seconds = float(value or "nan")
     except ValueError:
         try:
@@ -1988,6 +2000,21 @@ def retry_after(value: str | None) -> float | None:
         except ValueError:
             return None
     return min(max(0.0, seconds), LONGEST_REST) if math.isfinite(seconds) else None
+
+
+def quota_pause(headers: Mapping[str, str]) -> float:
+    """Seconds until a quota that is used up is renewed; 0 if something is left of it, or none is told.
+
+    OpenAI's headers (https://platform.openai.com/docs/guides/rate-limits), which others have taken over: requests and
+    tokens that remain, and until when in Go's form of durations, such as `6m0s` or `20ms`.
+    """
+    pause = 0.0
+    for kind in ("requests", "tokens"):
+        if headers.get(f"x-ratelimit-remaining-{kind}") == "0":
+            parts = re.findall(r"(\d+(?:\.\d+)?)(ms|[hms]|$)", headers.get(f"x-ratelimit-reset-{kind}", ""))
+            units = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001, "": 1.0}
+            pause = max(pause, sum(float(number) * units[unit] for number, unit in parts))
+    return min(pause, LONGEST_REST)
 
 
 @contextlib.asynccontextmanager
@@ -2062,7 +2089,7 @@ LOAD_METRICS = {
     "kv_use": {"vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc", "sglang:token_usage"},
     "tokens": {
         *("vllm:prompt_tokens_total", "vllm:generation_tokens_total"),
-        *("sglang:prompt_tokens_total", "sglang:generation_tokens_total"),
+        "sglang:realtime_tokens_total",  # its others move only when a request ends
     },
 }
 

@@ -30,6 +30,7 @@ async def command(run: sdg.Run) -> AsyncIterator[list[sdg.Upstream]]:
         filled = [word.replace("{port}", str(spot.port)).replace("{model}", run.options.model or "") for word in words]
         return filled + given
 
-    program = launching.Program("command", arguments, run.options.model)
+    # `transformers serve`, for one, lists what lies in its cache, not what it serves.
+    program = launching.Program("command", arguments, run.options.model, lists_model=False)
     async with launching.serve(run, program) as replicas:
         yield replicas

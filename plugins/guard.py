@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 
-PATIENCE = 5.0  # s between SIGTERM and SIGKILL
+PATIENCE = 3.0  # s between SIGTERM and SIGKILL
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 

@@ -36,7 +36,7 @@ from . import nodes
 if TYPE_CHECKING:
     import aiohttp
 
-PORTS = range(21_000, 32_000)  # below those that Linux gives to outgoing connections
+PORTS = range(30_000, 32_768)  # below those that Linux gives to outgoing connections, above SGLang's own choice
 LOG_BYTES = 64 << 20  # of a server's log, before it is moved aside; two are kept
 LONGEST_LINE = 8 << 10  # bytes of a log line that are looked at
 FATAL_PATIENCE = 5.0  # s between a fatal line and the kill: the lines after it may say more
@@ -124,10 +124,10 @@ class Spot:
     """Where one process of a server runs."""
 
     port: int  # of the HTTP server, on loopback
+    meeting_port: int  # where the processes of one server find each other, on the first node
     node: int = 0
     nodes: int = 1
-    head: str = "127.0.0.1"  # where the nodes meet
-    meeting_port: int = 0
+    head: str = "127.0.0.1"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +141,8 @@ class Program:
         fatal: lines after which it cannot start, as (regular expression, hint): what tells most comes first.
         version: of the package; with the command it names the compiled graphs.
         cache: where compiled graphs lie; None if there is nothing to compile.
+        environment: variables that it needs.
+        lists_model: whether its list of models can be relied on.
     """
 
     name: str
@@ -151,6 +153,7 @@ class Program:
     version: str = ""
     cache: Path | None = None
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    lists_model: bool = True
 
 
 def flags(wanted: Mapping[str, Any], given: list[tuple[str, Any]] | None, *, negate: bool = False) -> list[str]:
@@ -431,10 +434,9 @@ class Replica:
         """One life of the server. Always ends with an exception."""
         async with contextlib.AsyncExitStack() as stack:
             port = int(self._fixed_port or stack.enter_context(free_port()))
-            spot = Spot(port)
+            spot = Spot(port, stack.enter_context(free_port()))
             if self.head:
-                meeting = stack.enter_context(free_port())
-                spot = Spot(port, 0, self.options.nodes, self.head.host, meeting)
+                spot = dataclasses.replace(spot, nodes=self.options.nodes, head=self.head.host)
                 await self._gather(self.head)
                 stack.push_async_callback(self.head.stop)
             self.upstream.url = f"http://127.0.0.1:{port}/v1"
@@ -472,7 +474,7 @@ class Replica:
         if self.program.cache is None or self.options.no_compile_lock:
             yield lambda: None
             return
-        same = Spot(0, 0, spot.nodes)  # ports differ from start to start
+        same = Spot(0, 0, nodes=spot.nodes)  # ports differ from start to start
         name = xxhash.xxh3_64_hexdigest(json.dumps([self.program.version, *self.program.command(same)]).encode())
         marker = self.program.cache / "sdg-compiled" / name
         lock = filelock.FileLock(marker.with_suffix(".lock"))
@@ -559,7 +561,10 @@ class Replica:
         async with self.session.get(f"{self.upstream.url}/models") as response:
             served = sdg.models_in(await response.read()) if response.status == 200 else None
         if self.program.model and served and self.program.model not in served:
-            raise sdg.ServerError(f"{self.name} does not serve {self.program.model}, but {', '.join(served)}")
+            problem = f"{self.name} does not serve {self.program.model}, but {', '.join(served)}"
+            if self.program.lists_model:
+                raise sdg.ServerError(f"{problem}: is it another server?")
+            sdg.say(f"sdg: {problem}, as it says; if it refuses requests, say another --model")
 
     async def examine(self, crashes: int) -> bool:
         """Whether a request that broke off did so because the server died; see `sdg.Upstream`."""

@@ -65,7 +65,9 @@ def layout(options: argparse.Namespace) -> list[Any]:
 
 
 async def send(writer: asyncio.StreamWriter, **message: Any) -> None:
-    """Send one message."""
+    """Send one message; ConnectionError if the other side is gone."""
+    if writer.is_closing():  # uvloop has another error for that
+        raise ConnectionResetError
     writer.write(json.dumps(message).encode() + b"\n")
     await writer.drain()
 
@@ -113,6 +115,7 @@ class Head:
         self._others: dict[int, asyncio.StreamWriter] = {}
         self._running: set[int] = set()
         self._stopped = asyncio.Event()
+        self._talks: set[asyncio.Task[Any]] = set()
         self._ending = False
 
     async def __aenter__(self) -> Head:
@@ -128,8 +131,9 @@ class Head:
         for writer in self._others.values():
             with contextlib.suppress(ConnectionError):
                 await send(writer, end=True)
-            writer.close()
         self._server.close()
+        if self._talks:  # the others hang up
+            await asyncio.wait(self._talks, timeout=BEAT)
 
     def missing(self) -> list[int]:
         """The machines that have not joined."""
@@ -155,7 +159,10 @@ class Head:
                     self._stopped.clear()
 
     async def _welcome(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        node = 0
+        node, task = 0, asyncio.current_task()
+        assert task
+        self._talks.add(task)
+        task.add_done_callback(self._talks.discard)
         async with beating(writer):
             async for message in messages(reader):
                 if "node" in message:

@@ -13,8 +13,8 @@ from . import launching
 PHASES = (
     (r"Downloading|Fetching \d+ files", "downloading the model"),
     (r"Load weight begin|Loading safetensors", "loading weights"),
-    (r"Memory pool|KV Cache is allocated", "allocating the KV cache"),
-    (r"Capture cuda graph begin|[Cc]apturing batches", "capturing CUDA graphs"),
+    (r"KV Cache is allocated", "allocating the KV cache"),
+    (r"Capture .*graph begin|[Cc]apturing batches", "capturing CUDA graphs"),
     (r"Application startup|Uvicorn running", "warming up"),
 )
 MEMORY = (
@@ -49,7 +49,16 @@ async def sglang(run: sdg.Run) -> AsyncIterator[list[sdg.Upstream]]:
 
     cache = launching.cache_folder("sglang", "SGLANG_CACHE_DIR")
     version = launching.version_of("sglang", program)
-    description = launching.Program("sglang", command, launching.served_name(run), PHASES, FATAL, version, cache)
+    description = launching.Program(
+        "sglang",
+        command,
+        launching.served_name(run),
+        PHASES,
+        FATAL,
+        version,
+        cache,
+        {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"},  # /health would generate a token, and take a second
+    )
     async with launching.serve(run, description) as replicas:
         yield replicas
 
@@ -66,6 +75,8 @@ def settings(run: sdg.Run, spot: launching.Spot) -> dict[str, Any]:
         "pp-size": options.pp if options.pp > 1 else None,
         "dp-size": options.dp if options.dp > 1 else None,
         **(across if spot.nodes > 1 else {}),
+        # Its own choice is free only at that moment; ranks of data parallelism need one each.
+        "nccl-port": spot.meeting_port if spot.nodes == options.dp == 1 else None,
         "context-length": options.model_max_context,
         "mem-fraction-static": options.gpu_memory_utilization,
         "quantization": options.quantization,

@@ -38,6 +38,7 @@ class Answer:
     logprobs: Payload | None = None
     finish_reason: str = "stop"
     choices: list[Payload] | None = None
+    headers: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -276,7 +277,8 @@ class FakeServer:
         else:
             assert isinstance(answer, Drop), f"the test's behaviour returned {answer!r}"
             return await _drop(request, answer)
-        response = web.Response(body=body, content_type="application/json")
+        headers = answer.headers if isinstance(answer, Answer) else {}
+        response = web.Response(body=body, content_type="application/json", headers=headers)
         await response.prepare(request)
         await response.write_eof()
         record.answered = time.monotonic()

@@ -476,7 +476,7 @@ def test_an_endpoint_without_address_asks_for_one(silent_job: Job) -> None:
         ({"max_failure_rate": 2}, ["--max-failure-rate"]),
         ({"max_concurrent_generation": 5}, ["--max-concurrent-generation"]),
         ({"config": "nowhere.toml"}, ["nowhere.toml"]),
-        ({"server": "vlmm"}, ["vlmm", "endpoint"]),
+        ({"server": "vlmm"}, ["vlmm", "did you mean vllm?"]),
     ],
     ids=lambda value: next(iter(value), "") if isinstance(value, dict) else "",
 )

@@ -10,8 +10,11 @@ from collections.abc import Callable
 from email.utils import formatdate, parsedate_to_datetime
 from typing import Any
 
+import pytest
 from fake_server import Answer, Delay, Drop, FakeServer, Hang, Raw, Status, prompt_of
 from running import Job, documents, wait_until
+
+import sdg
 
 KEY = "sk-test-0123456789abcdefghijklmnop"
 
@@ -170,6 +173,40 @@ def test_a_slot_is_free_while_its_request_waits_for_a_retry(job: Job, server: Fa
     assert output.ids() == [*waiting, *others]
     assert server.max_in_flight == 1
     assert sorted(server.prompts[-2:]) == waiting
+
+
+def test_server_whose_quota_is_used_up_is_left_alone_until_it_is_renewed(job: Job, server: FakeServer) -> None:
+    job.documents("1", "2", "3")
+    spent = {"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "1s"}
+    server.behave(lambda payload, n: Answer("fine", headers=spent if prompt_of(payload) == "2" else {}))
+
+    job.succeed(max_concurrent_generations=1)
+
+    first, second, third = (request.time for request in server.requests)
+    assert third - second >= 1
+    assert second - first < 1
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({}, 0),
+        ({"x-ratelimit-remaining-requests": "1", "x-ratelimit-reset-requests": "9s"}, 0),
+        ({"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "6m0s"}, 360),
+        ({"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "20ms"}, 0.02),
+        ({"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "1h2m3.5s"}, 3600),
+        ({"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "12.5"}, 12.5),
+        ({"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "1.2.3 soon"}, 0),
+        ({"x-ratelimit-remaining-requests": "0"}, 0),
+    ],
+)
+def test_quota_headers_are_understood(headers: dict[str, str], seconds: float) -> None:
+    assert sdg.quota_pause(headers) == pytest.approx(seconds)
+
+
+def test_milliseconds_of_a_retry_are_preferred() -> None:
+    assert sdg.retry_after({"retry-after-ms": "250", "Retry-After": "1"}) == 0.25
+    assert sdg.retry_after({"retry-after-ms": "soon", "Retry-After": "1"}) is None
 
 
 def test_a_request_that_takes_too_long_is_sent_again(job: Job, server: FakeServer) -> None:

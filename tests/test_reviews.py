@@ -153,7 +153,7 @@ def test_output_named_gz_is_compressed(job: Job) -> None:
     [("inf", None), ("nan", None), ("1e15", 3600), ("-5", 0), ("2.5", 2.5), ("soon", None), ("", None)],
 )
 def test_any_retry_after_is_a_bounded_pause_or_none(value: str, seconds: float | None) -> None:
-    assert sdg.retry_after(value) == seconds
+    assert sdg.retry_after({} if value is None else {"Retry-After": value}) == seconds
 
 
 def test_servers_with_different_models_are_refused(job: Job, servers: Any) -> None:
