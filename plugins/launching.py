@@ -186,6 +186,12 @@ def executable(name: str, extra: str) -> Path:
     return Path(found)
 
 
+def interpreter(program: Path) -> Path:
+    """The Python of the environment that a script belongs to."""
+    beside = program.resolve().with_name("python")
+    return beside if beside.exists() else Path(sys.executable)
+
+
 def version_of(package: str, program: Path) -> str:
     """A package's version in the environment of a program, without starting that."""
     found = sorted(program.resolve().parent.parent.glob(f"lib/python3*/site-packages/{package}-*.dist-info"))

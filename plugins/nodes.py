@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
@@ -57,6 +58,19 @@ def address(options: argparse.Namespace) -> tuple[str, int]:
     )
     job = os.environ.get("SLURM_JOB_ID")
     return host, int(port or (18_000 + int(job) % 3_000 if job else 29_400))
+
+
+def own_address(host: str) -> str:
+    """The address of this machine, machine 0, under which the others know it as `host`.
+
+    Debian lets a machine's own name point to its loopback: there the address of its outward interface is taken.
+    """
+    found = socket.gethostbyname(host)
+    if not found.startswith("127.") or host in {"localhost", found}:
+        return found
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as outward:
+        outward.connect(("192.0.2.1", 9))  # nothing is sent: the kernel only chooses the interface
+        return str(outward.getsockname()[0])
 
 
 def layout(options: argparse.Namespace) -> list[Any]:
@@ -120,7 +134,8 @@ class Head:
 
     async def __aenter__(self) -> Head:
         try:
-            self._server = await asyncio.start_server(self._welcome, self.host, self.port)
+            own = await asyncio.to_thread(own_address, self.host)
+            self._server = await asyncio.start_server(self._welcome, own, self.port)
         except OSError as problem:
             message = f"machine 0 cannot listen at {self.host}:{self.port} ({problem.strerror or problem})"
             raise sdg.ServerError(f"{message}: give another --head-address HOST:PORT to all of them") from problem

@@ -45,7 +45,7 @@ async def sglang(run: sdg.Run) -> AsyncIterator[list[sdg.Upstream]]:
 
     def command(spot: launching.Spot) -> list[str]:
         arguments = launching.flags(settings(run, spot), run.options.server_arg)
-        return [str(program.with_name("python")), "-m", "sglang.launch_server", "--model-path", model, *arguments]
+        return [str(launching.interpreter(program)), "-m", "sglang.launch_server", "--model-path", model, *arguments]
 
     cache = launching.cache_folder("sglang", "SGLANG_CACHE_DIR")
     version = launching.version_of("sglang", program)

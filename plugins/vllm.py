@@ -10,7 +10,7 @@ from typing import Any
 
 import sdg
 
-from . import launching
+from . import launching, nodes
 
 PHASES = (
     (r"Downloading|Fetching \d+ files", "downloading the model"),
@@ -20,6 +20,7 @@ PHASES = (
     (r"KV cache size|Maximum concurrency", "warming up"),
     (r"[Cc]apturing CUDA graph|Graph capturing", "capturing CUDA graphs"),
     (r"Starting vLLM server|Application startup", "opening its port"),
+    (r"the Ray cluster has", "gathering GPUs"),
 )
 MEMORY = "raise --gpu-memory-utilization, lower --model-max-context, or use more GPUs (--tp)"
 FATAL = (
@@ -32,13 +33,6 @@ FATAL = (
     *launching.COMMON_FATAL,
     (r"WorkerProc initialization failed|EngineCore failed to start|Engine core initialization failed", ""),
     (r"died unexpectedly|EngineDeadError", ""),
-)
-# Waits in Ray's own words for all GPUs, then leaves the field to vLLM.
-RAY_WAIT = (
-    "import ray, time; ray.init(address='auto', log_to_driver=False, logging_level='ERROR')\n"
-    "while (n := ray.cluster_resources().get('GPU', 0)) < {gpus} or len(ray.nodes()) < {nodes}: "
-    "print(f'waiting for GPUs in the Ray cluster: {{n:.0f}} of {gpus}', flush=True); time.sleep(1)\n"
-    "print('the Ray cluster has', n, 'GPUs on', len(ray.nodes()), 'nodes', flush=True)"
 )
 
 
@@ -56,7 +50,9 @@ async def vllm(run: sdg.Run) -> AsyncIterator[list[sdg.Upstream]]:
     def command(spot: launching.Spot) -> list[str]:
         arguments = launching.flags(settings(run, spot), run.options.server_arg, negate=True)
         serve = [str(program), "serve", model, *arguments]
-        return over_ray(run, spot, program.parent, serve) if run.options.node_backend == "ray" else serve
+        if run.options.node_backend == "ray":
+            return over_ray(run, spot, launching.interpreter(program), serve)
+        return serve
 
     description = launching.Program(
         "vllm",
@@ -110,15 +106,17 @@ def across(options: Any, spot: launching.Spot) -> dict[str, Any]:
     }
 
 
-def over_ray(run: sdg.Run, spot: launching.Spot, folder: Path, serve: list[str]) -> list[str]:
-    """Start Ray here, and on the first machine vLLM, once all GPUs are there. It ends with the process group."""
-    ray, python = shlex.quote(str(launching.executable("ray", "ray"))), shlex.quote(str(folder / "python"))
+def over_ray(run: sdg.Run, spot: launching.Spot, python: Path, serve: list[str]) -> list[str]:
+    """Start Ray here, and on the first machine vLLM, once all GPUs are there. All of it ends with the guard."""
+    ray = shlex.quote(str(launching.executable("ray", "ray")))
     meeting = f"{spot.head}:{spot.meeting_port}"
     if spot.node:
         wait = f"until (exec 3<>/dev/tcp/{spot.head}/{spot.meeting_port}) 2>/dev/null; do sleep 0.5; done"
         return ["bash", "-c", f"{wait}; exec {ray} start --address={meeting} --disable-usage-stats --block"]
+    own = nodes.own_address(spot.head)
+    meeting = f"{own}:{spot.meeting_port}"
+    start = f"{ray} start --head --node-ip-address={own} --port={spot.meeting_port} --include-dashboard=false"
     gpus = run.options.tp * run.options.pp * run.options.dp
-    wait = shlex.quote(RAY_WAIT.format(gpus=gpus, nodes=spot.nodes))
-    start = f"{ray} start --head --node-ip-address={spot.head} --port={spot.meeting_port} --include-dashboard=false"
-    script = f"{start} --disable-usage-stats && export RAY_ADDRESS={meeting} && {python} -c {wait}"
-    return ["bash", "-c", f"{script} && exec {shlex.join(serve)}"]
+    wait = shlex.join([str(python), "-I", str(Path(__file__).with_name("ray_wait.py")), str(gpus), str(spot.nodes)])
+    steps = [f"{start} --disable-usage-stats", f"export RAY_ADDRESS={meeting}", wait, f"exec {shlex.join(serve)}"]
+    return ["bash", "-c", " && ".join(steps)]

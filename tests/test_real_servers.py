@@ -1,0 +1,209 @@
+"""vLLM, SGLang, Ray and `transformers serve` themselves, on CPU with a tiny model. Slow: `pytest -m real`."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import real_engines
+import real_sglang
+from fake_server import free_port
+from running import Finished, Job, Started, documents, wait_until
+from test_servers import ENGINE, Launch, everything
+
+pytestmark = pytest.mark.real
+
+CPU = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "OMP_NUM_THREADS": "1",
+    "SGLANG_USE_CPU_ENGINE": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+SGLANG_FLAGS = ["device=cpu", "attention-backend=torch_native", "max-total-tokens=65536", "sleep-on-idle"]
+
+
+class Real(Launch):
+    """A job with a real server."""
+
+    def __init__(self, folder: Path, bin_folder: Path, model: Path, **options: Any) -> None:
+        Job.__init__(self, folder, None)  # type: ignore[arg-type]
+        self.mark = folder.name
+        self.bin_folder = bin_folder
+        self.options |= {"base_url": None, "model": model, "max_tokens": 16, "no_progress": None, **options}
+
+    def start(self, env: dict[str, str] | None = None, **options: Any) -> Started:
+        path = f"{self.bin_folder}:{os.environ['PATH']}"
+        cache = {"VLLM_CACHE_ROOT": str(self.folder / "cache"), "HF_HOME": str(self.folder)}
+        return super().start({**CPU, "PATH": path, **cache, **(env or {})}, **options)
+
+    def __call__(self, *args: Any, **options: Any) -> Finished:
+        return self.start(**options).finish(300)
+
+    def pid_of(self, name: str) -> int:
+        """The process whose title has this name."""
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                if self.mark.encode() in path.read_bytes() and name in (path.parent / "cmdline").read_text():
+                    return int(path.parent.name)
+            except OSError:
+                continue
+        raise AssertionError(f"no {name} among {self.processes()}")
+
+
+@pytest.fixture
+def vllm(tmp_path: Path) -> Iterator[Real]:
+    job = Real(tmp_path, real_engines.vllm(), real_engines.tiny_model(), server="vllm", server_arg=["enforce-eager"])
+    yield job
+    job.sdg.close()
+    wait_until(lambda: not job.processes(), 20)
+
+
+@pytest.fixture
+def sglang(tmp_path: Path) -> Iterator[Real]:
+    flags = {"server": "sglang", "server_arg": SGLANG_FLAGS}
+    job = Real(tmp_path, real_engines.sglang(), real_engines.tiny_model(), **flags)
+    yield job
+    job.sdg.close()
+    wait_until(lambda: not job.processes(), 20)
+    real_sglang.clean_shared_memory()
+
+
+def kill_in_the_middle(job: Real, process: str) -> Finished:
+    """A run of 500 documents, one of them too long, whose server loses a process after some of them."""
+    rows = documents(500)
+    rows[100]["text"] = "word " * 5000
+    job.input(rows)
+    started = job.start(records_per_chunk=50)
+    data = job.output.path / "data"
+    wait_until(lambda: len(list(data.glob("*.parquet"))) >= 2, 200)
+
+    os.kill(job.pid_of(process), signal.SIGKILL)
+
+    finished = started.finish(300)
+    assert finished.rc == 0, finished
+    assert "has died and is started again" in finished.stderr
+    assert job.output.ids() == [row["id"] for row in rows if row["id"] != "d0100"]
+    assert list(job.output.failed()) == ["d0100"]
+    assert "context length" in job.output.failed()["d0100"]["error"]
+    stats = job.output.stats()
+    assert stats["requests"] <= 500 + sum(stats["retries"].values())
+    assert job.processes() == []
+    return finished
+
+
+def test_vllm_whose_engine_is_killed_costs_no_document(vllm: Real) -> None:
+    finished = kill_in_the_middle(vllm, "VLLM::EngineCore")
+
+    assert "loading weights" in finished.stderr
+
+
+def test_vllm_with_tensor_parallelism_and_other_options(vllm: Real) -> None:
+    vllm.input(documents(50))
+    wanted = {"kv_cache_dtype": "fp8", "chunked_prefill": "512", "model_max_context": 1024}
+    speculation = '{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}'
+
+    everything(vllm, 50, vllm(tp=2, speculative_config=speculation, **wanted))
+
+    assert vllm.processes() == []
+
+
+def test_vllm_on_two_machines(vllm: Real) -> None:
+    vllm.input(documents(50))
+    options = {"nodes": 2, "tp": 2, "head_address": f"127.0.0.1:{free_port()}"}
+    head, other = [vllm.start(node_rank=rank, **options) for rank in (0, 1)]
+
+    everything(vllm, 50, head.finish(300))
+
+    assert other.finish(30).rc == 0
+    assert vllm.processes() == []
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"server_arg": "no-such-flag=1"}, ["unrecognized arguments", "--server-arg"]),
+        ({"model_max_context": 999_999}, ["greater than the derived max_model_len", "--model-max-context"]),
+        ({"model": "/no/such/model"}, ["/no/such/model", "--model"]),
+    ],
+)
+def test_vllm_that_cannot_start_says_why(vllm: Real, options: dict[str, Any], words: list[str]) -> None:
+    vllm.input(documents(5))
+
+    finished = vllm(**options)
+
+    assert finished.rc == 1
+    missing = [word for word in words if word not in finished.message]
+    assert not missing, finished.stderr
+    assert vllm.processes() == []
+
+
+def test_vllm_on_a_port_that_is_taken_says_so(vllm: Real) -> None:
+    vllm.input(documents(5))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        finished = vllm(server_arg=f"port={listener.getsockname()[1]}")
+
+    assert finished.rc == 1
+    assert "Address already in use" in finished.message
+
+
+def test_ray_gathers_the_machines_before_vllm_starts(vllm: Real) -> None:
+    """Ray is real; vLLM is played, because its CPU build has no use for Ray's GPUs."""
+    programs = vllm.folder / "bin"
+    programs.mkdir()
+    see = "import ray; ray.init(log_to_driver=False); print('GPUs', ray.cluster_resources()['GPU'], len(ray.nodes()))"
+    python = vllm.bin_folder / "python"
+    (programs / "vllm").write_text(
+        f'#!/bin/sh\n{python} -c "{see}" > {vllm.folder}/seen.txt 2>&1\n'
+        f'exec python3 {ENGINE} --folder {vllm.folder}/engine "$@"\n'
+    )
+    (programs / "python").write_text(f'#!/bin/sh\nexec {python} "$@"\n')
+    for path in programs.iterdir():
+        path.chmod(0o755)
+    vllm.input(documents(20))
+    vllm.bin_folder = f"{programs}:{Path(os.sys.executable).parent}:{vllm.bin_folder}"  # type: ignore[attr-defined, assignment]
+    options = {"nodes": 2, "tp": 2, "node_backend": "ray", "head_address": f"127.0.0.1:{free_port()}"}
+    env = {"RAY_OVERRIDE_RESOURCES": '{"GPU": 1}', "RAY_TMPDIR": "/tmp"}
+    head, other = [vllm.start(env, node_rank=rank, **options) for rank in (0, 1)]
+
+    everything(vllm, 20, head.finish(200))
+
+    assert "GPUs 2.0 2" in (vllm.folder / "seen.txt").read_text()
+    assert other.finish(30).rc == 0
+    assert vllm.processes() == []
+
+
+def test_sglang_whose_scheduler_is_killed_costs_no_document(sglang: Real) -> None:
+    finished = kill_in_the_middle(sglang, "sglang::scheduler")
+
+    assert "loading weights" in finished.stderr
+
+
+def test_sglang_on_two_machines(sglang: Real) -> None:
+    sglang.input(documents(30))
+    options = {"nodes": 2, "tp": 2, "head_address": f"127.0.0.1:{free_port()}"}
+    env = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
+    head, other = [sglang.start(env, node_rank=rank, **options) for rank in (0, 1)]
+
+    everything(sglang, 30, head.finish(300))
+
+    assert other.finish(60).rc == 0
+    assert sglang.processes() == []
+
+
+def test_transformers_serve_as_a_command(vllm: Real) -> None:
+    vllm.input(documents(5))
+    (vllm.folder / "hub").mkdir()
+    program = shlex.quote(str(vllm.bin_folder / "transformers"))
+    command = f"{program} serve {{model}} --device cpu --host 127.0.0.1 --port {{port}}"
+
+    everything(vllm, 5, vllm(server="command", server_arg=None, server_command=command, max_tokens=8))
+
+    assert vllm.processes() == []
