@@ -42,6 +42,7 @@ LONGEST_LINE = 8 << 10  # bytes of a log line that are looked at
 FATAL_PATIENCE = 5.0  # s between a fatal line and the kill: the lines after it may say more
 NOTICE = 6.0  # s within which a server that has died in a request's face is seen to be dead
 SICK = 3  # times in a row that /health refuses before the server counts as dead
+LAST_WAIT = 15.0  # s for the guard to end everything
 LONGEST_PAUSE = 60.0  # s before a restart
 PORT_ATTEMPTS = 5
 
@@ -304,8 +305,9 @@ class Process:
     async def __aexit__(self, *_: object) -> None:
         assert self._popen.stdin
         self._popen.stdin.close()
-        await asyncio.wait([self.exited])
-        await asyncio.to_thread(self._thread.join)
+        await asyncio.wait([self.exited], timeout=LAST_WAIT)
+        if not self.exited.done():  # something has killed the guard, and what is left keeps the log open
+            self._popen.kill()
 
     @property
     def reason(self) -> str:
@@ -405,6 +407,7 @@ class Replica:
         self.upstream.status = f"{self.name} is starting"
         self.head: nodes.Head | None = None
         self.ready_once = False
+        self.lives = 0
         self._fallen = asyncio.Event()
         self._doubted = 0.0  # loop time until which it is looked at more closely
         self._loop = asyncio.get_running_loop()
@@ -447,7 +450,9 @@ class Replica:
                 stack.push_async_callback(self.head.stop)
             self.upstream.url = f"http://127.0.0.1:{port}/v1"
             async with self._compile_lock(spot) as mark:
-                process = await stack.enter_async_context(launch(self.run, self.program, spot, self.number, self.gpus))
+                process = launch(self.run, self.program, spot, self.number, self.gpus, again=self.lives > 0)
+                self.lives += 1
+                await stack.enter_async_context(process)
                 if self.head:
                     await self.head.start(spot.meeting_port)
                 await self._until_ready(process)
@@ -582,15 +587,16 @@ class Replica:
         return self.upstream.crashes > crashes
 
 
-def launch(run: sdg.Run, program: Program, spot: Spot, number: int, gpus: list[str]) -> Process:
-    """Start a server's process, and tell the user how."""
+def launch(run: sdg.Run, program: Program, spot: Spot, number: int, gpus: list[str], *, again: bool = False) -> Process:
+    """Start a server's process, and tell the user how, the first time."""
     environment = {name: value for name, value in os.environ.items() if name != "VLLM_PORT"}  # Kubernetes sets it
     own = {**program.environment, **({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})}
     argv = program.command(spot)
     node = f"-node{spot.node}" if spot.nodes > 1 else ""
     log = run.state / "logs" / f"{program.name}-{run.options.rank:05d}-{number}{node}.log"
     settings = "".join(f"{name}={shlex.quote(value)} " for name, value in own.items())
-    sdg.say(f"sdg: starting {settings}{shlex.join(argv)}\nsdg: its log is {log}")
+    if not again:
+        sdg.say(f"sdg: starting {settings}{shlex.join(argv)}\nsdg: its log is {log}")
     return Process(program, argv, {**environment, **own}, log)
 
 

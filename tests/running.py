@@ -217,11 +217,11 @@ class Sdg:
 class Job:
     """A run with defaults: `job(records_per_chunk=2)` is `sdg.py ... --records-per-chunk 2`; None leaves one out."""
 
-    def __init__(self, folder: Path, server: FakeServer) -> None:
+    def __init__(self, folder: Path, server: FakeServer | None) -> None:
         self.folder = folder
         self.sdg = Sdg(folder)
-        self.server = server
-        self.options: dict[str, Any] = {"base_url": server.url, "output": "output", "no_progress": True}
+        self.server: Any = server
+        self.options: dict[str, Any] = {"base_url": server and server.url, "output": "output", "no_progress": True}
         self.options["plugin"] = self.plugin("echo", ECHO)
 
     def plugin(self, name: str, source: str) -> Path:

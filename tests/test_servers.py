@@ -63,16 +63,20 @@ class Launch(Job):
     def requests(self, event: str = "came") -> list[dict[str, Any]]:
         return [record for record in self.records("requests.jsonl") if record["event"] == event]
 
-    def processes(self) -> list[str]:
-        """Everything alive that this test has started, by command line: the mark is in its environment."""
-        found = []
-        for path in Path("/proc").glob("[0-9]*/environ"):
+    def processes(self) -> dict[int, str]:
+        """Everything alive that this test has started, as command lines by process id.
+
+        The mark is in its environment; programs that change their titles lose that, but work in the test's folder.
+        """
+        found = {}
+        for path in Path("/proc").glob("[0-9]*"):
             try:
-                if self.mark.encode() in path.read_bytes():
-                    found.append((path.parent / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-            except OSError:  # it has ended meanwhile, or is another user's
+                here = Path(os.readlink(path / "cwd")).is_relative_to(self.folder)
+                if here or self.mark.encode() in (path / "environ").read_bytes():
+                    found[int(path.name)] = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except OSError:  # it has ended meanwhile
                 continue
-        return [command for command in found if command]
+        return {pid: command for pid, command in found.items() if command}
 
 
 @pytest.fixture
@@ -98,7 +102,7 @@ def test_launched_server_serves_the_run_and_is_gone_after_it(launch: Launch) -> 
     finished = launch(faults="--children")
 
     everything(launch, 50, finished)
-    assert launch.processes() == []
+    assert not launch.processes()
     assert len(launch.starts) == 1
     printed = next(line for line in finished.lines if "starting" in line)
     assert shlex.split(printed.partition("starting ")[2])[1:] == [str(ENGINE), *launch.starts[0]["arguments"]]
@@ -125,7 +129,7 @@ def test_no_process_outlives_a_run_that_fails(launch: Launch) -> None:
 
     assert finished.rc == 1
     assert "no such column" in finished.message
-    assert launch.processes() == []
+    assert not launch.processes()
 
 
 def test_input_is_read_while_the_server_loads(launch: Launch) -> None:
@@ -555,7 +559,7 @@ def test_two_machines_serve_one_model(launch: Launch, machines: Callable[..., li
     ended = other.finish(10)
     assert ended.rc == 0
     assert "has joined" in ended.stderr
-    assert launch.processes() == []
+    assert not launch.processes()
     lines = sorted(" ".join(start["arguments"]) for start in launch.starts)
     assert len(lines) == 2
     flag = "--nnodes 2 --node-rank"

@@ -15,11 +15,12 @@ import sys
 
 import in_flight
 import scale
+import served
 import startup
 import throughput
 from harness import BenchError, defaults, heading, interrupt, say, table
 
-BENCHES = {module.__name__: module for module in (throughput, in_flight, scale, startup)}
+BENCHES = {module.__name__: module for module in (throughput, in_flight, scale, startup, served)}
 
 
 def main() -> int:
