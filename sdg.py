@@ -1632,6 +1632,10 @@ class Pool:
             self._wake()
             raise
 
+    @property
+    def _suspects(self) -> bool:
+        return any(upstream.suspects for upstream in self.upstreams)
+
     def share(self, crashes: int) -> int:
         """How many requests that have survived so many crashes may be together on a server."""
         return max(1, self.limit >> 4 * crashes)
@@ -1643,7 +1647,7 @@ class Pool:
         upstream.active -= 1
         if not upstream.active:
             upstream.caution = 0
-        if self._waiting or upstream.suspects:
+        if self._waiting or self._suspects:
             self._wake()
 
     def succeeded(self, upstream: Upstream) -> None:
@@ -1758,8 +1762,8 @@ class Pool:
 
     def _wake(self) -> None:
         now = self._loop.time()  # once: what is set aside for `_take` must be so for the alarm, too
-        for upstream in self.upstreams:
-            if upstream.suspects:
+        if self._suspects:
+            for upstream in self.upstreams:
                 self._admit_suspects(upstream, now)
         while self._waiting:
             if self._waiting[0].done():
@@ -1769,8 +1773,7 @@ class Pool:
             else:
                 break
         aside = min((upstream.until for upstream in self.upstreams if upstream.until > now), default=None)
-        waiting = self._waiting or any(upstream.suspects for upstream in self.upstreams)
-        if waiting and aside and (not self._alarm or self._alarm[0] > aside):
+        if (self._waiting or self._suspects) and aside and (not self._alarm or self._alarm[0] > aside):
             if self._alarm:
                 self._alarm[1].cancel()
             self._alarm = aside, self._loop.call_at(aside, self._ring)
@@ -2118,7 +2121,7 @@ async def watch_load(session: aiohttp.ClientSession, pool: Pool) -> AsyncIterato
         try:
             async with session.get(url, timeout=aiohttp.ClientTimeout(total=5), allow_redirects=False) as response:
                 load = parse_load(await response.text()) if response.status == 200 else None
-        except (aiohttp.ClientError, TimeoutError, ValueError):  # busy, or no text: the next look tells more
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError):  # busy, or no text: the next look tells more
             load = None
         if upstream.up.is_set():
             pool.adapt(upstream, load)

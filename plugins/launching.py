@@ -470,6 +470,10 @@ class Replica:
 
     async def _gather(self, head: nodes.Head) -> None:
         began = self._loop.time()
+        if head.missing():
+            sdg.say(
+                f"sdg: {self.name} waits for {len(head.missing())} more machines to join at {head.host}:{head.port}"
+            )
         while missing := head.missing():
             names = ", ".join(map(str, missing))
             self.upstream.status = f"{self.name} waits for node {names} ({self._loop.time() - began:.0f} s)"
@@ -500,7 +504,7 @@ class Replica:
         except (OSError, NotImplementedError) as problem:
             sdg.say(f"sdg: no compile lock at {marker.parent} ({problem}): servers may compile the same graphs at once")
         try:
-            yield marker.touch
+            yield lambda: _mark(marker)
         finally:
             lock.release()
 
@@ -569,8 +573,12 @@ class Replica:
             return response.status
 
     async def _check_model(self) -> None:
-        async with self.session.get(f"{self.upstream.url}/models") as response:
-            served = sdg.models_in(await response.read()) if response.status == 200 else None
+        import aiohttp
+
+        served = None
+        with contextlib.suppress(aiohttp.ClientError, TimeoutError):  # requests will tell
+            async with self.session.get(f"{self.upstream.url}/models") as response:
+                served = sdg.models_in(await response.read()) if response.status == 200 else None
         if self.program.model and served and self.program.model not in served:
             problem = f"{self.name} does not serve {self.program.model}, but {', '.join(served)}"
             if self.program.lists_model:
@@ -585,6 +593,11 @@ class Replica:
                 async with asyncio.timeout(NOTICE):
                     await self._fallen.wait()
         return self.upstream.crashes > crashes
+
+
+def _mark(marker: Path) -> None:
+    with contextlib.suppress(OSError):  # the next server compiles again, or finds what there is
+        marker.touch()
 
 
 def launch(run: sdg.Run, program: Program, spot: Spot, number: int, gpus: list[str], *, again: bool = False) -> Process:

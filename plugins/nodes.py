@@ -159,7 +159,8 @@ class Head:
         self.died = ""
         self._running = set(self._others)
         for writer in self._others.values():
-            await send(writer, start=meeting_port)
+            with contextlib.suppress(ConnectionError):  # `lost` will tell
+                await send(writer, start=meeting_port)
 
     async def stop(self) -> None:
         """Have the others end their part, and wait until they have."""
@@ -181,14 +182,14 @@ class Head:
         async with beating(writer):
             async for message in messages(reader):
                 if "node" in message:
-                    refusal = self._refusal(message)
-                    if refusal:
-                        await send(writer, refused=refusal)
+                    if refusal := self._refusal(message):
+                        with contextlib.suppress(ConnectionError):
+                            await send(writer, refused=refusal)
                         break
-                    node = int(message["node"])
+                    node = message["node"]
                     self._others[node] = writer
                 elif "died" in message and node:
-                    self.died = self.died or f"node {node} ({message['host']}): {message['died']}"
+                    self.died = self.died or f"node {node} ({message.get('host')}): {message['died']}"
                 elif "stopped" in message and node:
                     self._running.discard(node)
                     self._stopped.set()
@@ -200,6 +201,8 @@ class Head:
 
     def _refusal(self, message: Message) -> str:
         mine, node = layout(self.options), message["node"]
+        if not isinstance(node, int) or not 0 < node < self.options.nodes:
+            return f"there is no machine {node}"
         if message.get("layout") != mine:
             return f"machine 0 was started with other options: {mine}, this one has {message.get('layout')}"
         return f"there is a machine {node} already" if node in self._others else ""
@@ -218,7 +221,24 @@ async def join(run: sdg.Run, start: Callable[[Message], Process]) -> None:
     reader, writer = await _connect(run, host, port)
     sdg.say(f"sdg: node {run.options.node_rank} has joined {host}:{port}")
     part = Part(run, start, writer)
+    obeying = asyncio.create_task(_obey(run, part, reader, writer))
     try:
+        await asyncio.shield(obeying)
+    except asyncio.CancelledError:
+        # Schedulers signal all machines at once: the first one still lets what is in flight end.
+        await asyncio.wait([obeying], timeout=sdg.GRACE + 2)
+        raise
+    finally:
+        obeying.cancel()
+        await asyncio.wait([obeying])
+        await part.stop()
+        writer.close()
+
+
+async def _obey(run: sdg.Run, part: Part, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Do as machine 0 says, until it ends."""
+    host, port = address(run.options)
+    with contextlib.suppress(ConnectionError):
         async with beating(writer):
             await send(writer, node=run.options.node_rank, layout=layout(run.options))
             async for message in messages(reader):
@@ -231,15 +251,13 @@ async def join(run: sdg.Run, start: Callable[[Message], Process]) -> None:
                 elif "stop" in message:
                     await part.stop()
                     await send(writer, stopped=True)
-        raise sdg.ServerError(f"machine 0 ({host}:{port}) is gone")
-    finally:
-        await part.stop()
-        writer.close()
+    raise sdg.ServerError(f"machine 0 ({host}:{port}) is gone")
 
 
 async def _connect(run: sdg.Run, host: str, port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     loop = asyncio.get_running_loop()
     deadline = loop.time() + run.options.start_timeout
+    sdg.say(f"sdg: node {run.options.node_rank} looks for machine 0 at {host}:{port}")
     while True:
         try:
             return await asyncio.open_connection(host, port)
