@@ -1559,6 +1559,7 @@ class Upstream:
         self.failed_at = 0.0
         self.shrunk = 0.0  # when the limit was last halved
         self.suspects: deque[tuple[int, asyncio.Future[Upstream]]] = deque()  # see `Pool`
+        self.doubts = 0  # requests that have broken off, and nobody knows yet whether the server has died
         self.caution = 0  # the most crashes that a request in flight has survived
         self.changed: Callable[[], None] = lambda: None  # the pool's
         if examine is None:
@@ -1635,6 +1636,15 @@ class Pool:
     @property
     def _suspects(self) -> bool:
         return any(upstream.suspects for upstream in self.upstreams)
+
+    async def examine(self, upstream: Upstream, crashes: int) -> bool:
+        """Have it found out whether the server has died. Suspects wait for that, or they would fall into its grave."""
+        assert upstream.examine
+        try:
+            return await upstream.examine(crashes)
+        finally:
+            upstream.doubts -= 1
+            self._wake()
 
     def share(self, crashes: int) -> int:
         """How many requests that have survived so many crashes may be together on a server."""
@@ -1752,8 +1762,8 @@ class Pool:
             crashes, slot = upstream.suspects[0]
             crashes = max(crashes, upstream.caution)
             if not slot.done():
-                ready = upstream.up.is_set() and upstream.until <= now and self.active < self.limit
-                if not ready or upstream.active >= self.share(crashes):
+                ready = upstream.up.is_set() and not upstream.doubts and upstream.until <= now
+                if not ready or self.active >= self.limit or upstream.active >= self.share(crashes):
                     break
                 upstream.caution = crashes
                 self._occupy(upstream, now)
@@ -1815,9 +1825,11 @@ class Client:
                 return await self._attempt(upstream, path, body)
             except RequestFailed as problem:
                 failure = problem
+                doubtful = failure.breaks_off and upstream.examine is not None
+                upstream.doubts += doubtful
             finally:
                 self.pool.release(upstream)
-            died = upstream.examine and failure.breaks_off and await upstream.examine(before)
+            died = doubtful and await self.pool.examine(upstream, before)
             if self.pool.stopped and (failure.retry or failure.status == 401):
                 raise asyncio.CancelledError  # the run's fault, not the document's
             if failure.unreached:
