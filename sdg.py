@@ -1749,7 +1749,7 @@ class Pool:
 
     def _occupy(self, upstream: Upstream, now: float) -> None:
         self._measure()
-        if not upstream.active:
+        if not upstream.active and not upstream.failures:
             upstream.progressed = now
         self.active += 1
         upstream.active += 1

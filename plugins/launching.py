@@ -95,7 +95,7 @@ OPTIONS = [
     sdg.Option("--head-address", "H[:PORT]", "of machine 0, where the others join; default: Slurm's first node"),
     sdg.Option("--node-backend", "NAME", "how vLLM joins machines: native or ray", "native", one_of("native", "ray")),
     sdg.Option("--start-timeout", "S", "seconds that a server may take to be ready", 3600.0, _seconds),
-    sdg.Option("--stall-timeout", "S", "seconds without a token after which a server is restarted", 300.0, _seconds),
+    sdg.Option("--stall-timeout", "S", "seconds without token or answer before a server is restarted", 300.0, _seconds),
     sdg.Option("--max-restarts", "N", "of a server in a row, without an answer between", 6, sdg.number(int, 0)),
     sdg.Option("--no-compile-lock", None, "let servers of one configuration compile at once", action="store_true"),
 ]
@@ -547,12 +547,11 @@ class Replica:
                 sick = sick + 1 if await self._healthy() is False else 0
                 if sick >= SICK:
                     raise Died(f"its /health refuses: {process.reason}")
-            limit = self.options.stall_timeout
-            if not self.upstream.reports:  # only whole answers are seen
-                limit = max(limit, self.options.request_timeout)
+            limit = min(self.options.stall_timeout, self.options.request_timeout)
             idle = self._loop.time() - self.upstream.progressed
-            if self.upstream.active and idle > limit:
-                raise Died(f"no token and no answer for {idle:.0f} s with {self.upstream.active} requests in flight")
+            busy = self.upstream.active or self.upstream.failures
+            if busy and idle > limit and not await self._answers(min(limit, 60.0)):
+                raise Died(f"no token and no answer for {idle:.0f} s, though there are requests")
 
     async def _healthy(self) -> bool | None:
         """Whether it takes requests; None if it did not say in time, as a busy one may."""
@@ -566,6 +565,23 @@ class Replica:
             return None
         except aiohttp.ClientError:
             return False
+
+    async def _answers(self, seconds: float) -> bool:
+        """Whether a server that does not report its tokens answers a tiny request; it may just be slow."""
+        import aiohttp
+
+        if self.upstream.reports:
+            return False
+        payload = {"model": self.run.model, "messages": [{"role": "user", "content": "1"}], "max_tokens": 1}
+        timeout = aiohttp.ClientTimeout(total=seconds)
+        with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+            async with self.session.post(
+                f"{self.upstream.url}/chat/completions", json=payload, timeout=timeout
+            ) as answer:
+                await answer.read()
+                self.upstream.progressed = self._loop.time()
+                return answer.status < 500
+        return False
 
     async def _status(self, url: str) -> int:
         async with self.session.get(url) as response:

@@ -58,6 +58,8 @@ class Engine:
     async def complete(self, request: web.Request) -> web.Response:
         payload = await request.json()
         prompt = payload["messages"][-1]["content"]
+        if prompt == self.options.quick_word:
+            return web.json_response({"choices": [{"message": {"content": "quick"}}]})
         self.record("requests.jsonl", prompt=prompt, event="came", together=self.running + self.waiting + 1)
         if "poison" in prompt:
             await asyncio.sleep(self.options.seconds)
@@ -108,6 +110,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--hang", action="store_true", help="never get ready")
     parser.add_argument("--crash-after", type=int, help="answers")
     parser.add_argument("--sick", action="store_true", help="/health refuses after the first answer")
+    parser.add_argument("--quick-word", help="a prompt that is answered at once")
     parser.add_argument("--only-life", type=int)
     parser.add_argument("--children", action="store_true", help="have some that do not want to end")
     parser.add_argument("--headless", action="store_true", help="serve nothing: the part of another node")

@@ -335,6 +335,25 @@ def test_wedged_server_is_restarted_though_its_health_is_fine(launch: Launch) ->
     assert len(launch.output.rows()) == 21
 
 
+def test_wedged_server_without_metrics_is_restarted_when_its_requests_time_out(launch: Launch) -> None:
+    launch.input([*documents(20), {"id": "w", "text": "wedge"}])
+
+    finished = launch(faults="--only-life 1", request_timeout=2, max_concurrent_generations=4)
+
+    assert finished.rc == 0, finished
+    assert len(launch.starts) == 2
+    assert len(launch.output.rows()) == 21
+
+
+def test_slow_server_without_metrics_that_answers_a_tiny_request_is_left_alone(launch: Launch) -> None:
+    launch.input(documents(4))
+
+    finished = launch(faults="--seconds 5 --quick-word 1", stall_timeout=1)
+
+    everything(launch, 4, finished)
+    assert len(launch.starts) == 1
+
+
 def test_slow_server_that_makes_tokens_is_left_alone(launch: Launch) -> None:
     launch.input(documents(4))
 
