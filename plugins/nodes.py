@@ -21,7 +21,7 @@ import sdg
 if TYPE_CHECKING:
     import argparse
 
-    from .launching import Process
+    from .processes import Process
 
 BEAT = 5.0  # s between two beats
 SILENCE = 30.0  # s without a beat after which a machine counts as gone

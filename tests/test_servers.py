@@ -244,9 +244,9 @@ def test_log_stays_within_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     import sdg
 
     sdg.Plugins.load([])
-    launching = sys.modules["sdg_plugins.launching"]
-    monkeypatch.setattr(launching, "LOG_BYTES", 1000)
-    log = launching.Log(tmp_path / "log", "title")
+    processes = sys.modules["sdg_plugins.processes"]
+    monkeypatch.setattr(processes, "LOG_BYTES", 1000)
+    log = processes.Log(tmp_path / "log", "title")
     for number in range(1000):
         log.write(f"line {number}\n".encode())
     log.close()
