@@ -413,7 +413,7 @@ def test_other_replicas_work_while_one_restarts(launch: Launch) -> None:
     everything(launch, 300, started.finish())
     assert len(launch.starts) == 3
     meanwhile = [r for r in launch.requests("answered") if r["pid"] == other and 0.3 < r["time"] - killed < 2]
-    assert len(meanwhile) > 20
+    assert len(meanwhile) > 5
 
 
 def test_eight_runs_on_one_machine_do_not_take_each_others_ports(launch: Launch) -> None:
