@@ -62,6 +62,7 @@ __version__ = "0.1.0"
 
 STATE_VERSION = 1
 FIRST_LIMIT = 64  # requests at a time for a server whose load is not known yet: doubled each second if it bears it
+PATIENT_LOOKS = 3  # at the load of a server that does not answer, before it counts as one without metrics
 METRICS_INTERVAL = 1.0  # s between two looks at the load that a server reports
 COMMIT_INTERVAL = 0.05  # s between group commits: 5,000 documents/s become 250 rows a commit, not 5,000 commits
 WINDOW = 32  # documents read and not yet written, per document in flight: 1 % stragglers of 20 times the mean need 20
@@ -405,6 +406,11 @@ class Entry(NamedTuple):
     version: str  # of the package or file it comes from
 
     @property
+    def module(self) -> types.ModuleType:
+        """The module that registered it."""
+        return sys.modules[self.plugin]
+
+    @property
     def help(self) -> str:
         """The first line of the docstring."""
         return (inspect.getdoc(self.factory) or "").partition("\n")[0]
@@ -497,7 +503,8 @@ class Plugins:
             users = {
                 name: entry.plugin
                 for name, entry in entries.items()
-                if entry.plugin == plugin or module in vars(self.manager.get_plugin(entry.plugin)).values()
+                if entry.plugin == plugin
+                or any(value is module for value in vars(self.manager.get_plugin(entry.plugin)).values())
             }
             if users and not used & {*users.values(), plugin}:
                 return f"{option} {' or '.join(sorted(users))}"
@@ -1553,14 +1560,18 @@ class Upstream:
         self.limit = math.inf  # requests at a time, as the server bears them
         self.growth = 2.0  # of the limit, each time that the server is found without a queue
         self.load: Load | None = None  # as the server reports it
-        self.reports: bool | None = None  # whether it reports its load; None until it was asked
+        self.reports: bool | None = None  # whether it reports its load; None until that is known
+        self.silent = 0  # looks at its load without an answer
         self.until = 0.0  # set aside until this loop time
         self.failures = 0  # in a row, of requests sent one after the other
         self.failed_at = 0.0
         self.shrunk = 0.0  # when the limit was last halved
-        self.suspects: deque[tuple[int, asyncio.Future[Upstream]]] = deque()  # see `Pool`
+        self.suspects: deque[tuple[int, asyncio.Future[Upstream]]] = deque()  # with their shares; see `Pool`
+        self.share = 0  # the smallest share of those in flight; 0 if there is no suspect among them
+        self.cleared = 0  # suspects that were answered since the server rose
+        self.together = 0  # the most requests in flight since none was
+        self.convicted = 0  # requests that have killed it, alone with it
         self.doubts = 0  # requests that have broken off, and nobody knows yet whether the server has died
-        self.caution = 0  # the most crashes that a request in flight has survived
         self.changed: Callable[[], None] = lambda: None  # the pool's
         if examine is None:
             self.up.set()
@@ -1568,7 +1579,7 @@ class Upstream:
     def rise(self) -> None:
         """It is ready for requests."""
         self.failures, self.until, self.reports, self.load = 0, 0.0, None, None
-        self.limit, self.growth = FIRST_LIMIT, 2.0
+        self.limit, self.growth, self.cleared = FIRST_LIMIT, 2.0, 0
         self.up.set()
         self.changed()
 
@@ -1593,8 +1604,9 @@ class Pool:
     aside, ever longer, and comes back with one request at a time.
 
     Requests that were in flight when a server died are suspects: they go back to that server and no other, before all
-    others and apart from them, a sixteenth as many at a time after each crash. So a request that kills its server is
-    soon alone with it, and found.
+    others and apart from them. As many as a sixteenth of those that saw it die, the share of each, are in flight at a
+    time, up to four times as many when they are answered. So a request that kills its server is soon alone with it, and
+    found, and after a crash by chance the server is soon full again.
     """
 
     def __init__(self, upstreams: Iterable[Upstream], limit: int) -> None:
@@ -1613,7 +1625,7 @@ class Pool:
         self._since = self._began = self._loop.time()
         self.lost: float | None = None  # since when no server could be connected to
 
-    async def acquire(self, suspected: Upstream | None = None, crashes: int = 0) -> Upstream:
+    async def acquire(self, suspected: Upstream | None = None, share: int = 0) -> Upstream:
         """Wait for a slot: on the server `suspected` for a request that has seen it die. Cancelled at a stop."""
         if self.stopped:
             raise asyncio.CancelledError
@@ -1621,7 +1633,7 @@ class Pool:
             return upstream
         slot: asyncio.Future[Upstream] = self._loop.create_future()
         if suspected and not suspected.gone:
-            suspected.suspects.append((crashes, slot))
+            suspected.suspects.append((share, slot))
         else:
             self._waiting.append(slot)
         self._wake()
@@ -1646,17 +1658,13 @@ class Pool:
             upstream.doubts -= 1
             self._wake()
 
-    def share(self, crashes: int) -> int:
-        """How many requests that have survived so many crashes may be together on a server."""
-        return max(1, self.limit >> 4 * crashes)
-
     def release(self, upstream: Upstream) -> None:
         """Give a slot back."""
         self._measure()
         self.active -= 1
         upstream.active -= 1
         if not upstream.active:
-            upstream.caution = 0
+            upstream.share = upstream.together = 0
         if self._waiting or self._suspects:
             self._wake()
 
@@ -1693,15 +1701,15 @@ class Pool:
     def adapt(self, upstream: Upstream, load: Load | None) -> None:
         """Take in what a server reports of its load, each second or so; None if it does not report.
 
-        Twice as many requests, an eighth more once it had a queue, while it has none and works on what it was given;
-        fewer when more wait than an eighth of what runs. Others' requests count as well: a server that ranks share is
-        not flooded by all of them.
+        While it has no queue more requests: twice as many, or an eighth once it had a queue, or where what runs is not
+        what was sent (it may be one of several behind an address). Fewer when more wait than an eighth of what runs.
+        Others' requests count as well: a server that ranks share is not flooded by all of them.
         """
         if load is None:
             if upstream.reports is None:  # nothing to go by but 429 and 503
                 upstream.reports, upstream.limit = False, self.limit
         else:
-            if upstream.load and load.tokens > upstream.load.tokens:
+            if load.tokens and upstream.load and load.tokens > (upstream.load.tokens or 0):
                 upstream.progressed = self._loop.time()
             upstream.reports, upstream.load = True, load
             queue = max(4.0, load.running / 8)
@@ -1709,8 +1717,9 @@ class Pool:
                 upstream.growth = 1.125
             if load.waiting > queue:
                 upstream.limit = max(1.0, min(upstream.limit, upstream.active) - (load.waiting - queue) / 2)
-            elif not load.waiting and load.running >= 0.5 * upstream.active >= 0.4 * upstream.limit:
-                upstream.limit = min(self.limit, upstream.growth * upstream.limit)
+            elif not load.waiting and upstream.active >= 0.8 * int(upstream.limit):
+                growth = upstream.growth if load.running >= 0.5 * upstream.active else 1.125
+                upstream.limit = min(self.limit, max(upstream.limit + 1, growth * upstream.limit))
         self._wake()
 
     def stop(self) -> None:
@@ -1738,7 +1747,7 @@ class Pool:
             return None
         best: Upstream | None = None
         for upstream in self.upstreams:
-            if upstream.until > now or not upstream.up.is_set() or upstream.suspects or upstream.caution:
+            if upstream.until > now or not upstream.up.is_set() or upstream.suspects or upstream.share:
                 continue
             allowed = 1 if upstream.failures >= 3 else upstream.limit
             if upstream.active + 1 <= allowed and (not best or upstream.active < best.active):
@@ -1753,19 +1762,21 @@ class Pool:
             upstream.progressed = now
         self.active += 1
         upstream.active += 1
+        upstream.together = max(upstream.together, upstream.active)
 
     def _admit_suspects(self, upstream: Upstream, now: float) -> None:
         if upstream.gone:
             self._waiting.extendleft(slot for _, slot in reversed(upstream.suspects))
             upstream.suspects.clear()
         while upstream.suspects:
-            crashes, slot = upstream.suspects[0]
-            crashes = max(crashes, upstream.caution)
+            share, slot = upstream.suspects[0]
+            share = min(share, upstream.share or share)
             if not slot.done():
+                most = share if share == 1 else min(4 * share, share + upstream.cleared)
                 ready = upstream.up.is_set() and not upstream.doubts and upstream.until <= now
-                if not ready or self.active >= self.limit or upstream.active >= self.share(crashes):
+                if not ready or self.active >= self.limit or upstream.active >= most:
                     break
-                upstream.caution = crashes
+                upstream.share = share
                 self._occupy(upstream, now)
                 slot.set_result(upstream)
             upstream.suspects.popleft()
@@ -1815,16 +1826,20 @@ class Client:
         Raises:
             RequestFailed: refused, or no attempt is left.
         """
-        attempts = spent = storms = crashes = 0
+        attempts = spent = storms = crashes = share = 0
         suspected: Upstream | None = None
         successes = self.pool.successes
         while True:
-            upstream = await self.pool.acquire(suspected, crashes)
+            upstream = await self.pool.acquire(suspected, share)
+            if upstream is not suspected:
+                suspected, crashes = None, 0
             before = upstream.crashes
             try:
-                return await self._attempt(upstream, path, body)
+                answer = await self._attempt(upstream, path, body)
+                upstream.cleared += suspected is not None
+                return answer
             except RequestFailed as problem:
-                failure = problem
+                failure, together = problem, upstream.together
                 doubtful = failure.breaks_off and upstream.examine is not None
                 upstream.doubts += doubtful
             finally:
@@ -1835,9 +1850,10 @@ class Client:
             if failure.unreached:
                 continue  # the server is set aside or down: waiting for a slot is the pause
             if died:
-                suspected, crashes = upstream, crashes + 1
+                suspected, crashes, share = upstream, crashes + 1, max(1, together // 16)
                 self.counts["retries.crash"] += 1
-                if crashes > 2 and self.pool.share(crashes - 1) == 1:
+                if crashes > 2 and together == 1:
+                    upstream.convicted += 1
                     raise self._convicted(crashes)
                 continue
             attempts += 1
@@ -1873,8 +1889,6 @@ class Client:
             async with self.session.post(upstream.url + path, data=data) as response:
                 raw = without_key(await response.read(), self.key_name)
             self.pool.lost = None
-            if pause := quota_pause(response.headers):
-                upstream.until = max(upstream.until, self.pool._loop.time() + pause)
             if response.status != 200:
                 raise self._refused(upstream, response, raw, sent)
             try:
@@ -1893,7 +1907,12 @@ class Client:
             self.pool.failed(upstream, sent)
             raise RequestFailed("connection", f"the connection broke: {problem or type(problem).__name__}") from problem
         self.pool.succeeded(upstream)
+        self._heed_quota(upstream, response)
         return reply, raw
+
+    def _heed_quota(self, upstream: Upstream, response: aiohttp.ClientResponse) -> None:
+        if pause := quota_pause(response.headers):
+            upstream.until = max(upstream.until, self.pool._loop.time() + pause)
 
     def _refused(self, upstream: Upstream, response: aiohttp.ClientResponse, raw: bytes, sent: float) -> RequestFailed:
         """Make an error of an answer that is not 200."""
@@ -1910,6 +1929,7 @@ class Client:
             self.pool.failed(upstream, sent)
         else:
             upstream.failures = 0
+        self._heed_quota(upstream, response)
         return failure
 
     def _unreachable(self, upstream: Upstream, problem: Exception, sent: float) -> RequestFailed:
@@ -2056,15 +2076,16 @@ async def connect(run: Run, servers: list[str | Upstream], stop: Callable[[Error
         cookie_jar=aiohttp.DummyCookieJar(),
         trust_env=not local,
     ) as session:
-        upstreams = [server for server in servers if isinstance(server, Upstream)]
-        if upstreams and upstreams[0].model:
-            run.model = upstreams[0].model
+        launched = [server for server in servers if isinstance(server, Upstream)]
+        known = [server.model for server in launched if server.model]
+        if len(known) == len(servers):
+            run.model = known[0]
         else:
-            for upstream in upstreams:
+            for upstream in launched:
                 await upstream.up.wait()
-            roots = await find_servers(run, session, [upstream.url for upstream in upstreams] or urls)
-            upstreams = upstreams or [Upstream(root) for root in roots]
-        pool = Pool(upstreams, limit)
+            roots = await find_servers(run, session, [s if isinstance(s, str) else s.url for s in servers])
+            servers = [s if isinstance(s, Upstream) else Upstream(root) for s, root in zip(servers, roots, strict=True)]
+        pool = Pool((server for server in servers if isinstance(server, Upstream)), limit)
         async with watch_load(session, pool):
             yield Client(session, pool, run, stop)
 
@@ -2094,7 +2115,7 @@ class Load(NamedTuple):
     running: float
     waiting: float
     kv_use: float
-    tokens: float  # ever, of prompts and answers
+    tokens: float | None  # ever, of prompts and answers; None if it does not tell
 
 
 # Names of vLLM (0.10 to 0.32) and SGLang (0.5), in the Prometheus text format
@@ -2118,31 +2139,38 @@ def parse_load(text: str) -> Load | None:
                 values[kind].append(float(number))
     if not values["running"] or not values["waiting"]:
         return None
-    return Load(
-        sum(values["running"]), sum(values["waiting"]), max(values["kv_use"], default=0.0), sum(values["tokens"])
-    )
+    tokens = sum(values["tokens"]) if values["tokens"] else None
+    return Load(sum(values["running"]), sum(values["waiting"]), max(values["kv_use"], default=0.0), tokens)
+
+
+async def look_at_load(session: aiohttp.ClientSession, pool: Pool, upstream: Upstream) -> None:
+    """Ask a server for its load, and let the pool adapt to it."""
+    import aiohttp
+
+    url = upstream.url.removesuffix("/v1") + "/metrics"
+    try:
+        async with session.get(url, timeout=aiohttp.ClientTimeout(total=5), allow_redirects=False) as response:
+            load = parse_load(await response.text()) if response.status == 200 else None
+    except (aiohttp.ClientError, OSError) as problem:  # too busy, or gone; unless it answers requests meanwhile
+        upstream.silent += isinstance(problem, TimeoutError) or upstream.answers > 0
+        if upstream.silent < PATIENT_LOOKS:
+            return
+        load = None
+    except ValueError:  # no text
+        load = None
+    if upstream.up.is_set():
+        pool.adapt(upstream, load)
 
 
 @contextlib.asynccontextmanager
 async def watch_load(session: aiohttp.ClientSession, pool: Pool) -> AsyncIterator[None]:
     """Ask the servers that are up for their load, now and again and again; one that has no metrics only once."""
-    import aiohttp
-
-    async def look(upstream: Upstream) -> None:
-        url = upstream.url.removesuffix("/v1") + "/metrics"
-        try:
-            async with session.get(url, timeout=aiohttp.ClientTimeout(total=5), allow_redirects=False) as response:
-                load = parse_load(await response.text()) if response.status == 200 else None
-        except (aiohttp.ClientError, OSError, TimeoutError, ValueError):  # busy, or no text: the next look tells more
-            load = None
-        if upstream.up.is_set():
-            pool.adapt(upstream, load)
 
     async def look_at_all() -> None:
         async with asyncio.TaskGroup() as group:
             for upstream in pool.upstreams:
                 if upstream.up.is_set() and upstream.reports is not False:
-                    group.create_task(look(upstream))
+                    group.create_task(look_at_load(session, pool, upstream))
 
     async def repeat() -> None:
         while True:

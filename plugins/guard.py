@@ -1,8 +1,9 @@
-"""Runs a command so that nothing of it outlives the process that started this one: `guard.py COMMAND…`.
+"""Runs a command so that nothing of it outlives the process that started this one: `guard.py PARENT COMMAND…`.
 
-Its standard input is the life line: when that ends (its parent has closed it, or was killed), or on SIGTERM, everything
-that the command has started is terminated, and killed after a moment, daemons with sessions of their own included: on
-Linux this process is the "child subreaper" that orphans fall to (prctl(2)). The exit status is the command's.
+Its standard input is the life line. When that ends (its parent has closed it, or was killed), when the process PARENT
+has ended though others hold the line, or on SIGTERM, all that the command has started is terminated, and killed after a
+moment, daemons with sessions of their own included: on Linux this process is the "child subreaper" that orphans fall to
+(prctl(2)). The exit status is the command's.
 
 A program of its own that imports nothing heavy and nothing of `sdg`.
 """
@@ -31,14 +32,14 @@ def die_with_parent() -> None:
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def children(pid: int) -> list[int]:
-    """The living processes below `pid`, as far as the system tells: /proc has them on Linux."""
+def children(pid: int, *, deep: bool = True) -> list[int]:
+    """The processes below `pid`, as far as the system tells: /proc has them on Linux. Not `deep`: only its own."""
     found: list[int] = []
     with contextlib.suppress(OSError):
         for thread in os.listdir(f"/proc/{pid}/task"):
             with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{thread}/children") as file:
                 found += map(int, file.read().split())
-    return [*found, *(deeper for child in found for deeper in children(child))]
+    return [*found, *(below for child in found for below in children(child))] if deep else found
 
 
 def reap(command: int) -> int | None:
@@ -78,7 +79,9 @@ def end_all(command: int) -> int | None:
 
 def main() -> int:
     """Run the command of the arguments to its end, or to that of standard input."""
+    parent, argv = int(sys.argv[1]), sys.argv[2:]
     prctl(PR_SET_CHILD_SUBREAPER, 1)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the run's to handle, where a scheduler sends it to all processes
     wake, awake = os.pipe()
     os.set_blocking(awake, False)
     signal.set_wakeup_fd(awake)
@@ -86,15 +89,18 @@ def main() -> int:
     signal.signal(signal.SIGCHLD, lambda *_: None)
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(signum, lambda number, _: ending.append(number))
+    prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it has ended meanwhile
+        return 1
     try:
         process = subprocess.Popen(
-            sys.argv[1:],
+            argv,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
             preexec_fn=die_with_parent,  # noqa: PLW1509 - there are no threads here
         )
     except OSError as problem:
-        print(f"{sys.argv[1]}: {problem.strerror}", file=sys.stderr)
+        print(f"{argv[0]}: {problem.strerror}", file=sys.stderr)
         return 127
     status = None
     while status is None and not ending:

@@ -95,7 +95,6 @@ COMMON_FATAL = (
     (r"[Aa]ddress already in use", "leave out --server-arg port, and a free one is found"),
     (r"Invalid repository ID|is not a local folder and is not a valid model|Repo id must", "see --model"),
     (r"401 Client Error|gated repo|GatedRepoError", "is HF_TOKEN set, and access to --model granted?"),
-    (r"^ModuleNotFoundError|^ImportError", "the server's environment is incomplete: install it anew"),
 )
 
 
@@ -195,6 +194,8 @@ async def serve(run: sdg.Run, program: Program) -> AsyncIterator[list[sdg.Upstre
     nodes.place(options)
     if options.nodes > 1 and options.replicas > 1:
         raise sdg.UsageError("--replicas are for one machine; with --nodes start several runs")
+    if options.replicas > 1 and "port" in dict(options.server_arg or []):
+        raise sdg.UsageError("--server-arg port cannot be that of several --replicas: leave it out")
     if options.node_rank:
         await nodes.join(run, lambda spot: launch(run, program, Spot(**spot), 0, []))
         yield []

@@ -57,6 +57,8 @@ def address(options: argparse.Namespace) -> tuple[str, int]:
         options.head_address.rpartition(":") if ":" in options.head_address else (options.head_address, "", "")
     )
     job = os.environ.get("SLURM_JOB_ID")
+    if port and not port.isdigit():
+        raise sdg.UsageError(f"--head-address {options.head_address}: HOST or HOST:PORT is wanted")
     return host, int(port or (18_000 + int(job) % 3_000 if job else 29_400))
 
 
@@ -73,9 +75,22 @@ def own_address(host: str) -> str:
         return str(outward.getsockname()[0])
 
 
-def layout(options: argparse.Namespace) -> list[Any]:
-    """What all machines have to agree on."""
-    return [options.server, options.model, *(getattr(options, name) for name in ("nodes", "tp", "pp", "dp"))]
+def layout(options: argparse.Namespace) -> dict[str, Any]:
+    """What all machines have to agree on, as JSON."""
+    names: tuple[str, ...] = (
+        "server",
+        "model",
+        "nodes",
+        "tp",
+        "pp",
+        "dp",
+        "node_backend",
+        "server_arg",
+        "quantization",
+    )
+    names += ("kv_cache_dtype", "model_max_context", "chunked_prefill", "speculative_config")
+    values: dict[str, Any] = json.loads(json.dumps({name: getattr(options, name) for name in names}))
+    return values
 
 
 async def send(writer: asyncio.StreamWriter, **message: Any) -> None:
@@ -127,6 +142,7 @@ class Head:
         self.host, self.port = address(run.options)
         self.lost = self.died = ""
         self._others: dict[int, asyncio.StreamWriter] = {}
+        self._begun = False  # from then on a machine that goes is lost; before it may come again
         self._running: set[int] = set()
         self._stopped = asyncio.Event()
         self._talks: set[asyncio.Task[Any]] = set()
@@ -156,7 +172,7 @@ class Head:
 
     async def start(self, meeting_port: int) -> None:
         """Have the others start their part of the server, which meets at a port of this machine."""
-        self.died = ""
+        self.died, self._begun = "", True
         self._running = set(self._others)
         for writer in self._others.values():
             with contextlib.suppress(ConnectionError):  # `lost` will tell
@@ -193,7 +209,9 @@ class Head:
                 elif "stopped" in message and node:
                     self._running.discard(node)
                     self._stopped.set()
-        if node and not self._ending:
+        if node and not self._begun:
+            del self._others[node]
+        elif node and not self._ending:
             self.lost = self.lost or f"node {node} is gone: its process or its machine has ended"
             self._running.discard(node)
             self._stopped.set()
@@ -203,8 +221,8 @@ class Head:
         mine, node = layout(self.options), message["node"]
         if not isinstance(node, int) or not 0 < node < self.options.nodes:
             return f"there is no machine {node}"
-        if message.get("layout") != mine:
-            return f"machine 0 was started with other options: {mine}, this one has {message.get('layout')}"
+        if changes := list(sdg.differences(mine, message.get("layout"))):
+            return f"machine 0 was started with other options: {'; '.join(changes)}"
         return f"there is a machine {node} already" if node in self._others else ""
 
 

@@ -10,21 +10,26 @@ import os
 import random
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import sdg
 
+from . import guard
+
 PORTS = range(30_000, 32_768)  # below those that Linux gives to outgoing connections, above SGLang's own choice
 LOG_BYTES = 64 << 20  # of a server's log, before it is moved aside; two are kept
 LONGEST_LINE = 8 << 10  # bytes of a log line that are looked at
 LAST_WAIT = 15.0  # s for the guard to end everything
+GUARD = str(Path(__file__).with_name("guard.py"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,17 +84,18 @@ class Process:
         self._complaint = ""
         self._loop = asyncio.get_running_loop()
         self.exited: asyncio.Future[int] = self._loop.create_future()
-        guard = [sys.executable, "-I", "-S", str(Path(__file__).with_name("guard.py"))]
+        adopt_orphans()
         self._popen = subprocess.Popen(
-            [*guard, *argv],
+            [sys.executable, "-I", "-S", GUARD, str(os.getpid()), *argv],
             stdin=subprocess.PIPE,  # held open: its end is the guard's sign to end
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env=environment,
             start_new_session=True,  # a Ctrl-C in the terminal is the run's to handle
         )
-        self._thread = threading.Thread(target=self._pump, args=[shlex.join(argv)], name="sdg-log", daemon=True)
-        self._thread.start()
+        pump = threading.Thread(target=self._pump, args=[shlex.join(argv)], name="sdg-log", daemon=True)
+        pump.start()
+        threading.Thread(target=self._wait, args=[pump], name="sdg-wait", daemon=True).start()
 
     async def __aenter__(self) -> Process:
         return self
@@ -97,9 +103,8 @@ class Process:
     async def __aexit__(self, *_: object) -> None:
         assert self._popen.stdin
         self._popen.stdin.close()
+        self._popen.terminate()  # a process forked by a plugin may hold the life line open
         await asyncio.wait([self.exited], timeout=LAST_WAIT)
-        if not self.exited.done():  # something has killed the guard, and what is left keeps the log open
-            self._popen.kill()
 
     @property
     def reason(self) -> str:
@@ -125,7 +130,13 @@ class Process:
                     self._notice(line)
             self._notice(rest)
         pipe.close()
-        status = self._popen.wait()  # after all lines: whoever hears of the end knows the reason
+
+    def _wait(self, pump: threading.Thread) -> None:
+        """Tell of the end, after all lines of the log: whoever hears of it knows the reason."""
+        status = self._popen.wait()
+        if status < 0:  # somebody has killed the guard: what it was to end has fallen to us
+            end_orphans()
+        pump.join()
         with contextlib.suppress(RuntimeError):  # the loop is gone: nobody waits any more
             self._loop.call_soon_threadsafe(self._end, status)
 
@@ -152,6 +163,38 @@ class Process:
                 break
 
 
+def adopt_orphans() -> None:
+    """Have the server's processes fall to this process if their guard is killed."""
+    guard.prctl(guard.PR_SET_CHILD_SUBREAPER, 1)
+
+
+def end_orphans() -> None:
+    """Kill the processes that a killed guard has left to this one, and all below them.
+
+    Guards and what they start have sessions of their own; other children of this process are left alone.
+    """
+    mine = os.getpid()
+    for _ in range(100):
+        orphans = [pid for pid in guard.children(mine, deep=False) if is_orphan(pid)]
+        if not orphans:
+            return
+        for pid in [*orphans, *(below for orphan in orphans for below in guard.children(orphan))]:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        for pid in orphans:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
+        time.sleep(0.05)
+
+
+def is_orphan(pid: int) -> bool:
+    """Whether a child of this process came from a server: it has another session, and is no guard."""
+    try:
+        return os.getsid(pid) != os.getsid(0) and GUARD.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (OSError, ProcessLookupError):
+        return False
+
+
 class Log:
     """A log file that stays within bounds. A disk that is full loses lines of it, not the run."""
 
@@ -173,8 +216,10 @@ class Log:
         with contextlib.suppress(OSError):
             if self._file.tell() > LOG_BYTES:
                 self._file.close()
-                os.replace(self._path, f"{self._path}.1")
-                self._file = self._open()
+                try:
+                    os.replace(self._path, f"{self._path}.1")
+                finally:
+                    self._file = self._open()
             self._file.write(chunk)
 
     def close(self) -> None:
@@ -183,9 +228,24 @@ class Log:
 
 
 @contextlib.contextmanager
-def free_port() -> Iterator[int]:
-    """A port that nothing listens on and that no other run on this machine takes meanwhile."""
+def free_port(wanted: str | None = None) -> Iterator[int]:
+    """A port that nothing listens on and that no other run on this machine takes meanwhile; or the one that is wanted.
+
+    Raises:
+        ServerError: the port that is wanted is taken; another server there would be mistaken for ours.
+    """
     import filelock
+
+    if wanted is not None:
+        with socket.socket() as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: closed connections don't count
+            try:
+                trial.bind(("127.0.0.1", int(wanted)))
+            except (OSError, OverflowError, ValueError) as problem:
+                hint = "leave out --server-arg port, and a free one is found"
+                raise sdg.ServerError(f"port {wanted}: {getattr(problem, 'strerror', problem)}; {hint}") from problem
+        yield int(wanted)
+        return
 
     folder = Path(tempfile.gettempdir()) / f"sdg-ports-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)

@@ -11,7 +11,7 @@ import re
 import shlex
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import xxhash
 
@@ -51,9 +51,8 @@ class Replica:
 
     async def supervise(self, on_failure: Callable[[Replica, sdg.Error], None]) -> None:
         """Keep the server alive until cancelled, or until `on_failure` was told that it is beyond help."""
-        barren = 0
+        barren = convictions = answers = convicted = 0
         while True:
-            answers = self.upstream.answers
             try:
                 await self._live()
             except Died as problem:
@@ -63,7 +62,11 @@ class Replica:
                 return
             taken = re.search(r"address already in use", str(death), re.IGNORECASE)
             most = PORT_ATTEMPTS if taken and not self._fixed_port else 0
-            barren = 1 if self.upstream.answers > answers else barren + 1
+            answered, found = self.upstream.answers > answers, self.upstream.convicted > convicted
+            answers, convicted = self.upstream.answers, self.upstream.convicted
+            # A document that was found out is progress, too, unless the server dies of whatever it gets.
+            convictions = 0 if answered else convictions + found
+            barren = 1 if answered or (found and convictions <= self.options.max_restarts) else barren + 1
             if barren > (self.options.max_restarts if self.ready_once else most):
                 tried = f" after {barren - 1} restarts without an answer" if self.ready_once else ""
                 on_failure(self, sdg.ServerError(f"{self.name} does not run{tried}: {death}"))
@@ -73,13 +76,13 @@ class Replica:
             await asyncio.sleep(min(LONGEST_PAUSE, 2.0 ** (barren - 1) - 1))
 
     @property
-    def _fixed_port(self) -> Any:
+    def _fixed_port(self) -> str | None:
         return dict(self.options.server_arg or []).get("port")
 
     async def _live(self) -> None:
         """One life of the server. Always ends with an exception."""
         async with contextlib.AsyncExitStack() as stack:
-            port = int(self._fixed_port or stack.enter_context(free_port()))
+            port = stack.enter_context(free_port(self._fixed_port))
             spot = Spot(port, stack.enter_context(free_port()))
             if self.head:
                 spot = dataclasses.replace(spot, nodes=self.options.nodes, head=self.head.host)
@@ -87,6 +90,8 @@ class Replica:
                 stack.push_async_callback(self.head.stop)
             self.upstream.url = f"http://127.0.0.1:{port}/v1"
             async with self._compile_lock(spot) as mark:
+                if self.head:  # again: one may have gone while this one waited for the lock
+                    await self._gather(self.head)
                 process = launch(self.run, self.program, spot, self.number, self.gpus, again=self.lives > 0)
                 self.lives += 1
                 await stack.enter_async_context(process)
@@ -207,7 +212,7 @@ class Replica:
         """Whether a server that does not report its tokens answers a tiny request; it may just be slow."""
         import aiohttp
 
-        if self.upstream.reports:
+        if self.upstream.load and self.upstream.load.tokens is not None:
             return False
         payload = {"model": self.run.model, "messages": [{"role": "user", "content": "1"}], "max_tokens": 1}
         timeout = aiohttp.ClientTimeout(total=seconds)

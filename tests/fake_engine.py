@@ -51,7 +51,8 @@ class Engine:
         if not self.options.metrics:
             return web.Response(status=404)
         figures = {"num_requests_running": self.running, "num_requests_waiting": self.waiting}
-        figures |= {"kv_cache_usage_perc": 0.5, "generation_tokens_total": self.tokens}
+        figures |= {"kv_cache_usage_perc": 0.5}
+        figures |= {} if self.options.no_tokens else {"generation_tokens_total": self.tokens}
         lines = [f'vllm:{name}{{engine="0",model_name="m"}} {float(value)}' for name, value in figures.items()]
         return web.Response(text="# HELP vllm:num_requests_running Number\n" + "\n".join(lines) + "\n")
 
@@ -102,6 +103,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=0.02, help="for an answer")
     parser.add_argument("--slots", type=int, default=1000)
     parser.add_argument("--metrics", action="store_true")
+    parser.add_argument("--no-tokens", action="store_true", help="leave the counter out of the metrics")
     parser.add_argument("--start-seconds", type=float, default=0.0)
     parser.add_argument("--say", action="append", default=[], help="a word in the log at the start")
     parser.add_argument("--say-file", type=Path, help="lines for the log")

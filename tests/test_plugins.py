@@ -203,3 +203,25 @@ def test_plugins_lists_names_with_their_package_and_help(run_sdg: Sdg, command: 
     assert "summarize" in finished.stdout
     assert "Summarise a document in one paragraph." in finished.stdout
     assert ("Shout." in finished.stdout) == (len(command) > 1)
+
+
+def test_values_that_cannot_be_compared_do_no_harm_in_a_plugin(job: Job) -> None:
+    source = """
+        import sdg
+
+        class Array:
+            def __eq__(self, other):
+                raise ValueError("ambiguous")
+
+        VALUES = Array()
+
+        @sdg.hookimpl
+        def register_rollouts(register):
+            register("own", own)
+
+        async def own(document, generate):
+            return document.text
+    """
+    job.documents("a")
+
+    assert job.succeed(plugin=job.plugin("own", source)).texts() == {"a": ["a"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shlex
@@ -120,6 +121,53 @@ def test_no_process_outlives_the_engine(launch: Launch, ending: signal.Signals) 
 
     assert started.finish(bugs=ending == signal.SIGKILL).rc in {130, 143, -9}
     wait_until(lambda: not launch.processes(), 10)
+
+
+FORKING = """
+    import concurrent.futures, multiprocessing
+    import sdg
+
+    POOL = concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("fork"))
+
+    @sdg.hookimpl
+    def register_rollouts(register):
+        register("forking", forking)
+
+    async def forking(document, generate):
+        POOL.submit(abs, 1).result()
+        return await generate(document.text)
+"""
+
+
+@pytest.mark.parametrize("kill", [False, True])
+def test_processes_that_a_plugin_forks_do_not_keep_the_server_alive(launch: Launch, kill: bool) -> None:
+    launch.input(documents(20))
+    started = launch.start(faults="--children --seconds 0.5", plugin=launch.plugin("forking", FORKING))
+    wait_until(lambda: len(launch.requests("answered")) > 2)
+    if kill:
+        started.send(signal.SIGKILL)
+
+    finished = started.finish(30, bugs=True)
+
+    assert finished.rc == (-9 if kill else 0), finished
+    wait_until(lambda: not [command for command in launch.processes().values() if "sdg.py" not in command], 10)
+    for pid in launch.processes():  # the pool's own, which Python leaves when its parent is killed
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_guard_that_is_killed_leaves_nothing_behind(launch: Launch) -> None:
+    launch.input(documents(200))
+    started = launch.start(faults="--children --seconds 0.2", max_concurrent_generations=8)
+    wait_until(lambda: len(launch.requests("answered")) > 20)
+    guard = next(pid for pid, command in launch.processes().items() if "guard.py" in command)
+    first = {pid for pid, command in launch.processes().items() if "sdg.py" not in command}
+
+    os.kill(guard, signal.SIGKILL)
+
+    wait_until(lambda: len(launch.starts) == 2)
+    assert not first & launch.processes().keys()
+    everything(launch, 200, started.finish())
+    assert not launch.processes()
 
 
 def test_no_process_outlives_a_run_that_fails(launch: Launch) -> None:
@@ -305,6 +353,19 @@ def test_two_documents_that_kill_the_server_are_both_found(launch: Launch) -> No
     assert len(launch.output.rows()) == 38
 
 
+def test_many_documents_that_kill_the_server_in_a_row_are_all_found(launch: Launch) -> None:
+    rows = documents(30)
+    for row in rows[4:12]:
+        row["text"] = f"poison {row['id']}"
+    launch.input(rows)
+
+    finished = launch(faults="--seconds 0.05", max_concurrent_generations=8, max_restarts=8, timeout=150)
+
+    assert finished.rc == 0, finished
+    assert sorted(launch.output.failed()) == [row["id"] for row in rows[4:12]]
+    assert len(launch.output.rows()) == 22
+
+
 def test_server_that_never_answers_is_given_up(launch: Launch) -> None:
     launch.input([{"id": "a", "text": "poison"}, {"id": "b", "text": "poison too"}])
 
@@ -349,6 +410,15 @@ def test_slow_server_without_metrics_that_answers_a_tiny_request_is_left_alone(l
     launch.input(documents(4))
 
     finished = launch(faults="--seconds 5 --quick-word 1", stall_timeout=1)
+
+    everything(launch, 4, finished)
+    assert len(launch.starts) == 1
+
+
+def test_slow_server_whose_metrics_have_no_tokens_is_left_alone(launch: Launch) -> None:
+    launch.input(documents(4))
+
+    finished = launch(faults="--seconds 5 --quick-word 1 --metrics --no-tokens", stall_timeout=1)
 
     everything(launch, 4, finished)
     assert len(launch.starts) == 1
@@ -445,7 +515,16 @@ def test_port_that_the_user_wants_and_another_has_ends_the_run(launch: Launch) -
 
     assert finished.rc == 1
     assert "address already in use" in finished.message.lower()
-    assert len(launch.starts) == 1
+    assert not launch.starts
+
+
+def test_replicas_cannot_share_a_port(launch: Launch) -> None:
+    launch.input(documents(5))
+
+    finished = launch(launch.program("vllm"), server="vllm", server_arg="port=30000", replicas=2)
+
+    assert finished.rc == 2
+    assert finished.says("--server-arg port", "--replicas")
 
 
 # ── Keeping it full ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -489,6 +568,43 @@ class Background:
         self.process.wait()
 
 
+@pytest.mark.parametrize(("running", "limit"), [(1, 1.0), (0, 1.27), (1, 3.8), (16, 64.0)])
+def test_limit_recovers_from_any_low(running: int, limit: float) -> None:
+    """Also where only a part of what was sent is seen, as behind a load balancer."""
+    import sdg
+
+    async def grow() -> float:
+        upstream = sdg.Upstream("http://localhost/v1")
+        pool = sdg.Pool([upstream], 500)
+        pool.adapt(upstream, sdg.Load(1, 100, 0.0, 0))  # there was a queue once
+        upstream.limit = limit
+        for _ in range(100):
+            upstream.active = int(upstream.limit)
+            pool.adapt(upstream, sdg.Load(running, 0, 0.0, 0))
+        return upstream.limit
+
+    assert asyncio.run(grow()) == 500
+
+
+def test_crashes_on_one_server_do_not_convict_on_another() -> None:
+    import sdg
+
+    async def move() -> None:
+        first, second = (sdg.Upstream(url, examine=never) for url in ("a", "b"))
+        pool = sdg.Pool([first, second], 10)
+        second.rise()
+        waiting = asyncio.create_task(pool.acquire(first, 1))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        first.give_up()
+        assert await waiting is second
+
+    async def never(crashes: int) -> bool:
+        return False
+
+    asyncio.run(move())
+
+
 def test_server_without_metrics_gets_all_that_the_flag_allows(launch: Launch, server: FakeServer) -> None:
     launch.input(documents(600))
     server.behave(lambda payload, n: Delay(0.3))
@@ -525,6 +641,15 @@ def test_servers_of_one_configuration_compile_one_after_the_other_and_only_once(
     env = launch.program("vllm") | {"VLLM_CACHE_ROOT": str(launch.folder / "c")}
     assert launch(env, server="vllm", output="three").rc == 0
     assert launch.starts[2]["time"] - began < 1.4
+
+
+def test_cache_that_cannot_be_written_is_no_reason_to_stop(launch: Launch) -> None:
+    launch.input(documents(3))
+
+    finished = launch(launch.program("vllm") | {"VLLM_CACHE_ROOT": "/dev/null/cache"}, server="vllm")
+
+    everything(launch, 3, finished)
+    assert "no compile lock" in finished.stderr
 
 
 @pytest.mark.parametrize("second", [{"tp": 2}, {"no_compile_lock": True}, {"server_arg": "seed=1"}])
@@ -625,6 +750,20 @@ def test_other_machines_end_with_the_head(launch: Launch, machines: Callable[...
     assert finished.says("machine 0", "is gone") if len(finished.lines) == 1 else "is gone" in finished.message
     head.finish(bugs=True)
     wait_until(lambda: not launch.processes())
+
+
+def test_machine_may_come_again_before_all_have_joined(launch: Launch) -> None:
+    launch.input(documents(20))
+    options = {"server": "vllm", "nodes": 3, "tp": 3, "head_address": f"127.0.0.1:{free_port()}"}
+    env = launch.program("vllm")
+    head, early = (launch.start(env, node_rank=rank, **options) for rank in (0, 1))
+    time.sleep(1.5)
+    early.send(signal.SIGKILL)
+    early.finish(bugs=True)
+    others = [launch.start(env, node_rank=rank, **options) for rank in (1, 2)]
+
+    everything(launch, 20, head.finish(40))
+    assert [other.finish(20).rc for other in others] == [0, 0]
 
 
 def test_machine_with_other_options_is_refused(launch: Launch, machines: Callable[..., list[Started]]) -> None:
