@@ -507,7 +507,7 @@ class Plugins:
                 or any(value is module for value in vars(self.manager.get_plugin(entry.plugin)).values())
             }
             if users and not used & {*users.values(), plugin}:
-                return f"{option} {' or '.join(sorted(users))}"
+                return f"{option} {' or '.join(sorted(users))}, which is not in use"
         return ""
 
     def _register(self, kind: str, plugin: str, version: str, name: str, factory: Callable[..., Any]) -> None:
@@ -659,7 +659,8 @@ def number(kind: type[int] | type[float], low: float, high: float = 1e9) -> Call
     def convert(value: str) -> float:
         number = kind(value)
         if not low <= number <= high:
-            raise argparse.ArgumentTypeError(f"{value} is not between {low:,} and {high:,}")
+            bounds = f"at least {low:,}" if high == 1e9 else f"between {low:,} and {high:,}"
+            raise argparse.ArgumentTypeError(f"{value}: {bounds} is wanted")
         return number
 
     convert.__name__ = "number" if kind is float else "whole number"
@@ -707,7 +708,7 @@ OPTIONS = {
         Option("--results-column", "NAME", "the column for results", "rollout_results", identity=True),
     ],
     "server": [
-        Option("--server", "NAME", "default: endpoint with --base-url, else demo"),
+        Option("--server", "NAME", "default: endpoint with --base-url or $OPENAI_BASE_URL, else demo"),
         Option("--base-url", "URL", "with /v1 or without; repeatable: the least loaded is asked", action="append"),
         Option("--api-key-env", "NAME", "the environment variable that holds the key", "OPENAI_API_KEY"),
         Option("--model", "NAME", "default: the server's only model", identity=True),
@@ -786,7 +787,7 @@ def parse_options(argv: list[str]) -> tuple[argparse.Namespace, Plugins]:
     for plugin, dests in added.items():
         if owners := plugins.idle(plugin, serving | {plugins.servers[options.server].plugin}):
             for dest in dests & explicit:
-                parser.error(f"--{dest.replace('_', '-')} is an option of {owners}")
+                parser.error(f"--{dest.replace('_', '-')} goes with {owners}")
     core = {option.name[2:].replace("-", "_") for group in OPTIONS.values() for option in group if option.identity}
     options.identity = sorted(core.union(*(added.get(plugin, set()) for plugin in serving)))
     return options, plugins
@@ -815,7 +816,8 @@ def _config_arguments(path: str | None, argv: list[str]) -> list[str]:
 def _derive(options: argparse.Namespace, plugins: Plugins) -> None:
     """Fill in the defaults that depend on other options or on the environment."""
     plugins.find("rollouts", options.rollout)
-    options.server = options.server or ("endpoint" if options.base_url else "demo")
+    given = options.base_url or (options.input and os.environ.get("OPENAI_BASE_URL"))
+    options.server = options.server or ("endpoint" if given else "demo")
     plugins.find("servers", options.server)
     if options.base_url and options.server != "endpoint":
         raise UsageError(f"--base-url goes with --server endpoint, not {options.server}")
@@ -1732,8 +1734,13 @@ class Pool:
             self._waiting.popleft().cancel()
 
     @property
+    def seconds(self) -> float:
+        """Since the first request: a server that is launched may load for long before that."""
+        return self._loop.time() - self._began
+
+    @property
     def mean_in_flight(self) -> float:
-        """Requests in flight, averaged over the time since the start."""
+        """Requests in flight, averaged over the time since the first one."""
         self._measure()
         return self._area / max(self._since - self._began, 1e-9)
 
@@ -1757,6 +1764,8 @@ class Pool:
         return best
 
     def _occupy(self, upstream: Upstream, now: float) -> None:
+        if not self._area and not self.active:
+            self._began = self._since = now
         self._measure()
         if not upstream.active and not upstream.failures:
             upstream.progressed = now
@@ -2994,7 +3003,11 @@ def claim_state(run: Run, reader: Reader) -> None:
     if run.options.retry_failed and earlier["plugin_version"] != identity["plugin_version"]:
         say("sdg: the plugin has changed since this run began: what is not finished runs with the new one")
         earlier["plugin_version"] = identity["plugin_version"]
-    if changes := list(differences(earlier, identity)):
+    changes = list(differences(earlier, identity))
+    if changes and untouched(run):  # as after a mistyped model
+        start_over(run)
+        return claim_state(run, reader)
+    if changes:
         raise StateError(
             f"state {run.state} is of another run: {'; '.join(changes[:10])}. "
             "Take the old values, another --output, or --fresh to start over"
@@ -3004,6 +3017,19 @@ def claim_state(run: Run, reader: Reader) -> None:
     now = recorded | {"identity": identity, "options": mine["options"]}
     if now != recorded:
         replace_file(run, path.name, json.dumps(now, indent=2).encode())
+
+
+def untouched(run: Run) -> bool:
+    """Whether the state has nothing that was paid for, and no other rank has begun there."""
+    mine = run.state / f"{run.options.rank:05d}.sqlite3"
+    ranks = {path.stem for pattern in ("*.lock", "*.sqlite3") for path in run.state.glob(f"[0-9]{pattern}")}
+    if ranks != {mine.stem} or output_files(run):
+        return False
+    if not mine.exists():
+        return True
+    with contextlib.closing(sqlite3.connect(f"file:{mine}?mode=ro", uri=True)) as db:
+        tables = ("documents", "requests", "chunks WHERE written")
+        return not any(db.execute(f"SELECT EXISTS (SELECT 1 FROM {table})").fetchone()[0] for table in tables)
 
 
 def recordable_options(run: Run) -> dict[str, Any]:
@@ -3161,9 +3187,11 @@ async def progress(engine: Engine) -> AsyncIterator[None]:
 
 def postfix(engine: Engine) -> str:
     """The figures beside the bar."""
-    counts, seconds = engine.run.counts, max(time.monotonic() - engine.began, 1e-9)
+    counts, seconds = engine.run.counts, max(engine.client.pool.seconds, 1e-9)
     pool = engine.client.pool
     down = [upstream.status for upstream in pool.upstreams if not upstream.up.is_set()]
+    if down and len(down) == len(pool.upstreams):  # nothing else to tell yet
+        return "; ".join(down[:4])
     loads = [upstream.load for upstream in pool.upstreams if upstream.load and upstream.up.is_set()]
     queue = f" ({sum(load.waiting for load in loads):.0f} queued)" if loads else ""
     return (
@@ -3176,10 +3204,10 @@ def postfix(engine: Engine) -> str:
 def progress_line(engine: Engine) -> str:
     """The bar for a log file."""
     done, total = sum(engine.tally.values()), documents_expected(engine)
-    rate = engine.finished / max(time.monotonic() - engine.began, 1e-9)
+    rate = engine.finished / max(engine.client.pool.seconds, 1e-9)
     of = f" of {total:,}" if total else ""
     eta = f", {max(0, total - done) / rate:,.0f} s to go" if total and rate else ""
-    return f"sdg: {done:,}{of} documents, {rate:,.1f} documents/s, {postfix(engine)}{eta}"
+    return f"sdg: {done:,}{of} documents, {rate:,.1f} documents/s{eta}, {postfix(engine)}"
 
 
 def retries_in(counts: Mapping[str, float]) -> int:
@@ -3236,7 +3264,7 @@ def report(engine: Engine, figures: dict[str, Any]) -> str:
     shown = os.path.relpath(place.root) if place.local else place.uri
     kind = "json" if name.endswith(".jsonl") else "parquet"
     folder = f"{shown}/{os.path.dirname(name)}"
-    rate = engine.finished / max(time.monotonic() - engine.began, 1e-9)
+    rate = engine.finished / max(engine.client.pool.seconds, 1e-9)
     lines = [
         f"{figures['documents']:,} documents: {figures['rows']:,} rows, {figures['filtered']:,} filtered, "
         f"{figures['failed']:,} failed ({engine.finished:,} of them now, {rate:,.1f} documents/s)",
@@ -3356,8 +3384,9 @@ async def _run_locked(run: Run, servers: list[str | Upstream], stop: Stop) -> No
             stop.gently = None
         figures = await statistics(run, store, client.pool.mean_in_flight)
         write_statistics(run, figures)
-    with contextlib.suppress(BrokenPipeError):  # nobody reads it: the run is as good as before
-        print(report(engine, figures), flush=True)
+    if figures["documents"] or not stop.reason:
+        with contextlib.suppress(BrokenPipeError):  # nobody reads it: the run is as good as before
+            print(report(engine, figures), flush=True)
 
 
 def open_writer(run: Run) -> Writer:

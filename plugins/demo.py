@@ -93,6 +93,8 @@ async def demo(run: sdg.Run) -> AsyncIterator[list[str]]:
     """Answer with the most central sentences of the prompt: a demonstration without a language model."""
     from aiohttp import web
 
+    if run.options.model not in {None, MODEL}:
+        raise sdg.UsageError(f"--model {run.options.model} needs a server: --base-url URL, or --server vllm")
     sdg.say(
         "This is a demonstration without a language model: its answers are sentences of the document. "
         "For a real one: --input YOUR_FILES --base-url http://HOST:PORT"

@@ -18,4 +18,7 @@ async def endpoint(run: sdg.Run) -> AsyncIterator[list[str]]:
     urls = run.options.base_url or [os.environ.get("OPENAI_BASE_URL", "")]
     if not all(urls):
         raise sdg.UsageError("--server endpoint needs --base-url, or OPENAI_BASE_URL in the environment")
+    for url in urls:
+        if not url.startswith(("http://", "https://")):
+            raise sdg.UsageError(f"OPENAI_BASE_URL {sdg.redact(url)}: begin it with http:// or https://")
     yield urls

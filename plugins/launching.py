@@ -69,7 +69,7 @@ OPTIONS = [
     ),
     sdg.Option("--speculative-config", "JSON", "speculative decoding, as the server has it", type=sdg.json_object),
     sdg.Option(
-        "--server-arg", "K=V", "any other flag of the server; repeatable", action="append", type=server_argument
+        "--server-arg", "K=V", "any other flag, without its dashes; repeatable", action="append", type=server_argument
     ),
     sdg.Option("--server-command", "C", "for --server command; {port} and {model} are filled in"),
     sdg.Option("--nodes", "N", "machines that hold one model together; one process on each", 1, _whole),
@@ -142,9 +142,12 @@ def version_of(package: str, program: Path) -> str:
 
 def model_of(run: sdg.Run) -> str:
     """The model to launch; the name that requests use is --server-arg served-model-name, if given."""
-    if not run.options.model:
+    model = run.options.model
+    if not model:
         raise sdg.UsageError(f"--server {run.options.server} needs --model: a name on the Hub, or a folder")
-    return str(run.options.model)
+    if model.startswith(("/", "./", "../", "~")) and not Path(model).expanduser().exists():
+        raise sdg.UsageError(f"--model {model}: there is no such folder")
+    return str(model)
 
 
 def cache_folder(name: str, variable: str) -> Path:

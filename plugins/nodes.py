@@ -41,6 +41,10 @@ def place(options: argparse.Namespace) -> None:
         options.node_rank = int(slurm.get("SLURM_NODEID", "0"))
     if options.node_rank >= options.nodes:
         raise sdg.UsageError(f"--node-rank {options.node_rank} is not below --nodes {options.nodes}")
+    if options.node_backend == "native" and options.dp == 1 and options.tp * options.pp % options.nodes:
+        raise sdg.UsageError(
+            f"--tp {options.tp} × --pp {options.pp} cannot be shared evenly by --nodes {options.nodes}"
+        )
     if options.nodes > 1 and not options.head_address:
         if "SLURM_JOB_NODELIST" not in slurm or not shutil.which("scontrol"):
             raise sdg.UsageError("--nodes needs --head-address: the name of machine 0, as the others reach it")
@@ -274,7 +278,7 @@ async def _obey(run: sdg.Run, part: Part, reader: asyncio.StreamReader, writer: 
 
 async def _connect(run: sdg.Run, host: str, port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     loop = asyncio.get_running_loop()
-    deadline = loop.time() + run.options.start_timeout
+    said, deadline = loop.time(), loop.time() + run.options.start_timeout
     sdg.say(f"sdg: node {run.options.node_rank} looks for machine 0 at {host}:{port}")
     while True:
         try:
@@ -283,6 +287,9 @@ async def _connect(run: sdg.Run, host: str, port: int) -> tuple[asyncio.StreamRe
             if loop.time() > deadline:
                 message = f"machine 0 was not found at {host}:{port} in --start-timeout ({problem.strerror or problem})"
                 raise sdg.ServerError(message) from problem
+            if loop.time() > said + 10:
+                said = loop.time()
+                sdg.say(f"sdg: machine 0 does not answer at {host}:{port} yet ({problem.strerror or problem})")
         await asyncio.sleep(0.5)
 
 

@@ -147,6 +147,7 @@ class Process:
     def _notice(self, raw: bytes) -> None:
         line = re.sub(r"\x1b\[[0-9;]*m", "", raw[-LONGEST_LINE:].decode(errors="replace")).strip()
         line = re.sub(r"^(\([^)]*pid=\d+\) *)?([A-Z]+ [\d:. -]+\[[^]]*\] *)?(\[[\d: -]+[^]]*\] *)?", "", line)[:300]
+        line = " ".join(line.split())
         if not line:
             return
         self.line = line

@@ -653,3 +653,14 @@ def test_equal_calls_of_a_rollout_are_different_samples(job: Job, server: FakeSe
     assert len(server.requests) == 12
     texts = [text for texts in output.texts().values() for text in texts]
     assert sorted(texts) == sorted(f"sample {number}" for number in range(12))
+
+
+def test_environment_names_the_endpoint_of_an_input(job: Job, server: FakeServer) -> None:
+    job.documents("a")
+
+    finished = job({"OPENAI_BASE_URL": server.url}, base_url=None)
+    wrong = job({"OPENAI_BASE_URL": "localhost:1"}, base_url=None, output="other")
+
+    assert finished.rc == 0, finished
+    assert server.prompts == ["a"]
+    assert wrong.says("OPENAI_BASE_URL", "http://")

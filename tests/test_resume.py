@@ -521,3 +521,29 @@ def test_a_straggler_does_not_hold_up_later_chunks(job: Job, server: FakeServer)
 
     assert running.finish().rc == 0
     assert job.output.ids() == [row["id"] for row in documents(40)]
+
+
+def test_run_that_got_nowhere_does_not_stand_in_the_way_of_a_corrected_one(job: Job, server: FakeServer) -> None:
+    job.documents("a", "b")
+    server.stop()
+    job.sdg("--base-url", server.url, "--input", job.options["input"], "--output", "output", "--model", "typo")
+    server.start()
+
+    job.succeed(model=None, max_tokens=7)
+    refused = job(max_tokens=8)
+
+    assert job.output.ids() == ["a", "b"]
+    assert refused.rc == 1
+    assert refused.says("max_tokens: 7 → 8")
+
+
+def test_run_whose_documents_got_no_answer_may_begin_anew_with_other_options(job: Job, server: FakeServer) -> None:
+    job.documents("a", "b")
+    server.behave(lambda payload, n: Hang())
+    first = job.start(max_tokens=7)
+    wait_until(lambda: len(server.requests) == 2)
+    first.send(signal.SIGKILL)
+    first.finish(bugs=True)
+    server.behave(lambda payload, n: None)
+
+    assert job.succeed(max_tokens=8).ids() == ["a", "b"]

@@ -782,7 +782,7 @@ def test_machine_that_does_not_come_is_named(launch: Launch) -> None:
     launch.input(documents(5))
     env = launch.program("vllm")
 
-    finished = launch(env, server="vllm", nodes=3, head_address=f"127.0.0.1:{free_port()}", start_timeout=1)
+    finished = launch(env, server="vllm", nodes=3, tp=3, head_address=f"127.0.0.1:{free_port()}", start_timeout=1)
 
     assert finished.rc == 1
     assert "node 1, 2 has not joined" in finished.message
@@ -859,13 +859,19 @@ def test_own_flags_win_and_booleans_can_be_switched_off(launch: Launch) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"server": None, "base_url": "http://127.0.0.1:1", "tp": 2}, ["--tp", "--server command or sglang or vllm"]),
+        (
+            {"server": None, "base_url": "http://127.0.0.1:1", "tp": 2},
+            ["--tp goes with --server command or"],
+        ),
+        ({"server": "vllm", "model": "./typo"}, ["--model ./typo", "no such folder"]),
+        ({"server": None, "model": "m"}, ["--model m needs a server", "--base-url"]),
+        ({"server": "vllm", "nodes": 2, "tp": 3, "head_address": "a"}, ["--tp 3", "--nodes 2"]),
         ({"server": "vllm", "model": None}, ["--server vllm needs --model"]),
         ({"server": "command", "server_command": "serve it"}, ["{port}"]),
         ({"server": "vllm", "server_arg": "api-key=x"}, ["api-key", "VLLM_API_KEY"]),
         ({"server": "vllm", "nodes": 2, "node_rank": 2, "head_address": "a"}, ["--node-rank 2", "--nodes 2"]),
-        ({"server": "vllm", "nodes": 2}, ["--head-address"]),
-        ({"server": "vllm", "nodes": 2, "replicas": 2, "head_address": "a"}, ["--replicas"]),
+        ({"server": "vllm", "nodes": 2, "tp": 2}, ["--head-address"]),
+        ({"server": "vllm", "nodes": 2, "tp": 2, "replicas": 2, "head_address": "a"}, ["--replicas"]),
         ({"server": "sglang", "node_backend": "ray"}, ["--node-backend ray"]),
         ({"server": "vllm", "chunked_prefill": "maybe"}, ["on, off, or a number"]),
     ],
