@@ -754,6 +754,18 @@ def test_other_machines_end_with_the_head(launch: Launch, machines: Callable[...
     wait_until(lambda: not launch.processes())
 
 
+def test_place_among_the_machines_comes_from_slurm(launch: Launch) -> None:
+    launch.input(documents(20))
+    env = launch.program("vllm") | {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": str(free_port())}
+    scontrol = launch.folder / "bin" / "scontrol"
+    scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames node[1-2]" ] && printf "127.0.0.1\\nnode2\\n"\n')
+    scontrol.chmod(0o755)
+    machines = [launch.start(env | {"SLURM_NODEID": str(rank)}, server="vllm", nodes=2, tp=2) for rank in (0, 1)]
+
+    everything(launch, 20, machines[0].finish(40))
+    assert machines[1].finish(20).rc == 0
+
+
 def test_machine_may_come_again_before_all_have_joined(launch: Launch) -> None:
     launch.input(documents(20))
     options = {"server": "vllm", "nodes": 3, "tp": 3, "head_address": f"127.0.0.1:{free_port()}"}
