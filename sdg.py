@@ -1600,7 +1600,7 @@ class Upstream:
 class Pool:
     """Slots for requests: at most `limit` in flight in all, each on the least loaded server that is well.
 
-    A server that reports its load gets as many requests as keep a short queue in it; see `Upstream.adapt`. Any other
+    A server that reports its load gets as many requests as keep a short queue in it; see `adapt`. Any other
     that answers 429 or 503 gets half as many at a time, and one more for each limit's worth of answers in twenty
     (additive increase, multiplicative decrease; Chiu and Jain 1989). One that fails several times in a row is set
     aside, ever longer, and comes back with one request at a time.
@@ -1813,6 +1813,14 @@ class Pool:
         self._wake()
 
 
+class Suspicion(NamedTuple):
+    """That a request has killed a server: `of` which, after how many crashes, and in how much company it may go on."""
+
+    of: Upstream | None = None
+    crashes: int = 0
+    share: int = 0
+
+
 class Client:
     """Sends payloads until they are answered or given up. `stop(error)` is called when the run cannot go on."""
 
@@ -1835,17 +1843,17 @@ class Client:
         Raises:
             RequestFailed: refused, or no attempt is left.
         """
-        attempts = spent = storms = crashes = share = 0
-        suspected: Upstream | None = None
+        attempts = spent = storms = 0
+        suspicion = Suspicion()
         successes = self.pool.successes
         while True:
-            upstream = await self.pool.acquire(suspected, share)
-            if upstream is not suspected:
-                suspected, crashes = None, 0
+            upstream = await self.pool.acquire(suspicion.of, suspicion.share)
+            if upstream is not suspicion.of:
+                suspicion = Suspicion()
             before = upstream.crashes
             try:
                 answer = await self._attempt(upstream, path, body)
-                upstream.cleared += suspected is not None
+                upstream.cleared += suspicion.crashes > 0
                 return answer
             except RequestFailed as problem:
                 failure, together = problem, upstream.together
@@ -1859,11 +1867,7 @@ class Client:
             if failure.unreached:
                 continue  # the server is set aside or down: waiting for a slot is the pause
             if died:
-                suspected, crashes, share = upstream, crashes + 1, max(1, together // 16)
-                self.counts["retries.crash"] += 1
-                if crashes > 2 and together == 1:
-                    upstream.convicted += 1
-                    raise self._convicted(crashes)
+                suspicion = self._suspect(upstream, suspicion.crashes + 1, together)
                 continue
             attempts += 1
             failure.attempts = attempts
@@ -1879,13 +1883,17 @@ class Client:
             longest = min(LONGEST_PAUSE, 0.5 * 2.0 ** min(attempts, 10))
             await asyncio.sleep(max(failure.retry_after or 0.0, random.uniform(0, longest)))  # full jitter
 
-    def _convicted(self, crashes: int) -> RequestFailed:
-        """The failure of a request that has killed the server, the last time with no other in flight."""
+    def _suspect(self, upstream: Upstream, crashes: int, together: int) -> Suspicion:
+        """What is held against a request whose server has died, with `together` requests in flight, so many times."""
+        self.counts["retries.crash"] += 1
+        if crashes < 3 or together > 1:
+            return Suspicion(upstream, crashes, max(1, together // 16))
+        upstream.convicted += 1
         self.counts["given_up.crash"] += 1
         message = f"the server died each of the {crashes} times that it had this request, at last alone with it"
         failure = RequestFailed("crash", message)
         failure.attempts = crashes
-        return failure
+        raise failure
 
     async def _attempt(self, upstream: Upstream, path: str, body: bytes) -> tuple[Reply, bytes]:
         """One request and its answer; the pool learns how it went."""
