@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 import sdg
 
-from . import launching
+from . import launching, sglang, vllm
 
 
 @sdg.hookimpl
@@ -31,6 +31,7 @@ async def command(run: sdg.Run) -> AsyncIterator[list[sdg.Upstream]]:
         return filled + given
 
     # `transformers serve`, for one, lists what lies in its cache, not what it serves.
-    program = launching.Program("command", arguments, run.options.model, lists_model=False)
+    phases, fatal = vllm.PHASES + sglang.PHASES, vllm.FATAL + sglang.FATAL  # it may be one of them, in a container
+    program = launching.Program("command", arguments, run.options.model, phases, fatal, lists_model=False)
     async with launching.serve(run, program) as replicas:
         yield replicas

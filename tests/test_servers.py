@@ -242,6 +242,17 @@ def test_fatal_line_ends_the_wait_with_its_reason_and_a_hint(launch: Launch, han
     assert finished.seconds < 30
 
 
+def test_fatal_line_of_a_command_that_hangs_ends_the_wait(launch: Launch) -> None:
+    launch.input(documents(5))
+    (launch.folder / "say.txt").write_text("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB\n")
+
+    finished = launch(faults=f"--say-file {launch.folder}/say.txt --hang")
+
+    assert finished.rc == 1
+    assert "CUDA out of memory" in finished.message
+    assert "--tp" in finished.message
+
+
 def test_silent_death_at_the_start_tells_status_and_last_words(launch: Launch) -> None:
     launch.input(documents(5))
 
