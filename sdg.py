@@ -44,7 +44,7 @@ import traceback
 import types
 import typing
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -1844,8 +1844,7 @@ class Client:
             RequestFailed: refused, or no attempt is left.
         """
         attempts = spent = storms = 0
-        suspicion = Suspicion()
-        successes = self.pool.successes
+        suspicion, successes = Suspicion(), self.pool.successes
         while True:
             upstream = await self.pool.acquire(suspicion.of, suspicion.share)
             if upstream is not suspicion.of:
@@ -1869,8 +1868,7 @@ class Client:
             if died:
                 suspicion = self._suspect(upstream, suspicion.crashes + 1, together)
                 continue
-            attempts += 1
-            failure.attempts = attempts
+            failure.attempts = attempts = attempts + 1
             # An overloaded server that still answers others will answer this request, too.
             overload = failure.status in {429, 503}
             storms += overload
@@ -2160,6 +2158,17 @@ def parse_load(text: str) -> Load | None:
     return Load(sum(values["running"]), sum(values["waiting"]), max(values["kv_use"], default=0.0), tokens)
 
 
+@contextlib.asynccontextmanager
+async def background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Have something go on beside the body, and end with it."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
 async def look_at_load(session: aiohttp.ClientSession, pool: Pool, upstream: Upstream) -> None:
     """Ask a server for its load, and let the pool adapt to it."""
     import aiohttp
@@ -2195,12 +2204,8 @@ async def watch_load(session: aiohttp.ClientSession, pool: Pool) -> AsyncIterato
             await asyncio.sleep(METRICS_INTERVAL)
 
     await look_at_all()
-    task = asyncio.create_task(repeat())
-    try:
+    async with background(repeat()):
         yield
-    finally:
-        task.cancel()
-        await asyncio.wait([task])
 
 
 async def try_models(
@@ -3183,12 +3188,10 @@ async def progress(engine: Engine) -> AsyncIterator[None]:
             await asyncio.sleep(0.5 if terminal else 10)
             show() if terminal else say(progress_line(engine))
 
-    task = asyncio.create_task(repeat())
     try:
-        yield
+        async with background(repeat()):
+            yield
     finally:
-        task.cancel()
-        await asyncio.wait([task])
         show()
         bar.close()
 

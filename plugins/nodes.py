@@ -120,22 +120,12 @@ async def messages(reader: asyncio.StreamReader) -> AsyncIterator[Message]:
             yield message
 
 
-@contextlib.asynccontextmanager
-async def beating(writer: asyncio.StreamWriter) -> AsyncIterator[None]:
+async def beat(writer: asyncio.StreamWriter) -> None:
     """Let the other side know that this one is alive."""
-
-    async def beat() -> None:
-        with contextlib.suppress(ConnectionError):  # whoever reads notices
-            while True:
-                await send(writer, beat=True)
-                await asyncio.sleep(BEAT)
-
-    task = asyncio.create_task(beat())
-    try:
-        yield
-    finally:
-        task.cancel()
-        await asyncio.wait([task])
+    with contextlib.suppress(ConnectionError):  # whoever reads notices
+        while True:
+            await send(writer, beat=True)
+            await asyncio.sleep(BEAT)
 
 
 class Head:
@@ -199,7 +189,7 @@ class Head:
         assert task
         self._talks.add(task)
         task.add_done_callback(self._talks.discard)
-        async with beating(writer):
+        async with sdg.background(beat(writer)):
             async for message in messages(reader):
                 if "node" in message:
                     if refusal := self._refusal(message):
@@ -261,7 +251,7 @@ async def _obey(run: sdg.Run, part: Part, reader: asyncio.StreamReader, writer: 
     """Do as machine 0 says, until it ends."""
     host, port = address(run.options)
     with contextlib.suppress(ConnectionError):
-        async with beating(writer):
+        async with sdg.background(beat(writer)):
             await send(writer, node=run.options.node_rank, layout=layout(run.options))
             async for message in messages(reader):
                 if "end" in message:
