@@ -1627,15 +1627,17 @@ class Pool:
         self._since = self._began = self._loop.time()
         self.lost: float | None = None  # since when no server could be connected to
 
-    async def acquire(self, suspected: Upstream | None = None, share: int = 0) -> Upstream:
-        """Wait for a slot: on the server `suspected` for a request that has seen it die. Cancelled at a stop."""
+    async def acquire(self, suspicion: Suspicion) -> Upstream:
+        """Wait for a slot: on the same server for a request that has seen it die. Cancelled at a stop."""
         if self.stopped:
             raise asyncio.CancelledError
+        suspected, crashes, share = suspicion
         if not suspected and not self._waiting and (upstream := self._take(self._loop.time())):
             return upstream
         slot: asyncio.Future[Upstream] = self._loop.create_future()
         if suspected and not suspected.gone:
-            suspected.suspects.append((share, slot))
+            # The one that was alone with it goes on at once: what it is should be known soon.
+            (suspected.suspects.appendleft if crashes > 1 and share == 1 else suspected.suspects.append)((share, slot))
         else:
             self._waiting.append(slot)
         self._wake()
@@ -1846,7 +1848,7 @@ class Client:
         attempts = spent = storms = 0
         suspicion, successes = Suspicion(), self.pool.successes
         while True:
-            upstream = await self.pool.acquire(suspicion.of, suspicion.share)
+            upstream = await self.pool.acquire(suspicion)
             if upstream is not suspicion.of:
                 suspicion = Suspicion()
             before = upstream.crashes
