@@ -94,6 +94,7 @@ COMMON_FATAL = (
     (r"unrecognized arguments|error: argument|invalid choice", "see --server-arg, and the server's own --help"),
     (r"[Aa]ddress already in use", "leave out --server-arg port, and a free one is found"),
     (r"Invalid repository ID|is not a local folder and is not a valid model|Repo id must", "see --model"),
+    (r"(LocalEntry|Repository)NotFoundError", "--model was not found, neither here nor on the Hub"),
     (r"401 Client Error|gated repo|GatedRepoError", "is HF_TOKEN set, and access to --model granted?"),
 )
 

@@ -26,6 +26,7 @@ CPU = {
     "OMP_NUM_THREADS": "1",
     "SGLANG_USE_CPU_ENGINE": "1",
     "HF_HUB_OFFLINE": "1",
+    "PYTHONWARNINGS": "ignore",  # theirs would be taken for ours
 }
 SGLANG_FLAGS = ["device=cpu", "attention-backend=torch_native", "max-total-tokens=65536", "sleep-on-idle"]
 
