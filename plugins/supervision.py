@@ -113,9 +113,8 @@ class Replica:
     async def _gather(self, head: nodes.Head) -> None:
         began = self._loop.time()
         if head.missing():
-            sdg.say(
-                f"sdg: {self.name} waits for {len(head.missing())} more machines to join at {head.host}:{head.port}"
-            )
+            names = ", ".join(map(str, head.missing()))
+            sdg.say(f"sdg: {self.name} waits for node {names} to join at {head.host}:{head.port}")
         while missing := head.missing():
             names = ", ".join(map(str, missing))
             self.upstream.status = f"{self.name} waits for node {names} ({self._loop.time() - began:.0f} s)"
