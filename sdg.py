@@ -406,11 +406,6 @@ class Entry(NamedTuple):
     version: str  # of the package or file it comes from
 
     @property
-    def module(self) -> types.ModuleType:
-        """The module that registered it."""
-        return sys.modules[self.plugin]
-
-    @property
     def help(self) -> str:
         """The first line of the docstring."""
         return (inspect.getdoc(self.factory) or "").partition("\n")[0]
@@ -1581,7 +1576,7 @@ class Upstream:
     def rise(self) -> None:
         """It is ready for requests."""
         self.failures, self.until, self.reports, self.load = 0, 0.0, None, None
-        self.limit, self.growth, self.cleared = FIRST_LIMIT, 2.0, 0
+        self.limit, self.growth, self.cleared, self.silent = FIRST_LIMIT, 2.0, 0, 0
         self.up.set()
         self.changed()
 

@@ -81,19 +81,9 @@ def own_address(host: str) -> str:
 
 def layout(options: argparse.Namespace) -> dict[str, Any]:
     """What all machines have to agree on, as JSON."""
-    names: tuple[str, ...] = (
-        "server",
-        "model",
-        "nodes",
-        "tp",
-        "pp",
-        "dp",
-        "node_backend",
-        "server_arg",
-        "quantization",
-    )
-    names += ("kv_cache_dtype", "model_max_context", "chunked_prefill", "speculative_config")
-    values: dict[str, Any] = json.loads(json.dumps({name: getattr(options, name) for name in names}))
+    names = "server model nodes tp pp dp node_backend server_arg quantization kv_cache_dtype model_max_context"
+    names += " chunked_prefill speculative_config"
+    values: dict[str, Any] = json.loads(json.dumps({name: getattr(options, name) for name in names.split()}))
     return values
 
 
