@@ -31,6 +31,7 @@ import io
 import json
 import math
 import os
+import platform
 import random
 import re
 import signal
@@ -43,6 +44,7 @@ import tomllib
 import traceback
 import types
 import typing
+import uuid
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -60,9 +62,11 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 FIRST_LIMIT = 64  # requests at a time for a server whose load is not known yet: doubled each second if it bears it
 PATIENT_LOOKS = 3  # at the load of a server that does not answer, before it counts as one without metrics
+HEARTBEAT = 10.0  # s between two notes of a rank's figures in the state
+RECENT = 6  # heartbeats over which the present rate is taken
 METRICS_INTERVAL = 1.0  # s between two looks at the load that a server reports
 COMMIT_INTERVAL = 0.05  # s between group commits: 5,000 documents/s become 250 rows a commit, not 5,000 commits
 WINDOW = 32  # documents read and not yet written, per document in flight: 1 % stragglers of 20 times the mean need 20
@@ -134,6 +138,8 @@ class Reader(Protocol):
     """A source of rows, numbered from 0 over all its files.
 
     `seek`, `tell` and `read` are called in a thread, one at a time; `total` from the event loop: it must not block.
+    A reader may also have `source`, JSON that is recorded when a run begins: later processes of the run find it in
+    `run.source` (a revision to stay with), the dataset card quotes `dataset`, `revision`, `license` and `language`.
     """
 
     schema: pa.Schema  # of every batch
@@ -211,6 +217,7 @@ class Run:
     model: str = ""
     fingerprint: str = ""
     input_revision: str = ""
+    source: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what the reader says of it; see `Reader`
     source_schema: pa.Schema | None = None  # of the input, as an earlier process of this run recorded it
     counts: Counter[str] = dataclasses.field(default_factory=Counter)  # of this process; see `statistics`
 
@@ -332,8 +339,9 @@ class Hooks:
     def add_options(self, parser: argparse._ArgumentGroup) -> None:
         """Add command-line options to the plugin's own group of `--help`.
 
-        Options of the plugin that registers the rollout or the reader in use are part of the run's fingerprint.
-        An exception ends the program and names the plugin.
+        Options of the plugin that registers the rollout or the reader in use are part of the run's fingerprint; those
+        of a plugin whose rollouts, readers, writers and servers are not in use are refused. An exception ends the
+        program and names the plugin.
         """
 
     @hookspec
@@ -362,7 +370,9 @@ class Hooks:
     def register_writers(self, register: Register) -> None:
         """Register `open_writer(run) -> Writer` under a URI scheme or a file suffix without its dot.
 
-        The writer runs in threads; an exception ends the run, with everything answered kept.
+        `open_writer` runs before the server starts, in a thread. The output of a scheme that has a writer is a folder
+        of the state, `run.output`: what the writer puts there is for the plugin to publish. The writer runs in
+        threads; an exception ends the run, with everything answered kept.
         """
 
     @hookspec
@@ -380,9 +390,10 @@ class Hooks:
 
     @hookspec
     def observe(self, run: Run) -> contextlib.AbstractAsyncContextManager[None] | None:
-        """Give an async context manager that is entered before the first document and left when the run ends.
+        """Give an async context manager that is entered before the first document and left when the run has ended.
 
-        An exception ends the run.
+        The server has stopped by then, so that nobody waits on a GPU; what ended the run early is raised through it.
+        An exception of its own ends the run.
         """
 
     @hookspec
@@ -492,7 +503,9 @@ class Plugins:
     def idle(self, plugin: str, used: set[str]) -> str:
         """If a plugin's options cannot have an effect: whose options they are. "" if they can."""
         module = self.manager.get_plugin(plugin)
-        for kind, option in (("rollouts", "--plugin"), ("servers", "--server")):
+        idle = []
+        kinds = {"rollouts": "--plugin ", "servers": "--server ", "readers": "an --input of ", "writers": "--output "}
+        for kind, option in kinds.items():
             entries: dict[str, Entry] = getattr(self, kind)
             # Those of a module that several plugins import are theirs.
             users = {
@@ -501,9 +514,11 @@ class Plugins:
                 if entry.plugin == plugin
                 or any(value is module for value in vars(self.manager.get_plugin(entry.plugin)).values())
             }
-            if users and not used & {*users.values(), plugin}:
-                return f"{option} {' or '.join(sorted(users))}, which is not in use"
-        return ""
+            if used & {*users.values(), plugin}:
+                return ""
+            if users:
+                idle.append(f"{option}{' or '.join(sorted(users))}, which is not in use")
+        return "; ".join(idle)
 
     def _register(self, kind: str, plugin: str, version: str, name: str, factory: Callable[..., Any]) -> None:
         entries: dict[str, Entry] = getattr(self, kind)
@@ -780,7 +795,8 @@ def parse_options(argv: list[str]) -> tuple[argparse.Namespace, Plugins]:
     explicit = {a.dest for a in parser._actions if any(w.partition("=")[0] in a.option_strings for w in argv)}
     serving = {plugins.rollouts[options.rollout].plugin, plugins.find("readers", options.reader).plugin}
     for plugin, dests in added.items():
-        if owners := plugins.idle(plugin, serving | {plugins.servers[options.server].plugin}):
+        in_use = {plugins.servers[options.server].plugin, plugins.find("writers", options.writer).plugin}
+        if owners := plugins.idle(plugin, serving | in_use):
             for dest in dests & explicit:
                 parser.error(f"--{dest.replace('_', '-')} goes with {owners}")
     core = {option.name[2:].replace("-", "_") for group in OPTIONS.values() for option in group if option.identity}
@@ -827,6 +843,8 @@ def _derive(options: argparse.Namespace, plugins: Plugins) -> None:
         raise UsageError(f"--output-config {options.output_config!r}: a plain folder name is wanted, and not `failed`")
     options.output = options.output or f"output/{options.rollout}"
     _check_uris(options)
+    scheme, name = split_uri(options.output)[0], options.output_filename
+    options.writer = scheme if scheme in plugins.writers else _by_scheme_or_suffix(plugins, "writers", name)
     if options.results_column == "id":
         raise UsageError("--results-column id: that is the column of the documents' names")
     options.state_dir = options.state_dir or default_state_dir(options.output, options.output_config)
@@ -2991,13 +3009,17 @@ def claim_state(run: Run, reader: Reader) -> None:
 
     path = run.state / "run.json"
     identity = json.loads(json.dumps(identity_of(run, reader)))
-    run.input_revision = xxhash.xxh3_64_hexdigest(json.dumps(identity["input"]).encode())
+    run.source = getattr(reader, "source", {})
+    revision = xxhash.xxh3_64_hexdigest(json.dumps(identity["input"]).encode())
+    run.input_revision = str(run.source.get("revision", revision))
     mine = {
         "sdg": __version__,
         "state_version": STATE_VERSION,
         "fingerprint": xxhash.xxh3_64_hexdigest(json.dumps(identity).encode()),
+        "run": uuid.uuid4().hex,
         "identity": identity,
         "options": recordable_options(run),
+        "source": dict(run.source),
         "source_schema": base64.b64encode(reader.schema.serialize().to_pybytes()).decode(),
     }
     if not path.exists() and (strangers := output_files(run)):
@@ -3081,15 +3103,15 @@ def parse_run(path: Path, content: bytes) -> dict[str, Any]:
     return typing.cast("dict[str, Any]", recorded)
 
 
-def recorded_source_schema(state: Path) -> pa.Schema | None:
-    """The input's schema as the first process of this run saw it."""
+def remember_source(run: Run) -> None:
+    """Tell the reader what the first process of this run saw of the input, if there was one."""
     import pyarrow as pa
 
-    path = state / "run.json"
-    if not path.exists():
-        return None
-    recorded = parse_run(path, path.read_bytes())
-    return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(recorded["source_schema"])))
+    path = run.state / "run.json"
+    if path.exists():
+        recorded = parse_run(path, path.read_bytes())
+        run.source = recorded.get("source", {})
+        run.source_schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(recorded["source_schema"])))
 
 
 def output_files(run: Run) -> list[str]:
@@ -3234,9 +3256,9 @@ def documents_expected(engine: Engine) -> int | None:
     return int(mine + (rest if full % options.world_size == options.rank else 0))
 
 
-async def statistics(run: Run, store: Store, mean_in_flight: float) -> dict[str, Any]:
+async def statistics(engine: Engine, tally: Counter[str]) -> dict[str, Any]:
     """The rank's figures over all its processes so far."""
-    totals, tally = store.totals(), await store.tally()
+    run, totals = engine.run, engine.store.totals()
     figures: dict[str, Any] = {"documents": sum(tally.values()), "rows": tally["row"]}
     figures |= {name: tally[name] for name in ("filtered", "failed")}
     figures |= {name: int(totals[name]) for name in ("failed_rollouts", "requests", "cache_hits")}
@@ -3246,23 +3268,95 @@ async def statistics(run: Run, store: Store, mean_in_flight: float) -> dict[str,
     figures |= {name: int(totals[name]) for name in ("prompt_tokens", "completion_tokens")}
     figures["seconds"] = round(totals["seconds"], 3)
     figures["tokens_per_second"] = round(totals["completion_tokens"] / max(totals["seconds"], 1e-9), 1)
-    return figures | {"mean_in_flight": round(mean_in_flight, 1), "model": run.model, "fingerprint": run.fingerprint}
+    figures["mean_in_flight"] = round(engine.client.pool.mean_in_flight, 1)
+    return figures | {"model": run.model, "fingerprint": run.fingerprint}
 
 
-def write_statistics(run: Run, figures: dict[str, Any]) -> None:
-    """Write the rank's figures, and the sum over all ranks that have written theirs."""
-    replace_file(run, f"{run.options.rank:05d}.stats.json", json.dumps(figures, indent=2).encode())
-    ranks = [json.loads(path.read_bytes()) for path in sorted(run.state.glob("[0-9]*.stats.json"))]
+def status_of(reason: BaseException | None) -> str:
+    """What is said of a rank that ended for a reason."""
+    stopped = isinstance(reason, Interrupted | asyncio.CancelledError)
+    return "finished" if reason is None else "stopped" if stopped else "failed"
+
+
+@contextlib.asynccontextmanager
+async def heartbeat(engine: Engine) -> AsyncIterator[None]:
+    """Keep the rank's figures in the state fresh: monitors see nothing else of a run."""
+    over = asyncio.Event()
+    looks = deque([(time.monotonic(), engine.finished)], maxlen=RECENT + 1)
+
+    async def beat() -> None:
+        while not over.is_set():
+            looks.append((time.monotonic(), engine.finished))
+            rate = (looks[-1][1] - looks[0][1]) / max(looks[-1][0] - looks[0][0], 1e-9)
+            figures = await statistics(engine, engine.tally)
+            with contextlib.suppress(OSError):  # on a full disk the run itself will say so
+                record = {"status": "running", "expected": documents_expected(engine), "documents_per_second": rate}
+                await asyncio.to_thread(write_rank, engine.run, figures, record)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(over.wait(), HEARTBEAT)
+
+    beating = asyncio.create_task(beat())
+    try:
+        yield
+    finally:
+        over.set()
+        await asyncio.wait([beating])
+
+
+@contextlib.contextmanager
+def recording_the_end(run: Run, stop: Stop) -> Iterator[None]:
+    """Note in the rank's figures why it ended, if it ends before it could do so itself."""
+    try:
+        yield
+    except (Exception, asyncio.CancelledError) as problem:
+        path = run.state / f"{run.options.rank:05d}.stats.json"
+        reason = stop.reason or first_cause(problem)
+        with contextlib.suppress(OSError, ValueError):  # what is broken or full is not for this to say
+            figures = json.loads(path.read_bytes()) if path.exists() else {}
+            record = figures.get("rank", {})
+            if record.get("status") != "finished":  # a mistyped rerun does not undo it
+                write_rank(run, figures, {**record, "status": status_of(reason)}, reason)
+        raise
+
+
+def write_rank(run: Run, figures: dict[str, Any], record: dict[str, Any], reason: BaseException | None = None) -> None:
+    """Write the rank's figures, how it is doing, and why it ended early."""
+    job = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID")
+    rank = {
+        **record,
+        "error": reason and str(reason),
+        "updated": round(time.time(), 3),
+        "host": platform.node(),
+        "slurm_job": job,
+    }
+    name = f"{run.options.rank:05d}.stats.json"
+    replace_file(run, name, json.dumps({**figures, "rank": rank}, indent=2).encode())
+
+
+def write_statistics(run: Run) -> None:
+    """Write the sum over all ranks that have written their figures."""
+    replace_file(run, "stats.json", json.dumps(sum_statistics(rank_statistics(run.state)), indent=2).encode())
+
+
+def rank_statistics(state: Path) -> list[dict[str, Any]]:
+    """The figures of all ranks that have begun."""
+    return [json.loads(path.read_bytes()) for path in sorted(state.glob("[0-9]*.stats.json"))]
+
+
+def sum_statistics(ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """The figures of several ranks as those of one run."""
     total: dict[str, Any] = {}
     for rank in ranks:
         for name, value in rank.items():
+            if name == "rank":
+                continue
             if isinstance(value, dict):
                 total[name] = dict(Counter(total.get(name, {})) + Counter(value))
             elif isinstance(value, str):
                 total[name] = value
             else:
                 total[name] = round(total.get(name, 0) + value, 3)
-    replace_file(run, "stats.json", json.dumps({"ranks": len(ranks), **total}, indent=2).encode())
+    return {"ranks": len(ranks), **total}
 
 
 def report(engine: Engine, figures: dict[str, Any]) -> str:
@@ -3330,9 +3424,15 @@ def signals(stop: Stop) -> Iterator[None]:
             loop.remove_signal_handler(signum)
 
 
+def output_place(options: argparse.Namespace, state: Path) -> Place:
+    """Where files are written: the output itself or, if its scheme has a writer of its own, a folder of the state."""
+    return Place(str(state / "spool") if options.writer == split_uri(options.output)[0] else options.output)
+
+
 def open_run(options: argparse.Namespace, plugins: Plugins, stop: Callable[[Error], None]) -> Run:
     """The run that the options describe, with its output and state folders made."""
-    run = Run(options, plugins, Place(options.output), Path(options.state_dir), stop)
+    state = Path(options.state_dir)
+    run = Run(options, plugins, output_place(options, state), state, stop)
     try:
         run.state.mkdir(parents=True, exist_ok=True)
         if run.output.local:
@@ -3351,25 +3451,30 @@ async def run_once(options: argparse.Namespace, plugins: Plugins) -> None:
     try:
         with signals(stop):
             run = open_run(options, plugins, stop)
-            async with contextlib.AsyncExitStack() as stack:
-                with at_work(f"the server {options.server!r}"):
-                    servers = await stack.enter_async_context(plugins.servers[options.server].factory(run))
-                if servers:  # else this machine has lent its GPUs to a run on another one, which has ended
-                    with lock_rank(run):
-                        await _run_locked(run, servers, stop)
+            with at_work(f"the writer of {redact(options.output)}"):
+                writer = await asyncio.to_thread(plugins.writers[options.writer].factory, run)
+            async with contextlib.AsyncExitStack() as observers:
+                async with contextlib.AsyncExitStack() as stack:
+                    with at_work(f"the server {options.server!r}"):
+                        servers = await stack.enter_async_context(plugins.servers[options.server].factory(run))
+                    if servers:  # else this machine has lent its GPUs to a run on another one, which has ended
+                        with lock_rank(run), recording_the_end(run, stop):
+                            await _run_locked(run, writer, servers, stop, observers)
+                if stop.reason:
+                    raise stop.reason
     except (asyncio.CancelledError, Exception) as problem:
-        if stop.reason is None:
+        if stop.reason is None or problem is stop.reason:
             raise
         raise stop.reason from problem
-    if stop.reason:
-        raise stop.reason
 
 
-async def _run_locked(run: Run, servers: list[str | Upstream], stop: Stop) -> None:
+async def _run_locked(
+    run: Run, writer: Writer, servers: list[str | Upstream], stop: Stop, observers: contextlib.AsyncExitStack
+) -> None:
     options, plugins = run.options, run.plugins
     if options.fresh:
         start_over(run)
-    run.source_schema = recorded_source_schema(run.state)
+    remember_source(run)
     with reading(options.input):
         reader = await asyncio.to_thread(plugins.readers[options.reader].factory, run)
     check_columns(reader.schema, options)
@@ -3377,31 +3482,26 @@ async def _run_locked(run: Run, servers: list[str | Upstream], stop: Stop) -> No
         client = await stack.enter_async_context(connect(run, servers, stop))
         claim_state(run, reader)
         store = await stack.enter_async_context(Store.open(run.state / f"{options.rank:05d}.sqlite3", run.counts))
-        writer = open_writer(run)
         resources = await open_resources(run, stack)
         engine = Engine(run, store, reader, writer, client, resources)
         with at_work("a plugin's `observe`"):
             for observer in plugins.manager.hook.observe(run=run):
-                await stack.enter_async_context(observer)
+                await observers.enter_async_context(observer)
         stop.gently = engine.stop
         _tame_collector()
         try:
-            async with progress(engine):
+            async with progress(engine), heartbeat(engine):
                 await engine.work()
         finally:
             stop.gently = None
-        figures = await statistics(run, store, client.pool.mean_in_flight)
-        write_statistics(run, figures)
+        figures = await statistics(engine, await store.tally())
+        write_rank(
+            run, figures, {"status": status_of(stop.reason), "expected": documents_expected(engine)}, stop.reason
+        )
+        write_statistics(run)
     if figures["documents"] or not stop.reason:
         with contextlib.suppress(BrokenPipeError):  # nobody reads it: the run is as good as before
             print(report(engine, figures), flush=True)
-
-
-def open_writer(run: Run) -> Writer:
-    """The writer for the output's scheme, or for the suffix of its files."""
-    scheme, name = split_uri(run.options.output)[0], run.options.output_filename
-    kind = scheme if scheme in run.plugins.writers else _by_scheme_or_suffix(run.plugins, "writers", name)
-    return typing.cast("Writer", run.plugins.writers[kind].factory(run))
 
 
 def _tame_collector() -> None:

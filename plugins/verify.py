@@ -7,9 +7,10 @@ import asyncio
 import sqlite3
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import sdg
+
+from . import recorded
 
 
 @sdg.hookimpl
@@ -20,12 +21,8 @@ def register_commands(register: sdg.Register) -> None:
 def verify(argv: list[str]) -> int:
     """Reconcile input, state and output; exit 1 names what does not match."""
     parser = argparse.ArgumentParser(prog="sdg.py verify", description=verify.__doc__)
-    parser.add_argument("--output", required=True, metavar="URI", help="the run's output")
-    parser.add_argument("--output-config", default="data", metavar="NAME", help="as given to the run")
-    parser.add_argument("--state-dir", metavar="D", help="as given to the run")
-    asked = parser.parse_args(argv)
-    state = Path(asked.state_dir or sdg.default_state_dir(asked.output, asked.output_config))
-    run = recorded_run(state, asked.output)
+    recorded.add_options(parser)
+    run = recorded.open_run(parser.parse_args(argv))
     problems, counts = [], {"rows": 0, "filtered": 0, "failed": 0}
     for problem in check(run, counts):
         problems.append(problem)
@@ -36,25 +33,12 @@ def verify(argv: list[str]) -> int:
     return 1 if problems else 0
 
 
-def recorded_run(state: Path, output: str) -> sdg.Run:
-    """The run whose state this is."""
-    path = state / "run.json"
-    if not path.exists():
-        raise sdg.StateError(f"{state} has no run.json: is --output right, and --state-dir, if the run had one?")
-    recorded = sdg.parse_run(path, path.read_bytes())
-    options = argparse.Namespace(**recorded["options"])
-    plugins, _ = sdg.Plugins.load(options.plugin or [])
-    run = sdg.Run(options, plugins, sdg.Place(output), state, lambda reason: None)
-    run.source_schema = sdg.recorded_source_schema(state)
-    return run
-
-
 def check(run: sdg.Run, counts: dict[str, int]) -> Iterator[str]:
     """Every discrepancy, a line each; `counts` is filled with what is accounted for."""
     options = run.options
     with sdg.reading(options.input):
         reader = run.plugins.readers[options.reader].factory(run)
-    writer = sdg.open_writer(run)
+    writer = run.plugins.writers[sdg.format_of(options.output_filename)].factory(run)
     known = {}
     for rank in range(options.world_size):
         path = run.state / f"{rank:05d}.sqlite3"

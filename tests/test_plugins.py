@@ -134,7 +134,7 @@ def test_every_hook_does_what_it_says(job: Job) -> None:
     order = ["server started", "resource opened", f"observed {job.server.models[0]}"]
     assert log[:3] == order
     assert sorted(log[3:5]) == ["written 0 3", "written 1 2"]
-    assert log[5:] == ["observed the end", "resource closed", "server stopped"]
+    assert log[5:] == ["resource closed", "server stopped", "observed the end"]
 
 
 def test_a_plugins_options_are_part_of_the_fingerprint_of_its_rollout(job: Job) -> None:

@@ -1,0 +1,41 @@
+"""What the commands that look at a run share: their options, and the run as its state remembers it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import sdg
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options by which a command finds the run."""
+    parser.add_argument("--output", required=True, metavar="URI", help="the run's output")
+    parser.add_argument("--output-config", default="data", metavar="NAME", help="as given to the run")
+    parser.add_argument("--state-dir", metavar="D", help="as given to the run")
+
+
+def open_run(asked: argparse.Namespace) -> sdg.Run:
+    """The run that `add_options`'s options mean, with its model, fingerprint and source.
+
+    Raises:
+        StateError: there is no such run, or its state is broken.
+    """
+    state = Path(asked.state_dir or sdg.default_state_dir(asked.output, asked.output_config))
+    recorded = record_of(state)
+    options = argparse.Namespace(**recorded["options"])
+    options.output, options.state_dir = asked.output, str(state)
+    plugins, _ = sdg.Plugins.load(options.plugin or [])
+    run = sdg.Run(options, plugins, sdg.output_place(options, state), state, lambda reason: None)
+    sdg.remember_source(run)
+    run.model, run.fingerprint = recorded["identity"]["model"], recorded["fingerprint"]
+    return run
+
+
+def record_of(state: Path) -> dict[str, Any]:
+    """The content of a state's `run.json`."""
+    path = state / "run.json"
+    if not path.exists():
+        raise sdg.StateError(f"{state} has no run.json: is --output right, and --state-dir, if the run had one?")
+    return sdg.parse_run(path, path.read_bytes())
