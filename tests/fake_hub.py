@@ -38,17 +38,15 @@ ROUTES = [
     (method, re.compile(pattern), operation)
     for method, pattern, operation in [
         ("GET", "/api/whoami-v2", "whoami"),
+        ("GET", "/api/agent-[a-z]+", "telemetry"),
         ("POST", "/api/repos/create", "create"),
-        ("DELETE", "/api/repos/delete", "delete"),
         ("POST", "/api/validate-yaml", "validate"),
         ("GET", f"{API}(?:/revision/{REV})?", "info"),
         ("GET", f"{API}/auth-check(?P<write>/write)?", "auth_check"),
-        ("POST", f"{API}/branch/{REV}", "branch"),
         ("POST", f"{API}/preupload/{REV}", "preupload"),
         ("POST", f"/datasets/{ID}\\.git/info/lfs/objects/batch", "lfs_batch"),
         ("POST", f"/datasets/{ID}\\.git/info/lfs/objects/verify", "lfs_verify"),
-        ("PUT", f"/storage/{TICKET}", "lfs_put"),
-        ("PUT", f"/storage/{TICKET}/(?P<part>[0-9]+)", "lfs_part"),
+        ("PUT", f"/storage/{TICKET}(?:/(?P<part>[0-9]+))?", "lfs_put"),
         ("POST", f"/storage/{TICKET}/complete", "lfs_complete"),
         ("POST", f"{API}/commit/{REV}", "commit"),
         ("GET", f"{API}/tree/{REV}(?:/(?P<path>.+))?", "tree"),
@@ -61,7 +59,7 @@ ROUTES = [
         ("GET", f"/cdn/{ID}/(?P<sha>[0-9a-f]+)", "cdn"),
     ]
 ]
-SIGNED = {"lfs_put", "lfs_part", "lfs_complete", "cdn"}  # their URL is the right; a token has no business there
+SIGNED = {"lfs_put", "lfs_complete", "cdn"}  # their URL is the right; a token has no business there
 LFS_JSON = "application/vnd.git-lfs+json"
 LFS_SUFFIXES = (".parquet", ".arrow", ".bin", ".gz", ".zst", ".zip", ".npy", ".safetensors", ".tar", ".png", ".jpg")
 NO_SUCH_TOKEN = "Invalid credentials in Authorization header"
@@ -278,9 +276,7 @@ class FakeHub:
             self.repos[repo_id] = Repo(repo_id, private, gated)
             return self.push(repo_id, {".gitattributes": _git_attributes()}, message="initial commit")
 
-    def push(
-        self, repo_id: str, files: dict[str, bytes | None], revision: str = "main", message: str = "by hand"
-    ) -> str:
+    def push(self, repo_id: str, files: dict[str, Any], revision: str = "main", message: str = "by hand") -> str:
         """Commit as a person would, None deleting a file; a new revision begins without files and without a past."""
         with self.lock:
             repo = self.repos[repo_id]
@@ -296,9 +292,10 @@ class FakeHub:
         """Let a ref name another commit, or delete it."""
         with self.lock:
             repo = self.repos[repo_id]
-            repo.refs[_ref(revision)] = repo.commits[oid].oid if oid is not None else ""
             if oid is None:
                 del repo.refs[_ref(revision)]
+            else:
+                repo.refs[_ref(revision)] = repo.commits[oid].oid
 
     def head(self, repo_id: str, revision: str = "main") -> str:
         return self.repos[repo_id].refs[_ref(revision)]
@@ -425,6 +422,10 @@ class FakeHub:
     def _unknown(self, call: Call) -> web.Response:
         raise self._violation(f"no route: {call.method} {call.path}", 404)
 
+    def _telemetry(self, call: Call) -> web.Response:
+        """What the client asks for the sake of its user agent, and does without."""
+        raise Refusal(404, "Not found")
+
     # -- rights
 
     def _who(self, call: Call) -> Rights | None:
@@ -488,19 +489,6 @@ class FakeHub:
             raise Refusal(409, "You already created this dataset repo", url=url)
         self.create(repo_id, private=asked.get("visibility") == "private" or bool(asked.get("private")))
         return web.json_response({"url": url, "name": repo_id, "id": repo_id})
-
-    def _delete(self, call: Call) -> web.Response:
-        asked = call.json()
-        call.params["repo"] = f"{asked['organization']}/{asked['name']}"
-        del self.repos[self._open(call, write=True).id]
-        return web.json_response({})
-
-    def _branch(self, call: Call) -> web.Response:
-        repo = self._open(call, write=True)
-        if _ref(call.rev) in repo.refs:
-            raise Refusal(409, f"Reference already exists: {call.rev}")
-        repo.refs[_ref(call.rev)] = self._find(repo, call.json().get("startingPoint") or "main").oid
-        return web.json_response({})
 
     def _validate(self, call: Call) -> web.Response:
         errors, warnings = _check_card(call.json()["content"])
@@ -615,11 +603,11 @@ class FakeHub:
         ticket.repo.lfs[ticket.oid] = content
 
     def _lfs_put(self, call: Call) -> web.Response:
-        self._store(self._ticket(call), call.body)
-        return web.Response(headers={"ETag": _etag(call.body)})
-
-    def _lfs_part(self, call: Call) -> web.Response:
-        self._ticket(call).parts[int(call.params["part"] or 0)] = call.body
+        ticket, part = self._ticket(call), call.params["part"]
+        if part is None:
+            self._store(ticket, call.body)
+        else:
+            ticket.parts[int(part)] = call.body
         return web.Response(headers={"ETag": _etag(call.body)})
 
     def _lfs_complete(self, call: Call) -> web.Response:

@@ -219,7 +219,7 @@ def test_large_files_go_up_in_parts(hub, api):
     data = os.urandom(2500)
     commit(api(), [add("a.bin", data)])
     assert hub.files("alice/docs")["a.bin"] == data
-    assert (hub.counts["lfs_part"], hub.counts["lfs_complete"]) == (3, 1)
+    assert (hub.counts["lfs_put"], hub.counts["lfs_complete"]) == (3, 1)
 
 
 def test_an_upload_with_another_checksum_is_refused(hub, api):
