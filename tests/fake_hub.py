@@ -140,19 +140,19 @@ class Repo:
 
 @dataclass
 class Fault:
-    """What happens to requests in place of, or after (`landed`), the usual."""
+    """What happens to requests in place of the usual, or after it if `landed`; with only a delay, before it."""
 
     operation: str
     status: int | None = None
     times: int = 1
-    after: int = 0
+    after: int = 0  # so many requests pass first
     landed: bool = False
-    drop: bool = False
+    drop: bool = False  # close the connection without an answer
     delay: float = 0.0
     error: str = "scripted by the test"
-    text: str | None = None
+    text: str | None = None  # a body that is not JSON
     headers: dict[str, str] = field(default_factory=dict)
-    match: str = ""
+    match: str = ""  # only requests with this in their path
 
     def response(self) -> web.Response:
         assert self.status is not None
@@ -224,7 +224,7 @@ class FakeHub:
         self.requests: list[Request] = []
         self.errors: list[Any] = []  # mistakes of the hub, and what a right client would never send
         self.down = False  # drop every connection
-        self.before_commit: Callable[[str], Any] | None = None  # gets the repository's id; under the lock
+        self.before_commit: Callable[[str], Any] | None = None  # gets the repository's id; under the lock: no requests
         self.page_size = 1000
         self.part_bytes: int | None = None  # larger LFS files go up in parts
         self.lfs_bytes = 10_000_000  # larger files are LFS files whatever their name
@@ -303,13 +303,13 @@ class FakeHub:
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
         with self.lock:
             repo = self.repos[repo_id]
-            return {path: blob.content for path, blob in self._find(repo, revision).files.items()}
+            return {path: blob.content for path, blob in self._find(repo, revision, now=True).files.items()}
 
     def commits(self, repo_id: str, revision: str = "main") -> list[Commit]:
         """The newest last."""
         with self.lock:
             repo = self.repos[repo_id]
-            return list(repo.history(self._find(repo, revision).oid))[::-1]
+            return list(repo.history(self._find(repo, revision, now=True).oid))[::-1]
 
     # -- life
 
@@ -375,7 +375,7 @@ class FakeHub:
             if fault.landed or not (fault.status or fault.drop):
                 response = self._answer(call)
             await asyncio.sleep(fault.delay if fault.landed else 0)
-            if fault.status:
+            if fault.status and (response is None or response.status < 400):  # what was refused has not landed
                 response = fault.response()
         return self._answered(request, operation, None if fault.drop or self.down else response)
 
@@ -492,10 +492,7 @@ class FakeHub:
 
     def _validate(self, call: Call) -> web.Response:
         errors, warnings = _check_card(call.json()["content"])
-        answer = {
-            "errors": [{"message": text} for text in errors],
-            "warnings": [{"message": text} for text in warnings],
-        }
+        answer = {"errors": [{"message": e} for e in errors], "warnings": [{"message": w} for w in warnings]}
         return web.json_response(answer, status=400 if errors else 200)
 
     def _info(self, call: Call) -> web.Response:
@@ -653,9 +650,8 @@ class FakeHub:
         tree = self._tree_of(repo, call.rev)
         for operation in operations:
             self._operate(repo, tree, operation["key"], operation["value"])
-        rights = self._writer(call)
-        value = header["value"]
-        commit = self._apply(repo, call.rev, tree, value["summary"], value.get("description", ""), rights.name)
+        title, message = header["value"]["summary"], header["value"].get("description", "")
+        commit = self._apply(repo, call.rev, tree, title, message, self._writer(call).name)
         self._committed.append(self.clock())
         url = f"{self.url}/datasets/{repo.id}/commit/{commit.oid}"
         return web.json_response({"success": True, "commitOid": commit.oid, "commitUrl": url, "hookOutput": ""})
@@ -673,9 +669,8 @@ class FakeHub:
         parts = path.split("/")
         if any(part in {"", ".", "..", ".git"} for part in parts):
             raise self._violation(f"{path!r} is not a path")
-        if any("/".join(parts[:n]) in tree for n in range(1, len(parts))) or f"{path}/" in {
-            p[: len(path) + 1] for p in tree
-        }:
+        folders = {"/".join(parts[:n]) for n in range(1, len(parts))}
+        if folders & tree.keys() or any(name.startswith(path + "/") for name in tree):
             raise Refusal(400, f"{path} is both a file and a folder")
         if key == "lfsFile":
             content = repo.lfs.get(value["oid"])
@@ -794,9 +789,8 @@ class FakeHub:
         if blob.sha256 is None:
             return _ranged(call, blob.content, headers)
         headers |= {"X-Linked-Etag": f'"{blob.sha256}"', "X-Linked-Size": str(blob.size)}
-        headers["Location"] = (
-            f"http://localhost:{self.port}/cdn/{quote(repo.id)}/{blob.sha256}"  # another host: no token
-        )
+        # Another host by its name, so that the client comes as it does to the real one: without its token.
+        headers["Location"] = f"http://localhost:{self.port}/cdn/{quote(repo.id)}/{blob.sha256}"
         return web.Response(status=302, headers=headers)
 
     def _cdn(self, call: Call) -> web.Response:

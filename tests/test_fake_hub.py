@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import os
+import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +16,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fake_hub import FakeHub, Rights
 
 os.environ |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-pytest.importorskip("huggingface_hub")
+pytest.importorskip("huggingface_hub")  # and with it yaml
 
+from fake_hub import FakeHub, Rights
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
@@ -312,6 +315,33 @@ def test_faults(hub, api):
     assert hub.statuses("preupload")[-3:] == [429, 429, 200]
 
 
+def test_a_refusal_has_not_landed(hub, api):
+    stale = hub.create("alice/docs")
+    hub.push("alice/docs", {"a.txt": b"rival"})
+    hub.fail("commit", status=504, landed=True)
+    with pytest.raises(errors.HfHubHTTPError) as raised:
+        commit(api(), [add("b.txt", b"mine")], parent_commit=stale)
+    assert raised.value.response.status_code == 412
+
+
+@pytest.mark.parametrize("landed", [False, True])
+def test_a_client_that_dies_after_its_request(hub, landed):
+    """What came whole is done all the same, a request cut short is not, and neither is the hub's error."""
+    hub.create("alice/docs")
+    hub.fail("commit", delay=0.2, landed=landed)
+    line = b'{"key": "header", "value": {"summary": "m"}}\n'
+    head = b"POST /api/datasets/alice/docs/commit/main HTTP/1.1\r\nHost: hub\r\nAuthorization: Bearer hf_write\r\n"
+    head += b"Content-Type: application/x-ndjson\r\nContent-Length: %d\r\n\r\n" % len(line)
+    for sent in (head + line, head + line[:9]):
+        with socket.create_connection(("127.0.0.1", hub.port)) as connection:
+            connection.sendall(sent)
+    deadline = time.monotonic() + 10
+    while len(hub.requests) < 2 and time.monotonic() < deadline:
+        threading.Event().wait(0.01)
+    assert sorted(hub.statuses("commit")) == [0, 200]
+    assert len(hub.commits("alice/docs")) == 2
+
+
 def test_lost_answers_and_a_lost_network(hub, api):
     hub.create("alice/docs")
     transport_error = errors.HTTPError
@@ -340,6 +370,7 @@ def test_readers_lag_behind(hub, api):
     first = hub.create("alice/docs")
     hub.lag = 5.0
     second = commit(api(), [add("a.txt", b"a")]).oid
+    assert "a.txt" in hub.files("alice/docs")
     assert api().dataset_info("alice/docs").sha == first
     assert api().dataset_info("alice/docs", revision=second).sha == second
     now = 6.0
