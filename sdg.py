@@ -214,6 +214,7 @@ class Run:
     output: Place
     state: Path
     stop: Callable[[Error], None]  # end the run early: what is in flight gets a moment, what is answered is kept
+    stopping: threading.Event = dataclasses.field(default_factory=threading.Event)  # it ends early: stop waiting
     model: str = ""
     fingerprint: str = ""
     input_revision: str = ""
@@ -962,6 +963,7 @@ class InputFiles:
 
     def __init__(self, uri: str, suffix: str) -> None:
         self.fs, _ = filesystem(uri)
+        self.local = self.fs.type_name == "local"
         found = [(file, size) for file, size in list_files(uri) if format_of(file) == suffix]
         if not found:
             raise InputError(f"--input {uri}: there are no .{suffix} files")
@@ -3393,12 +3395,14 @@ class Stop:
 
     def __init__(self, task: asyncio.Task[Any]) -> None:
         self.reason: Error | None = None
+        self.stopping = threading.Event()
         self.gently: Callable[[], None] | None = None  # set while the engine works
         self._task = task
 
     def __call__(self, reason: Error) -> None:
         if self.reason is None:
             self.reason = reason
+            self.stopping.set()
             say(f"sdg: {reason}")
             reason.said = True
             if isinstance(reason, Interrupted):  # whatever a plugin does: what is answered is durable by then
@@ -3429,10 +3433,10 @@ def output_place(options: argparse.Namespace, state: Path) -> Place:
     return Place(str(state / "spool") if options.writer == split_uri(options.output)[0] else options.output)
 
 
-def open_run(options: argparse.Namespace, plugins: Plugins, stop: Callable[[Error], None]) -> Run:
+def open_run(options: argparse.Namespace, plugins: Plugins, stop: Stop) -> Run:
     """The run that the options describe, with its output and state folders made."""
     state = Path(options.state_dir)
-    run = Run(options, plugins, output_place(options, state), state, stop)
+    run = Run(options, plugins, output_place(options, state), state, stop, stop.stopping)
     try:
         run.state.mkdir(parents=True, exist_ok=True)
         if run.output.local:

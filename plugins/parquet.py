@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import sys
+import bisect
+import functools
+import json
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import sdg
 
@@ -13,11 +16,16 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 BUFFER = 1 << 20  # bytes of a column chunk read at a time
+EAGER = 200  # footers that are read at the beginning: the number of rows is exact if there are not more
+FOOTERS = 16  # footers read at a time
+AHEAD = 4  # row groups fetched before they are needed, from afar…
+AHEAD_BYTES = 128 << 20  # … if they are not larger than this together
+GROUP_BYTES = 128 << 20  # of a row group as Arrow has it: the Hub's viewer refuses those above 300 MB
 
 
 @sdg.hookimpl
 def register_readers(register: sdg.Register) -> None:
-    register("parquet", ParquetReader)
+    register("parquet", open_files)
 
 
 @sdg.hookimpl
@@ -25,40 +33,63 @@ def register_writers(register: sdg.Register) -> None:
     register("parquet", ParquetWriter)
 
 
-class ParquetReader:
+def open_files(run: sdg.Run) -> ParquetReader:
     """Read parquet files in the order of their names; all must have one schema."""
+    files = sdg.InputFiles(run.options.input, "parquet")
+    return ParquetReader(run, files, files.identity)
 
-    def __init__(self, run: sdg.Run) -> None:
-        self._files = sdg.InputFiles(run.options.input, "parquet")
-        self.identity = self._files.identity
-        with ThreadPoolExecutor(16) as pool:
-            footers = list(pool.map(self._footer, range(len(self._files.names))))
-        self.schema = footers[0][0].remove_metadata()
-        for name, (schema, _) in zip(self._files.names, footers, strict=True):
-            if not schema.equals(self.schema):
-                raise sdg.InputError(f"{name} has other columns than {self._files.names[0]}: name those of one kind")
-        self._groups = [rows for _, rows in footers]  # rows of each row group of each file
-        self._starts = [0]
-        for rows in self._groups:
-            self._starts.append(self._starts[-1] + sum(rows))
+
+class Files(Protocol):
+    """What the reader wants of files, wherever they are: see `sdg.InputFiles`."""
+
+    names: list[str]
+    sizes: list[int]  # bytes
+    local: bool  # else each access takes its time
+
+    def open(self, i: int) -> Any: ...
+
+
+class Piece(NamedTuple):
+    """A row group: the rows of the input from `start` on."""
+
+    file: int
+    group: int
+    start: int
+    rows: int
+    in_file: int  # rows of the file before it
+    size: int  # bytes
+
+
+class Group(NamedTuple):
+    """What is kept of a footer: a file may have thousands of row groups with hundreds of columns."""
+
+    rows: int
+    size: int
+
+
+class ParquetReader:
+    """Reads row group by row group, and fetches the next ones meanwhile if they are far away."""
+
+    def __init__(self, run: sdg.Run, files: Files, identity: Mapping[str, Any]) -> None:
+        self.identity = identity
+        self._files, self._run = files, run
+        self._footer = functools.lru_cache(8)(self._read_footer)
+        self._pool = ThreadPoolExecutor(FOOTERS, "sdg-parquet")
+        self._ahead: OrderedDict[Piece, Future[Iterator[pa.RecordBatch]]] = OrderedDict()
+        self.schema = self._footer(0).schema.to_arrow_schema().remove_metadata()
+        self._begin(0, 0)
+        self._learn(EAGER)
         self._row = 0
-        self._batches: Iterator[sdg.Block] = iter(())
-        self._rest: sdg.Block | None = None
-        self._at = sys.maxsize  # the row that `_batches` and `_rest` go on with: nowhere yet
-
-    def _footer(self, i: int) -> tuple[pa.Schema, list[int]]:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            with pq.ParquetFile(self._files.open(i)) as file:
-                meta = file.metadata
-                return file.schema_arrow, [meta.row_group(g).num_rows for g in range(meta.num_row_groups)]
-        except (pa.ArrowException, OSError) as problem:
-            raise sdg.InputError(f"{self._files.paths[i]} is no whole parquet file: {problem}") from problem
+        self._piece: Piece | None = None
+        self._batches: Iterator[pa.RecordBatch] = iter(())
+        self._batch: pa.RecordBatch | None = None
+        self._at = 0  # row of the input that `_batch` begins with
 
     def total(self) -> int | None:
-        return self._starts[-1]
+        known = self._first + len(self._groups)
+        if known == len(self._files.names):
+            return self._starts[-1]
+        return round(self._starts[-1] * sum(self._files.sizes) / max(1, sum(self._files.sizes[:known])))
 
     def continues(self, earlier: Mapping[str, Any]) -> bool:
         # A parquet file cannot grow: what is known must be there unchanged, new files may follow.
@@ -66,44 +97,131 @@ class ParquetReader:
 
     def seek(self, row: int, bookmark: str | None) -> None:
         self._row = row
+        file, start = json.loads(bookmark) if bookmark else (0, 0)
+        known = self._starts[-1] > row or file < self._first + len(self._groups)
+        if row < self._starts[0] or not known:
+            self._begin(file, start)
 
     def tell(self) -> str | None:
-        return None
+        piece = self._piece_at(self._row)
+        return json.dumps([piece.file, piece.start - piece.in_file]) if piece else None
 
     def read(self, rows: int) -> list[sdg.Block | sdg.BadRow]:
         found: list[sdg.Block | sdg.BadRow] = []
-        if not self._at <= self._row <= self._at + 100_000:  # near rows ahead are skipped faster than sought
-            self._batches, self._rest = self._from(self._row), None
-            self._at = self._row
-        while rows and (block := self._rest or next(self._batches, None)):
-            skip = min(self._row - self._at, block.batch.num_rows)
-            part = block.batch.slice(skip, rows)
-            rest = block.batch.slice(skip + part.num_rows)
-            self._rest = block._replace(batch=rest, row=block.row + skip + part.num_rows) if rest.num_rows else None
-            if part.num_rows:
-                found.append(block._replace(batch=part, row=block.row + skip))
-            self._at += skip + part.num_rows
+        while rows and (piece := self._enter(self._row)):
+            assert self._batch is not None
+            part = self._batch.slice(self._row - self._at, rows)
+            in_file = self._row - piece.start + piece.in_file
+            found.append(sdg.Block(part.cast(self.schema), self._files.names[piece.file], in_file))
             self._row += part.num_rows
             rows -= part.num_rows
         return found
 
-    def _from(self, row: int) -> Iterator[sdg.Block]:
-        """All batches from the one with this row of the input on, cut so that the first starts with it."""
+    # Where rows are
+
+    def _begin(self, file: int, start: int) -> None:
+        """Know nothing but that this file begins with row `start`."""
+        self._first = file
+        self._starts = [start]  # of the files from `_first` on, and the end of the last one that is known
+        self._groups: list[list[Group]] = []
+
+    def _learn(self, files: int) -> None:
+        """Read the footers of some more files."""
+        known = self._first + len(self._groups)
+        for footer in self._pool.map(self._footer, range(known, min(known + files, len(self._files.names)))):
+            name = self._files.names[self._first + len(self._groups)]
+            if not footer.schema.to_arrow_schema().remove_metadata().equals(self.schema):
+                raise sdg.InputError(f"{name} has other columns than {self._files.names[0]}: name those of one kind")
+            groups = [footer.row_group(g) for g in range(footer.num_row_groups)]
+            self._groups.append([Group(group.num_rows, group.total_byte_size) for group in groups])
+            self._starts.append(self._starts[-1] + footer.num_rows)
+
+    def _read_footer(self, i: int) -> pa.parquet.FileMetaData:
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        for i, groups in enumerate(self._groups):
-            if self._starts[i + 1] <= row:
-                continue
-            at, first, wanted = 0, 0, max(0, row - self._starts[i])
-            while first < len(groups) and at + groups[first] <= wanted:
-                at, first = at + groups[first], first + 1
-            # Pre-buffering would keep what was read until the file is closed, and no buffer a whole row group.
-            with pq.ParquetFile(self._files.open(i), pre_buffer=False, buffer_size=BUFFER) as file:
-                for batch in file.iter_batches(1024, row_groups=list(range(first, len(groups)))):
-                    skip = min(max(0, wanted - at), batch.num_rows)
-                    if skip < batch.num_rows:
-                        yield sdg.Block(batch.slice(skip).cast(self.schema), self._files.names[i], at + skip)
-                    at += batch.num_rows
+        try:
+            with self._files.open(i) as file:
+                return pq.read_metadata(file)
+        except (pa.ArrowException, OSError) as problem:
+            raise sdg.InputError(f"{self._files.names[i]} is no whole parquet file: {problem}") from problem
+
+    def _piece_at(self, row: int) -> Piece | None:
+        """The row group that holds a row of the input; None after the last one."""
+        while self._starts[-1] <= row:
+            if self._first + len(self._groups) == len(self._files.names):
+                return None
+            self._learn(FOOTERS)
+        i = bisect.bisect_right(self._starts, row) - 1
+        before = 0
+        for g, group in enumerate(self._groups[i]):
+            if row < self._starts[i] + before + group.rows:
+                return Piece(self._first + i, g, self._starts[i] + before, group.rows, before, group.size)
+            before += group.rows
+        raise AssertionError("unreachable: the file has this row")
+
+    # Reading
+
+    def _enter(self, row: int) -> Piece | None:
+        """Have the batch with this row at hand; None after the last row."""
+        piece = self._piece_at(row)
+        if piece is None:
+            return None
+        if piece != self._piece or row < self._at:
+            self._piece, self._batch = piece, None
+            self._batches, self._at = self._take(piece), piece.start
+        while self._batch is None or row >= self._at + self._batch.num_rows:
+            self._at += self._batch.num_rows if self._batch is not None else 0
+            self._batch = next(self._batches)
+        return piece
+
+    def _take(self, piece: Piece) -> Iterator[pa.RecordBatch]:
+        """A row group's batches, fetched ahead if that was foreseen; the next ones are fetched from now on."""
+        if self._files.local:
+            return self._open(piece)
+        coming = self._ahead.pop(piece, None) or self._pool.submit(self._open, piece)
+        upcoming = self._upcoming(piece)
+        for stale in [known for known in self._ahead if known not in upcoming]:
+            self._ahead.pop(stale).cancel()
+        for later in upcoming:
+            if later not in self._ahead:
+                self._ahead[later] = self._pool.submit(self._open, later)
+        return coming.result()
+
+    def _upcoming(self, piece: Piece) -> list[Piece]:
+        """The next row groups that this rank has chunks in."""
+        size, world, rank = (getattr(self._run.options, n) for n in ("records_per_chunk", "world_size", "rank"))
+        found: list[Piece] = []
+        row = piece.start + piece.rows
+        while len(found) < AHEAD:
+            chunk = row // size
+            if chunk % world != rank:  # the beginning of our next chunk
+                row = (chunk + (rank - chunk) % world) * size
+            if row >= self._starts[-1] or (later := self._piece_at(row)) is None:
+                break
+            if found and sum(known.size for known in found) + later.size > AHEAD_BYTES:
+                break
+            found.append(later)
+            row = later.start + later.rows
+        return found
+
+    def _open(self, piece: Piece) -> Iterator[pa.RecordBatch]:
+        """The batches of a row group; from afar its columns are on their way as soon as this returns."""
+        import pyarrow.parquet as pq
+
+        footer, local = self._footer(piece.file), self._files.local
+        # Locally pre-buffering would keep what was read until the file is closed, and no buffer the whole row group.
+        how = {"pre_buffer": False, "buffer_size": BUFFER} if local else {"pre_buffer": True}
+        file = pq.ParquetFile(self._files.open(piece.file), metadata=footer, **how)
+        batches = file.iter_batches(1024, row_groups=[piece.group])
+        first = None if local else next(batches, None)
+        return self._batches_of(file, batches, first)
+
+    def _batches_of(self, file: Any, batches: Iterator[pa.RecordBatch], first: Any) -> Iterator[pa.RecordBatch]:
+        with file:
+            if first is not None:
+                yield first
+            yield from batches
 
 
 class ParquetWriter:
@@ -115,7 +233,9 @@ class ParquetWriter:
     def write(self, chunk: sdg.Chunk, rows: pa.Table) -> None:
         import pyarrow.parquet as pq
 
-        self._run.output.write(self._run.path_of(chunk), lambda file: pq.write_table(rows, file, compression="zstd"))
+        group = max(1, rows.num_rows * GROUP_BYTES // max(rows.nbytes, 1))
+        how = {"compression": "zstd", "row_group_size": group, "write_page_index": True}
+        self._run.output.write(self._run.path_of(chunk), lambda file: pq.write_table(rows, file, **how))
 
     def read(self, chunk: sdg.Chunk) -> pa.Table | None:
         import pyarrow.parquet as pq

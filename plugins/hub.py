@@ -1,0 +1,150 @@
+"""What all that talks to the Hugging Face Hub shares: addresses, errors in people's words, patience."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import sdg
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+T = TypeVar("T")
+
+TIMEOUT = 300.0  # s of silence on a connection: the Hub takes minutes for a commit of many files
+PASSING = {408, 409, 412, 425, 429}  # of the 4xx: another attempt may do; so may it after any 5xx
+QUIET = 30.0  # s that a disturbance may last before it is spoken of
+
+
+class Address(NamedTuple):
+    """`hf://datasets/OWNER/NAME`, with the revision (of an input) and the folder (of an output) that it may name."""
+
+    repo: str
+    revision: str | None = None
+    folder: str = ""
+
+    def __str__(self) -> str:
+        return f"dataset {self.repo}"
+
+
+def parse_address(uri: str) -> Address:
+    """The parts of `hf://datasets/OWNER/NAME[@REVISION][/FOLDER]`. Raises UsageError if it is something else."""
+    name = r"[\w.-]+"
+    # A revision may be a branch, a tag, a hash, or a reference with slashes such as refs/pr/1.
+    found = re.fullmatch(rf"hf://datasets/({name}/{name})(?:@(refs/[\w-]+/[\w.-]+|[^/@]+))?(?:/(.*))?", uri)
+    if not found:
+        raise sdg.UsageError(f"{uri}: hf://datasets/OWNER/NAME is wanted, with @REVISION if need be")
+    repo, revision, folder = found.groups()
+    return Address(repo, revision, (folder or "").strip("/"))
+
+
+def connect() -> HfApi:
+    """The Hub's client, for HF_ENDPOINT and HF_TOKEN (or the token that `hf auth login` stored)."""
+    from huggingface_hub import HfApi
+
+    return HfApi(library_name="sdg", library_version=sdg.__version__)
+
+
+def has_token() -> bool:
+    """Whether there is a token to show."""
+    from huggingface_hub import get_token
+
+    return get_token() is not None
+
+
+def refusal(problem: Exception, address: Address) -> str | None:
+    """Why the Hub says no, and will as often as it is asked; None if it may well say yes later."""
+    from huggingface_hub import errors
+
+    status = getattr(getattr(problem, "response", None), "status_code", 0)
+    detail = " ".join(str(getattr(problem, "server_message", None) or "").split())
+    if isinstance(problem, errors.LocalTokenNotFoundError):
+        return "there is no token for the Hub: set HF_TOKEN, or run `hf auth login`"
+    if isinstance(problem, errors.GatedRepoError):
+        return f"{address} is gated: accept its conditions on its page, with the account that HF_TOKEN belongs to"
+    if isinstance(problem, errors.RevisionNotFoundError):
+        return f"{address} has no revision {address.revision or 'main'}"
+    if isinstance(problem, errors.RepositoryNotFoundError):
+        way_out = "the token's account has no right to it" if has_token() else "it is private: set HF_TOKEN"
+        return f"there is no {address}, or {way_out}"
+    if isinstance(problem, errors.HFValidationError):
+        return f"{address}: {' '.join(str(problem).split())}"
+    if status == 401:
+        return f"the Hub does not know the token (HF_TOKEN): it was revoked, or mistyped; {address} wants a valid one"
+    if status in {402, 403}:
+        return (
+            f"the Hub refuses: {detail or 'the right is missing'} ({address}; has HF_TOKEN the right to write to it?)"
+        )
+    if 400 <= status < 500 and status not in PASSING:
+        return f"the Hub refuses ({status}): {detail or ' '.join(str(problem).split())[:300]} ({address})"
+    return None
+
+
+def is_passing(problem: Exception) -> bool:
+    """Whether a failure may be over at the next attempt: of the network, of the Hub, of a race with another commit."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # Clients before 2.0 are made on httpx, later ones on httpx2; the class that both derive from is the second of
+    # these. Xet's failures are plain ConnectionErrors and RuntimeErrors, answers cut short are ValueErrors of JSON.
+    transport = HfHubHTTPError.__mro__[1]
+    return isinstance(problem, transport | OSError | RuntimeError)
+
+
+def pause_after(problem: Exception, attempt: int, longest: float) -> float:
+    """Seconds until the next attempt: what the Hub asks for, else exponential back-off with full jitter."""
+    headers = getattr(getattr(problem, "response", None), "headers", {})
+    asked = sdg.retry_after(headers)
+    if asked is None:  # a quota of commits is told in words only
+        said = re.search(r"retry this action in (?:about )?(\d+) (second|minute|hour)", str(problem))
+        asked = said and int(said[1]) * {"second": 1.0, "minute": 60.0, "hour": 3600.0}[said[2]]
+    return asked + random.uniform(0, 1 + asked / 20) if asked else random.uniform(0, min(longest, 2.0**attempt))
+
+
+def describe(problem: Exception) -> str:
+    """A failure in a few words."""
+    status = getattr(getattr(problem, "response", None), "status_code", None)
+    detail = getattr(problem, "server_message", None) or str(problem).partition("\n")[0]
+    name = type(problem).__name__
+    return f"the Hub answers {status}: {detail}" if status else f"the Hub cannot be reached: {detail or name}"
+
+
+def patiently(call: Callable[[], T], address: Address, stopping: threading.Event) -> T:
+    """Ask the Hub until it answers: an outage of hours costs nothing but the delay.
+
+    Args:
+        call: asks; it may be called any number of times.
+        stopping: set when there is no point in going on.
+
+    Raises:
+        InputError: the Hub refuses, which it would do again.
+    """
+    waited, told = 0.0, False
+    for attempt in itertools.count():
+        set_timeout()
+        try:
+            return call()
+        except Exception as problem:
+            if reason := refusal(problem, address):
+                raise sdg.InputError(reason) from problem
+            if not is_passing(problem) or stopping.is_set():
+                raise
+            pause = pause_after(problem, attempt, longest=60.0)
+            waited += pause
+            if waited > QUIET and not told:
+                told = True
+                sdg.say(f"sdg: {describe(problem)}; asking again until it answers")
+            stopping.wait(pause)
+    raise AssertionError("unreachable")
+
+
+def set_timeout() -> None:
+    """Keep a connection that has gone silent from holding us for ever: by default the client waits without an end."""
+    from huggingface_hub import get_session
+
+    session: Any = get_session()  # made anew after some errors
+    session.timeout = TIMEOUT
