@@ -405,7 +405,7 @@ class Hooks:
 # ── Plugins ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 BUNDLED = (
-    *("command", "csv", "demo", "endpoint", "jsonl", "launching", "parquet", "prompt", "sglang", "summarize"),
+    *("command", "csv", "demo", "endpoint", "hf", "jsonl", "launching", "parquet", "prompt", "sglang", "summarize"),
     *("verify", "vllm"),
 )
 
@@ -706,7 +706,11 @@ class Option(NamedTuple):
 
 OPTIONS = {
     "input": [
-        Option("--input", "URI", "parquet, jsonl[.gz|.zst] or csv: a file, folder, glob or s3://…; default: a demo"),
+        Option(
+            "--input",
+            "URI",
+            "hf://datasets/OWNER/NAME; parquet, jsonl or csv: file, folder, glob, s3://…; default: a demo",
+        ),
         Option("--prompt-column", "NAME", "a column of strings, or of lists of {role, content}", "text", identity=True),
         Option("--id-column", "NAME", "names the documents; default: id if present, else <file>/<row>", identity=True),
         Option("--max-documents", "N", "only the first N of the whole input; may grow from run to run", type=_count),

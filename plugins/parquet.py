@@ -72,6 +72,7 @@ class ParquetReader:
 
     def __init__(self, run: sdg.Run, files: Files, identity: Mapping[str, Any]) -> None:
         self.identity = identity
+        self.source: dict[str, Any] = {}
         self._files, self._run = files, run
         self._footer = functools.lru_cache(8)(self._read_footer)
         self._pool = ThreadPoolExecutor(FOOTERS, "sdg-parquet")
