@@ -404,7 +404,7 @@ class Hooks:
 # ── Plugins ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 BUNDLED = (
-    *("command", "csv", "demo", "endpoint", "jsonl", "launching", "parquet", "prompt", "sglang", "summarize"),
+    *("card", "command", "csv", "demo", "endpoint", "jsonl", "launching", "parquet", "prompt", "sglang", "summarize"),
     *("verify", "vllm"),
 )
 
