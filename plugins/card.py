@@ -228,7 +228,8 @@ def merge_configs(present: list[Any], configs: dict[str, dict[str, Any]]) -> lis
     named = {name: entry for entry in present if (name := name_of(entry))}
     ours = {name: {**named.get(name, {}), **config_entry(name, [path])} for name, path in paths.items()}
     several = "all" not in paths and len(paths) > 1 and alike([configs[name] for name in paths])
-    if "all" not in paths and is_ours(named.get("all"), paths):
+    known = {*paths.values(), *(path for name in paths for path in paths_of(named.get(name)))}
+    if "all" not in paths and "all" in named and known.issuperset(paths_of(named["all"]) or [""]):  # it was made here
         del named["all"]
         present = [entry for entry in present if name_of(entry) != "all"]
     if several and "all" not in named:
@@ -254,13 +255,13 @@ def config_entry(name: str, paths: list[str]) -> dict[str, Any]:
     return {"config_name": name, "data_files": [{"split": "train", "path": paths[0] if len(paths) == 1 else paths}]}
 
 
-def is_ours(entry: Any, paths: dict[str, str]) -> bool:
-    """Whether a config `all` is one that was made here: it has files of ours, and nothing else."""
+def paths_of(entry: Any) -> list[str]:
+    """The files of a config that looks like one of `config_entry`, of any other none."""
     try:
-        (files,) = entry["data_files"]
-        return set(files["path"]) <= set(paths.values()) and isinstance(files["path"], list)
+        ((split, paths),) = [(files["split"], files["path"]) for files in entry["data_files"]]
     except (TypeError, KeyError, ValueError):
-        return False
+        return []
+    return [str(path) for path in (paths if isinstance(paths, list) else [paths])] if split == "train" else []
 
 
 def alike(facts: list[dict[str, Any]]) -> bool:
@@ -476,9 +477,10 @@ class Part(NamedTuple):
         yield "Completion tokens per second", f"{total.get('tokens_per_second', 0.0):,.1f}"
         gpus = gpus_of(self.options)
         if gpus:
-            yield "GPU hours, all attempts", f"{gpus * seconds / 3600:,.2f}"
+            hours = gpus * seconds / 3600
+            yield "GPU hours, all ranks and attempts", f"{hours:,.2f}" if hours >= 0.1 else f"{hours:.2g}"
         else:
-            yield "Wall time, all attempts", f"{seconds / 3600:,.2f} h"
+            yield "Wall time, all ranks and attempts", duration(seconds)
 
     def loading(self) -> str:
         """Python that loads the rows."""
@@ -524,6 +526,13 @@ def gpus_of(options: dict[str, Any]) -> int:
     if options["server"] not in {"vllm", "sglang"}:
         return 0
     return math.prod(int(options.get(name) or 1) for name in ("tp", "pp", "dp", "replicas"))
+
+
+def duration(seconds: float) -> str:
+    """Time in a unit that suits it."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} minutes" if seconds < 3600 else f"{seconds / 3600:,.1f} hours"
 
 
 def hub_name(uri: str | None) -> str:
