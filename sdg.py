@@ -405,8 +405,8 @@ class Hooks:
 # ── Plugins ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 BUNDLED = (
-    *("command", "csv", "demo", "endpoint", "hf", "jsonl", "launching", "parquet", "prompt", "sglang", "summarize"),
-    *("verify", "vllm"),
+    *("card", "command", "csv", "demo", "endpoint", "hf", "hf_output", "jsonl", "launching", "monitor"),
+    *("parquet", "prompt", "sglang", "summarize", "verify", "vllm"),
 )
 
 
@@ -1312,7 +1312,8 @@ class Store:
     def __init__(self, db: aiosqlite.Connection, counts: Counter[str]) -> None:
         self._db = db
         self._counts = counts
-        self._started = time.monotonic()
+        # Not until now: a process that finds all done would change the figures, and with them the dataset card.
+        self._started = self._worked_until = time.monotonic()
         self._chunks: list[Chunk] = []
         self._documents: list[tuple[int, str, bytes]] = []
         self._requests: dict[int, list[tuple[bytes, bytes]]] = {}
@@ -1365,19 +1366,21 @@ class Store:
     def opened(self, chunk: Chunk) -> None:
         """A chunk was read."""
         self._chunks.append(dataclasses.replace(chunk))
-        self._handed += 1
-        self._dirty.set()
+        self._handed_in()
 
     def answered(self, document: int, key: bytes, body: bytes) -> None:
         """A request of a document has its answer."""
         self._requests.setdefault(document, []).append((key, body))
-        self._handed += 1
-        self._dirty.set()
+        self._handed_in()
 
     def finished(self, document: int, status: str, body: bytes) -> None:
         """A document is final: status row, filtered or failed; body is JSON."""
         self._requests.pop(document, None)
         self._documents.append((document, status, body))
+        self._handed_in()
+
+    def _handed_in(self) -> None:
+        self._worked_until = time.monotonic()
         self._handed += 1
         self._dirty.set()
 
@@ -1465,7 +1468,7 @@ class Store:
 
     def totals(self) -> Counter[str]:
         """Counters over all processes of this rank so far."""
-        return self.base + self._counts + Counter({"seconds": time.monotonic() - self._started})
+        return self.base + self._counts + Counter({"seconds": self._worked_until - self._started})
 
     async def chunks(self) -> dict[int, Chunk]:
         """All chunks that were ever read, by index."""

@@ -147,22 +147,8 @@ class Dataset:
 
     def list(self, folder: str, revision: str) -> list[Part]:
         """All files below a folder, none if it does not exist."""
-        from huggingface_hub import RepoFile
-        from huggingface_hub.errors import EntryNotFoundError
-
-        def tree() -> list[Part]:
-            entries = self.api.list_repo_tree(
-                self.address.repo, folder or None, recursive=True, revision=revision, repo_type="dataset"
-            )
-            return sorted(Part(entry.path, entry.size) for entry in entries if isinstance(entry, RepoFile))
-
-        def tree_if_any() -> list[Part]:
-            try:
-                return tree()
-            except EntryNotFoundError:
-                return []
-
-        return self.ask(tree_if_any)
+        files = self.ask(lambda: hub.list_files(self.api, self.address.repo, folder, revision))
+        return [Part(file.path, file.size) for file in files]
 
 
 def choose(asked: str | None, configs: Mapping[str, Any], defaults: list[str], dataset: Dataset) -> str:
@@ -251,11 +237,9 @@ class HubFiles:
 
     def open(self, i: int) -> RemoteFile:
         """A file for reading."""
-        from huggingface_hub import hf_hub_url
-
         api, repo = self._dataset.api, self._dataset.address.repo
-        url = hf_hub_url(repo, self.names[i], repo_type="dataset", revision=self._revision, endpoint=api.endpoint)
-        return RemoteFile(url, self.sizes[i], self._dataset.ask)
+        fetch = functools.partial(hub.get, api, repo, self.names[i], self._revision)
+        return RemoteFile(lambda headers: self._dataset.ask(lambda: fetch(headers)), self.sizes[i])
 
 
 class RemoteFile(io.RawIOBase):
@@ -264,8 +248,8 @@ class RemoteFile(io.RawIOBase):
     The client's own file system lists folders before it opens a file, which a thousand ranks cannot afford.
     """
 
-    def __init__(self, url: str, size: int, ask: Callable[[Callable[[], bytes]], bytes]) -> None:
-        self._url, self._size, self._ask = url, size, ask
+    def __init__(self, fetch: Callable[[dict[str, str]], Any], size: int) -> None:
+        self._fetch, self._size = fetch, size
         self._position = 0
 
     def readable(self) -> bool:
@@ -286,20 +270,11 @@ class RemoteFile(io.RawIOBase):
         end = self._size if size is None or size < 0 else min(start + size, self._size)
         if start >= end:
             return b""
-        content = self._ask(functools.partial(self._fetch, start, end))
-        self._position = end
-        return content
-
-    def _fetch(self, start: int, end: int) -> bytes:
-        """Bytes from start to before end."""
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
-
-        headers = {**build_hf_headers(library_name="sdg"), "Range": f"bytes={start}-{end - 1}"}
-        answer = http_backoff("GET", self._url, headers=headers, timeout=60)
-        hf_raise_for_status(answer)
+        answer = self._fetch({"Range": f"bytes={start}-{end - 1}"})
         content = bytes(answer.content)
         if answer.status_code == 200:  # the whole file: some proxies know no ranges
             content = content[start:end]
         if len(content) != end - start:
-            raise ConnectionError(f"{self._url}: {len(content)} bytes came, {end - start} were asked for")
+            raise ConnectionError(f"{answer.url}: {len(content)} bytes came, {end - start} were asked for")
+        self._position = end
         return content

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import re
 import threading
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import sdg
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, RepoFile
 
 T = TypeVar("T")
 
@@ -92,7 +93,7 @@ def is_passing(problem: Exception) -> bool:
     # Clients before 2.0 are made on httpx, later ones on httpx2; the class that both derive from is the second of
     # these. Xet's failures are plain ConnectionErrors and RuntimeErrors, answers cut short are ValueErrors of JSON.
     transport = HfHubHTTPError.__mro__[1]
-    return isinstance(problem, transport | OSError | RuntimeError)
+    return isinstance(problem, transport | OSError | RuntimeError | json.JSONDecodeError)
 
 
 def pause_after(problem: Exception, attempt: int, longest: float) -> float:
@@ -148,3 +149,36 @@ def set_timeout() -> None:
 
     session: Any = get_session()  # made anew after some errors
     session.timeout = TIMEOUT
+
+
+def list_files(api: HfApi, repo: str, folder: str, revision: str) -> list[RepoFile]:
+    """All files below a folder ("" for all of the repository), sorted; none if it does not exist."""
+    from huggingface_hub import RepoFile
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        entries = api.list_repo_tree(repo, folder or None, recursive=True, revision=revision, repo_type="dataset")
+        return sorted((entry for entry in entries if isinstance(entry, RepoFile)), key=lambda file: file.path)
+    except EntryNotFoundError:
+        return []
+
+
+def get(api: HfApi, repo: str, path: str, revision: str, headers: dict[str, str] | None = None) -> Any:
+    """The client's response to a request for a file."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
+
+    url = hf_hub_url(repo, path, repo_type="dataset", revision=revision, endpoint=api.endpoint)
+    answer = http_backoff("GET", url, headers={**build_hf_headers(library_name="sdg"), **(headers or {})}, timeout=60)
+    hf_raise_for_status(answer)
+    return answer
+
+
+def read_text(api: HfApi, repo: str, path: str, revision: str) -> str | None:
+    """A small text file, None if there is none."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return bytes(get(api, repo, path, revision).content).decode(errors="replace")
+    except EntryNotFoundError:
+        return None

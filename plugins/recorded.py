@@ -22,7 +22,7 @@ def open_run(asked: argparse.Namespace) -> sdg.Run:
     Raises:
         StateError: there is no such run, or its state is broken.
     """
-    state = Path(asked.state_dir or sdg.default_state_dir(asked.output, asked.output_config))
+    state = state_of(asked)
     recorded = record_of(state)
     options = argparse.Namespace(**recorded["options"])
     options.output, options.state_dir = asked.output, str(state)
@@ -31,6 +31,11 @@ def open_run(asked: argparse.Namespace) -> sdg.Run:
     sdg.remember_source(run)
     run.model, run.fingerprint = recorded["identity"]["model"], recorded["fingerprint"]
     return run
+
+
+def state_of(asked: argparse.Namespace) -> Path:
+    """The folder of the run's state."""
+    return Path(asked.state_dir or sdg.default_state_dir(asked.output, asked.output_config))
 
 
 def record_of(state: Path) -> dict[str, Any]:

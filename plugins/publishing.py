@@ -1,0 +1,473 @@
+"""Publishes what a run has written to the Hugging Face Hub: many files and the card in one commit.
+
+The Hub's head is what counts. Each round lists what is there, compares it with the files of the spool, and commits what
+differs, on the condition that the head is still the one that was looked at. So a round can be broken off, be done
+twice, or race with another publisher's, and every file is there once. What is remembered on disk (`published.sqlite3`)
+only saves reading files again, and tells files of an earlier run from those that are not ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import sqlite3
+import string
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import sdg
+
+from . import card, hub, recorded
+
+if TYPE_CHECKING:
+    from huggingface_hub import RepoFile
+
+HOUR = 3600.0  # s
+COMMITS = 100  # an hour: of an account the Hub takes about 128 (users' reports), and people want some, too
+FILES = 100  # of a commit, as the Hub advises…
+MOST_FILES = 1000  # … unless there would have to be too many commits
+FOLDER = 9000  # chunks of one folder: the Hub takes 10,000 files
+LONGEST_WAIT = 600.0  # s between two attempts, unless the Hub asks for more
+WORD = 600.0  # s between two words on a Hub that is away
+ROW_GROUP = 128 << 20  # bytes of a merged file's row groups, as Arrow has them
+
+
+class Item(NamedTuple):
+    """A file as it should be on the Hub: one of the spool, or some of them merged."""
+
+    path: str  # in the repository
+    parts: tuple[str, ...]  # names in the spool
+    signature: str  # changes when their content does
+
+
+class Entry(NamedTuple):
+    """A file as it is on the Hub."""
+
+    sha256: str | None  # of a large file…
+    blob: str  # … of any other git's hash
+
+
+class Ledger:
+    """What is remembered of published files: hash and signature, and the run that they are of."""
+
+    def __init__(self, path: Path) -> None:
+        self._db = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
+        self._db.execute(
+            "CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, run TEXT, signature TEXT, hash TEXT)"
+        )
+        self._db.execute("CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT)")
+        rows = self._db.execute("SELECT path, run, signature, hash FROM files")
+        self.files: dict[str, tuple[str, str, str]] = {path: (run, mark, hash_) for path, run, mark, hash_ in rows}
+
+    def put(self, path: str, run: str, signature: str, hash_: str) -> None:
+        """Remember a file."""
+        if self.files.get(path) != (run, signature, hash_):
+            self.files[path] = (run, signature, hash_)
+            self._db.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", (path, run, signature, hash_))
+
+    def forget(self, path: str) -> None:
+        """A file is no longer there."""
+        if self.files.pop(path, None):
+            self._db.execute("DELETE FROM files WHERE path = ?", (path,))
+
+    def setting(self, name: str, value: Any) -> Any:
+        """A setting of the run: what was put there first."""
+        self._db.execute("INSERT OR IGNORE INTO settings VALUES (?, ?)", (name, json.dumps(value)))
+        return json.loads(self._db.execute("SELECT value FROM settings WHERE name = ?", (name,)).fetchone()[0])
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+
+class Spool:
+    """The files that a run has written, and what they should be called on the Hub."""
+
+    def __init__(self, run: sdg.Run, folder: str, ledger: Ledger) -> None:
+        self.run, self.folder, self._ledger = run, folder, ledger
+        options = run.options
+        names = string.Template(re.escape(options.output_filename).replace(r"\$\{", "${").replace(r"\}", "}"))
+        data = names.safe_substitute(rank=r"\d{5,}", chunk_index=r"(\d{5,})")
+        failed = os.path.dirname(run.failed_path_of(sdg.Chunk(0, 0)))
+        self._data = re.compile(f"{re.escape(options.output_config)}/{data}")
+        self._failed = re.compile(rf"{re.escape(failed)}/\d{{5,}}_(\d{{5,}})\.jsonl")
+        # Merged files hold chunks of a range that is as wide for the whole run: a rerun makes the same files.
+        self._size = options.max_file_size
+
+    @property
+    def folders(self) -> list[str]:
+        """The folders of the repository that hold nothing but what runs have written."""
+        return [self._placed(os.path.dirname(p(sdg.Chunk(0, 0)))) for p in (self.run.path_of, self.run.failed_path_of)]
+
+    def index_of(self, path: str) -> int | None:
+        """The chunk that a file of the repository begins with; None for people's files."""
+        inside = path.removeprefix(f"{self.folder}/") if self.folder else path
+        plain = re.sub(r"/\d{5}/([^/]+)$", r"/\1", inside)
+        found = self._data.fullmatch(plain) or self._failed.fullmatch(plain)
+        return int(found[1]) if found else None
+
+    def items(self) -> dict[str, Item]:
+        """All that should be on the Hub by now, by path."""
+        signatures: dict[str, str] = {}
+        data: dict[int, str] = {}
+        items: list[tuple[str, ...]] = []
+        for name in sdg.chunk_files(self.run, self.run.options.output_config, self.run.options.output_filename):
+            status = os.stat(self.run.output.path(name))
+            signatures[name] = f"{status.st_size} {status.st_mtime_ns}"
+            if found := self._data.fullmatch(name):
+                data[int(found[1])] = name
+            else:
+                items.append((name,))
+        items += list(self._merged(data, signatures)) if self._size else [(data[index],) for index in sorted(data)]
+        paths = [self._path(parts[0]) for parts in items]
+        marks = [" ".join(signatures[part] for part in parts) for parts in items]
+        return {path: Item(path, tuple(parts), mark) for path, parts, mark in zip(paths, items, marks, strict=True)}
+
+    def _path(self, name: str) -> str:
+        """Where a file of the spool belongs in the repository: no folder may have too many files."""
+        found = self._data.fullmatch(name) or self._failed.fullmatch(name)
+        part = int(found[1]) // FOLDER if found else 0
+        folder, _, base = name.rpartition("/")
+        return self._placed(f"{folder}/{part:05d}/{base}" if part else name)
+
+    def _placed(self, name: str) -> str:
+        return f"{self.folder}/{name}" if self.folder else name
+
+    def _merged(self, data: dict[int, str], signatures: dict[str, str]) -> Iterator[tuple[str, ...]]:
+        """Chunks of a rank, in order, that make a file of at most --max-file-size together.
+
+        As the run goes on, a range of a rank's chunks is complete, or the rank has ended: before that none of it is
+        published. How wide the range is depends on the first chunks that were written; the ledger keeps it.
+        """
+        world = self.run.options.world_size
+        sizes = {index: int(signatures[name].partition(" ")[0]) for index, name in data.items()}
+        if not sizes:
+            return
+        mean = sum(sizes.values()) / len(sizes)
+        width = self._ledger.setting("chunks_of_a_file", max(1, int(0.8 * self._size / max(1, mean))))
+        over = {i for i, rank in enumerate(self._ranks()) if rank.get("status") == "finished"}
+        ranges: dict[tuple[int, int], list[int]] = {}
+        for index in sorted(data):
+            ranges.setdefault((index % world, index // world // width), []).append(index)
+        for (rank, _), chunks in ranges.items():
+            if len(chunks) == width or rank in over:
+                yield from self._packed(chunks, data, sizes)
+
+    def _packed(self, chunks: list[int], data: dict[int, str], sizes: dict[int, int]) -> Iterator[tuple[str, ...]]:
+        begun: list[int] = []
+        for index in chunks:
+            if begun and sum(sizes[known] for known in begun) + sizes[index] > self._size:
+                yield tuple(data[known] for known in begun)
+                begun = []
+            begun.append(index)
+        yield tuple(data[known] for known in begun)
+
+    def _ranks(self) -> list[dict[str, Any]]:
+        """How each rank is doing, by its number; {} for those that have not begun."""
+        paths = [self.run.state / f"{rank:05d}.stats.json" for rank in range(self.run.options.world_size)]
+        return [json.loads(path.read_bytes()).get("rank", {}) if path.exists() else {} for path in paths]
+
+
+class Publisher:
+    """One look after the other at what is written and what is on the Hub; see the top of this module.
+
+    Args:
+        run: with an `hf://` output; its state is read only.
+    """
+
+    def __init__(self, run: sdg.Run) -> None:
+        self.run = run
+        self.address = hub.parse_address(run.options.output)
+        if self.address.revision:
+            raise sdg.UsageError(f"{run.options.output}: a run publishes to `main`, leave @{self.address.revision} out")
+        self.api = hub.connect()
+        run.state.mkdir(parents=True, exist_ok=True)
+        self._ledger = Ledger(run.state / "published.sqlite3")
+        self._spool = Spool(run, self.address.folder, self._ledger)
+        self._head = ""
+        self._past: set[str] = set()  # heads that we have replaced: a replica may lag behind
+        self._there: dict[str, Entry] = {}
+        self._readme: str | None = None
+        self._commits: deque[float] = deque()  # when, of the last hour
+        self._files = FILES
+        self.broken_card = ""  # why the card cannot be brought up to date
+        self.published = 0  # files, by this process
+
+    @property
+    def url(self) -> str:
+        """Where people look at the dataset."""
+        return f"{self.api.endpoint}/datasets/{self.address.repo}"
+
+    def close(self) -> None:
+        """Close what is open."""
+        self._ledger.close()
+
+    # The repository
+
+    def prepare(self) -> None:
+        """See that the repository is there (else make it), may be written, and has no chunks of a run unknown here.
+
+        Raises:
+            UsageError: there is no token.
+            OutputError: it has files of such a run.
+            Exception: of the Hub's client.
+        """
+        from huggingface_hub import CommitOperationAdd
+        from huggingface_hub.errors import RepositoryNotFoundError
+
+        options, repo = self.run.options, self.address.repo
+        if not hub.has_token():
+            raise sdg.UsageError(f"--output {options.output}: there is no token; set HF_TOKEN, or run `hf auth login`")
+        token = self.api.whoami().get("auth", {}).get("accessToken", {})
+        if token.get("role") == "read":
+            raise sdg.OutputError(
+                f"--output {options.output}: the token may only read; make one with the right to write"
+            )
+        try:
+            self.api.dataset_info(repo, expand=["sha"], timeout=60)
+        except RepositoryNotFoundError:
+            self.api.create_repo(repo, repo_type="dataset", private=not options.output_public, exist_ok=True)
+        # Asks what kind of file this would be, which only those who may write get answered.
+        self.api.preupload_lfs_files(repo, [CommitOperationAdd("README.md", b"\n")], repo_type="dataset")
+        if not (self.run.state / "run.json").exists() or options.fresh:
+            self._look()
+            strangers = [path for path in self._there if self._spool.index_of(path) is not None]
+            if strangers and not options.fresh:
+                raise sdg.OutputError(
+                    f"{self.address} has {strangers[0]}, but no state of its run is here: choose another --output or "
+                    "--output-config, name the run's --state-dir, or --fresh, which deletes an earlier run's files"
+                )
+            for path in strangers:
+                self._ledger.put(path, "", "", "")
+
+    def _look(self) -> None:
+        """Read the head, and if others have moved it what is there."""
+        head = str(self.api.dataset_info(self.address.repo, revision="main", expand=["sha"], timeout=60).sha)
+        if head == self._head or head in self._past:
+            return
+        entries = [hub.list_files(self.api, self.address.repo, folder, head) for folder in self._spool.folders]
+        self._there = {file.path: entry_of(file) for files in entries for file in files}
+        self._readme = hub.read_text(self.api, self.address.repo, card.NAME, head)
+        self._head = head
+
+    def waiting(self) -> int:
+        """How many files have been written or changed since they were published, as far as is known here."""
+        known = {path: signature for path, (run, signature, _) in self._ledger.files.items() if run == self._run_id}
+        return sum(known.get(item.path) != item.signature for item in self._spool.items().values())
+
+    # A round
+
+    def publish(self, progress: str = "", *, card_too: bool = True) -> int:
+        """Make one commit of what is missing, if anything is.
+
+        Args:
+            progress: markdown for the card.
+            card_too: also if there is nothing but the card to bring up to date.
+
+        Returns:
+            Files that are still missing: another round is due.
+
+        Raises:
+            Exception: of the Hub's client. The next round finds out what has happened.
+        """
+        hub.set_timeout()
+        self._look()
+        items = self._spool.items()
+        with tempfile.TemporaryDirectory(prefix="publishing-", dir=self.run.state) as scratch:
+            content = Content(self.run, Path(scratch))
+            missing = [item for item in items.values() if not self._is_there(item, content)]
+            gone = [path for path in self._ledger.files if path in self._there and self._is_gone(path, items)]
+            readme = self._card(progress) if missing or gone or card_too else None
+            if not missing and not gone and readme is None:
+                return 0
+            batch = missing[: self._batch(len(missing))]
+            self._commit(batch, gone, readme, content)
+        return len(missing) - len(batch)
+
+    def _is_there(self, item: Item, content: Content) -> bool:
+        """Whether the Hub has the file as it should be."""
+        entry = self._there.get(item.path)
+        if entry is None:
+            return False
+        run, signature, digest = self._ledger.files.get(item.path, ("", "", ""))
+        if signature != item.signature:
+            run, digest = self._run_id, content.sha256(item)
+        if entry.sha256 != digest and (entry.sha256 or entry.blob != content.git_hash(item)):
+            return False
+        self._ledger.put(item.path, run, item.signature, digest)
+        return True
+
+    def _is_gone(self, path: str, items: dict[str, Item]) -> bool:
+        """Whether a file that was published is not one of the run's any more: of an earlier run, or made otherwise."""
+        if path in items:
+            return False
+        index = self._spool.index_of(path)
+        chunk = self.run.output.path(self.run.path_of(sdg.Chunk(index or 0, 0)))
+        return self._ledger.files[path][0] != self._run_id or os.path.exists(chunk)
+
+    @property
+    def _run_id(self) -> str:
+        return str(recorded.record_of(self.run.state)["run"])
+
+    def _card(self, progress: str) -> str | None:
+        """The card as it should be; None if it is so, or cannot be."""
+        try:
+            text = card.render(self._readme, self.run, progress, self.address.folder, self.address.repo)
+        except card.BrokenCard as problem:
+            self._give_up_card(str(problem))
+            return None
+        self.broken_card = ""
+        return text if text != self._readme else None
+
+    def _give_up_card(self, problem: str) -> None:
+        if problem != self.broken_card:
+            self.broken_card = problem
+            sdg.say(f"sdg: {problem}")
+
+    def _batch(self, files: int) -> int:
+        """How many files to put into a commit: more, if the commits that are left of this hour would not do."""
+        now = time.monotonic()
+        while self._commits and now - self._commits[0] > HOUR:
+            self._commits.popleft()
+        if self._files < FILES:  # the Hub had trouble with as many
+            return self._files
+        return min(MOST_FILES, max(FILES, math.ceil(files / max(1, COMMITS - len(self._commits)))))
+
+    def quota_pause(self) -> float:
+        """Seconds until the next commit is due, so that an hour has no more than the Hub takes."""
+        return max(0.0, self._commits[0] + HOUR - time.monotonic()) if len(self._commits) >= COMMITS else 0.0
+
+    def _commit(self, batch: list[Item], gone: list[str], readme: str | None, content: Content) -> None:
+        """Upload, and commit on top of the head that was looked at."""
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+        adds = [CommitOperationAdd(item.path, content.path(item)) for item in batch]
+        operations: list[Any] = [*adds, *map(CommitOperationDelete, gone)]
+        if readme is not None:
+            operations.append(CommitOperationAdd(card.NAME, readme.encode()))
+        title = f"Add {len(batch)} files" if batch else "Update the card"
+        self._commits.append(time.monotonic())
+        try:
+            done = self.api.create_commit(
+                self.address.repo, operations, repo_type="dataset", commit_message=title, parent_commit=self._head
+            )
+        except json.JSONDecodeError:
+            raise  # an answer that was cut short
+        except ValueError as problem:  # what the Hub's check of the card's front matter says
+            if readme is None:
+                raise sdg.OutputError(
+                    f"{self.address} refuses the files: {' '.join(str(problem).split())}"
+                ) from problem
+            self._give_up_card(f"{self.address} refuses the card: {' '.join(str(problem).split())}")
+            return self._commit(batch, gone, None, content) if batch or gone else None
+        except Exception as problem:
+            if getattr(getattr(problem, "response", None), "status_code", 500) not in {409, 412, 429}:
+                self._files = max(1, min(self._files, len(batch)) // 2)
+            raise
+        self._files = min(FILES, 2 * self._files)
+        self._past.add(self._head)
+        self._head = done.oid
+        for add, item in zip(adds, batch, strict=True):
+            digest = add.upload_info.sha256.hex()
+            self._there[item.path] = Entry(digest, "")
+            self._ledger.put(item.path, self._run_id, item.signature, digest)
+        for path in gone:
+            del self._there[path]
+            self._ledger.forget(path)
+        self._readme = self._readme if readme is None else readme
+        self.published += len(batch)
+        return None
+
+    def publish_all(self, progress: Callable[[], str] = str, *, card_too: bool = True) -> None:
+        """Publish all there is, and wait as long as the Hub is away; gives up when the run is told to stop.
+
+        Raises:
+            Error: the Hub refuses; what is written stays where it is.
+        """
+        stopping, attempt, away, told = self.run.stopping, 0, time.monotonic(), -math.inf
+        while not stopping.is_set():
+            try:
+                if not self.publish(progress(), card_too=card_too):
+                    return
+                attempt, away = 0, time.monotonic()
+                stopping.wait(self.quota_pause())
+            except Exception as problem:
+                if isinstance(problem, sdg.Error):
+                    raise
+                if reason := hub.refusal(problem, self.address):
+                    raise sdg.OutputError(reason) from problem
+                if not hub.is_passing(problem):
+                    raise
+                now = time.monotonic()
+                if now - away > hub.QUIET and now - told > WORD:
+                    told = now
+                    sdg.say(
+                        f"sdg: {hub.describe(problem)}; files wait in {self.run.output.root} and are published later"
+                    )
+                stopping.wait(hub.pause_after(problem, attempt, LONGEST_WAIT))
+                attempt += 1
+
+
+class Content:
+    """The files of one round: merged into a folder where need be, hashed once."""
+
+    def __init__(self, run: sdg.Run, scratch: Path) -> None:
+        self._run, self._scratch = run, scratch
+        self._merged: dict[str, str] = {}
+
+    def path(self, item: Item) -> str:
+        """A local file with the content that it should have."""
+        parts = [self._run.output.path(part) for part in item.parts]
+        if len(parts) == 1:
+            return parts[0]
+        if item.path not in self._merged:
+            target = str(self._scratch / f"{len(self._merged)}{Path(parts[0]).suffix}")
+            merge(parts, target)
+            self._merged[item.path] = target
+        return self._merged[item.path]
+
+    def sha256(self, item: Item) -> str:
+        """The hash that the Hub knows large files by."""
+        with open(self.path(item), "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def git_hash(self, item: Item) -> str:
+        """The hash that git, and so the Hub, knows all other files by."""
+        content = Path(self.path(item)).read_bytes()
+        return hashlib.sha1(b"blob %d\0%b" % (len(content), content), usedforsecurity=False).hexdigest()
+
+
+def entry_of(file: RepoFile) -> Entry:
+    """A file as a listing has it."""
+    return Entry(file.lfs.sha256 if file.lfs else None, file.blob_id)
+
+
+def merge(parts: list[str], target: str) -> None:
+    """Make one file of the rows of several: the same parts give the same bytes."""
+    if not target.endswith(".parquet"):  # lines, plain or compressed: both can be strung together
+        with open(target, "wb") as file:
+            for part in parts:
+                with open(part, "rb") as source:
+                    shutil.copyfileobj(source, file)
+        return
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    how = {"compression": "zstd", "write_page_index": True}
+    with contextlib.ExitStack() as stack:
+        writer = stack.enter_context(pq.ParquetWriter(target, pq.read_schema(parts[0]), **how))
+        begun: list[pa.Table] = []
+        for number, part in enumerate(parts, 1):
+            begun.append(pq.read_table(part))
+            if number == len(parts) or sum(table.nbytes for table in begun) >= ROW_GROUP:
+                writer.write_table(pa.concat_tables(begun), row_group_size=1 << 30)
+                begun = []
