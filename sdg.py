@@ -23,6 +23,7 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import fnmatch
 import functools
 import importlib
 import importlib.util
@@ -34,16 +35,19 @@ import os
 import platform
 import random
 import re
+import shutil
 import signal
 import sqlite3
 import string
 import sys
+import tempfile
 import threading
 import time
 import tomllib
 import traceback
 import types
 import typing
+import urllib.parse
 import uuid
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
@@ -74,6 +78,11 @@ GRACE = 10.0  # s that requests in flight get to be answered after SIGTERM: sche
 LAST_RESORT = 18.0  # s after a signal the process ends, even if a plugin blocks it
 STORM_PATIENCE = 10  # times --max-retries: answers of 429 and 503 that one request takes while others succeed
 LONGEST_REST = 3600.0  # s that a server may ask to be left alone
+S3_ATTEMPTS = 10  # at a request, unless AWS_MAX_ATTEMPTS says another number: with the library's pauses, some 70 s
+QUICK_ATTEMPTS = 4  # ... of the first look at a place, when it is rather a mistake: 5 s, or 25 if nothing answers
+S3_VARIABLES = "AWS_ACCESS_KEY_ID or AWS_PROFILE, AWS_REGION and AWS_ENDPOINT_URL_S3"
+OBJECT_STORES = {"s3", "gcs", "abfs"}  # have no folders: to make one leaves an empty object
+PUT_BYTES = 16 << 20  # handed over at a time: more than the smallest part of an upload, so that pyarrow copies nothing
 LONGEST_PAUSE = 60.0  # s between two attempts, unless the server asks for more
 
 
@@ -882,7 +891,7 @@ def _derive_rank(options: argparse.Namespace) -> None:
 
 def default_state_dir(output: str, config: str) -> str:
     """Where a run's state lies: in the output if that is a folder, else below the working directory."""
-    scheme, rest = split_uri(output)
+    scheme, rest = split_uri(redact(output))
     base = Path(rest) / ".sdg" if scheme == "file" else Path(".sdg") / re.sub(r"[^\w.-]+", "-", rest.strip("/"))
     return str(base if config == "data" else base / config)
 
@@ -910,56 +919,141 @@ def _by_scheme_or_suffix(plugins: Plugins, kind: str, uri: str) -> str:
     if len(known) == 1:
         return known[0]
     if known:
-        raise UsageError(f"{uri} has files of several formats, {' and '.join(known)}: name those of one by a glob")
-    raise UsageError(f"{uri}: no suffix that is known there ({', '.join('.' + name for name in sorted(entries))})")
+        raise UsageError(
+            f"{redact(uri)} has files of several formats, {' and '.join(known)}: name those of one by a glob"
+        )
+    raise UsageError(
+        f"{redact(uri)}: no suffix that is known there ({', '.join('.' + name for name in sorted(entries))})"
+    )
 
 
 # ── Places ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def filesystem(uri: str) -> tuple[Any, str]:
-    """The pyarrow file system of a URI, and the path in it (absolute if local)."""
+def filesystem(uri: str, quick: bool = False) -> tuple[Any, str]:
+    """The pyarrow file system of a URI, and the path in it (absolute if local). See `_s3` for `quick`."""
     import pyarrow as pa
     import pyarrow.fs
 
     scheme, rest = split_uri(uri)
     if scheme == "file":
         return pyarrow.fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(rest))
+    if scheme == "s3":
+        # As in pyarrow's URIs, settings may follow. Any other question mark belongs to a glob.
+        path, *settings = re.split(r"\?(?=(?:region|scheme|endpoint_override)=)", rest, maxsplit=1)
+        bucket = path.partition("/")[0]
+        if not re.fullmatch(r"[\w.:-]+", bucket):
+            raise UsageError(f"{redact(uri)}: the name of a bucket is wanted after s3://")
+        return _s3(bucket, "".join(settings), quick), path.rstrip("/")
     try:
-        fs, path = pyarrow.fs.FileSystem.from_uri(uri)
-    except (pa.ArrowInvalid, OSError) as problem:
-        raise UsageError(f"{redact(uri)}: {problem}") from problem
+        try:
+            fs, path = pyarrow.fs.FileSystem.from_uri(uri)
+        except pa.ArrowInvalid:  # a scheme that pyarrow does not know
+            import fsspec
+
+            other, path = fsspec.core.url_to_fs(uri)
+            fs = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(other))
+    except (ImportError, ValueError, OSError) as problem:
+        reason = " ".join(str(problem).split())
+        raise UsageError(f"{redact(uri)}: {reason}; known are folders, s3://, gs://, and what fsspec has") from problem
     return fs, str(path)
+
+
+def s3_endpoint() -> str | None:
+    """The server that stands for AWS, as its own programs have it from the environment."""
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
+
+
+@functools.cache
+def _s3(bucket: str, settings: str, quick: bool) -> Any:
+    """A client for a bucket; `settings` are those of pyarrow's URIs (`region=…&endpoint_override=…`).
+
+    It bears with a server that is overloaded or gone for about a minute, a `quick` one for some seconds. A client from
+    `FileSystem.from_uri` would give up sooner, and wait 3 s for an answer: large uploads take longer to be completed.
+    Keys and roles are found by AWS's library, and the region, too, where the bucket cannot be asked for it.
+    """
+    import pyarrow.fs
+
+    options: dict[str, Any] = {"endpoint_override": s3_endpoint(), **dict(urllib.parse.parse_qsl(settings))}
+    if not options["endpoint_override"] and "region" not in options:
+        options["region"] = _region_of(bucket)
+    asked = os.environ.get("AWS_MAX_ATTEMPTS", "")
+    attempts = QUICK_ATTEMPTS if quick else int(asked) if asked.isdigit() else S3_ATTEMPTS
+    return pyarrow.fs.S3FileSystem(
+        **options,
+        retry_strategy=pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=attempts),
+        connect_timeout=5,
+        request_timeout=5 if quick else 60,
+    )
+
+
+@functools.cache
+def _region_of(bucket: str) -> str | None:
+    """The bucket's region, if AWS can be asked: in a private network the environment has to say it."""
+    import pyarrow.fs
+
+    try:
+        return str(pyarrow.fs.resolve_s3_region(bucket))
+    except OSError:
+        return None
+
+
+@contextlib.contextmanager
+def reaching(uri: str, kind: type[Error]) -> Iterator[None]:
+    """Say of errors of a file system which place they concern and, of S3, what decides on the access."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (OSError, pa.ArrowException) as problem:
+        at, hint = "", ""
+        if split_uri(uri)[0] == "s3":
+            at = f" at {redact(endpoint)}" if (endpoint := s3_endpoint()) else ""
+            hint = f"; {S3_VARIABLES} decide"
+        option = "--input " if kind is InputError else ""
+        raise kind(f"{option}{redact(uri)}{at} cannot be used: {reason_of(problem)}{hint}") from problem
 
 
 def list_files(uri: str) -> list[tuple[str, int]]:
     """Paths and sizes (bytes) of the files that a URI means, sorted: one file, a folder with all below it, or a glob.
 
     Raises:
-        InputError: there are none.
+        InputError: there are none, or the place cannot be read.
     """
-    import fnmatch
     import glob
 
     import pyarrow.fs
 
-    fs, path = filesystem(uri)
+    fs, path = filesystem(uri, quick=True)
     local = isinstance(fs, pyarrow.fs.LocalFileSystem)
-    if not any(mark in path for mark in "*?[") or (local and os.path.exists(path)):
-        info = fs.get_file_info(path)
-        if info.type == pyarrow.fs.FileType.NotFound:
-            raise InputError(f"--input {uri}: there is no such file or folder")
-        infos = [info] if info.is_file else fs.get_file_info(pyarrow.fs.FileSelector(path, recursive=True))
-    elif local:
-        infos = fs.get_file_info(glob.glob(path, recursive=True))
-    else:
-        folder = re.split(r"[*?\[]", path)[0].rpartition("/")[0]
-        infos = fs.get_file_info(pyarrow.fs.FileSelector(folder, recursive=True))
-        infos = [info for info in infos if fnmatch.fnmatch(info.path, path)]
+    with reaching(uri, InputError):
+        if not any(mark in path for mark in "*?[") or (local and os.path.exists(path)):
+            infos = _files_below(uri, path)
+        elif local:
+            infos = fs.get_file_info(glob.glob(path, recursive=True))
+        else:
+            infos = _files_below(uri, re.split(r"[*?\[]", path)[0].rpartition("/")[0])
+            infos = [info for info in infos if fnmatch.fnmatch(info.path, path)]
     found = [(info.path, info.size) for info in infos if info.is_file and info.base_name[0] not in "._"]
     if not found:
         raise InputError(f"--input {uri}: there are no files")
     return sorted(found)
+
+
+def _files_below(uri: str, path: str) -> list[Any]:
+    """The file that has this path, or all below it if it is a folder."""
+    import pyarrow.fs
+
+    first, _ = filesystem(uri, quick=True)
+    info = first.get_file_info(path)
+    if info.type == pyarrow.fs.FileType.NotFound:
+        bucket = path.partition("/")[0]
+        if split_uri(uri)[0] == "s3" and first.get_file_info(bucket).type == info.type:
+            raise InputError(f"--input {uri}: there is no bucket {bucket}")
+        raise InputError(f"--input {uri}: there is no such file or folder")
+    if info.is_file:
+        return [info]
+    return list(filesystem(uri)[0].get_file_info(pyarrow.fs.FileSelector(path, recursive=True)))
 
 
 class InputFiles:
@@ -1006,13 +1100,16 @@ class InputFiles:
 
 
 class Place:
-    """A folder on a file system that pyarrow knows. On local disks a file appears whole, durable, or not at all."""
+    """A folder on a file system that pyarrow knows. A file appears there whole, durable, or not at all."""
 
     def __init__(self, uri: str) -> None:
         import pyarrow.fs
 
-        self.uri = uri
+        scheme, _ = split_uri(uri)
+        if scheme == "s3":
+            _look_at_bucket(uri)
         self.fs, self.root = filesystem(uri)
+        self.uri = uri if scheme == "file" else f"{scheme}://{self.root}"
         self.local = isinstance(self.fs, pyarrow.fs.LocalFileSystem)
 
     def path(self, name: str) -> str:
@@ -1022,36 +1119,71 @@ class Place:
     def write(self, name: str, produce: Callable[[Any], None]) -> None:
         """Write a file by calling `produce` with an open binary file. Raises OutputError, and leaves nothing then."""
         target = self.path(name)
+        try:
+            (self._replace if self.local else self._put)(target, produce)
+        except OSError as problem:
+            ours = self.local or problem.errno is None
+            where = target if ours else f"{tempfile.gettempdir()}, where files are made for {self.uri},"
+            raise OutputError(f"{where} cannot be written: {reason_of(problem)}") from problem
+
+    def _replace(self, target: str, produce: Callable[[Any], None]) -> None:
         folder, _, base = target.rpartition("/")
-        temporary = f"{folder}/.{base}.tmp" if self.local else target  # a put is atomic by itself
+        temporary = f"{folder}/.{base}.tmp"
         try:
             self.fs.create_dir(folder, recursive=True)
             with self.fs.open_output_stream(temporary, compression=None) as file:
                 produce(file)
-            if self.local:
-                sync(temporary)
-                os.replace(temporary, target)
-                sync(folder)
-        except OSError as problem:
+            sync(temporary)
+            os.replace(temporary, target)
+            sync(folder)
+        except OSError:
             with contextlib.suppress(OSError):
                 self.fs.delete_file(temporary)
-            raise OutputError(f"{target} cannot be written: {reason_of(problem)}") from problem
+            raise
+
+    def _put(self, target: str, produce: Callable[[Any], None]) -> None:
+        """Make the file here and put it there when it is whole: pyarrow would publish one that `produce` broke off."""
+        with tempfile.TemporaryFile() as whole:
+            with open(os.dup(whole.fileno()), "wb") as file:  # one that `produce` may close
+                produce(file)
+            size = whole.seek(0, os.SEEK_END)
+            whole.seek(0)
+            if self.fs.type_name not in OBJECT_STORES:
+                self.fs.create_dir(target.rpartition("/")[0], recursive=True)
+            with self.fs.open_output_stream(target, compression=None) as stream:
+                shutil.copyfileobj(whole, stream, PUT_BYTES)
+        there = self.fs.get_file_info(target).size
+        if there != size:
+            with contextlib.suppress(OSError):
+                self.fs.delete_file(target)
+            raise OSError(f"{size} bytes were put, {there} are there")
 
     def open(self, name: str) -> Any:
         """A file for reading; FileNotFoundError if there is none."""
         return self.fs.open_input_file(self.path(name))
 
     def delete(self, name: str) -> None:
-        """Remove a file if there is one."""
-        with contextlib.suppress(FileNotFoundError):
+        """Remove a file if there is one. Raises OutputError. (On S3, pyarrow leaves an empty object for the folder.)"""
+        with reaching(self.uri, OutputError), contextlib.suppress(FileNotFoundError):
             self.fs.delete_file(self.path(name))
 
     def list(self, folder: str) -> list[str]:
-        """Names (with the folder) of the files directly in a folder; none if the folder does not exist."""
+        """Names (with the folder) of the files directly in a folder; none if it does not exist. Raises OutputError."""
         import pyarrow.fs
 
         selector = pyarrow.fs.FileSelector(self.path(folder), allow_not_found=True)
-        return sorted(f"{folder}/{info.base_name}" for info in self.fs.get_file_info(selector) if info.is_file)
+        with reaching(self.uri, OutputError):
+            return sorted(f"{folder}/{info.base_name}" for info in self.fs.get_file_info(selector) if info.is_file)
+
+
+def _look_at_bucket(uri: str) -> None:
+    """Raise OutputError if S3 cannot be reached, or has no such bucket, or not for us: before anything is generated."""
+    import pyarrow.fs
+
+    fs, root = filesystem(uri, quick=True)
+    with reaching(uri, OutputError), contextlib.suppress(FileNotFoundError):
+        # To list what is not there takes one request, whose errors have texts: those of a HEAD have none.
+        fs.get_file_info(pyarrow.fs.FileSelector(f"{root}/.sdg"))
 
 
 def sync(path: str | Path) -> None:
@@ -1068,7 +1200,7 @@ def reason_of(problem: OSError | sqlite3.Error) -> str:
     full = getattr(problem, "errno", None) in {errno.ENOSPC, errno.EDQUOT} or (
         getattr(problem, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
     )
-    return "the disk is full: make room, then run the same command again" if full else str(problem)
+    return "the disk is full: make room, then run the same command again" if full else " ".join(str(problem).split())
 
 
 def publish_once(run: Run, name: str, content: bytes) -> bytes:

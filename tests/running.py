@@ -192,7 +192,7 @@ class Sdg:
         self.started: list[Started] = []
 
     def environment(self, **env: str) -> dict[str, str]:
-        unwanted = ("OPENAI_", "SLURM_", "SDG_", "HF_", "PYTHON")
+        unwanted = ("AWS_", "OPENAI_", "SLURM_", "SDG_", "HF_", "PYTHON")
         kept = {
             name: value
             for name, value in os.environ.items()
