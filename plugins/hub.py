@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import random
 import re
 import threading
@@ -45,9 +46,15 @@ def parse_address(uri: str) -> Address:
 
 
 def connect() -> HfApi:
-    """The Hub's client, for HF_ENDPOINT and HF_TOKEN (or the token that `hf auth login` stored)."""
-    from huggingface_hub import HfApi
+    """The Hub's client, for HF_ENDPOINT and HF_TOKEN (or the token that `hf auth login` stored).
 
+    Its progress bars and its words on each attempt are switched off: people hear of the run, and of what lasts.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     return HfApi(library_name="sdg", library_version=sdg.__version__)
 
 
