@@ -2759,7 +2759,7 @@ class Engine:
         folder.mkdir(exist_ok=True)
         rank = f"{self.run.options.rank:05d}"
         for leftover in [*folder.glob(f"{rank}_*"), *self.run.state.glob(f".{rank}.*.tmp")]:
-            leftover.unlink()
+            leftover.unlink(missing_ok=True)  # a heartbeat may be at it
 
     # Reading
 

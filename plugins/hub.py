@@ -7,6 +7,7 @@ import json
 import logging
 import random
 import re
+import sqlite3
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -65,10 +66,11 @@ def has_token() -> bool:
     return get_token() is not None
 
 
-def refusal(problem: Exception, address: Address) -> str | None:
+def refusal(problem: BaseException, address: Address) -> str | None:
     """Why the Hub says no, and will as often as it is asked; None if it may well say yes later."""
     from huggingface_hub import errors
 
+    problem = cause_of(problem)
     status = getattr(getattr(problem, "response", None), "status_code", 0)
     detail = " ".join(str(getattr(problem, "server_message", None) or "").split())
     if isinstance(problem, errors.LocalTokenNotFoundError):
@@ -93,18 +95,26 @@ def refusal(problem: Exception, address: Address) -> str | None:
     return None
 
 
+def cause_of(problem: BaseException) -> BaseException:
+    """What an upload failed of: the client wraps it into a RuntimeError."""
+    while isinstance(problem, RuntimeError) and problem.__cause__:
+        problem = problem.__cause__
+    return problem
+
+
 def is_passing(problem: Exception) -> bool:
-    """Whether a failure may be over at the next attempt: of the network, of the Hub, of a race with another commit."""
+    """Whether a failure may be over later: of the network, of the Hub, of a race with another commit, of the disk."""
     from huggingface_hub.errors import HfHubHTTPError
 
     # Clients before 2.0 are made on httpx, later ones on httpx2; the class that both derive from is the second of
     # these. Xet's failures are plain ConnectionErrors and RuntimeErrors, answers cut short are ValueErrors of JSON.
     transport = HfHubHTTPError.__mro__[1]
-    return isinstance(problem, transport | OSError | RuntimeError | json.JSONDecodeError)
+    return isinstance(problem, transport | OSError | RuntimeError | json.JSONDecodeError | sqlite3.OperationalError)
 
 
-def pause_after(problem: Exception, attempt: int, longest: float) -> float:
+def pause_after(problem: BaseException, attempt: int, longest: float) -> float:
     """Seconds until the next attempt: what the Hub asks for, else exponential back-off with full jitter."""
+    problem = cause_of(problem)
     headers = getattr(getattr(problem, "response", None), "headers", {})
     asked = sdg.retry_after(headers)
     if asked is None:  # a quota of commits is told in words only
@@ -113,8 +123,11 @@ def pause_after(problem: Exception, attempt: int, longest: float) -> float:
     return asked + random.uniform(0, 1 + asked / 20) if asked else random.uniform(0, min(longest, 2.0**attempt))
 
 
-def describe(problem: Exception) -> str:
-    """A failure in a few words."""
+def describe(problem: BaseException) -> str:
+    """A failure that may pass, in a few words."""
+    problem = cause_of(problem)
+    if isinstance(problem, sqlite3.Error) or (isinstance(problem, OSError) and problem.filename):
+        return f"publishing is held up: {sdg.reason_of(problem)}"
     status = getattr(getattr(problem, "response", None), "status_code", None)
     detail = getattr(problem, "server_message", None) or str(problem).partition("\n")[0]
     name = type(problem).__name__

@@ -104,6 +104,11 @@ class Spool:
         self._size = options.max_file_size
 
     @property
+    def begun(self) -> bool:
+        """Whether the run has begun."""
+        return (self.run.state / "run.json").exists()
+
+    @property
     def folders(self) -> list[str]:
         """The folders of the repository that hold nothing but what runs have written."""
         return [self._placed(os.path.dirname(p(sdg.Chunk(0, 0)))) for p in (self.run.path_of, self.run.failed_path_of)]
@@ -153,7 +158,8 @@ class Spool:
         if not sizes:
             return
         mean = sum(sizes.values()) / len(sizes)
-        width = self._ledger.setting("chunks_of_a_file", max(1, int(0.8 * self._size / max(1, mean))))
+        run = recorded.record_of(self.run.state)["run"]
+        width = self._ledger.setting(f"chunks_of_a_file of {run}", max(1, int(0.8 * self._size / max(1, mean))))
         over = {i for i, rank in enumerate(self._ranks()) if rank.get("status") == "finished"}
         ranges: dict[tuple[int, int], list[int]] = {}
         for index in sorted(data):
@@ -197,6 +203,8 @@ class Publisher:
         self._past: set[str] = set()  # heads that we have replaced: a replica may lag behind
         self._there: dict[str, Entry] = {}
         self._readme: str | None = None
+        self._run_id = ""
+        self._prepared = False
         self._commits: deque[float] = deque()  # when, of the last hour
         self._files = FILES
         self.broken_card = ""  # why the card cannot be brought up to date
@@ -217,10 +225,11 @@ class Publisher:
         """See that the repository is there (else make it), may be written, and has no chunks of a run unknown here.
 
         Raises:
-            UsageError: there is no token.
+            UsageError: there is no token, or files of another size were begun with.
             OutputError: it has files of such a run.
             Exception: of the Hub's client.
         """
+        hub.set_timeout()
         from huggingface_hub import CommitOperationAdd
         from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -238,16 +247,36 @@ class Publisher:
             self.api.create_repo(repo, repo_type="dataset", private=not options.output_public, exist_ok=True)
         # Asks what kind of file this would be, which only those who may write get answered.
         self.api.preupload_lfs_files(repo, [CommitOperationAdd("README.md", b"\n")], repo_type="dataset")
-        if not (self.run.state / "run.json").exists() or options.fresh:
-            self._look()
-            strangers = [path for path in self._there if self._spool.index_of(path) is not None]
-            if strangers and not options.fresh:
-                raise sdg.OutputError(
-                    f"{self.address} has {strangers[0]}, but no state of its run is here: choose another --output or "
-                    "--output-config, name the run's --state-dir, or --fresh, which deletes an earlier run's files"
-                )
-            for path in strangers:
-                self._ledger.put(path, "", "", "")
+        self._look()
+        self._claim_strangers(options.fresh)
+        if not options.fresh:
+            self._settle()
+        self._prepared = True
+
+    def _claim_strangers(self, fresh: bool) -> None:
+        """Refuse to mix with the chunks of an earlier run that nobody remembers; --fresh is to delete them."""
+        known = {*self._ledger.files, *(self._spool.items() if self._spool.begun else ())}
+        strangers = [path for path in self._there if self._spool.index_of(path) is not None and path not in known]
+        if strangers and not fresh:
+            raise sdg.OutputError(
+                f"{self.address} has {strangers[0]}, but no state of its run is here: choose another --output or "
+                "--output-config, name the run's --state-dir, or --fresh, which deletes an earlier run's files"
+            )
+        for path in strangers:
+            self._ledger.put(path, "", "", "")
+
+    def _settle(self) -> None:
+        """Learn which run this is, and keep to what its files were begun with."""
+        if not self._spool.begun:
+            return
+        self._run_id = str(recorded.record_of(self.run.state)["run"])
+        mine = self.run.options.max_file_size
+        settled = self._ledger.setting(f"max_file_size of {self._run_id}", mine)
+        if settled != mine:
+            raise sdg.UsageError(
+                f"--max-file-size {mine or 'is missing'}: the published files of this run were made with "
+                f"{settled or 'none'}; take that, or --fresh to start over"
+            )
 
     def _look(self) -> None:
         """Read the head, and if others have moved it what is there."""
@@ -261,6 +290,7 @@ class Publisher:
 
     def waiting(self) -> int:
         """How many files have been written or changed since they were published, as far as is known here."""
+        self._settle()
         known = {path: signature for path, (run, signature, _) in self._ledger.files.items() if run == self._run_id}
         return sum(known.get(item.path) != item.signature for item in self._spool.items().values())
 
@@ -280,7 +310,10 @@ class Publisher:
             Exception: of the Hub's client. The next round finds out what has happened.
         """
         hub.set_timeout()
+        if not self._prepared:
+            self.prepare()
         self._look()
+        self._settle()
         items = self._spool.items()
         with tempfile.TemporaryDirectory(prefix="publishing-", dir=self.run.state) as scratch:
             content = Content(self.run, Path(scratch))
@@ -313,10 +346,6 @@ class Publisher:
         index = self._spool.index_of(path)
         chunk = self.run.output.path(self.run.path_of(sdg.Chunk(index or 0, 0)))
         return self._ledger.files[path][0] != self._run_id or os.path.exists(chunk)
-
-    @property
-    def _run_id(self) -> str:
-        return str(recorded.record_of(self.run.state)["run"])
 
     def _card(self, progress: str) -> str | None:
         """The card as it should be; None if it is so, or cannot be."""
@@ -395,11 +424,11 @@ class Publisher:
         """
         stopping, attempt, away, told = self.run.stopping, 0, time.monotonic(), -math.inf
         while not stopping.is_set():
+            stopping.wait(self.quota_pause())
             try:
                 if not self.publish(progress(), card_too=card_too):
                     return
                 attempt, away = 0, time.monotonic()
-                stopping.wait(self.quota_pause())
             except Exception as problem:
                 if isinstance(problem, sdg.Error):
                     raise

@@ -25,7 +25,7 @@ def open_run(asked: argparse.Namespace) -> sdg.Run:
     state = state_of(asked)
     recorded = record_of(state)
     options = argparse.Namespace(**recorded["options"])
-    options.output, options.state_dir = asked.output, str(state)
+    options.output, options.state_dir, options.fresh = asked.output, str(state), False
     plugins, _ = sdg.Plugins.load(options.plugin or [])
     run = sdg.Run(options, plugins, sdg.output_place(options, state), state, lambda reason: None)
     sdg.remember_source(run)
