@@ -68,7 +68,10 @@ def card(argv: list[str]) -> int:
     run = recorded.open_run(parser.parse_args(argv))
     if spooled(run):
         raise sdg.OutputError(f"{sdg.redact(run.options.output)}: cards are not published there yet")
-    write(run)
+    try:
+        write(run)
+    except OSError as problem:
+        raise sdg.OutputError(f"{run.output.path(NAME)} was not written: {sdg.reason_of(problem)}") from problem
     print(run.output.path(NAME))
     return 0
 
@@ -94,7 +97,7 @@ def write_or_say(run: sdg.Run) -> None:
         if sdg.sum_statistics(sdg.rank_statistics(run.state)).get("documents"):
             write(run)
     except Exception as problem:  # noqa: BLE001 the rows are there, and `sdg.py card` can be run again
-        text = str(problem) if isinstance(problem, sdg.Error) else sdg.describe(problem)
+        text = str(problem) if isinstance(problem, sdg.Error | OSError) else sdg.describe(problem)
         sdg.say(f"sdg: the dataset card was not written: {text}")
 
 
@@ -200,7 +203,7 @@ def update(front: dict[str, Any], configs: dict[str, dict[str, Any]], source: di
 def words(value: Any) -> str | list[str] | None:
     """A licence or language as a source has it, or several; None if that is neither."""
     if isinstance(value, list):
-        return [line(item) for item in value if isinstance(item, str)]
+        return [text for item in value if isinstance(item, str) and (text := line(item))]
     return line(value) if isinstance(value, str) else None
 
 
@@ -401,11 +404,12 @@ class Part(NamedTuple):
         """The section; `earlier` is the one that is there."""
         name = self.run.options.output_config
         yield f"<!-- sdg: begin {name} -->"
-        yield "<!-- sdg: facts " + json.dumps(self.facts).replace(">", r"\u003e") + " -->"
+        facts = json.dumps(self.facts).replace("<", r"\u003c").replace(">", r"\u003e")
+        yield f"<!-- sdg: facts {facts} -->"
         yield f"## Config `{name}`\n"
         ranks = sdg.rank_statistics(self.run.state)
         if progress:
-            yield progress.replace("<!--", "&lt;!--").strip("\n") + "\n"
+            yield visible(progress).replace("<!--", "&lt;!--").strip("\n") + "\n"
         elif missing := self.unfinished(ranks):
             yield missing
         yield from table("How it was made", self.making())
