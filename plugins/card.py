@@ -454,7 +454,10 @@ class Part(NamedTuple):
         source = self.record["source"]
         hub = hub_source(source) or hub_source({"dataset": hub_name(self.options["input"])})
         if not hub:
-            return "local files" if self.options["input"] else "docstrings of Python's standard library"
+            kind = (
+                "local files" if sdg.split_uri(self.options["input"] or "")[0] == "file" else "files in a private place"
+            )
+            return kind if self.options["input"] else "docstrings of Python's standard library"
         details = [f"{key} {inline(source[key])}" for key in ("config", "split", "revision") if source.get(key)]
         return ", ".join([f"[{inline(hub)}](https://huggingface.co/datasets/{hub})", *details])
 
@@ -474,10 +477,9 @@ class Part(NamedTuple):
             yield name.capitalize(), f"{total.get(name, 0):,}"
         # Rounded down: 100 % is said of complete runs only.
         yield "Completion rate", f"{math.floor(10_000 * (documents - failed) / of) / 100:.2f} %"
-        for name in ("prompt_tokens", "completion_tokens"):
-            tokens = total.get(name, 0)
-            title = name.replace("_", " ").capitalize()
-            yield title, f"{tokens:,}; {tokens / of:,.1f} per document"
+        prompt, completion = total.get("prompt_tokens", 0), total.get("completion_tokens", 0)
+        for kind, tokens in (("Prompt", prompt), ("Completion", completion), ("Total", prompt + completion)):
+            yield f"{kind} tokens", f"{tokens:,}; mean {tokens / of:,.1f} per document"
         yield "Completion tokens per second", f"{total.get('tokens_per_second', 0.0):,.1f}"
         gpus = gpus_of(self.options)
         if gpus:

@@ -142,7 +142,8 @@ def test_a_finished_run_has_a_card_of_what_was_made_and_how(past: Past) -> None:
     assert cells["Fingerprint of the run"] == run.fingerprint
     assert (cells["Documents"], cells["Rows"], cells["Filtered"], cells["Failed"]) == ("30", "25", "0", "5")
     assert cells["Completion rate"] == "83.33 %"
-    assert cells["Completion tokens"] == "6,000; 200.0 per document"
+    assert cells["Completion tokens"] == "6,000; mean 200.0 per document"
+    assert cells["Total tokens"] == "9,000; mean 300.0 per document"
     assert cells["GPU hours, all ranks and attempts"] == "16.00"
     assert "```\nTranslate:\n[[DOCUMENT]]\n```" in card
     assert "```\nBe terse.\n```" in card
