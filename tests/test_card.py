@@ -535,6 +535,7 @@ def hostile(finished: Output, tmp_path_factory: pytest.TempPathFactory) -> Past:
     return Past(finished, tmp_path_factory.mktemp("hostile") / "past")
 
 
+# Without shrinking: with so many texts it takes minutes.
 @settings(max_examples=150, deadline=None, phases=[Phase.generate])
 @given(prompt=TEXT, system=TEXT, model=TEXT, words=TEXT, row=JSON_TEXT, column=JSON_TEXT, folder=TEXT)
 def test_nothing_from_data_or_options_breaks_out(
