@@ -66,17 +66,17 @@ def card(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="sdg.py card", description=card.__doc__)
     recorded.add_options(parser)
     run = recorded.open_run(parser.parse_args(argv))
-    if not spooled(run):
-        write(run)
-        print(run.output.path(NAME))
-        return 0
-    from .publishing import Publisher
+    if spooled(run):
+        from .publishing import Publisher
 
-    with contextlib.closing(Publisher(run)) as publisher:
-        publisher.publish_all()
-        if publisher.broken_card:
-            raise BrokenCard(publisher.broken_card)
-        print(publisher.url)
+        with contextlib.closing(Publisher(run)) as publisher:
+            print(publisher.finish())
+        return 0
+    try:
+        write(run)
+    except OSError as problem:
+        raise sdg.OutputError(f"{run.output.path(NAME)} was not written: {sdg.reason_of(problem)}") from problem
+    print(run.output.path(NAME))
     return 0
 
 
@@ -101,7 +101,7 @@ def write_or_say(run: sdg.Run) -> None:
         if sdg.sum_statistics(sdg.rank_statistics(run.state)).get("documents"):
             write(run)
     except Exception as problem:  # noqa: BLE001 the rows are there, and `sdg.py card` can be run again
-        text = str(problem) if isinstance(problem, sdg.Error) else sdg.describe(problem)
+        text = str(problem) if isinstance(problem, sdg.Error | OSError) else sdg.describe(problem)
         sdg.say(f"sdg: the dataset card was not written: {text}")
 
 
@@ -207,7 +207,7 @@ def update(front: dict[str, Any], configs: dict[str, dict[str, Any]], source: di
 def words(value: Any) -> str | list[str] | None:
     """A licence or language as a source has it, or several; None if that is neither."""
     if isinstance(value, list):
-        return [line(item) for item in value if isinstance(item, str)]
+        return [text for item in value if isinstance(item, str) and (text := line(item))]
     return line(value) if isinstance(value, str) else None
 
 
@@ -408,11 +408,12 @@ class Part(NamedTuple):
         """The section; `earlier` is the one that is there."""
         name = self.run.options.output_config
         yield f"<!-- sdg: begin {name} -->"
-        yield "<!-- sdg: facts " + json.dumps(self.facts).replace(">", r"\u003e") + " -->"
+        facts = json.dumps(self.facts).replace("<", r"\u003c").replace(">", r"\u003e")
+        yield f"<!-- sdg: facts {facts} -->"
         yield f"## Config `{name}`\n"
         ranks = sdg.rank_statistics(self.run.state)
         if progress:
-            yield progress.replace("<!--", "&lt;!--").strip("\n") + "\n"
+            yield visible(progress).replace("<!--", "&lt;!--").strip("\n") + "\n"
         elif missing := self.unfinished(ranks):
             yield missing
         yield from table("How it was made", self.making())
@@ -457,7 +458,10 @@ class Part(NamedTuple):
         source = self.record["source"]
         hub = hub_source(source) or hub_source({"dataset": hub_name(self.options["input"])})
         if not hub:
-            return "local files" if self.options["input"] else "docstrings of Python's standard library"
+            kind = (
+                "local files" if sdg.split_uri(self.options["input"] or "")[0] == "file" else "files in a private place"
+            )
+            return kind if self.options["input"] else "docstrings of Python's standard library"
         details = [f"{key} {inline(source[key])}" for key in ("config", "split", "revision") if source.get(key)]
         return ", ".join([f"[{inline(hub)}](https://huggingface.co/datasets/{hub})", *details])
 
@@ -477,10 +481,9 @@ class Part(NamedTuple):
             yield name.capitalize(), f"{total.get(name, 0):,}"
         # Rounded down: 100 % is said of complete runs only.
         yield "Completion rate", f"{math.floor(10_000 * (documents - failed) / of) / 100:.2f} %"
-        for name in ("prompt_tokens", "completion_tokens"):
-            tokens = total.get(name, 0)
-            title = name.replace("_", " ").capitalize()
-            yield title, f"{tokens:,}; {tokens / of:,.1f} per document"
+        prompt, completion = total.get("prompt_tokens", 0), total.get("completion_tokens", 0)
+        for kind, tokens in (("Prompt", prompt), ("Completion", completion), ("Total", prompt + completion)):
+            yield f"{kind} tokens", f"{tokens:,}; mean {tokens / of:,.1f} per document"
         yield "Completion tokens per second", f"{total.get('tokens_per_second', 0.0):,.1f}"
         gpus = gpus_of(self.options)
         if gpus:

@@ -116,7 +116,7 @@ class Worker(threading.Thread):
         try:
             with contextlib.closing(Publisher(self._run)) as publisher:
                 self._while_it_runs(publisher)
-                result = self._at_the_end(publisher)
+                result = f"published {publisher.finish()}"
         except BaseException as problem:  # noqa: BLE001 - it is raised where somebody waits for it
             self._tell(self._result.set_exception, problem)
         else:
@@ -147,11 +147,3 @@ class Worker(threading.Thread):
                     told = str(problem)
                     sdg.say(f"sdg: {problem}. The run goes on, its files wait in {self._run.output.root}")
             due = time.monotonic() + self._run.options.publish_interval
-
-    def _at_the_end(self, publisher: Publisher) -> str:
-        """Publish what is left, and the final card."""
-        if not self._run.stopping.is_set():
-            publisher.publish_all()
-        if publisher.broken_card:
-            raise sdg.OutputError(f"all files are published, but not the card: {publisher.broken_card}")
-        return f"published {publisher.url}"

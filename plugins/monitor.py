@@ -89,9 +89,7 @@ def publish(run: sdg.Run, publisher: Publisher | None, progress: str) -> None:
     if publisher is None:
         card.write(run, progress)
         return
-    publisher.publish_all(lambda: progress)
-    if publisher.broken_card:
-        raise sdg.OutputError(f"all files are published, but not the card: {publisher.broken_card}")
+    publisher.finish(progress)
 
 
 def progress(run: sdg.Run) -> str:

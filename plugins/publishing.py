@@ -416,6 +416,17 @@ class Publisher:
         self.published += len(batch)
         return None
 
+    def finish(self, progress: str = "") -> str:
+        """Publish all there is, the card included, and return where people look at it.
+
+        Raises:
+            Error: the Hub refuses something; what is written stays where it is.
+        """
+        self.publish_all(lambda: progress)
+        if self.broken_card:
+            raise sdg.OutputError(f"all files are published, but not the card: {self.broken_card}")
+        return self.url
+
     def publish_all(self, progress: Callable[[], str] = str, *, card_too: bool = True) -> None:
         """Publish all there is, and wait as long as the Hub is away; gives up when the run is told to stop.
 
