@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 TIMEOUT = 300.0  # s of silence on a connection: the Hub takes minutes for a commit of many files
-PASSING = {408, 409, 412, 425, 429}  # of the 4xx: another attempt may do; so may it after any 5xx
+PASSING = {408, 409, 412, 413, 425, 429}  # of the 4xx: another attempt, or a smaller one, may do; so after any 5xx
 QUIET = 30.0  # s that a disturbance may last before it is spoken of
 
 

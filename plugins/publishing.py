@@ -399,7 +399,11 @@ class Publisher:
             self._give_up_card(f"{self.address} refuses the card: {' '.join(str(problem).split())}")
             return self._commit(batch, gone, None, content) if batch or gone else None
         except Exception as problem:
-            if getattr(getattr(problem, "response", None), "status_code", 500) not in {409, 412, 429}:
+            status = getattr(getattr(problem, "response", None), "status_code", 500)
+            if status == 413 and len(batch) <= 1:
+                message = f"{self.address}: even a commit of one file is too large: fewer --records-per-chunk"
+                raise sdg.OutputError(message) from problem
+            if status not in {409, 412, 429}:
                 self._files = max(1, min(self._files, len(batch)) // 2)
             raise
         self._files = min(FILES, 2 * self._files)

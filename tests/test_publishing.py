@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+os.environ["HF_HUB_DISABLE_XET"] = "1"  # read when the client is imported
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
