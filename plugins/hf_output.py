@@ -132,11 +132,12 @@ class Worker(threading.Thread):
 
     def _while_it_runs(self, publisher: Publisher) -> None:
         """Look now and then whether a commit is due. A refusal is said, and tried again."""
-        due, told, pause = 0.0, "", LOOK
+        interval = self._run.options.publish_interval
+        due, told, pause = 0.0, "", min(LOOK, interval)
         while not self._over.wait(pause) and not self._run.stopping.is_set():
             began = time.monotonic()
             waiting = publisher.waiting()
-            pause = max(LOOK, 20 * (time.monotonic() - began))  # many files take long to look at
+            pause = max(min(LOOK, interval), 20 * (time.monotonic() - began))  # many files take long to look at
             if not (waiting or self._run.counts) or (began < due and waiting < FILES):
                 continue
             try:
@@ -146,4 +147,4 @@ class Worker(threading.Thread):
                 if str(problem) != told:
                     told = str(problem)
                     sdg.say(f"sdg: {problem}. The run goes on, its files wait in {self._run.output.root}")
-            due = time.monotonic() + self._run.options.publish_interval
+            due = time.monotonic() + interval

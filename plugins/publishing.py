@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import sqlite3
@@ -38,6 +39,7 @@ MOST_FILES = 1000  # … unless there would have to be too many commits
 FOLDER = 9000  # chunks of one folder: the Hub takes 10,000 files
 LONGEST_WAIT = 600.0  # s between two attempts, unless the Hub asks for more
 WORD = 600.0  # s between two words on a Hub that is away
+SCRATCH = f"publishing-{platform.node()}-"  # folders for merged files, with the process that they are of
 ROW_GROUP = 128 << 20  # bytes of a merged file's row groups, as Arrow has them
 
 
@@ -197,6 +199,7 @@ class Publisher:
             raise sdg.UsageError(f"{run.options.output}: a run publishes to `main`, leave @{self.address.revision} out")
         self.api = hub.connect()
         run.state.mkdir(parents=True, exist_ok=True)
+        clear_scratch(run.state)
         self._ledger = Ledger(run.state / "published.sqlite3")
         self._spool = Spool(run, self.address.folder, self._ledger)
         self._head = ""
@@ -315,8 +318,7 @@ class Publisher:
         self._look()
         self._settle()
         items = self._spool.items()
-        with tempfile.TemporaryDirectory(prefix="publishing-", dir=self.run.state) as scratch:
-            content = Content(self.run, Path(scratch))
+        with contextlib.closing(Content(self.run)) as content:
             missing = [item for item in items.values() if not self._is_there(item, content)]
             gone = [path for path in self._ledger.files if path in self._there and self._is_gone(path, items)]
             readme = self._card(progress) if missing or gone or card_too else None
@@ -464,9 +466,15 @@ class Publisher:
 class Content:
     """The files of one round: merged into a folder where need be, hashed once."""
 
-    def __init__(self, run: sdg.Run, scratch: Path) -> None:
-        self._run, self._scratch = run, scratch
+    def __init__(self, run: sdg.Run) -> None:
+        self._run = run
+        self._scratch: Path | None = None
         self._merged: dict[str, str] = {}
+
+    def close(self) -> None:
+        """Delete what was made for this round."""
+        if self._scratch:
+            shutil.rmtree(self._scratch)
 
     def path(self, item: Item) -> str:
         """A local file with the content that it should have."""
@@ -474,6 +482,9 @@ class Content:
         if len(parts) == 1:
             return parts[0]
         if item.path not in self._merged:
+            self._scratch = self._scratch or Path(
+                tempfile.mkdtemp(prefix=f"{SCRATCH}{os.getpid()}-", dir=self._run.state)
+            )
             target = str(self._scratch / f"{len(self._merged)}{Path(parts[0]).suffix}")
             merge(parts, target)
             self._merged[item.path] = target
@@ -488,6 +499,18 @@ class Content:
         """The hash that git, and so the Hub, knows all other files by."""
         content = Path(self.path(item)).read_bytes()
         return hashlib.sha1(b"blob %d\0%b" % (len(content), content), usedforsecurity=False).hexdigest()
+
+
+def clear_scratch(state: Path) -> None:
+    """Delete what publishers on this machine left behind that were killed."""
+    for folder in state.glob(f"{SCRATCH}*"):
+        pid = int(folder.name.removeprefix(SCRATCH).partition("-")[0])
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            shutil.rmtree(folder, ignore_errors=True)
+        except PermissionError:
+            continue  # somebody else's, and alive
 
 
 def entry_of(file: RepoFile) -> Entry:
