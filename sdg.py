@@ -4,6 +4,8 @@
     python sdg.py --plugin summarize --input 'docs/*.parquet' --base-url http://localhost:8000
     python sdg.py --plugin ./mine.py --input docs.jsonl.gz --base-url https://api.example.com/v1 --model some-model
     python sdg.py --config run.toml --rank 3 --world-size 8               # one of eight processes
+    python sdg.py --input hf://datasets/OWNER/NAME --output hf://datasets/YOU/NAME --server vllm --model OWNER/MODEL
+    python sdg.py monitor --output hf://datasets/YOU/NAME                 # publish what many ranks write
     python sdg.py verify --output ./output/summarize                      # is every document accounted for?
 
 A request is the unit of replay, a document the unit of work, a chunk the unit of commit. Answers and finished
@@ -725,7 +727,7 @@ OPTIONS = {
         Option("--max-documents", "N", "only the first N of the whole input; may grow from run to run", type=_count),
     ],
     "output": [
-        Option("--output", "URI", "a folder or s3://…; default: ./output/<rollout>"),
+        Option("--output", "URI", "a folder, s3://… or hf://datasets/OWNER/NAME; default: ./output/<rollout>"),
         Option("--output-config", "NAME", "sub-folder, and the config for load_dataset", "data"),
         Option("--output-filename", "T", "a template with ${chunk_index}; .jsonl gives jsonl", FILENAME, identity=True),
         Option("--records-per-chunk", "N", "documents of one file and checkpoint", 1000, _count, identity=True),

@@ -13,6 +13,7 @@ import argparse
 import signal
 import sys
 
+import hub
 import in_flight
 import scale
 import served
@@ -20,7 +21,7 @@ import startup
 import throughput
 from harness import BenchError, defaults, heading, interrupt, say, table
 
-BENCHES = {module.__name__: module for module in (throughput, in_flight, scale, startup, served)}
+BENCHES = {module.__name__: module for module in (throughput, in_flight, hub, scale, startup, served)}
 
 
 def main() -> int:

@@ -77,7 +77,7 @@ def environment() -> dict[str, str]:
     """Return the environment for what is measured: this one without what would change a run."""
     unwanted = ("SLURM_", "OPENAI_", "SDG_", "PYTHONDONTWRITEBYTECODE")
     names = [name for name in os.environ if not name.startswith(unwanted) and not name.lower().endswith("_proxy")]
-    return {name: os.environ[name] for name in names} | {"HF_HUB_OFFLINE": "1"}
+    return {"HF_HUB_OFFLINE": "1"} | {name: os.environ[name] for name in names}
 
 
 def run(command: Sequence[object], folder: Path, timeout: float = 3600) -> Finished:
