@@ -328,6 +328,19 @@ class Publisher:
             self._commit(batch, gone, readme, content)
         return len(missing) - len(batch)
 
+    def discrepancies(self) -> Iterator[str]:
+        """What is not on the Hub as it was written here, a line each."""
+        hub.patiently(self._look, self.address, self.run.stopping)
+        self._settle()
+        items = self._spool.items()
+        with contextlib.closing(Content(self.run)) as content:
+            for item in items.values():
+                if not self._is_there(item, content):
+                    yield f"{self.address}: {item.path} is not there as it was written: `sdg.py card` publishes it"
+        for path in self._there:
+            if self._spool.index_of(path) is not None and path not in items:
+                yield f"{self.address}: {path} belongs to no finished chunk"
+
     def _is_there(self, item: Item, content: Content) -> bool:
         """Whether the Hub has the file as it should be."""
         entry = self._there.get(item.path)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import sqlite3
 import sys
 from collections.abc import Iterator
 
 import sdg
 
-from . import recorded
+from . import card, recorded
+from .publishing import Publisher
 
 
 @sdg.hookimpl
@@ -65,6 +67,9 @@ def check(run: sdg.Run, counts: dict[str, int]) -> Iterator[str]:
     for file in sdg.output_files(run):
         if file not in expected:
             yield f"{run.output.path(file)} belongs to no finished chunk"
+    if card.spooled(run):
+        with contextlib.closing(Publisher(run)) as publisher:
+            yield from publisher.discrepancies()
 
 
 def all_chunks(run: sdg.Run, reader: sdg.Reader) -> Iterator[sdg.OpenChunk]:

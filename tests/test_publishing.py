@@ -242,6 +242,16 @@ def test_a_chunk_that_was_deleted_on_the_hub_is_published_again(job: HubJob) -> 
     assert job.all_is_there()
 
 
+def test_verify_looks_at_the_hub_too(job: HubJob) -> None:
+    assert job().rc == 0
+    assert job.command("verify").rc == 0
+    job.hub.push(REPO, {"data/00000_00002.parquet": None, "data/00000_00003.parquet": b"?"})
+    job.hub.push(REPO, {"data/00000_00099.parquet": b"?", "data/notes.txt": b"mine"})
+    finished = job.command("verify")
+    assert finished.rc == 1
+    assert [line.split()[2] for line in finished.lines] == [f"data/00000_000{i}.parquet" for i in ("02", "03", "99")]
+
+
 def test_fresh_deletes_what_the_earlier_run_has_published_and_nothing_else(job: HubJob) -> None:
     assert job().rc == 0
     job.hub.push(REPO, {"data/notes.txt": b"mine"})
