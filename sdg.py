@@ -3317,8 +3317,10 @@ def lock_rank(run: Run) -> Iterator[None]:
 
 def say(message: str) -> None:
     """Tell the user something, without tearing a progress bar."""
-    if "tqdm" in sys.modules:
-        sys.modules["tqdm"].tqdm.write(message, file=sys.stderr)
+    if "tqdm" in sys.modules and getattr(sys.modules["tqdm"].tqdm, "_instances", None):
+        sys.modules["tqdm"].tqdm.write(
+            message, file=sys.stderr
+        )  # its lock bears no signals, and plugins import it, too
     else:
         print(message, file=sys.stderr)
 
