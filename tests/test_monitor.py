@@ -626,10 +626,11 @@ def test_a_monitor_that_is_interrupted_leaves_nothing_behind(
 ) -> None:
     story.ranks("running", "running", "running")
     story.chunk(0)
-    story.hub.fail(operation, delay=1.0, after=1 if operation == "info" else 0)
+    story.hub.fail(operation, delay=3.0, after=1 if operation == "info" else 0)
     monitor = story.start()
     wait_until(lambda: story.hub.counts["preupload"] > (operation == "lfs_put"))
 
+    time.sleep(1)  # it waits for the answer now
     monitor.send(signum)
 
     assert monitor.finish().rc == rc
@@ -669,6 +670,7 @@ def test_a_hundred_ranks_are_published_within_the_quota_of_commits(story: Story)
     shrink(story, hour=3.0, commits=10, quota=12)  # a tenth of the real ones
     story.options(world_size=100)
     monitor = story.start()
+    started = time.monotonic()
 
     for chunk in range(20):
         began = time.monotonic()
@@ -684,7 +686,7 @@ def test_a_hundred_ranks_are_published_within_the_quota_of_commits(story: Story)
     assert len(story.published) == 2000
     added = [int(word) for commit in story.hub.commits(REPO) for word in commit.title.split() if word.isdigit()]
     assert sum(added) == 2000  # no file twice
-    assert story.hub.counts["commit"] <= 8 * 12
+    assert story.hub.counts["commit"] <= 12 * (1 + (time.monotonic() - started) / 3)
     assert 429 not in story.hub.statuses("commit")
     assert "| Documents | 2,000 |" in story.card
     assert TOLD not in story.card
