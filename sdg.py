@@ -3319,8 +3319,10 @@ def lock_rank(run: Run) -> Iterator[None]:
 
 def say(message: str) -> None:
     """Tell the user something, without tearing a progress bar."""
-    if "tqdm" in sys.modules:
-        sys.modules["tqdm"].tqdm.write(message, file=sys.stderr)
+    if "tqdm" in sys.modules and getattr(sys.modules["tqdm"].tqdm, "_instances", None):
+        sys.modules["tqdm"].tqdm.write(
+            message, file=sys.stderr
+        )  # its lock bears no signals, and plugins import it, too
     else:
         print(message, file=sys.stderr)
 
@@ -3457,7 +3459,8 @@ def recording_the_end(run: Run, stop: Stop) -> Iterator[None]:
         with contextlib.suppress(OSError, ValueError):  # what is broken or full is not for this to say
             figures = json.loads(path.read_bytes()) if path.exists() else {}
             record = figures.get("rank", {})
-            if record.get("status") != "finished":  # a mistyped rerun does not undo it
+            # A mistyped rerun, refused for its options, changes nothing about how the rank is doing.
+            if record.get("status") != "finished" and not isinstance(reason, StateError):
                 write_rank(run, figures, {**record, "status": status_of(reason)}, reason)
         raise
 
@@ -3482,8 +3485,28 @@ def write_statistics(run: Run) -> None:
 
 
 def rank_statistics(state: Path) -> list[dict[str, Any]]:
-    """The figures of all ranks that have begun."""
-    return [json.loads(path.read_bytes()) for path in sorted(state.glob("[0-9]*.stats.json"))]
+    """The figures of all ranks that have begun. Raises StateError."""
+    return [figures for path in sorted(state.glob("[0-9]*.stats.json")) if (figures := statistics_of(path))]
+
+
+def statistics_of(path: Path) -> dict[str, Any]:
+    """The figures in a rank's file, {} if there is none. Raises StateError if it is broken."""
+    for _ in range(10):
+        try:
+            figures = json.loads(path.read_bytes())
+            if not isinstance(figures, dict) or not isinstance(figures.get("rank", {}), dict):
+                raise ValueError("no figures")
+            return figures
+        except FileNotFoundError:
+            break
+        except ValueError as problem:
+            raise StateError(
+                f"{path} is broken ({problem}): delete it, its rank's next run writes it anew"
+            ) from problem
+        except OSError as problem:
+            if problem.errno != errno.ESTALE:  # on NFS: it was just replaced on another machine
+                raise StateError(f"{path}: {reason_of(problem)}") from problem
+    return {}
 
 
 def sum_statistics(ranks: list[dict[str, Any]]) -> dict[str, Any]:

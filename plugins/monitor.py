@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import getpass
+import os
+import re
+import signal
 import subprocess
+import sys
 import time
 from collections import Counter
 from typing import Any, NamedTuple
@@ -16,6 +19,9 @@ from . import card, hub, recorded
 from .publishing import Publisher
 
 SILENT = 120.0  # s without a heartbeat, and a rank does not count as running
+# s for which a run must seem to be over before that is believed: network file systems show late what other machines
+# wrote, and what ended early may be about to be started again, together with this monitor.
+SETTLING = 60.0
 BAR = 30  # characters
 
 
@@ -30,11 +36,30 @@ def monitor(argv: list[str]) -> int:
     recorded.add_options(parser)
     interval, patience = sdg.number(float, 0.1), sdg.number(float, 1)
     parser.add_argument("--interval", metavar="S", type=interval, default=300.0, help="seconds between two looks [300]")
-    parser.add_argument("--job", metavar="ID", action="append", default=[], help="Slurm job to watch; repeatable")
+    parser.add_argument(
+        "--job", metavar="ID", type=job_number, action="append", default=[], help="Slurm job to watch; repeatable"
+    )
     parser.add_argument(
         "--patience", metavar="S", type=patience, default=3600.0, help="seconds of silence until it ends [3600]"
     )
     asked = parser.parse_args(argv)
+    for signum in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(signum, lambda number, frame: sys.exit(143))  # leaves every `with` block as Ctrl-C does
+    while not follow(asked):
+        sdg.say("sdg: the run was started over")
+    return 0
+
+
+def job_number(value: str) -> str:
+    """The number of a Slurm job, of an array's task the array's."""
+    found = re.match(r"\d+", value)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{value}: a job's number is wanted")
+    return found[0]
+
+
+def follow(asked: argparse.Namespace) -> bool:
+    """Watch one run. Returns whether it has finished: if not, another one has taken its place."""
     run = wait_for_run(asked)
     with contextlib.ExitStack() as stack:
         publisher = None
@@ -45,51 +70,83 @@ def monitor(argv: list[str]) -> int:
 
 
 def wait_for_run(asked: argparse.Namespace) -> sdg.Run:
-    """The run, as soon as its first rank has begun."""
+    """The run, as soon as its first rank has begun.
+
+    Raises:
+        StateError: that takes too long, its job has left the queue, or the state is broken.
+    """
     state = recorded.state_of(asked)
-    began = time.monotonic()
+    jobs = others(asked.job)
+    began, told = time.monotonic(), False
     while not (state / "run.json").exists():
-        if asked.job and not any_queued(set(asked.job)):
-            raise sdg.StateError(f"job {', '.join(asked.job)} has ended, and nothing was begun in {state}")
-        if not asked.job and time.monotonic() - began > asked.patience:
+        waited = time.monotonic() - began
+        queued = any_queued(jobs)
+        if queued is False and waited >= min(SETTLING, asked.patience):
+            raise sdg.StateError(f"job {', '.join(asked.job)} is not in the queue, and nothing was begun in {state}")
+        if not queued and waited >= asked.patience:
             raise sdg.StateError(f"no run was begun in {state}: is --output right, and --state-dir, if it has one?")
-        if time.monotonic() - began < 1:
+        if waited >= 1 and not told:
+            told = True
             sdg.say(f"sdg: waiting for a run to begin in {state}")
-            time.sleep(1)
-        time.sleep(min(asked.interval, 5.0))
+        time.sleep(min(asked.interval, 5.0, max(0.1, asked.patience - waited)))
     return recorded.open_run(asked)
 
 
-def watch(run: sdg.Run, publisher: Publisher | None, asked: argparse.Namespace) -> int:
-    """Look, publish and wait, until the run has ended. Returns 1 if not all ranks have finished."""
-    told = ""
-    while True:
-        seen = look(run)
-        ending = seen.ending(set(asked.job), asked.patience)
-        try:
-            publish(
-                run, publisher, "" if seen.finished else f"**Ended early**: {ending}" if ending else seen.markdown()
-            )
-            told = ""
-        except sdg.Error as problem:
-            if seen.finished or ending:
-                raise
-            if str(problem) != told:
-                told = str(problem)
-                sdg.say(f"sdg: {problem}; it is tried again every {asked.interval:g} s")
+def watch(run: sdg.Run, publisher: Publisher | None, asked: argparse.Namespace) -> bool:
+    """Look, publish and wait, until the run has ended. Returns whether it has finished, as `follow` does.
+
+    Raises:
+        Error: the run has ended early, or what is left cannot be published.
+    """
+    this, began, since, told = run_id(run), time.time(), 0.0, ""
+    settling = min(SETTLING, asked.patience)
+    local = sdg.file_system_of(run.state) in sdg.LOCAL_FILE_SYSTEMS
+    where = publisher.url if publisher else run.output.path(card.NAME)
+    while this and run_id(run) == this:
+        seen, now = look(run), time.monotonic()
+        ending = seen.ending(others([*asked.job, *seen.jobs]), asked.patience, began)
+        early = f"the run has ended early: {ending}"
+        since = (since or now) if seen.finished or ending else 0.0
+        over = since and (now - since >= settling or (seen.finished and local))
         sdg.say(f"sdg: {seen.line()}")
-        if seen.finished or ending:
-            print(f"{ending or 'the run has finished'}: {publisher.url if publisher else run.output.path(card.NAME)}")
-            return 0 if seen.finished else 1
-        time.sleep(asked.interval)
+        problem = publish(run, publisher, seen.markdown(ending) if over else None)
+        if over and problem:
+            raise sdg.OutputError(f"{early}; {problem}" if ending else problem)
+        if problem and problem != told:
+            sdg.say(f"sdg: {problem}; it is tried again every {asked.interval:g} s")
+        told = problem
+        if over and ending:
+            raise sdg.StateError(f"{early}. What it wrote: {where}")
+        if over:
+            print(f"the run has finished: {where}")
+            return True
+        time.sleep(min(asked.interval, max(0.1, since + settling - now)) if since else asked.interval)
+    return False
 
 
-def publish(run: sdg.Run, publisher: Publisher | None, progress: str) -> None:
-    """Bring the Hub, or the card of an output elsewhere, up to date."""
-    if publisher is None:
-        card.write(run, progress)
-        return
-    publisher.finish(progress)
+def run_id(run: sdg.Run) -> str:
+    """What tells a run from one that was started over in its place; "" if its state is gone."""
+    with contextlib.suppress(sdg.StateError):
+        return str(recorded.record_of(run.state).get("run"))
+    return ""
+
+
+def publish(run: sdg.Run, publisher: Publisher | None, last: str | None) -> str:
+    """Bring the Hub, or the card of an output elsewhere, up to date; `last` is what the card says of a run's end.
+
+    Returns:
+        What stands in the way, "" if nothing does.
+    """
+    try:
+        if publisher is None:
+            card.write(run, progress(run) if last is None else last)
+            return ""
+        publisher.finish(lambda: progress(run) if last is None else last)
+        return ""
+    except sdg.Error as problem:
+        return str(problem)
+    except Exception as problem:  # noqa: BLE001 - the next look may go well, and the run has days to go
+        return f"unexpected {sdg.describe(problem)}"
 
 
 def progress(run: sdg.Run) -> str:
@@ -101,7 +158,7 @@ class Seen(NamedTuple):
     """A run as its ranks' figures show it."""
 
     ranks: int
-    states: Counter[str]  # of the ranks: running, silent, finished, stopped, failed, waiting
+    states: Counter[str]  # of the ranks: running, silent, finished, stopped, failed, broken, waiting
     documents: int
     expected: int | None
     rate: float  # documents a second, of late
@@ -115,45 +172,61 @@ class Seen(NamedTuple):
         """Whether all is done."""
         return self.states["finished"] == self.ranks
 
-    def ending(self, jobs: set[str], patience: float) -> str:
-        """Why nothing more is to be expected of a run that has not finished; "" if something is."""
-        if self.finished:
+    def ending(self, jobs: set[str], patience: float, began: float) -> str:
+        """Why nothing more is to be expected of a run that has not finished; "" if something is.
+
+        Args:
+            jobs: of Slurm; the run goes on as long as one of them is in the queue.
+            patience: seconds of silence that are borne where Slurm does not tell.
+            began: when the silence began if no rank was ever heard of.
+        """
+        if self.finished or self.states["running"]:
             return ""
-        jobs = jobs | self.jobs
-        if jobs:
-            return "" if any_queued(jobs) else f"the job has left the queue, {self.summary()}"
-        if not self.states["running"] and not self.states["waiting"] and not self.states["silent"]:
+        queued = any_queued(jobs)
+        if queued is not None:
+            return "" if queued else f"the job has left the queue, {self.summary()}"
+        if not self.states["waiting"] and not self.states["silent"]:
             return self.summary()
-        quiet = time.time() - self.updated
+        quiet = time.time() - max(self.updated, began if self.states["waiting"] else 0.0)
         return f"nothing was heard for {duration(quiet)}, {self.summary()}" if quiet > patience else ""
+
+    def counted(self) -> str:
+        """The ranks, by how they are doing."""
+        return ", ".join(f"{number} {state}" for state, number in self.states.items() if number)
 
     def summary(self) -> str:
         """The ranks in a few words."""
-        counted = ", ".join(f"{number} {state}" for state, number in self.states.items() if number)
-        return f"ranks: {counted}" + (f"; last error: {self.error}" if self.error else "")
+        return f"ranks: {self.counted()}" + (f"; last error: {self.error}" if self.error else "")
+
+    def speed(self) -> str:
+        """What is done in a second, and how long it takes at this rate."""
+        return f"{self.rate:,.1f} documents/s, {self.tokens_per_second:,.0f} tokens/s{self.eta()}"
 
     def line(self) -> str:
         """All in a line, for a log."""
         of = f" of {self.expected:,}" if self.expected else ""
-        rate = f"{self.rate:,.1f} documents/s, {self.tokens_per_second:,.0f} tokens/s"
-        return f"{self.documents:,}{of} documents, {rate}{self.eta()}; {self.summary()}"
+        return f"{self.documents:,}{of} documents, {self.speed()}; {self.summary()}"
 
     def eta(self) -> str:
         """How long it takes at the present rate."""
         left = (self.expected or 0) - self.documents
         return f", {duration(left / self.rate)} to go" if left > 0 and self.rate > 0 else ""
 
-    def markdown(self) -> str:
-        """The progress section of the card."""
+    def markdown(self, ending: str = "") -> str:
+        """The progress section of the card, or a word on an early end; "" if all is done."""
+        if self.finished:
+            return ""
+        of = f" of {self.expected:,}" if self.expected else ""
+        if ending:
+            return f"> **Ended early**, after {self.documents:,}{of} documents: {card.inline(ending)}\n"
         share = min(1.0, self.documents / self.expected) if self.expected else 0.0
-        bar = "█" * round(BAR * share) + "░" * (BAR - round(BAR * share))
-        ranks = ", ".join(f"{number} {state}" for state, number in self.states.items() if number)
+        bar = "█" * int(BAR * share) + "░" * (BAR - int(BAR * share))  # full, and 100 %, when all is done
         lines = [
             "**This dataset is being generated.**\n",
-            f"`{bar}` {100 * share:.0f} %\n",
-            f"- documents: {self.documents:,}" + (f" of {self.expected:,}" if self.expected else ""),
-            f"- speed: {self.rate:,.1f} documents/s, {self.tokens_per_second:,.0f} tokens/s{self.eta()}",
-            f"- ranks: {ranks}",
+            f"`{bar}` {int(100 * share)} %\n",
+            f"- documents: {self.documents:,}{of}",
+            f"- speed: {self.speed()}",
+            f"- ranks: {self.counted()}",
         ]
         if self.error:
             lines.append(f"- last error: {card.inline(self.error)}")
@@ -162,45 +235,59 @@ class Seen(NamedTuple):
 
 def look(run: sdg.Run) -> Seen:
     """What the state says of all ranks."""
-    files = sdg.rank_statistics(run.state)
-    records = [file.get("rank", {}) for file in files]
-    world = run.options.world_size
-    states = Counter(state_of(record) for record in records)
-    states["waiting"] = max(0, world - len(records))
-    total = sdg.sum_statistics(files)
+    figures = {number: figures_of(run, number) for number in range(run.options.world_size)}
+    records = {number: rank["rank"] for number, rank in figures.items() if rank}
+    states = Counter(state_of(record) for record in records.values())
+    states["waiting"] = len(figures) - len(records)
+    total = sdg.sum_statistics(list(figures.values()))
     documents = int(total.get("documents", 0))
-    known = [record["expected"] for record in records if record.get("expected") is not None]
-    running = [record for record in records if state_of(record) == "running"]
-    rate = sum(record.get("documents_per_second", 0.0) for record in running)
-    failed = [
-        (record["updated"], number, record["error"]) for number, record in enumerate(records) if record.get("error")
-    ]
+    known = [record["expected"] for record in records.values() if record.get("expected") is not None]
+    rates = [record.get("documents_per_second", 0.0) for record in records.values() if state_of(record) == "running"]
+    errors = [(record.get("updated", 0.0), number) for number, record in records.items() if record.get("error")]
+    _, last = max(errors, default=(0.0, 0))
     return Seen(
-        ranks=world,
+        ranks=len(figures),
         states=states,
         documents=documents,
-        expected=round(sum(known) * world / len(known)) if known else None,
-        rate=rate,
-        tokens_per_second=rate * total.get("completion_tokens", 0) / max(1, documents),
-        error=f"{max(failed)[2]} (rank {max(failed)[1]})" if failed else "",
-        jobs=frozenset(record["slurm_job"] for record in records if record.get("slurm_job")),
-        updated=max([record["updated"] for record in records], default=0.0),
+        expected=round(sum(known) * len(figures) / len(known)) if known else None,
+        rate=sum(rates),
+        tokens_per_second=sum(rates) * total.get("completion_tokens", 0) / max(1, documents),
+        error=f"{card.line(records[last]['error'])} (rank {last})" if errors else "",
+        jobs=frozenset(str(record["slurm_job"]) for record in records.values() if record.get("slurm_job")),
+        updated=max((record.get("updated", 0.0) for record in records.values()), default=0.0),
     )
+
+
+def figures_of(run: sdg.Run, number: int) -> dict[str, Any]:
+    """A rank's figures with its record, {} if it has not begun. What is broken is a rank that needs looking after."""
+    try:
+        figures = sdg.statistics_of(run.state / f"{number:05d}.stats.json")
+    except sdg.StateError as problem:
+        return {"rank": {"status": "broken", "error": str(problem)}}
+    return {"rank": {}, **figures} if figures else {}
 
 
 def state_of(record: dict[str, Any]) -> str:
     """How a rank is doing: one that says it runs must have said so lately."""
     status = str(record.get("status", "failed"))
-    return "silent" if status == "running" and time.time() - record["updated"] > SILENT else status
+    return "silent" if status == "running" and time.time() - record.get("updated", 0.0) > SILENT else status
 
 
-def any_queued(jobs: set[str]) -> bool:
-    """Whether one of some jobs is in Slurm's queue; where nobody can tell, it may be."""
-    command = ["squeue", "--noheader", f"--user={getpass.getuser()}", "--format=%F %A"]
+def others(jobs: list[str]) -> set[str]:
+    """Jobs without the one that we are part of: it is in the queue as long as we are."""
+    own = {os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_JOB_ID")}
+    return {job for job in jobs if job not in own}
+
+
+def any_queued(jobs: set[str]) -> bool | None:
+    """Whether one of some jobs is in Slurm's queue; None where nobody can tell."""
+    if not jobs:
+        return None
+    command = ["squeue", "--noheader", f"--user={os.getuid()}", "--format=%F %A"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError):
-        return True
+        return None
     return bool(jobs & set(answer.stdout.split()))
 
 

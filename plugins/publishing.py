@@ -435,13 +435,13 @@ class Publisher:
         self.published += len(batch)
         return None
 
-    def finish(self, progress: str = "") -> str:
+    def finish(self, progress: Callable[[], str] = str) -> str:
         """Publish all there is, the card included, and return where people look at it.
 
         Raises:
             Error: the Hub refuses something; what is written stays where it is.
         """
-        self.publish_all(lambda: progress)
+        self.publish_all(progress)
         if self.broken_card:
             raise sdg.OutputError(f"all files are published, but not the card: {self.broken_card}")
         return self.url

@@ -26,7 +26,11 @@ def open_run(asked: argparse.Namespace) -> sdg.Run:
     recorded = record_of(state)
     options = argparse.Namespace(**recorded["options"])
     options.output, options.state_dir, options.fresh = asked.output, str(state), False
-    plugins, _ = sdg.Plugins.load(options.plugin or [])
+    try:
+        plugins, _ = sdg.Plugins.load(options.plugin or [])
+    except (sdg.PluginError, sdg.UsageError) as problem:  # it may be on the ranks' machines only
+        sdg.say(f"sdg: {problem}; going on without it")
+        plugins, _ = sdg.Plugins.load([])
     run = sdg.Run(options, plugins, sdg.output_place(options, state), state, lambda reason: None)
     sdg.remember_source(run)
     run.model, run.fingerprint = recorded["identity"]["model"], recorded["fingerprint"]
