@@ -170,13 +170,16 @@ def list_files(api: HfApi, repo: str, folder: str, revision: str) -> list[RepoFi
         return []
 
 
-def get(api: HfApi, repo: str, path: str, revision: str, headers: dict[str, str] | None = None) -> Any:
-    """The client's response to a request for a file."""
+def get(
+    api: HfApi, repo: str, path: str, revision: str, headers: dict[str, str] | None = None, retries: int = 5
+) -> Any:
+    """The client's response to a request for a file. Its own `retries` know nothing of the end of a run."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
     url = hf_hub_url(repo, path, repo_type="dataset", revision=revision, endpoint=api.endpoint)
-    answer = http_backoff("GET", url, headers={**build_hf_headers(library_name="sdg"), **(headers or {})}, timeout=60)
+    sent = {**build_hf_headers(library_name="sdg"), **(headers or {})}
+    answer = http_backoff("GET", url, headers=sent, timeout=60, max_retries=retries)
     hf_raise_for_status(answer)
     return answer
 
