@@ -50,9 +50,11 @@ def connect() -> HfApi:
 
     Its progress bars and its words on each attempt are switched off: people hear of the run, and of what lasts.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, get_token
     from huggingface_hub.utils import disable_progress_bars
 
+    if re.search(r"[^!-~]", get_token() or ""):  # it would end in an error that quotes it
+        raise sdg.InputError("the token for the Hub (HF_TOKEN) has a character that no token has: copy it again")
     disable_progress_bars()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     return HfApi(library_name="sdg", library_version=sdg.__version__)

@@ -175,7 +175,8 @@ class ParquetReader:
             ]
         except pa.ArrowException as problem:
             first = self._files.names[0]
-            raise sdg.InputError(f"{name} has values that do not fit the columns of {first}: {problem}") from problem
+            reason = " ".join(str(problem).split())
+            raise sdg.InputError(f"{name} has values that do not fit the columns of {first}: {reason}") from problem
         return pa.RecordBatch.from_arrays(columns, schema=self.schema)
 
     def _footer(self, i: int) -> pa.parquet.FileMetaData:
@@ -191,7 +192,8 @@ class ParquetReader:
             with self._files.open(i) as file:
                 return pq.read_metadata(file)
         except (pa.ArrowException, OSError) as problem:
-            raise sdg.InputError(f"{self._files.names[i]} is no whole parquet file: {problem}") from problem
+            reason = " ".join(str(problem).split())
+            raise sdg.InputError(f"{self._files.names[i]} is no whole parquet file: {reason}") from problem
 
     def _piece_at(self, row: int) -> Piece | None:
         """The row group that holds a row of the input; None after the last one."""

@@ -42,7 +42,6 @@ LAYOUTS = {
     "hidden": Layout(["a.parquet", ".b.parquet", ".c/d.parquet", "__e__/f.parquet", "g/__h/i.parquet", "__j.parquet"]),
     "hidden shards": Layout([*shards("train", 1), "data/.train-00000-of-00001.parquet"]),
     "not data": Layout(["train/README.md", "config.json", "a.parquet", "dataset_infos.md"]),
-    "splits by other files": Layout(["a.parquet", "test/notes.txt"]),
     # A card that names nothing, or only a part of it.
     "card without configs": Layout([*shards("train", 1), *shards("test", 1)], "license: mit"),
     "config without files": Layout([*shards("train", 1), *shards("test", 1)], "configs:\n- config_name: all"),
@@ -54,11 +53,11 @@ LAYOUTS = {
           data_dir: en
           default: true
         - config_name: de
-          data_dir: ./de/
+          data_dir: de
         """,
     ),
     "data_dir with data_files": Layout(
-        ["en/a/x.parquet", "en/b/x.parquet", "a/x.parquet"],
+        ["en/a/x.parquet", "en/b/x.parquet", "a/x.parquet", "b/y.parquet"],
         """
         configs:
         - config_name: en
@@ -67,7 +66,7 @@ LAYOUTS = {
           - split: train
             path: a/*
           - split: test
-            path: [b/x.parquet]
+            path: [b/*.parquet]
         """,
     ),
     # Cards that name files.
@@ -134,37 +133,20 @@ LAYOUTS = {
           data_files: "d/__*/*"
         - config_name: marks
           data_files: "d/?/a.parquet"
-        - config_name: dots
-          data_files: ./d/e/a.parquet
         """,
     ),
     "a pattern that matches nothing beside one that does": Layout(
         ["a.parquet"], 'configs:\n- config_name: x\n  data_files: ["b/*", "a.parquet"]'
     ),
+    # Several formats: the one that most files have.
+    "as much csv as parquet": Layout(["a.csv", "c.parquet"]),
+    "more parquet than jsonl": Layout(["a.jsonl", "c.parquet", "b.parquet"]),
+}
+
+# `datasets` reads a file as often as a pattern matches it. Documents are not generated twice, so that here it is once.
+TWICE = {
     "a file that two patterns match": Layout(
         ["a.parquet", "b.parquet"], 'configs:\n- config_name: x\n  data_files: ["b*", "*.parquet"]'
     ),
     "a file of two keywords": Layout(["train.train.parquet", "test.parquet"]),
-    # Several formats: the one that most files have.
-    "more csv than parquet": Layout(["a.csv", "b.csv", "c.parquet"]),
-    "as much csv as parquet": Layout(["a.csv", "c.parquet"]),
-    "more parquet than jsonl": Layout(["a.jsonl", "c.parquet", "b.parquet"]),
-    "a missing file": Layout(["a.parquet"], 'configs:\n- config_name: x\n  data_files: ["a.parquet", "b.parquet"]'),
-    "two defaults": Layout(
-        ["a.parquet", "b.parquet"],
-        """
-        configs:
-        - config_name: a
-          data_files: a.parquet
-          default: true
-        - config_name: b
-          data_files: b.parquet
-          default: true
-        """,
-    ),
-    "no default": Layout(
-        ["a.parquet", "b.parquet"],
-        "configs:\n- config_name: a\n  data_files: a.parquet\n- config_name: b\n  data_files: b.parquet",
-    ),
-    "names of splits that cannot be": Layout(["data/my-train-00000-of-00001.parquet", *shards("train", 1)]),
 }

@@ -258,7 +258,7 @@ class Job:
         return arguments
 
     def start(self, env: dict[str, str] | None = None, **options: Any) -> Started:
-        return self.sdg.start(*self.command_line(options), **self.env, **(env or {}))
+        return self.sdg.start(*self.command_line(options), **{**self.env, **(env or {})})
 
     def __call__(
         self, env: dict[str, str] | None = None, timeout: float = 60.0, bugs: bool = False, **options: Any
