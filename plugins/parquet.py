@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 BUFFER = 1 << 20  # bytes of a column chunk read at a time
 EAGER = 200  # footers that are read at the beginning: the number of rows is exact if there are not more
 FOOTERS = 16  # footers read at a time
-AHEAD = 4  # row groups fetched before they are needed, from afar…
+AHEAD = 16  # row groups fetched before they are needed, from afar…
 AHEAD_BYTES = 128 << 20  # … if they are not larger than this together
 GROUP_BYTES = 128 << 20  # of a row group as Arrow has it: the Hub's viewer refuses those above 300 MB
 
@@ -78,7 +78,7 @@ class ParquetReader:
         self._files, self._run = files, run
         self._cached_footer = functools.lru_cache(8)(self._read_footer)
         self._reading = [threading.Lock() for _ in range(FOOTERS)]
-        self._pool = ThreadPoolExecutor(FOOTERS, "sdg-parquet")
+        self._pool = ThreadPoolExecutor(max(FOOTERS, AHEAD), "sdg-parquet")
         self._ahead: OrderedDict[Piece, Future[Iterator[pa.RecordBatch]]] = OrderedDict()
         self.schema = self._footer(0).schema.to_arrow_schema().remove_metadata()
         self._begin(0, 0)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import json
 import logging
+import signal
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,12 +18,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from aiohttp import web
 from fake_hub import FakeHub, Rights
-from fake_server import FakeServer
+from fake_server import Delay, FakeServer
 from hub_layouts import LAYOUTS, TWICE, Layout
 from huggingface_hub import HfApi, constants
 from huggingface_hub.utils import close_session
-from running import Job
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from running import Job, Output, wait_until
 
 import sdg
 
@@ -31,7 +36,7 @@ DOCS = "lab/docs"
 def parquet(texts: list[str], rows_per_group: int = 1000, **more: Any) -> bytes:
     """A parquet file; the column `pad` makes its row groups so large that the footer's read does not bring them."""
     sink = io.BytesIO()
-    table = pa.table({"id": texts, "text": texts, **more})
+    table = pa.table({"id": pa.array(texts, pa.string()), "text": pa.array(texts, pa.string()), **more})
     pq.write_table(table, sink, row_group_size=rows_per_group, compression="none", use_dictionary=False)
     return sink.getvalue()
 
@@ -396,3 +401,361 @@ def test_files_of_one_split_may_differ_as_much_as_datasets_allows(here: Here, do
     reader = here.open("lab/mixed")
     with pytest.raises(sdg.InputError, match=r"train/b.parquet has values that do not fit"):
         reader.read(9)
+
+
+# ── The revision that a run began with ───────────────────────────────────────────────────────────────────────────────
+
+
+def replace_all(hub: FakeHub) -> str:
+    """Push other documents to `main`."""
+    changed = {
+        f"data/train-{n:05}-of-00003.parquet": parquet([f"new {n} {row}" for row in range(20)]) for n in range(3)
+    }
+    return hub.push(DOCS, changed)
+
+
+def record(output: Output) -> Any:
+    return json.loads((output.state / "run.json").read_text())
+
+
+def revisions(output: Output) -> set[str]:
+    """What the files say that they are made from."""
+    metadata = [pq.read_schema(output.path / name).metadata for name in output.data()]
+    return {entries[b"sdg.input_revision"].decode() for entries in metadata}
+
+
+@pytest.mark.parametrize("asked", ["", "@v1"])
+def test_a_run_stays_with_the_revision_it_began_with(asked: str, hub_job: Job, docs: FakeHub) -> None:
+    began = docs.head(DOCS)
+    docs.move(DOCS, "refs/tags/v1", began)
+    hub_job.options["input"] += asked
+    hub_job.succeed(max_documents=10)
+    docs.move(DOCS, "refs/tags/v1", replace_all(docs))
+
+    output = hub_job.succeed()
+
+    assert list(output.texts()) == ALL
+    assert revisions(output) == {began}
+    assert record(output)["source"]["revision"] == record(output)["identity"]["input"]["revision"] == began
+    assert hub_job.verify().rc == 0
+
+
+def test_fresh_takes_what_is_there_now(hub_job: Job, docs: FakeHub) -> None:
+    hub_job.succeed()
+    now = replace_all(docs)
+
+    output = hub_job.succeed(fresh=True)
+
+    assert output.ids()[0] == "new 0 0"
+    assert revisions(output) == {now}
+
+
+def test_a_hash_names_a_revision(hub_job: Job, docs: FakeHub) -> None:
+    began = docs.head(DOCS)
+    replace_all(docs)
+
+    assert hub_job.succeed(input=f"hf://datasets/{DOCS}@{began}").ids() == ALL
+
+
+def test_the_revision_of_a_conversion_is_kept(lines: FakeHub, job: Job) -> None:
+    job.env |= lines.environment(job.folder)
+    job.options |= {"input": f"hf://datasets/{DOCS}", "input_config": "en", "records_per_chunk": 1}
+    began = lines.head(DOCS, CONVERTED)
+    job.succeed(max_documents=1)
+    lines.push(DOCS, {"en.jsonl": LINES * 2})
+    lines.push(DOCS, {"en/train/0001.parquet": parquet(["changed"])}, revision=CONVERTED)
+
+    output = job.succeed()
+
+    assert output.ids() == ["en 0", "en 1", "en 2"]
+    assert record(output)["identity"]["input"]["parquet"] == began
+
+
+def test_another_split_config_or_revision_is_another_run(hub_job: Job, docs: FakeHub) -> None:
+    docs.push(DOCS, {"data/test-00000-of-00001.parquet": parquet(["test"])})
+    hub_job.succeed()
+    docs.move(DOCS, "v2", docs.push(DOCS, {"notes.md": b"more"}))
+
+    for other in ({"input_split": "test"}, {"input_config": "default"}, {"input": f"hf://datasets/{DOCS}@v2"}):
+        finished = hub_job(**other)
+        assert finished.rc == 1
+        assert finished.says("is of another run", *({"input", "revision"} if "input" in other else other))
+
+
+def test_a_revision_that_is_gone_is_named(hub_job: Job, docs: FakeHub) -> None:
+    hub_job.succeed(max_documents=10)
+    began = docs.head(DOCS)
+    replace_all(docs)
+    del docs.repos[DOCS].commits[began]
+
+    finished = hub_job()
+
+    assert finished.rc == 1
+    assert finished.says(DOCS, began, "--fresh")
+
+
+def test_ranks_that_begin_one_after_the_other_read_one_revision(hub_job: Job, docs: FakeHub) -> None:
+    hub_job.succeed(rank=0, world_size=2)
+    replace_all(docs)
+
+    output = hub_job.succeed(rank=1, world_size=2)
+
+    assert sorted(output.ids()) == sorted(ALL)
+    assert len(revisions(output)) == 1
+
+
+# ── Rows by number ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_killed_run_goes_on_in_the_middle_of_a_file(hub_job: Job, docs: FakeHub, server: FakeServer) -> None:
+    server.behave(slowly)
+    running = hub_job.start(max_concurrent_generations=2)
+    wait_until(lambda: len(hub_job.output.data()) >= 3)
+    running.process.kill()
+    running.process.wait()
+    answered = len(server.requests)
+    docs.forget()
+
+    output = hub_job.succeed()
+
+    assert output.ids() == ALL
+    assert len(server.requests) <= len(ALL) + 4
+    assert answered >= 12
+    assert hub_job.verify().rc == 0
+
+
+def slowly(payload: Any, n: int) -> Delay:
+    return Delay(0.05)
+
+
+class Shelf:
+    """Files far away, in memory."""
+
+    local = False
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        self.names, self.contents = list(files), list(files.values())
+        self.sizes = [len(content) for content in self.contents]
+        self.opened: list[int] = []
+
+    def open(self, i: int) -> Any:
+        self.opened.append(i)
+        return io.BytesIO(self.contents[i])
+
+
+def reader_of(shelf: Any, **options: Any) -> Any:
+    sdg.Plugins.load([])
+    from sdg_plugins.parquet import ParquetReader
+
+    defaults = {"records_per_chunk": 10, "world_size": 1, "rank": 0, "max_documents": None, "prompt_column": "text"}
+    return ParquetReader(SimpleNamespace(options=SimpleNamespace(**defaults | options)), shelf, {})
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 30), min_size=1, max_size=6),
+    rows_per_group=st.integers(1, 12),
+    chunk=st.integers(1, 13),
+    world=st.integers(1, 4),
+    most=st.none() | st.integers(1, 100),
+    reopened=st.sets(st.integers(0, 40)),
+    bookmarks=st.booleans(),
+    eager=st.integers(1, 3),
+)
+def test_chunks_of_all_ranks_partition_a_dataset_that_is_far_away(
+    sizes: list[int],
+    rows_per_group: int,
+    chunk: int,
+    world: int,
+    most: int | None,
+    reopened: set[int],
+    bookmarks: bool,
+    eager: int,
+) -> None:
+    contents = [[f"{number} {row}" for row in range(size)] for number, size in enumerate(sizes)]
+    shelf = Shelf({f"{number}": parquet(rows, rows_per_group) for number, rows in enumerate(contents)})
+    whole = [
+        (name, int(text.split()[1]), text) for name, rows in zip(shelf.names, contents, strict=True) for text in rows
+    ]
+    found: dict[int, list[Any]] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        sdg.Plugins.load([])
+        patch.setattr("sdg_plugins.parquet.EAGER", eager)
+        patch.setattr("sdg_plugins.parquet.FOOTERS", 2)
+        for rank in range(world):
+            options = {"records_per_chunk": chunk, "world_size": world, "rank": rank, "max_documents": most}
+            reader, bookmark = reader_of(shelf, **options), None
+            for index in range(rank, len(whole) // chunk + 1 + world, world):
+                if index in reopened:  # as after a crash
+                    reader = reader_of(shelf, **options)
+                reader.seek(index * chunk, bookmark if bookmarks else None)
+                bookmark = reader.tell()
+                blocks = reader.read(chunk)
+                found[index] = [
+                    (block.file, block.row + number, text)
+                    for block in blocks
+                    for number, text in enumerate(block.batch.column("text").to_pylist())
+                ]
+            assert bookmarks or reader.total() == len(whole)
+
+    assert [row for index in sorted(found) for row in found[index]] == whole
+
+
+def test_of_many_files_footers_are_read_as_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [[f"{number} {row}" for row in range(10 + number % 3)] for number in range(50)]
+    shelf = Shelf({f"{number}": parquet(rows[number]) for number in range(50)})
+    whole = [text for file in rows for text in file]
+    sdg.Plugins.load([])
+    monkeypatch.setattr("sdg_plugins.parquet.EAGER", 2)
+    monkeypatch.setattr("sdg_plugins.parquet.FOOTERS", 4)
+
+    reader = reader_of(shelf)
+    assert max(shelf.opened) == 1
+    assert reader.total() != len(whole)
+    assert reader.total() == pytest.approx(len(whole), rel=0.1)
+    reader.seek(300, None)
+    bookmark = reader.tell()
+    assert 20 <= max(shelf.opened) < 40
+    assert texts_of(reader, 300, 40) == whole[300:340]
+    texts_of(reader, 300)
+    assert reader.total() == len(whole)
+
+    other = reader_of(shelf)
+    shelf.opened.clear()
+    other.seek(300, bookmark)
+    assert other.read(1)[0].batch.column("text").to_pylist() == [whole[300]]
+    assert min(shelf.opened) > 20
+    assert other.total() == pytest.approx(len(whole), rel=0.1)
+    assert texts_of(other, 5, 1) == [whole[5]]
+
+
+# ── Requests to the Hub ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def large(hub: FakeHub, repo: str, files: int = 4, groups: int = 4, rows_per_group: int = 10) -> list[str]:
+    """A dataset with row groups of 100 KB, so that a footer's read brings at most one along."""
+    rows = [[f"{file} {row}" for row in range(groups * rows_per_group)] for file in range(files)]
+    hub.create(repo)
+    pads = [f"{number:04}".encode() * (25_000 // rows_per_group) for number in range(groups * rows_per_group)]
+    hub.push(repo, {f"{n}.parquet": parquet(texts, rows_per_group, pad=pads) for n, texts in enumerate(rows)})
+    return [text for file in rows for text in file]
+
+
+def test_few_requests_are_made_for_each_row_group(hub: FakeHub, here: Here) -> None:
+    whole = large(hub, "lab/large")
+
+    assert here.texts("lab/large") == whole
+
+    assert hub.counts["info"] == 1
+    assert hub.counts["tree"] == 1
+    assert set(hub.counts) == {"info", "tree", "resolve", "cdn"}
+    assert hub.counts["resolve"] <= 4 * 2 + 16 * 2  # footers, row groups
+
+
+def test_a_rank_reads_only_its_row_groups(hub: FakeHub, here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = large(hub, "lab/large")
+    fetched = Counter[str]()
+    reader = here.open("lab/large", world_size=4, rank=1, records_per_chunk=10)
+    opened = reader._open
+    monkeypatch.setattr(
+        reader, "_open", lambda piece: (fetched.update([f"{piece.file}/{piece.group}"]), opened(piece))[1]
+    )
+
+    found = [text for chunk in range(1, 16, 4) for text in texts_of(reader, chunk * 10, 10)]
+
+    assert found == [text for chunk in range(1, 16, 4) for text in whole[chunk * 10 : chunk * 10 + 10]]
+    assert fetched == {f"{file}/1": 1 for file in range(4)}
+
+
+# ── Disturbances ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        [("cdn", {"drop": True, "times": 3, "after": 4}), ("resolve", {"drop": True, "after": 6})],
+        [("cdn", {"status": 500, "times": 2, "after": 5}), ("resolve", {"status": 503, "times": 2, "after": 5})],
+        [("resolve", {"status": 429, "headers": {"Retry-After": "1"}, "after": 5})],
+        [("info", {"status": 503}), ("tree", {"status": 500}), ("resolve", {"status": 504})],
+        [("info", {"drop": True}), ("tree", {"drop": True}), ("cdn", {"drop": True})],
+    ],
+)
+def test_disturbances_pass(faults: list[Any], hub: FakeHub, job: Job) -> None:
+    whole = large(hub, "lab/large", files=2)
+    job.env |= hub.environment(job.folder)
+    for operation, fault in faults:
+        hub.fail(operation, **fault)
+
+    output = job.succeed(input="hf://datasets/lab/large")
+
+    assert output.ids() == whole
+    assert all(fault.times == 0 for fault in hub._faults)
+
+
+def test_an_outage_in_the_middle_passes(hub: FakeHub, job: Job, server: FakeServer) -> None:
+    whole = large(hub, "lab/large", files=6)
+    job.env |= hub.environment(job.folder)
+    server.behave(slowly)
+    running = job.start(input="hf://datasets/lab/large", records_per_chunk=5, max_concurrent_documents=5)
+    wait_until(lambda: job.output.path.exists() and len(job.output.data()) >= 2)
+    hub.stop()
+    threading.Event().wait(2)
+    hub.start()
+    finished = running.finish()
+
+    assert finished.rc == 0
+    assert job.output.ids() == whole
+
+
+def test_a_cdn_that_knows_no_ranges_is_borne(hub: FakeHub, here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = large(hub, "lab/large", files=2)
+    monkeypatch.setattr("fake_hub._ranged", lambda call, content, headers: web.Response(body=content, headers=headers))
+
+    assert here.texts("lab/large") == whole
+
+
+def test_an_interrupted_run_ends_though_the_hub_is_away(hub: FakeHub, job: Job, server: FakeServer) -> None:
+    whole = large(hub, "lab/large", files=6)
+    job.env |= hub.environment(job.folder)
+    job.options |= {"input": "hf://datasets/lab/large", "records_per_chunk": 5}
+    hub.fail("cdn", drop=True, times=1 << 30, after=6 + 8)
+    running = job.start()
+    wait_until(lambda: job.output.path.exists() and job.output.data())
+    threading.Event().wait(2)
+    running.send(signal.SIGINT)
+    finished = running.finish(timeout=20)
+
+    assert finished.rc == 130
+    kept = len(server.requests)
+    assert kept >= 5
+    hub._faults.clear()
+    assert job.succeed().ids() == whole
+    assert len(server.requests) == len(whole)
+
+
+def test_a_run_that_has_what_it_wants_ends_though_the_hub_is_away(hub: FakeHub, job: Job) -> None:
+    whole = large(hub, "lab/large", files=2)
+    job.env |= hub.environment(job.folder)
+    hub.fail("cdn", drop=True, times=1 << 30, after=2 + 2)
+
+    assert job.succeed(input="hf://datasets/lab/large", max_documents=10).ids() == whole[:10]
+
+
+def test_input_far_away_keeps_requests_in_flight(hub: FakeHub, job: Job, server: FakeServer) -> None:
+    large(hub, "lab/large", files=4, groups=8, rows_per_group=25)
+    folder = job.folder / "local"
+    folder.mkdir()
+    for name, content in hub.files("lab/large").items():
+        if name.endswith(".parquet"):
+            (folder / name).write_bytes(content)
+    server.behave(slowly)
+    hub.fail("cdn", delay=0.3, times=1 << 30)
+    job.env |= hub.environment(job.folder)
+    job.options |= {"records_per_chunk": 10, "max_concurrent_generations": 20}
+
+    means = {}
+    for name, uri in {"local": folder, "hub": "hf://datasets/lab/large"}.items():
+        server.forget()
+        job.succeed(input=uri, output=name)
+        means[name] = server.mean_in_flight()
+    assert means["hub"] >= 0.9 * means["local"], means
