@@ -3634,6 +3634,8 @@ async def run_once(options: argparse.Namespace, plugins: Plugins) -> None:
         if stop.reason is None or problem is stop.reason:
             raise
         raise stop.reason from problem
+    finally:
+        stop.stopping.set()  # threads that still wait for something far away keep the process from ending
 
 
 async def _run_locked(

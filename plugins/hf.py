@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import functools
+import glob
 import io
+import mimetypes
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import sdg
@@ -18,14 +21,20 @@ from .parquet import ParquetReader
 T = TypeVar("T")
 
 CONVERTED = "refs/convert/parquet"  # where the Hub keeps what it made of other formats
-# How `datasets` finds splits in the names of files and folders:
+# How `datasets` finds splits in the names of files and folders, patterns in the order in which it reads their files:
 # https://huggingface.co/docs/datasets/repository_structure
 KEYWORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "dev", "val"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-NO_DATA = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "README.md"}
+SHARDS = "data/{}-" + "[0-9]" * 5 + "-of-" + "[0-9]" * 5 + "*.*"
+IN_FOLDERS = ("**/{0}/**", "**/{0}[-._ 0-9]*/**", "**/*[-._ 0-9]{0}/**", "**/*[-._ 0-9]{0}[-._ 0-9]*/**")
+IN_NAMES = ("**/{0}[-._ 0-9]*", "**/*[-._ 0-9]{0}[-._ 0-9]*")
+NO_DATA = {"README.md", "config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "dummy_data.zip"}
+PARQUET = {"parquet", "geoparquet", "gpq"}
+OTHER_FORMATS = {"arrow", "conll", "conllu", "csv", "h5", "hdf5", "json", "jsonl", "lance", "ndjson", "tar", "tsv"}
+OTHER_FORMATS |= {"txt", "vortex", "xml", "zip"}
 
 
 @sdg.hookimpl
@@ -44,6 +53,17 @@ class Part(NamedTuple):
 
     path: str
     size: int
+
+
+class Config(NamedTuple):
+    """A config of a card: its folder, and the patterns of files in it by split; without them the files' names tell."""
+
+    folder: str
+    patterns: Mapping[str, list[str]]
+    default: bool
+
+
+WHOLE = Config("", {}, False)  # of a dataset that names none
 
 
 class Found(NamedTuple):
@@ -76,92 +96,126 @@ class Dataset:
     """A repository at one commit: that of an earlier process of the run, else what its revision stands for now."""
 
     def __init__(self, run: sdg.Run, address: hub.Address) -> None:
+        from huggingface_hub.errors import RevisionNotFoundError
+
         self.api = hub.connect()
         self.address, self.run = address, run
         earlier = run.source
         same = (earlier.get("dataset"), earlier.get("asked")) == (address.repo, address.revision)
         wanted = earlier["revision"] if same else address.revision
         self.pinned: str | None = earlier.get("parquet") if same else None
-        info = self.ask(
-            lambda: self.api.dataset_info(address.repo, revision=wanted, expand=["sha", "cardData"], timeout=60)
-        )
+        try:
+            info = self.info(wanted, "cardData")
+        except sdg.InputError as problem:
+            if same and isinstance(problem.__cause__, RevisionNotFoundError):
+                gone = f"{address} has no more the revision {wanted} that this run began with"
+                raise sdg.InputError(f"{gone}: --fresh starts over with what is there now") from problem
+            raise
         self.revision = str(info.sha)
         card: Any = info.card_data
         self.card: dict[str, Any] = card.to_dict() if card else {}
 
-    def ask(self, call: Callable[[], T]) -> T:
+    def ask(self, call: Callable[[], T], revision: str | None) -> T:
         """Have the Hub answer, whatever it takes."""
-        return hub.patiently(call, self.address, self.run.stopping)
+        return hub.patiently(call, self.address._replace(revision=revision), self.run.stopping)
+
+    def info(self, revision: str | None, *more: Any) -> Any:
+        """What the Hub says of a revision."""
+        ask = functools.partial(self.api.dataset_info, expand=["sha", *more], timeout=60)
+        return self.ask(lambda: ask(self.address.repo, revision=revision), revision)
 
     def find(self, config: str | None, split: str) -> Found:
         """The parquet files of a config and a split, resolved as `datasets.load_dataset` does it."""
-        configs = {str(entry["config_name"]): entry for entry in self.card.get("configs") or []}
-        if configs or config in {None, "default"}:
-            name = choose(config, configs or {"default": {}}, [n for n, e in configs.items() if e.get("default")], self)
-            splits = self._splits(configs.get(name, {}))
-            parts = {split: [part for part in parts if is_parquet(part)] for split, parts in splits.items()}
-            if any(parts.values()):
-                return Found(name, pick(split, parts, f"{self.address} (config {name})"), self.revision)
-            config = name if configs else config
-        return self._converted(config, split)
+        configs = configs_of(self.card.get("configs"), self.address)
+        if not configs and config not in {None, "default"}:  # the Hub may know it from a loading script
+            return self._converted(config, split, {"default": WHOLE})
+        configs = configs or {"default": WHOLE}
+        name = choose(config, configs, self.address)
+        parts = {split: parquet_of(parts) for split, parts in self._splits(configs[name], name).items()}
+        if any(parts.values()):
+            return Found(name, pick(split, parts, f"{self.address} (config {name})"), self.revision)
+        return self._converted(name, split, configs)
 
-    def _splits(self, entry: Mapping[str, Any]) -> dict[str, list[Part]]:
+    def _splits(self, config: Config, name: str) -> dict[str, list[Part]]:
         """The files of each split, by the patterns of a config of the card, else by their names."""
-        base = str(entry.get("data_dir") or "").strip("/.")
-        patterns = patterns_of(entry["data_files"]) if entry.get("data_files") else None
-        fixed = [re.split(r"[*?\[]", p)[0].rpartition("/")[0] for paths in (patterns or {}).values() for p in paths]
-        folder = "/".join(filter(None, [base, os.path.commonpath(fixed) if fixed else ""]))
-        inside = {part.path.removeprefix(f"{base}/"): part for part in self.list(folder, self.revision)}
-        if patterns is None:
-            return {split: [inside[name] for name in names] for split, names in splits_by_name(inside).items()}
-        return {split: matching(paths, inside) for split, paths in patterns.items()}
+        listed = [path for paths in config.patterns.values() for path in paths]
+        fixed = [re.split(r"[*?\[]", path)[0].rpartition("/")[0] for path in listed]
+        folder = "/".join(filter(None, [config.folder, os.path.commonpath(fixed) if fixed else ""]))
+        inside = {part.path.removeprefix(f"{config.folder}/"): part for part in self.list(folder, self.revision)}
+        for path in listed:
+            if path not in inside and not glob.has_magic(path) and "://" not in path:
+                where = f"{config.folder}/{path}".removeprefix("/")
+                raise sdg.InputError(f"{self.address}: its card names {where} (config {name}), which is not there")
+        patterns = config.patterns or patterns_by_name(inside)
+        return {split: [inside[path] for path in matching(paths, inside)] for split, paths in patterns.items()}
 
-    def _converted(self, config: str | None, split: str) -> Found:
+    def _converted(self, config: str | None, split: str, configs: Mapping[str, Config]) -> Found:
         """What the Hub has made of a dataset that isn't parquet."""
         from huggingface_hub.errors import RevisionNotFoundError
 
         if self.address.revision not in {None, "main"}:
+            choose(config, configs, self.address)
             raise sdg.InputError(
                 f"{self.address} has no parquet files at {self.address.revision}, and the Hub converts only `main`"
             )
-        repo = self.address.repo
         try:
-            revision = self.pinned or self.api.dataset_info(repo, revision=CONVERTED, expand=["sha"]).sha
-        except RevisionNotFoundError as problem:
-            message = (
-                f"{self.address} is not parquet, and the Hub has not converted it: download it, and read its files"
-            )
-            raise sdg.InputError(message) from problem
+            revision = self.pinned or str(self.info(CONVERTED).sha)
+        except sdg.InputError as problem:
+            if not isinstance(problem.__cause__, RevisionNotFoundError):
+                raise
+            revision = ""
         folders: dict[str, dict[str, list[Part]]] = {}
-        for part in self.list("", str(revision)):
+        for part in self.list("", revision) if revision else []:
             if is_parquet(part) and part.path.count("/") == 2:
                 name, folder, _ = part.path.split("/")
                 folders.setdefault(name, {}).setdefault(folder, []).append(part)
-        name = choose(config, folders, [], self)
+        if not folders or (config in configs and config not in folders):
+            choose(config, configs, self.address)
+            what = f"{self.address} (config {config})" if folders else str(self.address)
+            raise sdg.InputError(f"{what} is not parquet, and the Hub has not converted it: download its files")
+        name = choose(config, dict.fromkeys(folders, WHOLE), self.address)
         whole = {folder.removeprefix("partial-"): parts for folder, parts in folders[name].items()}
+        found = Found(name, pick(split, whole, f"{self.address} (config {name})"), revision)
         if f"partial-{split}" in folders[name]:
             sdg.say(
                 f"sdg: {self.address} is not parquet, and the Hub has converted only the first 5 GB of {name}/{split}"
             )
-        return Found(name, pick(split, whole, f"{self.address} (config {name})"), str(revision))
+        return found
 
     def list(self, folder: str, revision: str) -> list[Part]:
         """All files below a folder, none if it does not exist."""
-        files = self.ask(lambda: hub.list_files(self.api, self.address.repo, folder, revision))
+        files = self.ask(lambda: hub.list_files(self.api, self.address.repo, folder, revision), revision)
         return [Part(file.path, file.size) for file in files]
 
 
-def choose(asked: str | None, configs: Mapping[str, Any], defaults: list[str], dataset: Dataset) -> str:
+def configs_of(entries: Any, address: hub.Address) -> dict[str, Config]:
+    """The `configs` of a dataset's card."""
+    try:
+        return {
+            str(entry["config_name"]): Config(
+                str(entry.get("data_dir") or "").removeprefix("./").strip("/"),
+                patterns_of(entry.get("data_files") or {}),
+                bool(entry.get("default")),
+            )
+            for entry in entries or []
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as problem:
+        message = f"{address}: the `configs` of its card are not of a form that `datasets` reads: {problem!r}"
+        raise sdg.InputError(message) from problem
+
+
+def choose(asked: str | None, configs: Mapping[str, Config], address: hub.Address) -> str:
     """The config that was asked for, else the default one."""
-    names = list(configs)
-    there = f"it has: {', '.join(names) or 'none'}"
+    there = f"it has: {', '.join(configs)}"
     if asked is not None:
         if asked not in configs:
-            raise sdg.InputError(f"--input-config {asked}: {dataset.address} has no such config; {there}")
+            raise sdg.InputError(f"--input-config {asked}: {address} has no such config; {there}")
         return asked
-    default = [name for name in ("default", *defaults) if name in configs] or (names if len(names) == 1 else [])
-    if not default:
-        raise sdg.InputError(f"{dataset.address} has several configs, choose by --input-config; {there}")
+    marked = [name for name, config in configs.items() if config.default or name == "default"]
+    default = marked or list(configs)
+    if len(default) != 1:
+        kind = "default configs" if marked else "configs"
+        raise sdg.InputError(f"{address} has several {kind}, choose by --input-config; {there}")
     return default[0]
 
 
@@ -181,48 +235,57 @@ def patterns_of(data_files: Any) -> dict[str, list[str]]:
         entries = [("train", data_files)]
     else:
         entries = [(str(item["split"]), item["path"]) for item in data_files]
-    return {split: [paths] if isinstance(paths, str) else list(paths) for split, paths in entries}
+    listed = {split: [paths] if isinstance(paths, str) else list(paths) for split, paths in entries}
+    return {split: [path.removeprefix("./") for path in paths] for split, paths in listed.items()}
 
 
-def matching(patterns: Iterable[str], files: Mapping[str, Part]) -> list[Part]:
-    """The files that match one of some patterns, sorted."""
+def matching(patterns: Iterable[str], names: Collection[str]) -> list[str]:
+    """The files that match patterns: in the order of these, then sorted; each once, where `datasets` repeats it."""
     from fsspec.utils import glob_translate
 
-    wanted = [re.compile(glob_translate(pattern.removeprefix("./"))) for pattern in patterns]
-    return sorted(part for name, part in files.items() if any(pattern.match(name) for pattern in wanted))
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        wanted, base = re.compile(glob_translate(pattern)), os.path.basename(pattern)
+        fitting = [name for name in names if wanted.match(name) and hidden_in(name) == hidden_in(pattern)]
+        ignored = NO_DATA - {base}
+        found |= dict.fromkeys(sorted(name for name in fitting if os.path.basename(name) not in ignored))
+    return list(found)
 
 
-def splits_by_name(names: Iterable[str]) -> dict[str, list[str]]:
+def hidden_in(path: str) -> tuple[int, int]:
+    """How many names in a path hide it, unless a pattern has as many: those with a dot, and folders with `__`."""
+    *folders, name = path.split("/")
+    return sum(part[:1] == "." for part in [*folders, name]), sum(part[:2] == "__" for part in folders)
+
+
+def patterns_by_name(names: Collection[str]) -> dict[str, list[str]]:
     """The splits that the names of files and folders tell: shards in `data/`, else keywords, else all are `train`."""
-    hidden = re.compile(r"(^|/)(\.|__)")
-    data = sorted(name for name in names if not hidden.search(name) and os.path.basename(name) not in NO_DATA)
-    shards: dict[str, list[str]] = {}
-    for name in data:
-        if shard := re.fullmatch(r"data/([\w.]+)-\d{5}-of-\d{5}[^/]*\.[^/]*", name):
-            shards.setdefault(shard[1], []).append(name)
-    if shards:
-        return shards
-    for rule in (in_folder, in_filename):
-        splits = {split: [name for name in data if rule(name, KEYWORDS[split])] for split in KEYWORDS}
-        if any(splits.values()):
-            return {split: found for split, found in splits.items() if found}
-    return {"train": data}
-
-
-def in_folder(name: str, keywords: Iterable[str]) -> bool:
-    """Whether a folder above a file is named after a split: `dev`, `my-dev`, `dev_2`."""
-    pattern = rf"(.*[-._ 0-9])?({'|'.join(keywords)})([-._ 0-9].*)?"
-    return any(re.fullmatch(pattern, folder) for folder in name.split("/")[:-1])
-
-
-def in_filename(name: str, keywords: Iterable[str]) -> bool:
-    """Whether a file is named after a split: `dev.parquet`, `my-dev-2.parquet`."""
-    return bool(re.match(rf"(.*[-._ 0-9])?({'|'.join(keywords)})[-._ 0-9]", os.path.basename(name)))
+    if shards := matching([SHARDS.format("*")], names):
+        splits = {re.sub(r"-\d{5}-of-\d{5}.*", "", name.removeprefix("data/")) for name in shards}
+        return {split: [SHARDS.format(glob.escape(split))] for split in sorted(splits)}
+    for shapes in (IN_FOLDERS, IN_NAMES):
+        patterns = {split: [shape.format(word) for word in KEYWORDS[split] for shape in shapes] for split in KEYWORDS}
+        if found := {split: paths for split, paths in patterns.items() if matching(paths, names)}:
+            return found
+    return {"train": ["**"]}
 
 
 def is_parquet(part: Part) -> bool:
     """Whether a file is parquet, by its name."""
-    return sdg.format_of(part.path) == "parquet"
+    return sdg.format_of(part.path) in PARQUET
+
+
+def parquet_of(parts: list[Part]) -> list[Part]:
+    """The parquet files of a split, none if more of its files are of another format: then that one is its data."""
+    suffixes = Counter(sdg.format_of(part.path) for part in parts)
+    others = [count for suffix, count in suffixes.items() if suffix in OTHER_FORMATS or is_media(suffix)]
+    found = [part for part in parts if is_parquet(part)]
+    return found if len(found) >= max(others, default=0) else []
+
+
+def is_media(suffix: str) -> bool:
+    """Whether files of a suffix are images, sounds or films."""
+    return (mimetypes.guess_type(f"_.{suffix}")[0] or "").startswith(("image/", "audio/", "video/"))
 
 
 class HubFiles:
@@ -238,8 +301,10 @@ class HubFiles:
     def open(self, i: int) -> RemoteFile:
         """A file for reading."""
         api, repo = self._dataset.api, self._dataset.address.repo
-        fetch = functools.partial(hub.get, api, repo, self.names[i], self._revision)
-        return RemoteFile(lambda headers: self._dataset.ask(lambda: fetch(headers)), self.sizes[i])
+        fetch = functools.partial(hub.get, api, repo, self.names[i], self._revision, retries=0)
+        return RemoteFile(
+            lambda headers: self._dataset.ask(lambda: fetch(headers=headers), self._revision), self.sizes[i]
+        )
 
 
 class RemoteFile(io.RawIOBase):

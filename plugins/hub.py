@@ -51,9 +51,11 @@ def connect() -> HfApi:
 
     Its progress bars and its words on each attempt are switched off: people hear of the run, and of what lasts.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, get_token
     from huggingface_hub.utils import disable_progress_bars
 
+    if re.search(r"[^!-~]", get_token() or ""):  # it would end in an error that quotes it
+        raise sdg.InputError("the token for the Hub (HF_TOKEN) has a character that no token has: copy it again")
     disable_progress_bars()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     return HfApi(library_name="sdg", library_version=sdg.__version__)
@@ -183,13 +185,16 @@ def list_files(api: HfApi, repo: str, folder: str, revision: str) -> list[RepoFi
         return []
 
 
-def get(api: HfApi, repo: str, path: str, revision: str, headers: dict[str, str] | None = None) -> Any:
-    """The client's response to a request for a file."""
+def get(
+    api: HfApi, repo: str, path: str, revision: str, headers: dict[str, str] | None = None, retries: int = 5
+) -> Any:
+    """The client's response to a request for a file. Its own `retries` know nothing of the end of a run."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
     url = hf_hub_url(repo, path, repo_type="dataset", revision=revision, endpoint=api.endpoint)
-    answer = http_backoff("GET", url, headers={**build_hf_headers(library_name="sdg"), **(headers or {})}, timeout=60)
+    sent = {**build_hf_headers(library_name="sdg"), **(headers or {})}
+    answer = http_backoff("GET", url, headers=sent, timeout=60, max_retries=retries)
     hf_raise_for_status(answer)
     return answer
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import bisect
 import functools
 import json
+import sys
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 BUFFER = 1 << 20  # bytes of a column chunk read at a time
 EAGER = 200  # footers that are read at the beginning: the number of rows is exact if there are not more
 FOOTERS = 16  # footers read at a time
-AHEAD = 4  # row groups fetched before they are needed, from afar…
+AHEAD = 16  # row groups fetched before they are needed, from afar…
 AHEAD_BYTES = 128 << 20  # … if they are not larger than this together
 GROUP_BYTES = 128 << 20  # of a row group as Arrow has it: the Hub's viewer refuses those above 300 MB
 
@@ -74,8 +76,9 @@ class ParquetReader:
         self.identity = identity
         self.source: dict[str, Any] = {}
         self._files, self._run = files, run
-        self._footer = functools.lru_cache(8)(self._read_footer)
-        self._pool = ThreadPoolExecutor(FOOTERS, "sdg-parquet")
+        self._cached_footer = functools.lru_cache(8)(self._read_footer)
+        self._reading = [threading.Lock() for _ in range(FOOTERS)]
+        self._pool = ThreadPoolExecutor(max(FOOTERS, AHEAD), "sdg-parquet")
         self._ahead: OrderedDict[Piece, Future[Iterator[pa.RecordBatch]]] = OrderedDict()
         self.schema = self._footer(0).schema.to_arrow_schema().remove_metadata()
         self._begin(0, 0)
@@ -113,7 +116,8 @@ class ParquetReader:
             assert self._batch is not None
             part = self._batch.slice(self._row - self._at, rows)
             in_file = self._row - piece.start + piece.in_file
-            found.append(sdg.Block(part.cast(self.schema), self._files.names[piece.file], in_file))
+            name = self._files.names[piece.file]
+            found.append(sdg.Block(self._as_first(part, name), name, in_file))
             self._row += part.num_rows
             rows -= part.num_rows
         return found
@@ -131,11 +135,54 @@ class ParquetReader:
         known = self._first + len(self._groups)
         for footer in self._pool.map(self._footer, range(known, min(known + files, len(self._files.names)))):
             name = self._files.names[self._first + len(self._groups)]
-            if not footer.schema.to_arrow_schema().remove_metadata().equals(self.schema):
-                raise sdg.InputError(f"{name} has other columns than {self._files.names[0]}: name those of one kind")
+            if differing := self._differing(footer.schema.to_arrow_schema()):
+                first = self._files.names[0]
+                raise sdg.InputError(f"{name} has other columns than {first} ({differing}): name those of one kind")
             groups = [footer.row_group(g) for g in range(footer.num_row_groups)]
             self._groups.append([Group(group.num_rows, group.total_byte_size) for group in groups])
             self._starts.append(self._starts[-1] + footer.num_rows)
+
+    def _differing(self, schema: pa.Schema) -> str:
+        """The columns that keep a file from being read as the first one; "" if it can, as in `datasets`.
+
+        Types are cast, and columns that a file lacks are null, but not that of the prompts.
+        """
+        import pyarrow as pa
+
+        names = {field.name for field in schema}
+        differing = sorted(names - set(self.schema.names))
+        if self._run.options.prompt_column in set(self.schema.names) - names:
+            differing.append(self._run.options.prompt_column)
+        for field in self.schema if not differing else []:
+            if field.name in names and not schema.field(field.name).type.equals(field.type):
+                try:
+                    pa.nulls(0, schema.field(field.name).type).cast(field.type)
+                except pa.ArrowException:
+                    differing.append(f"{field.name}: {schema.field(field.name).type} instead of {field.type}")
+        return ", ".join(differing)
+
+    def _as_first(self, batch: pa.RecordBatch, name: str) -> pa.RecordBatch:
+        """A file's rows with the columns of the first file."""
+        import pyarrow as pa
+
+        if batch.schema.equals(self.schema):
+            return pa.RecordBatch.from_arrays(batch.columns, schema=self.schema)
+        there = set(batch.schema.names)
+        try:
+            columns = [
+                batch.column(field.name).cast(field.type) if field.name in there else pa.nulls(len(batch), field.type)
+                for field in self.schema
+            ]
+        except pa.ArrowException as problem:
+            first = self._files.names[0]
+            reason = " ".join(str(problem).split())
+            raise sdg.InputError(f"{name} has values that do not fit the columns of {first}: {reason}") from problem
+        return pa.RecordBatch.from_arrays(columns, schema=self.schema)
+
+    def _footer(self, i: int) -> pa.parquet.FileMetaData:
+        """A file's footer; one thread reads it, others that want it meanwhile wait."""
+        with self._reading[i % FOOTERS]:
+            return self._cached_footer(i)
 
     def _read_footer(self, i: int) -> pa.parquet.FileMetaData:
         import pyarrow as pa
@@ -145,7 +192,8 @@ class ParquetReader:
             with self._files.open(i) as file:
                 return pq.read_metadata(file)
         except (pa.ArrowException, OSError) as problem:
-            raise sdg.InputError(f"{self._files.names[i]} is no whole parquet file: {problem}") from problem
+            reason = " ".join(str(problem).split())
+            raise sdg.InputError(f"{self._files.names[i]} is no whole parquet file: {reason}") from problem
 
     def _piece_at(self, row: int) -> Piece | None:
         """The row group that holds a row of the input; None after the last one."""
@@ -192,13 +240,14 @@ class ParquetReader:
     def _upcoming(self, piece: Piece) -> list[Piece]:
         """The next row groups that this rank has chunks in."""
         size, world, rank = (getattr(self._run.options, n) for n in ("records_per_chunk", "world_size", "rank"))
+        most = self._run.options.max_documents or sys.maxsize
         found: list[Piece] = []
         row = piece.start + piece.rows
         while len(found) < AHEAD:
             chunk = row // size
             if chunk % world != rank:  # the beginning of our next chunk
                 row = (chunk + (rank - chunk) % world) * size
-            if row >= self._starts[-1] or (later := self._piece_at(row)) is None:
+            if row >= min(self._starts[-1], most) or (later := self._piece_at(row)) is None:
                 break
             if found and sum(known.size for known in found) + later.size > AHEAD_BYTES:
                 break

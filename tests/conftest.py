@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+# Before anything imports the Hub's client, which reads them once.
+os.environ |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+
+from fake_hub import FakeHub
 from fake_server import FakeServer
+from huggingface_hub.utils import close_session
 from running import ROOT, Job, Sdg, Started
 
 sys.path.insert(0, str(ROOT))  # `import sdg` is the checkout's, installed or not
@@ -55,3 +62,12 @@ def job(tmp_path: Path, server: FakeServer) -> Iterator[Job]:
     job = Job(tmp_path, server)
     yield job
     job.sdg.close()
+
+
+@pytest.fixture
+def hub() -> Iterator[FakeHub]:
+    """The Hub, on loopback, without datasets and tokens; `job.env |= hub.environment(job.folder, token)`."""
+    with FakeHub() as hub:
+        yield hub
+        close_session()
+    assert not hub.errors

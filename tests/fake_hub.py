@@ -24,6 +24,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, quote, unquote, urlencode
 
@@ -249,6 +250,11 @@ class FakeHub:
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
+
+    def environment(self, folder: Path, token: str | None = None) -> dict[str, str]:
+        """What a process needs to take this for the Hub, with a home of its own in a folder."""
+        plain = {"HF_ENDPOINT": self.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        return plain | {"HF_HOME": str(folder / "hf-home")} | ({"HF_TOKEN": token} if token else {})
 
     def fail(self, operation: str, **fault: Any) -> Fault:
         """Let requests of an operation fail: see `Fault`; `times` of them after the first `after`."""

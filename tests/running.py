@@ -221,6 +221,7 @@ class Job:
         self.folder = folder
         self.sdg = Sdg(folder)
         self.server: Any = server
+        self.env: dict[str, str] = {}  # of every run: see `FakeHub.environment`
         self.options: dict[str, Any] = {"base_url": server and server.url, "output": "output", "no_progress": True}
         self.options["plugin"] = self.plugin("echo", ECHO)
 
@@ -257,7 +258,7 @@ class Job:
         return arguments
 
     def start(self, env: dict[str, str] | None = None, **options: Any) -> Started:
-        return self.sdg.start(*self.command_line(options), **(env or {}))
+        return self.sdg.start(*self.command_line(options), **{**self.env, **(env or {})})
 
     def __call__(
         self, env: dict[str, str] | None = None, timeout: float = 60.0, bugs: bool = False, **options: Any
@@ -271,7 +272,7 @@ class Job:
         return self.output_of(**options)
 
     def verify(self, **options: Any) -> Finished:
-        return self.sdg("verify", "--output", self.output_of(**options).path)
+        return self.sdg("verify", "--output", self.output_of(**options).path, **self.env)
 
     def output_of(self, **options: Any) -> Output:
         return Output(self.folder / {**self.options, **options}["output"])
