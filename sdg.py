@@ -3319,10 +3319,9 @@ def lock_rank(run: Run) -> Iterator[None]:
 
 def say(message: str) -> None:
     """Tell the user something, without tearing a progress bar."""
+    # Not without a bar: its lock bears no signals, and plugins import it, too.
     if "tqdm" in sys.modules and getattr(sys.modules["tqdm"].tqdm, "_instances", None):
-        sys.modules["tqdm"].tqdm.write(
-            message, file=sys.stderr
-        )  # its lock bears no signals, and plugins import it, too
+        sys.modules["tqdm"].tqdm.write(message, file=sys.stderr)
     else:
         print(message, file=sys.stderr)
 

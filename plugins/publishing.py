@@ -37,6 +37,7 @@ COMMITS = 100  # an hour: of an account the Hub takes about 128 (users' reports)
 FILES = 100  # of a commit, as the Hub advises…
 MOST_FILES = 1000  # … unless there would have to be too many commits
 FOLDER = 9000  # chunks of one folder: the Hub takes 10,000 files
+MOST_CHUNKS = 95_000  # files of a repository: the Hub takes 100,000
 LONGEST_WAIT = 600.0  # s between two attempts, unless the Hub asks for more
 WORD = 600.0  # s between two words on a Hub that is away
 SCRATCH = f"publishing-{platform.node()}-"  # folders for merged files, with the process that they are of
@@ -179,10 +180,15 @@ class Spool:
             begun.append(index)
         yield tuple(data[known] for known in begun)
 
+    def expected(self) -> int:
+        """About how many files the run makes, as far as its ranks know."""
+        documents = sum(rank.get("expected") or 0 for rank in self._ranks())
+        return 0 if self._size else int(documents / self.run.options.records_per_chunk)
+
     def _ranks(self) -> list[dict[str, Any]]:
         """How each rank is doing, by its number; {} for those that have not begun."""
         paths = [self.run.state / f"{rank:05d}.stats.json" for rank in range(self.run.options.world_size)]
-        return [json.loads(path.read_bytes()).get("rank", {}) if path.exists() else {} for path in paths]
+        return [sdg.statistics_of(path).get("rank", {}) for path in paths]
 
 
 class Publisher:
@@ -254,6 +260,11 @@ class Publisher:
         self._claim_strangers(options.fresh)
         if not options.fresh:
             self._settle()
+        if (files := self._spool.expected() if self._spool.begun else 0) > MOST_CHUNKS:
+            sdg.say(
+                f"sdg: this run makes about {files:,} files, and the Hub takes 100,000 of a repository: begin it anew "
+                "with --max-file-size 500MB, or with more --records-per-chunk"
+            )
         self._prepared = True
 
     def _claim_strangers(self, fresh: bool) -> None:

@@ -19,8 +19,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ["HF_HUB_DISABLE_XET"] = "1"  # read when the client is imported
-
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -44,11 +42,9 @@ TOKEN = "hf_write_aaaabbbbccccdddd"
 
 
 @pytest.fixture
-def hub() -> Iterator[FakeHub]:
-    with FakeHub() as hub:
-        hub.tokens = {TOKEN: Rights("alice"), "hf_read": Rights("alice", write=False), "hf_bob": Rights("bob")}
-        yield hub
-    assert not hub.errors, hub.errors
+def hub(hub: FakeHub) -> FakeHub:
+    hub.tokens = {TOKEN: Rights("alice"), "hf_read": Rights("alice", write=False), "hf_bob": Rights("bob")}
+    return hub
 
 
 class HubJob(Job):
@@ -58,16 +54,7 @@ class HubJob(Job):
         super().__init__(folder, server)
         self.hub = hub
         self.options |= {"output": URI, "publish_interval": 0.5, "records_per_chunk": 5}
-        self.env = {
-            "HF_ENDPOINT": hub.url,
-            "HF_TOKEN": TOKEN,
-            "HF_HOME": str(folder / "hf"),
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-        }
-
-    def start(self, env: dict[str, str] | None = None, **options: Any) -> Any:
-        return super().start({**self.env, **(env or {})}, **options)
+        self.env = hub.environment(folder, TOKEN)
 
     def command(self, name: str, *arguments: str, env: dict[str, str] | None = None) -> Finished:
         """Another command on the run."""
@@ -527,6 +514,17 @@ def test_no_folder_gets_too_many_files(
         made.write(15, text="anew")
         publisher.publish_all()
     assert made.there()["data/00001/00000_00015.parquet"] == made.files()["data/00000_00015.parquet"]
+
+
+def test_more_files_than_the_hub_takes_are_foretold(
+    bench: Callable[..., Bench], hub: FakeHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = bench(records_per_chunk=10)
+    hub.create(REPO)
+    (made.run.state / "00000.stats.json").write_text(json.dumps({"rank": {"status": "running", "expected": 1_000_000}}))
+    with contextlib.closing(made.publisher()) as publisher:
+        publisher.prepare()
+    assert "100,000 files, and" in capsys.readouterr().err
 
 
 # ── Trouble ──────────────────────────────────────────────────────────────────────────────────────────────────────────
