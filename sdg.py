@@ -3758,10 +3758,7 @@ def run_command(argv: list[str]) -> int:
             raise StateError(f"state {options.state_dir}: {reason_of(problem)}") from group
         if isinstance(problem, OSError):
             raise OutputError(f"{problem.filename or options.output}: {reason_of(problem)}") from group
-        if isinstance(problem, Error | KeyboardInterrupt) or os.environ.get("SDG_TRACEBACK"):
-            raise problem from None
-        message = f"unexpected {describe(problem)}: please report it (SDG_TRACEBACK=1 shows the traceback)"
-        raise Error(message) from problem
+        raise problem from None
     return 0
 
 
@@ -3794,6 +3791,15 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return 130
+    except Exception as problem:
+        if os.environ.get("SDG_TRACEBACK"):
+            raise
+        if isinstance(problem, OSError) and problem.filename:
+            print(f"sdg: {problem.filename}: {reason_of(problem)}", file=sys.stderr)
+        else:
+            hint = "please report it (SDG_TRACEBACK=1 shows the traceback)"
+            print(f"sdg: unexpected {describe(problem)}: {hint}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":
