@@ -3194,6 +3194,18 @@ def claim_state(run: Run, reader: Reader) -> None:
         replace_file(run, path.name, json.dumps(now, indent=2).encode())
 
 
+def check_state_dir(run: Run) -> None:
+    """See that the state's default place was not taken by an output that is called alike: s3://a/b-c and s3://a-b/c."""
+    options, path = run.options, run.state / "run.json"
+    default = default_state_dir(options.output, options.output_config)
+    if split_uri(options.output)[0] == "file" or options.state_dir != default:
+        return
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # what is broken is said by who needs it
+        theirs = str(json.loads(path.read_bytes())["options"]["output"])
+        if theirs.rstrip("/") != options.output.rstrip("/"):
+            raise StateError(f"state {run.state} is of the output {theirs}: give this run a --state-dir of its own")
+
+
 def untouched(run: Run) -> bool:
     """Whether the state has nothing that was paid for, and no other rank has begun there."""
     mine = run.state / f"{run.options.rank:05d}.sqlite3"
@@ -3641,6 +3653,7 @@ async def _run_locked(
     run: Run, writer: Writer, servers: list[str | Upstream], stop: Stop, observers: contextlib.AsyncExitStack
 ) -> None:
     options, plugins = run.options, run.plugins
+    check_state_dir(run)
     if options.fresh:
         start_over(run)
     remember_source(run)

@@ -18,7 +18,7 @@ import pytest
 import yaml
 from fake_server import FakeServer, Hang, Status, prompt_of
 from huggingface_hub import DatasetCard
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from running import ROOT, Job, Output, documents, wait_until
 
@@ -536,7 +536,10 @@ def hostile(finished: Output, tmp_path_factory: pytest.TempPathFactory) -> Past:
 
 
 # Without shrinking: with so many texts it takes minutes.
-@settings(max_examples=150, deadline=None, phases=[Phase.generate])
+@settings(max_examples=150, deadline=None, phases=[Phase.explicit, Phase.generate])
+@example(prompt="a", system="b", model="c", words="d", row="e", column="f", folder="<!--")
+@example(prompt="a", system="b", model="c", words="\r\n", row="e", column="f", folder="g")
+@example(prompt=END, system="", model="c", words="d", row="e", column="f", folder="g")
 @given(prompt=TEXT, system=TEXT, model=TEXT, words=TEXT, row=JSON_TEXT, column=JSON_TEXT, folder=TEXT)
 def test_nothing_from_data_or_options_breaks_out(
     hostile: Past, prompt: str, system: str, model: str, words: str, row: str, column: str, folder: str

@@ -259,6 +259,14 @@ def test_output_of_an_unknown_run_is_refused_and_deleted_with_fresh(job: HubJob)
     assert len(job.there) == 2
 
 
+def test_an_output_that_is_called_alike_gets_no_state_of_another(job: HubJob) -> None:
+    assert job(output="hf://datasets/alice/a-b").rc == 0
+    refused = job(output="hf://datasets/alice-a/b", no_publish=True)
+    assert refused.rc == 1
+    assert refused.says("hf://datasets/alice/a-b", "--state-dir")
+    assert job(output="hf://datasets/alice-a/b", no_publish=True, fresh=True).rc == 1
+
+
 # ── Merging ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
