@@ -83,10 +83,14 @@ def card(argv: list[str]) -> int:
 @contextlib.asynccontextmanager
 async def written_at_the_end(run: sdg.Run) -> AsyncIterator[None]:
     """Write the card when the run has ended, however it did; whoever publishes an output writes its card, too."""
+    writable = not spooled(run)
     try:
         yield
+    except sdg.OutputError:
+        writable = False
+        raise
     finally:
-        if not spooled(run):
+        if writable:
             await asyncio.to_thread(write_or_say, run)
 
 

@@ -88,7 +88,7 @@ class Kept(Output):
 
 
 def chunks(*numbers: int) -> list[str]:
-    return [f"out/data/00000_{number:05}.parquet" for number in numbers]
+    return ["out/README.md"] + [f"out/data/00000_{number:05}.parquet" for number in numbers]
 
 
 def verify(job: Job, env: dict[str, str]) -> Finished:
@@ -146,7 +146,7 @@ def test_compressed_lines_are_written(cloudy: Job, s3: FakeS3, env: dict[str, st
     finished = cloudy(env, output_filename="${chunk_index}.jsonl.gz")
 
     assert finished.rc == 0, finished
-    assert s3.objects("out") == [f"out/data/0000{number}.jsonl.gz" for number in range(3)]
+    assert s3.objects("out/data") == [f"out/data/0000{number}.jsonl.gz" for number in range(3)]
     content = s3.client.get_object(Bucket=s3.bucket, Key="out/data/00002.jsonl.gz")["Body"].read()
     assert [json.loads(line)["id"] for line in gzip.decompress(content).splitlines()] == ["d0008", "d0009"]
 
@@ -204,7 +204,7 @@ def test_ranks_share_a_place_on_s3(cloudy: Job, s3: FakeS3, env: dict[str, str],
 
     assert [run.finish().rc for run in runs] == [0, 0]
 
-    assert [name for name in s3.objects("out")] == [
+    assert s3.objects("out/data") == [
         f"out/data/{name}.parquet" for name in ("00000_00000", "00000_00002", "00001_00001")
     ]
     assert verify(cloudy, env).rc == 0
