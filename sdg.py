@@ -71,7 +71,7 @@ __version__ = "0.1.0"
 STATE_VERSION = 2
 FIRST_LIMIT = 64  # requests at a time for a server whose load is not known yet: doubled each second if it bears it
 PATIENT_LOOKS = 3  # at the load of a server that does not answer, before it counts as one without metrics
-HEARTBEAT = 10.0  # s between two notes of a rank's figures in the state
+HEARTBEAT = 10.0  # s between two notes of a rank's figures in the state; less in its first minutes
 RECENT = 6  # heartbeats over which the present rate is taken
 METRICS_INTERVAL = 1.0  # s between two looks at the load that a server reports
 COMMIT_INTERVAL = 0.05  # s between group commits: 5,000 documents/s become 250 rows a commit, not 5,000 commits
@@ -802,7 +802,12 @@ def parse_options(argv: list[str]) -> tuple[argparse.Namespace, Plugins]:
         asked, _ = early.parse_known_args(argv)
     plugins, rollout = Plugins.load(asked.plugin or ["summarize"])
     parser, added = build_parser(plugins)
-    options = parser.parse_args(argv)
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:
+        word = unknown[0].partition("=")[0]
+        near = difflib.get_close_matches(word, parser._option_string_actions, n=2, cutoff=0.7)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     options.rollout = rollout
     try:
         _derive(options, plugins)
@@ -1052,7 +1057,9 @@ def _files_below(uri: str, path: str) -> list[Any]:
         bucket = path.partition("/")[0]
         if split_uri(uri)[0] == "s3" and first.get_file_info(bucket).type == info.type:
             raise InputError(f"--input {uri}: there is no bucket {bucket}")
-        raise InputError(f"--input {uri}: there is no such file or folder")
+        name = re.fullmatch(r"(?:https://huggingface\.co/datasets/)?([\w.-]+/[\w.-]+)", uri)
+        hint = f"; a dataset on the Hub would be hf://datasets/{name[1]}" if name else ""
+        raise InputError(f"--input {uri}: there is no such file or folder{hint}")
     if info.is_file:
         return [info]
     return list(filesystem(uri)[0].get_file_info(pyarrow.fs.FileSelector(path, recursive=True)))
@@ -3349,12 +3356,13 @@ async def progress(engine: Engine) -> AsyncIterator[None]:
     terminal = sys.stderr.isatty()
     began = sum(engine.tally.values())
     columns, lines = os.get_terminal_size(sys.stderr.fileno()) if terminal else (0, 0)
-    bar = tqdm(initial=began, disable=not terminal, ncols=columns or 80, nrows=lines or 24)  # some report no size
-    bar.bar_format = "{n_fmt}/{total_fmt} {percentage:3.0f}%|{bar}| ETA {remaining}{postfix}"
+    shape = "{n_fmt}/{total_fmt} {percentage:3.0f}%|{bar}|{postfix}"
+    columns, lines = columns or 80, lines or 24  # some terminals report no size
+    bar = tqdm(initial=began, disable=not terminal, bar_format=shape, ncols=columns, nrows=lines)
 
     def show() -> None:
         bar.total = documents_expected(engine)
-        bar.set_postfix_str(postfix(engine), refresh=False)
+        bar.set_postfix_str(eta(engine, bar.format_interval) + postfix(engine), refresh=False)
         bar.update(sum(engine.tally.values()) - bar.n)
         bar.refresh()
 
@@ -3369,6 +3377,13 @@ async def progress(engine: Engine) -> AsyncIterator[None]:
     finally:
         show()
         bar.close()
+
+
+def eta(engine: Engine, shown: Callable[[int], str]) -> str:
+    """Documents a second and the time that is left, both from what this process has done."""
+    rate = engine.finished / max(engine.client.pool.seconds, 1e-9)
+    left = max(0, (documents_expected(engine) or 0) - sum(engine.tally.values()))
+    return f"ETA {shown(int(left / rate))}, {rate:,.1f} documents/s, " if rate and left else ""
 
 
 def postfix(engine: Engine) -> str:
@@ -3438,7 +3453,8 @@ def status_of(reason: BaseException | None) -> str:
 async def heartbeat(engine: Engine) -> AsyncIterator[None]:
     """Keep the rank's figures in the state fresh: monitors see nothing else of a run."""
     over = asyncio.Event()
-    looks = deque([(time.monotonic(), engine.finished)], maxlen=RECENT + 1)
+    began = time.monotonic()
+    looks = deque([(began, engine.finished)], maxlen=RECENT + 1)
 
     async def beat() -> None:
         while not over.is_set():
@@ -3449,7 +3465,7 @@ async def heartbeat(engine: Engine) -> AsyncIterator[None]:
                 record = {"status": "running", "expected": documents_expected(engine), "documents_per_second": rate}
                 await asyncio.to_thread(write_rank, engine.run, figures, record)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(over.wait(), HEARTBEAT)
+                await asyncio.wait_for(over.wait(), min(HEARTBEAT, 1 + (looks[-1][0] - began) / 10))
 
     beating = asyncio.create_task(beat())
     try:

@@ -65,7 +65,9 @@ def open_output(run: sdg.Run) -> sdg.Writer:
     with contextlib.closing(publisher):
         if publishes(run):
             try:
-                publisher.prepare()
+                publisher.prepare(make=False)
+                visible = "private" if publisher.private else "public"
+                sdg.say(f"sdg: publishing to {publisher.url} ({visible})")
             except sdg.Error:
                 raise
             except Exception as problem:
@@ -94,7 +96,11 @@ async def publishing(run: sdg.Run) -> AsyncIterator[None]:
         return
     worker = Worker(run, asyncio.get_running_loop())
     worker.start()
-    yield  # if the run ends early, the thread is left behind: nothing is lost, and the next run publishes it
+    try:
+        yield
+    except BaseException:  # the thread is left behind: nothing is lost
+        sdg.say(f"sdg: what is not published yet waits in {run.output.root} for the next run of this command")
+        raise
     print(await worker.finish(), flush=True)
 
 

@@ -116,6 +116,12 @@ class Spool:
         """The folders of the repository that hold nothing but what runs have written."""
         return [self._placed(os.path.dirname(p(sdg.Chunk(0, 0)))) for p in (self.run.path_of, self.run.failed_path_of)]
 
+    def is_read_with_ours(self, path: str) -> bool:
+        """Whether `load_dataset` would take a file of the repository for one of this config."""
+        inside = path.removeprefix(f"{self.folder}/") if self.folder else path
+        config, suffix = f"{self.run.options.output_config}/", os.path.splitext(self.run.options.output_filename)[1]
+        return inside.startswith(config) and inside.endswith(suffix)
+
     def index_of(self, path: str) -> int | None:
         """The chunk that a file of the repository begins with; None for people's files."""
         inside = path.removeprefix(f"{self.folder}/") if self.folder else path
@@ -213,6 +219,7 @@ class Publisher:
         self._there: dict[str, Entry] = {}
         self._readme: str | None = None
         self._run_id = ""
+        self.private = True
         self._prepared = False
         self._commits: deque[float] = deque()  # when, of the last hour
         self._files = FILES
@@ -230,8 +237,11 @@ class Publisher:
 
     # The repository
 
-    def prepare(self) -> None:
-        """See that the repository is there (else make it), may be written, and has no chunks of a run unknown here.
+    def prepare(self, *, make: bool = True) -> None:
+        """See that the repository is there, may be written, and has no rows but this run's where these belong.
+
+        Args:
+            make: the repository, if it is missing.
 
         Raises:
             UsageError: there is no token, or files of another size were begun with.
@@ -245,15 +255,19 @@ class Publisher:
         options, repo = self.run.options, self.address.repo
         if not hub.has_token():
             raise sdg.UsageError(f"--output {options.output}: there is no token; set HF_TOKEN, or run `hf auth login`")
-        token = self.api.whoami().get("auth", {}).get("accessToken", {})
-        if token.get("role") == "read":
+        me = self.api.whoami()
+        if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
             raise sdg.OutputError(
                 f"--output {options.output}: the token may only read; make one with the right to write"
             )
         try:
-            self.api.dataset_info(repo, expand=["sha"], timeout=60)
+            self.private = bool(self.api.dataset_info(repo, expand=["sha", "private"], timeout=60).private)
         except RepositoryNotFoundError:
-            self.api.create_repo(repo, repo_type="dataset", private=not options.output_public, exist_ok=True)
+            self.private = not options.output_public
+            if not make:
+                self._check_owner(me)
+                return
+            self.api.create_repo(repo, repo_type="dataset", private=self.private, exist_ok=True)
         # Asks what kind of file this would be, which only those who may write get answered.
         self.api.preupload_lfs_files(repo, [CommitOperationAdd("README.md", b"\n")], repo_type="dataset")
         self._look()
@@ -267,10 +281,24 @@ class Publisher:
             )
         self._prepared = True
 
+    def _check_owner(self, me: dict[str, Any]) -> None:
+        """See that the repository can be made, later: a run that fails at once should leave none."""
+        owners = [str(me.get("name")), *(str(org.get("name")) for org in me.get("orgs", []))]
+        if self.address.repo.partition("/")[0] not in owners:
+            raise sdg.OutputError(
+                f"there is no {self.address}, or no right to it: HF_TOKEN can make datasets of {', '.join(owners)}"
+            )
+
     def _claim_strangers(self, fresh: bool) -> None:
-        """Refuse to mix with the chunks of an earlier run that nobody remembers; --fresh is to delete them."""
+        """Refuse to mix with rows that are not this run's; --fresh is to delete those of an earlier run."""
         known = {*self._ledger.files, *(self._spool.items() if self._spool.begun else ())}
-        strangers = [path for path in self._there if self._spool.index_of(path) is not None and path not in known]
+        unknown = [path for path in self._there if path not in known]
+        strangers = [path for path in unknown if self._spool.index_of(path) is not None]
+        if mixed := [path for path in unknown if path not in strangers and self._spool.is_read_with_ours(path)]:
+            raise sdg.OutputError(
+                f"{self.address} has {mixed[0]}, which is not of sdg, and would be read together with this run's rows: "
+                "choose another --output-config or --output"
+            )
         if strangers and not fresh:
             raise sdg.OutputError(
                 f"{self.address} has {strangers[0]}, but no state of its run is here: choose another --output or "
@@ -349,7 +377,7 @@ class Publisher:
                 if not self._is_there(item, content):
                     yield f"{self.address}: {item.path} is not there as it was written: `sdg.py card` publishes it"
         for path in self._there:
-            if self._spool.index_of(path) is not None and path not in items:
+            if path not in items and (self._spool.index_of(path) is not None or self._spool.is_read_with_ours(path)):
                 yield f"{self.address}: {path} belongs to no finished chunk"
 
     def _is_there(self, item: Item, content: Content) -> bool:
@@ -409,10 +437,13 @@ class Publisher:
         operations: list[Any] = [*adds, *map(CommitOperationDelete, gone)]
         if readme is not None:
             operations.append(CommitOperationAdd(card.NAME, readme.encode()))
-        title = f"Add {len(batch)} files" if batch else "Update the card"
+        if gone:
+            sdg.say(f"sdg: {files(len(gone))} of an earlier run, or made otherwise now: deleted from {self.address}")
+        done = [f"Add {files(len(batch))}"] * bool(batch) + [f"delete {files(len(gone))}"] * bool(gone)
+        title = ", ".join(done).capitalize() or "Update the card"
         self._commits.append(time.monotonic())
         try:
-            done = self.api.create_commit(
+            commit = self.api.create_commit(
                 self.address.repo, operations, repo_type="dataset", commit_message=title, parent_commit=self._head
             )
         except json.JSONDecodeError:
@@ -425,26 +456,33 @@ class Publisher:
             self._give_up_card(f"{self.address} refuses the card: {' '.join(str(problem).split())}")
             return self._commit(batch, gone, None, content) if batch or gone else None
         except Exception as problem:
-            status = getattr(getattr(problem, "response", None), "status_code", 500)
-            if status == 413 and len(batch) <= 1:
-                message = f"{self.address}: even a commit of one file is too large: fewer --records-per-chunk"
-                raise sdg.OutputError(message) from problem
-            if status not in {409, 412, 429}:
-                self._files = max(1, min(self._files, len(batch)) // 2)
+            self._try_fewer(problem, len(batch))
             raise
-        self._files = min(FILES, 2 * self._files)
         self._past.add(self._head)
-        self._head = done.oid
-        for add, item in zip(adds, batch, strict=True):
-            digest = add.upload_info.sha256.hex()
+        self._head = commit.oid
+        self._files = min(FILES, 2 * self._files)
+        self._readme = self._readme if readme is None else readme
+        self._landed({item: add.upload_info.sha256.hex() for item, add in zip(batch, adds, strict=True)}, gone)
+        return None
+
+    def _landed(self, batch: dict[Item, str], gone: list[str]) -> None:
+        """Remember what a commit has changed: files with their hashes, and files that it deleted."""
+        for item, digest in batch.items():
             self._there[item.path] = Entry(digest, "")
             self._ledger.put(item.path, self._run_id, item.signature, digest)
         for path in gone:
             del self._there[path]
             self._ledger.forget(path)
-        self._readme = self._readme if readme is None else readme
         self.published += len(batch)
-        return None
+
+    def _try_fewer(self, problem: Exception, number: int) -> None:
+        """After a failure that may be due to the size of a commit, make the next one smaller."""
+        status = getattr(getattr(problem, "response", None), "status_code", 500)
+        if status == 413 and number <= 1:
+            message = f"{self.address}: even a commit of one file is too large: fewer --records-per-chunk"
+            raise sdg.OutputError(message) from problem
+        if status not in {409, 412, 429}:
+            self._files = max(1, min(self._files, number) // 2)
 
     def finish(self, progress: Callable[[], str] = str) -> str:
         """Publish all there is, the card included, and return where people look at it.
@@ -454,7 +492,7 @@ class Publisher:
         """
         self.publish_all(progress)
         if self.broken_card:
-            raise sdg.OutputError(f"all files are published, but not the card: {self.broken_card}")
+            raise sdg.OutputError(f"all files are published on {self.url}, but not the card, as said above")
         return self.url
 
     def publish_all(self, progress: Callable[[], str] = str, *, card_too: bool = True) -> None:
@@ -523,6 +561,11 @@ class Content:
         """The hash that git, and so the Hub, knows all other files by."""
         content = Path(self.path(item)).read_bytes()
         return hashlib.sha1(b"blob %d\0%b" % (len(content), content), usedforsecurity=False).hexdigest()
+
+
+def files(number: int) -> str:
+    """So many files."""
+    return f"{number:,} file{'s' * (number != 1)}"
 
 
 def clear_scratch(state: Path) -> None:

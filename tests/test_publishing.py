@@ -172,13 +172,30 @@ def test_a_public_repository_is_made_only_if_asked_for(job: HubJob) -> None:
 
 def test_a_repository_that_is_there_keeps_its_other_files_and_its_visibility(job: HubJob) -> None:
     job.hub.create(REPO)
-    theirs = {"data/notes.txt": b"mine", "train.parquet": b"?", "data/extra/00000_00000.parquet": b"?"}
+    theirs = {"data/notes.txt": b"mine", "train.parquet": b"?", "other/00000_00000.parquet": b"?"}
     job.hub.push(REPO, {**theirs, "README.md": b"---\nlicense: mit\n---\n# My own words\n"})
     assert job().rc == 0
     assert job.there == {**job.spool, **theirs}
     assert not job.hub.repos[REPO].private
     assert "# My own words" in job.card
     assert "license: mit" in job.card
+
+
+def test_rows_of_others_are_not_mixed_with(job: HubJob) -> None:
+    job.hub.create(REPO)
+    job.hub.push(REPO, {"data/train-0.parquet": b"?"})
+    for more in ({}, {"fresh": True}):
+        finished = job(**more)
+        assert finished.rc == 1
+        assert finished.says("data/train-0.parquet", "--output-config")
+        assert not job.server.requests
+    assert job(output_config="mine").rc == 0
+
+
+def test_a_run_that_fails_at_once_leaves_no_repository(job: HubJob) -> None:
+    finished = job(prompt_column="nope")
+    assert finished.rc == 1
+    assert REPO not in job.hub.repos
 
 
 def test_outputs_in_a_sub_folder(job: HubJob) -> None:
@@ -656,7 +673,8 @@ def test_a_card_with_broken_front_matter_is_kept_and_everything_else_published(j
     job.hub.push(REPO, {"README.md": broken})
     finished = job()
     assert finished.rc == 1
-    assert "front matter" in finished.message
+    assert finished.stderr.count("front matter is no YAML") == 1
+    assert "not the card" in finished.message
     assert job.all_is_there()
     assert job.hub.files(REPO)["README.md"] == broken
     job.hub.push(REPO, {"README.md": b"---\nlicense: mit\n---\nmine\n"})
@@ -669,5 +687,5 @@ def test_a_card_that_the_hub_refuses_does_not_hold_up_the_files(job: HubJob) -> 
     job.hub.fail("validate", status=400, times=100, text='{"errors": [{"message": "bad licence"}], "warnings": []}')
     finished = job()
     assert finished.rc == 1
-    assert "bad licence" in finished.message
+    assert finished.stderr.count("bad licence") == 1
     assert job.all_is_there()
