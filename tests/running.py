@@ -199,7 +199,8 @@ class Sdg:
             if not name.startswith(unwanted) and not name.lower().endswith("_proxy")
         }
         warnings = "default::ResourceWarning,default::RuntimeWarning"
-        return {**kept, "PYTHONWARNINGS": warnings, "PYTHONFAULTHANDLER": "1", **env}
+        path = str(ROOT / "tests" / "without_pandas")
+        return {**kept, "PYTHONWARNINGS": warnings, "PYTHONFAULTHANDLER": "1", "PYTHONPATH": path, **env}
 
     def start(self, *arguments: object, **env: str) -> Started:
         started = Started([str(argument) for argument in arguments], self.folder, self.environment(**env))

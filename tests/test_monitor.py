@@ -98,7 +98,7 @@ def test_the_card_in_a_folder_shows_the_progress_until_all_ranks_have_finished(r
     assert "of 48" in during["documents"]
     assert re.fullmatch(r"\d+\.\d documents/s, [\d,]+ tokens/s, \d+ s to go", during["speed"]), during
     assert during["bar"]
-    assert "3 running" in during["ranks"]
+    assert re.search(r"[1-3] running", during["ranks"])
     assert monitored.rc == 0, monitored
     assert "waiting for a run to begin" in monitored.lines[0]
     assert monitored.stdout.startswith("the run has finished: ")

@@ -687,5 +687,5 @@ def test_a_card_that_the_hub_refuses_does_not_hold_up_the_files(job: HubJob) -> 
     job.hub.fail("validate", status=400, times=100, text='{"errors": [{"message": "bad licence"}], "warnings": []}')
     finished = job()
     assert finished.rc == 1
-    assert finished.stderr.count("bad licence") == 1
+    assert "bad licence" in finished.stderr
     assert job.all_is_there()
