@@ -1159,8 +1159,13 @@ class Place:
             whole.seek(0)
             if self.fs.type_name not in OBJECT_STORES:
                 self.fs.create_dir(target.rpartition("/")[0], recursive=True)
-            with self.fs.open_output_stream(target, compression=None) as stream:
-                shutil.copyfileobj(whole, stream, PUT_BYTES)
+            try:
+                with self.fs.open_output_stream(target, compression=None) as stream:
+                    shutil.copyfileobj(whole, stream, PUT_BYTES)
+            except OSError:
+                with contextlib.suppress(OSError):  # leaving the stream has published what there was of it
+                    self.fs.delete_file(target)
+                raise
         there = self.fs.get_file_info(target).size
         if there != size:
             with contextlib.suppress(OSError):
@@ -3472,7 +3477,7 @@ async def heartbeat(engine: Engine) -> AsyncIterator[None]:
         yield
     finally:
         over.set()
-        await asyncio.wait([beating])
+        await beating
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import os
 import re
 import threading
 import time
@@ -20,6 +21,7 @@ import sdg
 from . import hub, monitor
 from .publishing import FILES, Publisher
 
+HANGING = 5.0  # s that an upload may keep a process alive that has failed
 LOOK = 5.0  # s between two looks at what has been written
 
 
@@ -98,7 +100,12 @@ async def publishing(run: sdg.Run) -> AsyncIterator[None]:
     worker.start()
     try:
         yield
-    except BaseException:  # the thread is left behind: nothing is lost
+    except BaseException as problem:  # the thread is left behind: nothing is lost
+        # The client's own threads, which the interpreter waits for, may hang on an upload.
+        code = problem.exit_code if isinstance(problem, sdg.Error) else 1
+        hanging = threading.Timer(HANGING, os._exit, [code])
+        hanging.daemon = True
+        hanging.start()
         sdg.say(f"sdg: what is not published yet waits in {run.output.root} for the next run of this command")
         raise
     print(await worker.finish(), flush=True)
@@ -142,15 +149,16 @@ class Worker(threading.Thread):
         due, told, pause = 0.0, "", min(LOOK, interval)
         while not self._over.wait(pause) and not self._run.stopping.is_set():
             began = time.monotonic()
-            waiting = publisher.waiting()
-            pause = max(min(LOOK, interval), 20 * (time.monotonic() - began))  # many files take long to look at
-            if not (waiting or self._run.counts) or (began < due and waiting < FILES):
-                continue
             try:
+                waiting = publisher.waiting()
+                pause = max(min(LOOK, interval), 20 * (time.monotonic() - began))  # many files take long to look at
+                if not (waiting or self._run.counts) or (began < due and waiting < FILES):
+                    continue
                 publisher.publish_all(lambda: monitor.progress(self._run))
                 told = ""
-            except sdg.Error as problem:
-                if str(problem) != told:
-                    told = str(problem)
-                    sdg.say(f"sdg: {problem}. The run goes on, its files wait in {self._run.output.root}")
+            except Exception as problem:  # noqa: BLE001 - the run has days to go, and the end raises what lasts
+                word = str(problem) if isinstance(problem, sdg.Error) else sdg.describe(problem)
+                if word != told:
+                    told = word
+                    sdg.say(f"sdg: {word}. The run goes on, its files wait in {self._run.output.root}")
             due = time.monotonic() + interval

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import sdg
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi, RepoFile
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
 
 T = TypeVar("T")
 
@@ -75,17 +76,19 @@ def refusal(problem: BaseException, address: Address) -> str | None:
     problem = cause_of(problem)
     status = getattr(getattr(problem, "response", None), "status_code", 0)
     detail = " ".join(str(getattr(problem, "server_message", None) or "").split())
-    if isinstance(problem, errors.LocalTokenNotFoundError):
-        return "there is no token for the Hub: set HF_TOKEN, or run `hf auth login`"
-    if isinstance(problem, errors.GatedRepoError):
-        return f"{address} is gated: accept its conditions on its page, with the account that HF_TOKEN belongs to"
-    if isinstance(problem, errors.RevisionNotFoundError):
-        return f"{address} has no revision {address.revision or 'main'}"
-    if isinstance(problem, errors.RepositoryNotFoundError):
-        way_out = "the token's account has no right to it" if has_token() else "it is private: set HF_TOKEN"
-        return f"there is no {address}, or {way_out}"
-    if isinstance(problem, errors.HFValidationError):
-        return f"{address}: {' '.join(str(problem).split())}"
+    right = "the token's account has no right to it" if has_token() else "it is private: set HF_TOKEN"
+    said = {
+        errors.OfflineModeIsEnabled: "HF_HUB_OFFLINE is set, so the Hub is not asked: unset it",
+        client_library().UnsupportedProtocol: "HF_ENDPOINT is no address: begin it with https:// or http://",
+        errors.LocalTokenNotFoundError: "there is no token for the Hub: set HF_TOKEN, or run `hf auth login`",
+        errors.GatedRepoError: f"{address} is gated: accept its conditions on its page, as the owner of HF_TOKEN",
+        errors.RevisionNotFoundError: f"{address} has no revision {address.revision or 'main'}",
+        errors.RepositoryNotFoundError: f"there is no {address}, or {right}",
+        errors.HFValidationError: f"{address}: {' '.join(str(problem).split())}",
+    }
+    for kind, words in said.items():
+        if isinstance(problem, kind):
+            return words
     if status == 401:
         return f"the Hub does not know the token (HF_TOKEN): it was revoked, or mistyped; {address} wants a valid one"
     if status in {402, 403}:
@@ -97,6 +100,15 @@ def refusal(problem: BaseException, address: Address) -> str | None:
     return None
 
 
+def client_library() -> Any:
+    """What the Hub's client is made on: httpx before its version 2.0, httpx2 since."""
+    import importlib
+
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return importlib.import_module(HfHubHTTPError.__mro__[1].__module__.partition(".")[0])
+
+
 def cause_of(problem: BaseException) -> BaseException:
     """What an upload failed of: the client wraps it into a RuntimeError."""
     while isinstance(problem, RuntimeError) and problem.__cause__:
@@ -106,11 +118,8 @@ def cause_of(problem: BaseException) -> BaseException:
 
 def is_passing(problem: Exception) -> bool:
     """Whether a failure may be over later: of the network, of the Hub, of a race with another commit, of the disk."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    # Clients before 2.0 are made on httpx, later ones on httpx2; the class that both derive from is the second of
-    # these. Xet's failures are plain ConnectionErrors and RuntimeErrors, answers cut short are ValueErrors of JSON.
-    transport = HfHubHTTPError.__mro__[1]
+    # Xet's failures are plain ConnectionErrors and RuntimeErrors, answers cut short are ValueErrors of JSON.
+    transport = client_library().HTTPError
     return isinstance(problem, transport | OSError | RuntimeError | json.JSONDecodeError | sqlite3.OperationalError)
 
 
@@ -175,8 +184,8 @@ def set_timeout() -> None:
 
 def list_files(api: HfApi, repo: str, folder: str, revision: str) -> list[RepoFile]:
     """All files below a folder ("" for all of the repository), sorted; none if it does not exist."""
-    from huggingface_hub import RepoFile
     from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.hf_api import RepoFile  # the package itself does not export it before 1.1
 
     try:
         entries = api.list_repo_tree(repo, folder or None, recursive=True, revision=revision, repo_type="dataset")
@@ -199,11 +208,11 @@ def get(
     return answer
 
 
-def read_text(api: HfApi, repo: str, path: str, revision: str) -> str | None:
-    """A small text file, None if there is none."""
+def read_bytes(api: HfApi, repo: str, path: str, revision: str) -> bytes | None:
+    """A small file, None if there is none."""
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        return bytes(get(api, repo, path, revision).content).decode(errors="replace")
+        return bytes(get(api, repo, path, revision).content)
     except EntryNotFoundError:
         return None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -30,7 +31,7 @@ import sdg
 from . import card, hub, recorded
 
 if TYPE_CHECKING:
-    from huggingface_hub import RepoFile
+    from huggingface_hub.hf_api import RepoFile
 
 HOUR = 3600.0  # s
 COMMITS = 100  # an hour: of an account the Hub takes about 128 (users' reports), and people want some, too
@@ -50,6 +51,7 @@ class Item(NamedTuple):
     path: str  # in the repository
     parts: tuple[str, ...]  # names in the spool
     signature: str  # changes when their content does
+    group: str  # what is committed together or not at all: files that share their chunks out among them
 
 
 class Entry(NamedTuple):
@@ -59,23 +61,58 @@ class Entry(NamedTuple):
     blob: str  # … of any other git's hash
 
 
+class Known(NamedTuple):
+    """What is remembered of a file on the Hub."""
+
+    run: str  # that it is of; `before RUN`: it was there, and that run was to delete it
+    signature: str = ""
+    hash: str = ""
+    parts: tuple[str, ...] = ()
+
+
 class Ledger:
-    """What is remembered of published files: hash and signature, and the run that they are of."""
+    """What is remembered of published files, and all hashes that were ever sent: what has none of them is not ours."""
 
     def __init__(self, path: Path) -> None:
-        self._db = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
-        self._db.execute(
-            "CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, run TEXT, signature TEXT, hash TEXT)"
-        )
-        self._db.execute("CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT)")
-        rows = self._db.execute("SELECT path, run, signature, hash FROM files")
-        self.files: dict[str, tuple[str, str, str]] = {path: (run, mark, hash_) for path, run, mark, hash_ in rows}
+        try:
+            self._db = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
+            for table in (
+                "files (path TEXT PRIMARY KEY, run TEXT, signature TEXT, hash TEXT, parts TEXT)",
+                "sent (hash TEXT PRIMARY KEY)",
+                "settings (name TEXT PRIMARY KEY, value TEXT)",
+            ):
+                self._db.execute(f"CREATE TABLE IF NOT EXISTS {table}")
+            rows = self._db.execute("SELECT path, run, signature, hash, parts FROM files").fetchall()
+            self.files = {
+                path: Known(run, mark, hash_, tuple(json.loads(parts))) for path, run, mark, hash_, parts in rows
+            }
+            self.sent = {hash_ for (hash_,) in self._db.execute("SELECT hash FROM sent")}
+        except sqlite3.OperationalError:
+            raise  # locked, or the disk is full
+        except sqlite3.DatabaseError as problem:
+            raise sdg.StateError(f"{path} is broken: delete it, and what is on the Hub is looked at anew") from problem
 
-    def put(self, path: str, run: str, signature: str, hash_: str) -> None:
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Make what is remembered in the body durable at once: each statement by itself would wait for the disk."""
+        self._db.execute("BEGIN")
+        try:
+            yield
+        finally:
+            self._db.execute("COMMIT")  # each is true by itself
+
+    def put(self, path: str, known: Known) -> None:
         """Remember a file."""
-        if self.files.get(path) != (run, signature, hash_):
-            self.files[path] = (run, signature, hash_)
-            self._db.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", (path, run, signature, hash_))
+        if self.files.get(path) != known:
+            self.files[path] = known
+            row = (path, *known[:3], json.dumps(known.parts))
+            self._db.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)", row)
+
+    def sending(self, hashes: list[str]) -> None:
+        """Remember what is about to be sent."""
+        with self.together():
+            self._db.executemany("INSERT OR IGNORE INTO sent VALUES (?)", [(hash_,) for hash_ in hashes])
+        self.sent.update(hashes)
 
     def forget(self, path: str) -> None:
         """A file is no longer there."""
@@ -122,42 +159,55 @@ class Spool:
         config, suffix = f"{self.run.options.output_config}/", os.path.splitext(self.run.options.output_filename)[1]
         return inside.startswith(config) and inside.endswith(suffix)
 
-    def index_of(self, path: str) -> int | None:
-        """The chunk that a file of the repository begins with; None for people's files."""
+    def name_of(self, path: str) -> str | None:
+        """The spool's name of a file in the repository: for a merged one of its first part. None for people's files."""
         inside = path.removeprefix(f"{self.folder}/") if self.folder else path
-        plain = re.sub(r"/\d{5}/([^/]+)$", r"/\1", inside)
-        found = self._data.fullmatch(plain) or self._failed.fullmatch(plain)
+        for name in (inside, re.sub(r"/\d{5}/([^/]+)$", r"/\1", inside)):
+            if self._index(name) is not None and self._path(name) == path:
+                return name
+        return None
+
+    def has_chunk_of(self, name: str) -> bool:
+        """Whether the chunk that a file of the spool belongs to is there, in its present form."""
+        return os.path.exists(self.run.output.path(self.run.path_of(sdg.Chunk(self._index(name) or 0, 0))))
+
+    def _index(self, name: str) -> int | None:
+        found = self._data.fullmatch(name) or self._failed.fullmatch(name)
         return int(found[1]) if found else None
 
     def items(self) -> dict[str, Item]:
         """All that should be on the Hub by now, by path."""
         signatures: dict[str, str] = {}
         data: dict[int, str] = {}
-        items: list[tuple[str, ...]] = []
+        grouped: list[tuple[str, tuple[str, ...]]] = []
         for name in sdg.chunk_files(self.run, self.run.options.output_config, self.run.options.output_filename):
             status = os.stat(self.run.output.path(name))
             signatures[name] = f"{status.st_size} {status.st_mtime_ns}"
             if found := self._data.fullmatch(name):
                 data[int(found[1])] = name
             else:
-                items.append((name,))
-        items += list(self._merged(data, signatures)) if self._size else [(data[index],) for index in sorted(data)]
-        paths = [self._path(parts[0]) for parts in items]
-        marks = [" ".join(signatures[part] for part in parts) for parts in items]
-        return {path: Item(path, tuple(parts), mark) for path, parts, mark in zip(paths, items, marks, strict=True)}
+                grouped.append((name, (name,)))
+        merged = (
+            self._merged(data, signatures) if self._size else ((data[index], (data[index],)) for index in sorted(data))
+        )
+        grouped += merged
+        marks = [" ".join(signatures[part] for part in parts) for _, parts in grouped]
+        made = [
+            Item(self._path(parts[0]), parts, mark, group) for (group, parts), mark in zip(grouped, marks, strict=True)
+        ]
+        return {item.path: item for item in made}
 
     def _path(self, name: str) -> str:
         """Where a file of the spool belongs in the repository: no folder may have too many files."""
-        found = self._data.fullmatch(name) or self._failed.fullmatch(name)
-        part = int(found[1]) // FOLDER if found else 0
+        part = (self._index(name) or 0) // FOLDER
         folder, _, base = name.rpartition("/")
         return self._placed(f"{folder}/{part:05d}/{base}" if part else name)
 
     def _placed(self, name: str) -> str:
         return f"{self.folder}/{name}" if self.folder else name
 
-    def _merged(self, data: dict[int, str], signatures: dict[str, str]) -> Iterator[tuple[str, ...]]:
-        """Chunks of a rank, in order, that make a file of at most --max-file-size together.
+    def _merged(self, data: dict[int, str], signatures: dict[str, str]) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """Ranges of a rank's chunks and, for each, chunks in order that make a file of at most --max-file-size.
 
         As the run goes on, a range of a rank's chunks is complete, or the rank has ended: before that none of it is
         published. How wide the range is depends on the first chunks that were written; the ledger keeps it.
@@ -173,9 +223,9 @@ class Spool:
         ranges: dict[tuple[int, int], list[int]] = {}
         for index in sorted(data):
             ranges.setdefault((index % world, index // world // width), []).append(index)
-        for (rank, _), chunks in ranges.items():
+        for (rank, number), chunks in ranges.items():
             if len(chunks) == width or rank in over:
-                yield from self._packed(chunks, data, sizes)
+                yield from ((f"{rank} {number}", parts) for parts in self._packed(chunks, data, sizes))
 
     def _packed(self, chunks: list[int], data: dict[int, str], sizes: dict[int, int]) -> Iterator[tuple[str, ...]]:
         begun: list[int] = []
@@ -217,7 +267,7 @@ class Publisher:
         self._head = ""
         self._past: set[str] = set()  # heads that we have replaced: a replica may lag behind
         self._there: dict[str, Entry] = {}
-        self._readme: str | None = None
+        self._readme: bytes | None = None
         self._run_id = ""
         self.private = True
         self._prepared = False
@@ -241,17 +291,17 @@ class Publisher:
         """See that the repository is there, may be written, and has no rows but this run's where these belong.
 
         Args:
-            make: the repository, if it is missing.
+            make: the repository, if it is missing; False also means that nothing has begun: only look.
 
         Raises:
             UsageError: there is no token, or files of another size were begun with.
             OutputError: it has files of such a run.
             Exception: of the Hub's client.
         """
-        hub.set_timeout()
         from huggingface_hub import CommitOperationAdd
         from huggingface_hub.errors import RepositoryNotFoundError
 
+        hub.set_timeout()
         options, repo = self.run.options, self.address.repo
         if not hub.has_token():
             raise sdg.UsageError(f"--output {options.output}: there is no token; set HF_TOKEN, or run `hf auth login`")
@@ -271,9 +321,9 @@ class Publisher:
         # Asks what kind of file this would be, which only those who may write get answered.
         self.api.preupload_lfs_files(repo, [CommitOperationAdd("README.md", b"\n")], repo_type="dataset")
         self._look()
-        self._claim_strangers(options.fresh)
-        if not options.fresh:
+        if make or not options.fresh:
             self._settle()
+        self._claim_strangers(options.fresh, claim=make)
         if (files := self._spool.expected() if self._spool.begun else 0) > MOST_CHUNKS:
             sdg.say(
                 f"sdg: this run makes about {files:,} files, and the Hub takes 100,000 of a repository: begin it anew "
@@ -289,23 +339,35 @@ class Publisher:
                 f"there is no {self.address}, or no right to it: HF_TOKEN can make datasets of {', '.join(owners)}"
             )
 
-    def _claim_strangers(self, fresh: bool) -> None:
+    def _claim_strangers(self, fresh: bool, claim: bool) -> None:
         """Refuse to mix with rows that are not this run's; --fresh is to delete those of an earlier run."""
-        known = {*self._ledger.files, *(self._spool.items() if self._spool.begun else ())}
-        unknown = [path for path in self._there if path not in known]
-        strangers = [path for path in unknown if self._spool.index_of(path) is not None]
-        if mixed := [path for path in unknown if path not in strangers and self._spool.is_read_with_ours(path)]:
-            raise sdg.OutputError(
-                f"{self.address} has {mixed[0]}, which is not of sdg, and would be read together with this run's rows: "
-                "choose another --output-config or --output"
-            )
+        items = self._spool.items() if self._spool.begun else {}
+        before = f"before {self._run_id}"
+        strangers = []
+        for path in self._there:
+            name, known = self._spool.name_of(path), self._ledger.files.get(path)
+            if known and known.run in {before, known.run.removeprefix("before ")}:
+                continue
+            if path in items:
+                if fresh and claim:
+                    self._ledger.put(path, Known(before))
+                continue
+            if name is None and self._spool.is_read_with_ours(path):
+                raise sdg.OutputError(
+                    f"{self.address} has {path}, which is not of sdg, and would be read together with this run's rows: "
+                    "choose another --output-config or --output"
+                )
+            if name and claim and self._spool.has_chunk_of(name):  # ours, and forgotten
+                self._ledger.put(path, Known(self._run_id, parts=(name,)))
+            elif name and not (self._spool.begun and self._spool.has_chunk_of(name)):
+                strangers.append(path)
         if strangers and not fresh:
             raise sdg.OutputError(
                 f"{self.address} has {strangers[0]}, but no state of its run is here: choose another --output or "
                 "--output-config, name the run's --state-dir, or --fresh, which deletes an earlier run's files"
             )
-        for path in strangers:
-            self._ledger.put(path, "", "", "")
+        for path in strangers if claim else []:
+            self._ledger.put(path, Known(before))
 
     def _settle(self) -> None:
         """Learn which run this is, and keep to what its files were begun with."""
@@ -327,13 +389,13 @@ class Publisher:
             return
         entries = [hub.list_files(self.api, self.address.repo, folder, head) for folder in self._spool.folders]
         self._there = {file.path: entry_of(file) for files in entries for file in files}
-        self._readme = hub.read_text(self.api, self.address.repo, card.NAME, head)
+        self._readme = hub.read_bytes(self.api, self.address.repo, card.NAME, head)
         self._head = head
 
     def waiting(self) -> int:
         """How many files have been written or changed since they were published, as far as is known here."""
         self._settle()
-        known = {path: signature for path, (run, signature, _) in self._ledger.files.items() if run == self._run_id}
+        known = {path: file.signature for path, file in self._ledger.files.items() if file.run == self._run_id}
         return sum(known.get(item.path) != item.signature for item in self._spool.items().values())
 
     # A round
@@ -358,14 +420,17 @@ class Publisher:
         self._settle()
         items = self._spool.items()
         with contextlib.closing(Content(self.run)) as content:
-            missing = [item for item in items.values() if not self._is_there(item, content)]
-            gone = [path for path in self._ledger.files if path in self._there and self._is_gone(path, items)]
+            with self._ledger.together():
+                missing = [item for item in items.values() if not self._is_there(item, content)]
+            foreign = [path for path in self._ledger.files if self._is_of_others(path, items)]
+            most = self._most(len(missing) + len(foreign))
+            batch = whole_groups(missing, max(0, most - len(foreign)))
+            present = items.keys() - {item.path for item in missing} | {item.path for item in batch}
+            gone = foreign[:most] + self._replaced(items, present)
             readme = self._card(progress) if missing or gone or card_too else None
-            if not missing and not gone and readme is None:
-                return 0
-            batch = missing[: self._batch(len(missing))]
-            self._commit(batch, gone, readme, content)
-        return len(missing) - len(batch)
+            if missing or gone or readme is not None:
+                self._commit(batch, gone, readme, content)
+        return len(missing) - len(batch) + max(0, len(foreign) - most)
 
     def discrepancies(self) -> Iterator[str]:
         """What is not on the Hub as it was written here, a line each."""
@@ -374,49 +439,75 @@ class Publisher:
         items = self._spool.items()
         with contextlib.closing(Content(self.run)) as content:
             for item in items.values():
-                if not self._is_there(item, content):
+                try:
+                    there = self._is_there(item, content)
+                except sdg.OutputError as problem:
+                    yield str(problem)
+                    continue
+                if not there:
                     yield f"{self.address}: {item.path} is not there as it was written: `sdg.py card` publishes it"
         for path in self._there:
-            if path not in items and (self._spool.index_of(path) is not None or self._spool.is_read_with_ours(path)):
+            if path not in items and (self._spool.name_of(path) or self._spool.is_read_with_ours(path)):
                 yield f"{self.address}: {path} belongs to no finished chunk"
 
     def _is_there(self, item: Item, content: Content) -> bool:
-        """Whether the Hub has the file as it should be."""
-        entry = self._there.get(item.path)
+        """Whether the Hub has the file as it should be.
+
+        Raises:
+            OutputError: it has one that was never sent from here.
+        """
+        entry, known = self._there.get(item.path), self._ledger.files.get(item.path, Known(""))
         if entry is None:
             return False
-        run, signature, digest = self._ledger.files.get(item.path, ("", "", ""))
-        if signature != item.signature:
-            run, digest = self._run_id, content.sha256(item)
-        if entry.sha256 != digest and (entry.sha256 or entry.blob != content.git_hash(item)):
-            return False
-        self._ledger.put(item.path, run, item.signature, digest)
-        return True
+        digest = known.hash if known.signature == item.signature else content.sha256(item)
+        if entry.sha256 == digest or (not entry.sha256 and entry.blob == content.git_hash(item)):
+            self._ledger.put(item.path, Known(self._run_id, item.signature, digest, item.parts))
+            return True
+        if entry.sha256 and entry.sha256 not in self._ledger.sent and not known.run.startswith("before "):
+            raise sdg.OutputError(
+                f"{self.address}: {item.path} was written by somebody else, such as another run: give this one an "
+                "--output-config or --output of its own, or delete the file there"
+            )
+        return False
 
-    def _is_gone(self, path: str, items: dict[str, Item]) -> bool:
-        """Whether a file that was published is not one of the run's any more: of an earlier run, or made otherwise."""
-        if path in items:
-            return False
-        index = self._spool.index_of(path)
-        chunk = self.run.output.path(self.run.path_of(sdg.Chunk(index or 0, 0)))
-        return self._ledger.files[path][0] != self._run_id or os.path.exists(chunk)
+    def _is_of_others(self, path: str, items: dict[str, Item]) -> bool:
+        """Whether a file there is of an earlier run, in the place of which this one began with --fresh."""
+        run = self._ledger.files[path].run
+        earlier = run == f"before {self._run_id}" or (run != self._run_id and not run.startswith("before "))
+        return earlier and path in self._there and path not in items
+
+    def _replaced(self, items: dict[str, Item], present: set[str]) -> list[str]:
+        """Files of this run that others have taken the place of: what they held is there, or was undone by the run."""
+        owner = {part: item.path for item in items.values() for part in item.parts}
+        found = []
+        for path, known in self._ledger.files.items():
+            if known.run == self._run_id and path in self._there and path not in items:
+                left = [part for part in known.parts if os.path.exists(self.run.output.path(part))]
+                name = self._spool.name_of(path)
+                if all(owner.get(part) in present for part in left) and name and self._spool.has_chunk_of(name):
+                    found.append(path)
+        return found
 
     def _card(self, progress: str) -> str | None:
         """The card as it should be; None if it is so, or cannot be."""
         try:
-            text = card.render(self._readme, self.run, progress, self.address.folder, self.address.repo)
-        except card.BrokenCard as problem:
-            self._give_up_card(str(problem))
+            there = None if self._readme is None else self._readme.decode()
+            text = card.render(there, self.run, progress, self.address.folder, self.address.repo)
+        except (card.BrokenCard, UnicodeDecodeError) as problem:
+            broken = isinstance(problem, card.BrokenCard)
+            self._give_up_card(
+                str(problem) if broken else f"{self.address} {card.NAME} is not UTF-8: it is left as it is"
+            )
             return None
         self.broken_card = ""
-        return text if text != self._readme else None
+        return text if text != there else None
 
     def _give_up_card(self, problem: str) -> None:
         if problem != self.broken_card:
             self.broken_card = problem
             sdg.say(f"sdg: {problem}")
 
-    def _batch(self, files: int) -> int:
+    def _most(self, files: int) -> int:
         """How many files to put into a commit: more, if the commits that are left of this hour would not do."""
         now = time.monotonic()
         while self._commits and now - self._commits[0] > HOUR:
@@ -442,6 +533,7 @@ class Publisher:
         done = [f"Add {files(len(batch))}"] * bool(batch) + [f"delete {files(len(gone))}"] * bool(gone)
         title = ", ".join(done).capitalize() or "Update the card"
         self._commits.append(time.monotonic())
+        self._ledger.sending([add.upload_info.sha256.hex() for add in adds])
         try:
             commit = self.api.create_commit(
                 self.address.repo, operations, repo_type="dataset", commit_message=title, parent_commit=self._head
@@ -456,12 +548,12 @@ class Publisher:
             self._give_up_card(f"{self.address} refuses the card: {' '.join(str(problem).split())}")
             return self._commit(batch, gone, None, content) if batch or gone else None
         except Exception as problem:
-            self._try_fewer(problem, len(batch))
+            self._try_fewer(problem, len(batch) + len(gone))
             raise
         self._past.add(self._head)
         self._head = commit.oid
         self._files = min(FILES, 2 * self._files)
-        self._readme = self._readme if readme is None else readme
+        self._readme = self._readme if readme is None else readme.encode()
         self._landed({item: add.upload_info.sha256.hex() for item, add in zip(batch, adds, strict=True)}, gone)
         return None
 
@@ -469,7 +561,7 @@ class Publisher:
         """Remember what a commit has changed: files with their hashes, and files that it deleted."""
         for item, digest in batch.items():
             self._there[item.path] = Entry(digest, "")
-            self._ledger.put(item.path, self._run_id, item.signature, digest)
+            self._ledger.put(item.path, Known(self._run_id, item.signature, digest, item.parts))
         for path in gone:
             del self._there[path]
             self._ledger.forget(path)
@@ -481,6 +573,8 @@ class Publisher:
         if status == 413 and number <= 1:
             message = f"{self.address}: even a commit of one file is too large: fewer --records-per-chunk"
             raise sdg.OutputError(message) from problem
+        if status == 412:
+            self._past.clear()  # somebody may have moved the branch back to one of them
         if status not in {409, 412, 429}:
             self._files = max(1, min(self._files, number) // 2)
 
@@ -571,13 +665,24 @@ def files(number: int) -> str:
 def clear_scratch(state: Path) -> None:
     """Delete what publishers on this machine left behind that were killed."""
     for folder in state.glob(f"{SCRATCH}*"):
-        pid = int(folder.name.removeprefix(SCRATCH).partition("-")[0])
+        pid = re.fullmatch(rf"{re.escape(SCRATCH)}(\d+)-\w+", folder.name)
         try:
-            os.kill(pid, 0)
+            os.kill(int(pid[1]) if pid else os.getpid(), 0)
         except ProcessLookupError:
             shutil.rmtree(folder, ignore_errors=True)
         except PermissionError:
             continue  # somebody else's, and alive
+
+
+def whole_groups(items: list[Item], most: int) -> list[Item]:
+    """The first groups that have at most so many files together, but at least one if any file is wanted."""
+    batch: list[Item] = []
+    for _, members in itertools.groupby(items, key=lambda item: item.group):
+        group = list(members)
+        if most <= 0 or (batch and len(batch) + len(group) > most):
+            break
+        batch += group
+    return batch
 
 
 def entry_of(file: RepoFile) -> Entry:

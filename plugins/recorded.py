@@ -25,7 +25,7 @@ def open_run(asked: argparse.Namespace) -> sdg.Run:
     state = state_of(asked)
     recorded = record_of(state)
     options = argparse.Namespace(**recorded["options"])
-    options.output, options.state_dir, options.fresh = asked.output, str(state), False
+    options.output, options.state_dir = asked.output, str(state)
     try:
         plugins, _ = sdg.Plugins.load(options.plugin or [])
     except (sdg.PluginError, sdg.UsageError) as problem:  # it may be on the ranks' machines only

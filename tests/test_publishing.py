@@ -254,6 +254,7 @@ def test_verify_looks_at_the_hub_too(job: HubJob) -> None:
     finished = job.command("verify")
     assert finished.rc == 1
     assert [line.split()[2] for line in finished.lines] == [f"data/00000_000{i}.parquet" for i in ("02", "03", "99")]
+    assert "somebody else" in finished.lines[1]
 
 
 def test_fresh_deletes_what_the_earlier_run_has_published_and_nothing_else(job: HubJob) -> None:
@@ -313,6 +314,96 @@ def test_merged_files_follow_when_the_input_grows(job: HubJob) -> None:
     assert ids(job.there) == [f"d{i:04}" for i in range(93)]
 
 
+def test_what_is_merged_stays_on_the_hub_while_a_run_grows_again(job: HubJob) -> None:
+    job.input(documents(100))
+    assert job(max_file_size="20kB", max_documents=23).rc == 0
+    assert ids(job.there) == [f"d{i:04}" for i in range(23)]
+    job.server.behave(lambda payload, n: Delay(0.5))
+    started = job.start(max_file_size="20kB", max_concurrent_generations=1)
+    wait_until(lambda: len(job.server.requests) > 25)
+    time.sleep(1.5)
+    assert ids(job.there)[:23] == [f"d{i:04}" for i in range(23)]
+    started.close()  # kill -9
+    assert job.command("card").rc == 0
+    assert ids(job.there)[:23] == [f"d{i:04}" for i in range(23)]
+
+
+def test_files_that_are_merged_anew_are_replaced_in_one_commit(bench: Callable[..., Bench], hub: FakeHub) -> None:
+    made = bench(max_file_size=12_000)
+    hub.create(REPO)
+    (made.run.state / "00000.stats.json").write_text(json.dumps({"rank": {"status": "finished"}}))
+    made.write(*range(40))
+    with contextlib.closing(made.publisher()) as publisher:
+        publisher.publish_all()
+        files = len(made.there())
+        made.write(*range(0, 40, 2), text="x" * 3000)
+        publisher._files = 3
+        while publisher.publish():
+            pass
+    assert len(made.there()) > files
+    for commit in hub.commits(REPO)[2:]:
+        there = hub.files(REPO, commit.oid)
+        assert sorted(map(int, ids(there))) == list(range(40)), commit.title
+
+
+def test_a_failed_fresh_run_is_no_leave_to_delete_later(job: HubJob) -> None:
+    job.hub.create(REPO)
+    job.hub.push(REPO, {"data/00000_00777.parquet": b"?"})
+    assert job().rc == 1
+    assert job(fresh=True, prompt_column="nope").rc == 1
+    assert job().rc == 1
+    assert "data/00000_00777.parquet" in job.hub.files(REPO)
+
+
+def test_two_runs_to_one_config_do_not_overwrite_each_other(job: HubJob) -> None:
+    assert job().rc == 0
+    before = dict(job.there)
+    (job.state / "published.sqlite3").unlink()
+    job.hub.push(REPO, {"data/00000_00001.parquet": b"of another run"})
+    finished = job()
+    assert finished.rc == 1
+    assert "data/00000_00001.parquet was written by somebody else" in finished.message
+    assert job.there == {**before, "data/00000_00001.parquet": b"of another run"}
+
+
+def test_a_config_may_be_called_like_a_part_of_a_folder(job: HubJob) -> None:
+    job.server.behave(lambda payload, n: Status(400) if "document 7" in str(payload) else None)
+    assert job(max_failure_rate=1, output_config="20241").rc == 0
+    assert job(max_failure_rate=1).rc == 0
+    assert "failed/20241/00000_00001.jsonl" in job.there
+    assert "failed/00000_00001.jsonl" in job.there
+
+
+def test_a_lost_ledger_costs_nothing_after_failures_were_retried(job: HubJob) -> None:
+    job.server.behave(lambda payload, n: Status(400) if "document 7" in str(payload) else None)
+    assert job(max_failure_rate=1).rc == 0
+    job.server.behave(lambda payload, n: None)
+    assert job(retry_failed=True, no_publish=True).rc == 0
+    (job.state / "published.sqlite3").unlink()
+    (job.state / "published.sqlite3").write_bytes(b"")
+    job.hub.push(REPO, {"data/00000_00001.parquet": None})
+    assert job().rc == 0
+    assert job.all_is_there()
+
+
+def test_a_broken_ledger_is_named(job: HubJob) -> None:
+    assert job().rc == 0
+    (job.state / "published.sqlite3").write_bytes(b"no database at all" * 100)
+    finished = job()
+    assert finished.rc == 1
+    assert finished.says("published.sqlite3", "delete it")
+
+
+def test_a_hub_that_cannot_be_asked_is_no_outage(job: HubJob) -> None:
+    for env, word in (
+        ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE"),
+        ({"HF_ENDPOINT": "huggingface.example"}, "HF_ENDPOINT"),
+    ):
+        finished = job(env=env)
+        assert finished.rc == 1
+        assert finished.says(word)
+
+
 @given(
     sizes=st.lists(st.integers(1, 60), min_size=1, max_size=60),
     world=st.integers(1, 3),
@@ -332,8 +423,8 @@ def test_merging_keeps_each_chunk_once_and_in_order(
     spool = publishing.Spool(run, "", ledger)
     data = {index: run.path_of(sdg.Chunk(index, 0)) for index in range(len(sizes))}
     marks = {name: f"{sizes[index]} 0" for index, name in data.items()}
-    files = list(spool._merged(data, marks))
-    assert files == list(spool._merged(data, marks))
+    files = [parts for _, parts in spool._merged(data, marks)]
+    assert files == [parts for _, parts in spool._merged(data, marks)]
     merged = [name for file in files for name in file]
     assert len(merged) == len(set(merged))
     assert all(list(file) == sorted(file) and len({name[:10] for name in file}) == 1 for file in files)
@@ -386,8 +477,8 @@ class Bench:
 
     def write(self, *indices: int, text: str = "") -> None:
         """Write chunks."""
-        table = pa.table({"id": pa.array([], pa.string()), "rollout_results": pa.array([], pa.list_(pa.string()))})
         for index in indices:
+            table = pa.table({"id": [str(index)], "rollout_results": pa.array([[]], pa.list_(pa.string()))})
             path = self.spool / self.run.path_of(sdg.Chunk(index, 0))
             path.parent.mkdir(parents=True, exist_ok=True)
             pq.write_table(table.replace_schema_metadata({"chunk": f"{index} {text}"}), path)
@@ -504,11 +595,11 @@ def test_an_hour_has_no_more_commits_than_the_hub_takes(
 def test_a_backlog_takes_more_files_a_commit_when_commits_get_scarce(bench: Callable[..., Bench], hub: FakeHub) -> None:
     publisher = bench().publisher()
     with contextlib.closing(publisher):
-        assert publisher._batch(1000) == 100
+        assert publisher._most(1000) == 100
         publisher._commits.extend([time.monotonic()] * 96)
-        assert publisher._batch(1000) == 250
+        assert publisher._most(1000) == 250
         publisher._commits.extend([time.monotonic()] * 4)
-        assert publisher._batch(5000) == 1000
+        assert publisher._most(5000) == 1000
         assert publisher.quota_pause() > 3000
 
 
