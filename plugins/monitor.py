@@ -26,7 +26,7 @@ BAR = 30  # characters
 
 
 @sdg.hookimpl
-def register_commands(register: sdg.Register) -> None:
+def register_commands(register: sdg.RegisterCommands) -> None:
     register("monitor", monitor)
 
 

@@ -39,7 +39,7 @@ def open_run(asked: argparse.Namespace) -> sdg.Run:
 
 def state_of(asked: argparse.Namespace) -> Path:
     """The folder of the run's state."""
-    return Path(asked.state_dir or sdg.default_state_dir(asked.output, asked.output_config))
+    return Path(sdg.state_dir_of(asked.output, asked.output_config, asked.state_dir))
 
 
 def record_of(state: Path) -> dict[str, Any]:
