@@ -553,6 +553,7 @@ class Entry(NamedTuple):
     factory: Callable[..., Any]
     plugin: str  # the module that registered it
     version: str  # of the package or file it comes from
+    package: str = ""  # its name: of a distribution, a module or a file
 
     @property
     def help(self) -> str:
@@ -571,12 +572,12 @@ class Plugins:
         self.quiet = False  # observers are not told
         self.readers: dict[str, Entry] = {}
         self.rollouts: dict[str, Entry] = {}
-        self.resources: dict[str, Entry] = {"run": Entry(_run_resource, "sdg", __version__)}
+        self.resources: dict[str, Entry] = {"run": Entry(_run_resource, "sdg", __version__, "sdg")}
         self.writers: dict[str, Entry] = {}
         self.servers: dict[str, Entry] = {}
         self.commands: dict[str, Entry] = {}
-        self.commands["run"] = Entry(run_command, "sdg", __version__)
-        self.commands["plugins"] = Entry(plugins_command, "sdg", __version__)
+        self.commands["run"] = Entry(run_command, "sdg", __version__, "sdg")
+        self.commands["plugins"] = Entry(plugins_command, "sdg", __version__, "sdg")
 
     @classmethod
     def load(cls, specs: Iterable[str]) -> tuple[Plugins, str | None]:
@@ -588,7 +589,7 @@ class Plugins:
         plugins = cls()
         package = _bundled_package()
         for name in BUNDLED:
-            plugins.add(importlib.import_module(f"{package}.{name}"), __version__)
+            plugins.add(importlib.import_module(f"{package}.{name}"), __version__, "sdg")
         plugins._load_installed()
         rollout = None
         for spec in specs:
@@ -599,15 +600,16 @@ class Plugins:
             raise UsageError(f"--plugin {spec} registers {several if own else 'no rollout: is @sdg.hookimpl there?'}")
         return plugins, rollout
 
-    def add(self, module: types.ModuleType, version: str) -> None:
-        """Register a module's hooks and, through them, its names."""
+    def add(self, module: types.ModuleType, version: str, package: str = "") -> None:
+        """Register a module's hooks and, through them, its names; `version` is that of `package`."""
         name = module.__name__
         if self.manager.has_plugin(name):
             return
         check_hooks(module)
         self.manager.register(module, name)
         for kind in self.kinds:
-            self._call(f"register_{kind}", module, register=functools.partial(self._register, kind, name, version))
+            register = functools.partial(self._register, kind, (name, version, package or name))
+            self._call(f"register_{kind}", module, register=register)
 
     def add_options(self, parser: argparse.ArgumentParser) -> dict[str, set[str]]:
         """Let each plugin add its options, in a group of its own. Returns the option names of each plugin."""
@@ -652,8 +654,9 @@ class Plugins:
                 idle.append(f"{option}{' or '.join(sorted(users))}, which is not in use")
         return "; ".join(idle)
 
-    def _register(self, kind: str, plugin: str, version: str, name: str, factory: Callable[..., Any]) -> None:
+    def _register(self, kind: str, of: tuple[str, str, str], name: str, factory: Callable[..., Any]) -> None:
         entries: dict[str, Entry] = getattr(self, kind)
+        plugin = of[0]
         if name in entries:
             raise PluginError(f"plugins {entries[name].plugin} and {plugin} both register the {kind[:-1]} {name!r}")
         if not callable(factory):
@@ -661,7 +664,7 @@ class Plugins:
             raise PluginError(
                 f"plugin {plugin}: the {kind[:-1]} {name!r} is a {type(factory).__name__}, and should be {kinds}"
             )
-        entries[name] = Entry(factory, plugin, version)
+        entries[name] = Entry(factory, *of)
 
     def _call(self, hook: str, plugin: object, **arguments: Any) -> None:
         """Call one plugin's implementation of a hook: pluggy's own call cannot say whose turn it is."""
@@ -684,8 +687,9 @@ class Plugins:
         import importlib.metadata
 
         for point in importlib.metadata.entry_points(group="sdg"):
-            module = _import(f"the installed plugin {point.name} ({point.value})", point.load)
-            self.add(module, point.dist.version if point.dist else "")
+            package, version = (point.dist.name, point.dist.version) if point.dist else (point.module, "")
+            module = _import(f"the plugin {point.value} of the installed package {package}", point.load)
+            self.add(module, version, package)
 
     def _load_spec(self, spec: str) -> tuple[str, list[str]]:
         """Load one `--plugin`; return the rollout that it names, "" if it leaves that open, and all that it has."""
@@ -694,12 +698,13 @@ class Plugins:
         target, _, name = spec.rpartition(":") if ":" in spec else (spec, "", "")
         if target.endswith(".py"):
             module, version = _import_file(Path(target))
+            package = target
         elif re.fullmatch(r"\w+(\.\w+)*", target) and importlib.util.find_spec(target.partition(".")[0]):
             module = _import(f"plugin {target}", functools.partial(importlib.import_module, target))
-            version = str(getattr(module, "__version__", ""))
+            version, package = str(getattr(module, "__version__", "")), target
         else:
             self.find("rollouts", spec)
-        self.add(module, version)
+        self.add(module, version, package)
         own = [name for name, entry in self.rollouts.items() if entry.plugin == module.__name__]
         if name and name not in own:
             raise UsageError(f"{target} has no rollout {name!r}; it has: {', '.join(own) or 'none'}")
@@ -4297,7 +4302,7 @@ def plugins_command(argv: list[str]) -> int:
     for kind in Plugins.kinds:
         print(f"{kind}:")
         for name, entry in sorted(getattr(plugins, kind).items()):
-            print(f"  {name:<12} {entry.plugin:<24} {entry.help}")
+            print(f"  {name:<12} {f'{entry.package} {entry.version}':<24} {entry.help}")
     return 0
 
 
