@@ -182,9 +182,9 @@ class Page:
             yield from (f"    {field.name}: {field.type}" for field in self.notes.schema)
         statuses = [outcome.status for outcome in self.notes.outcomes]
         names = {"row": "rows", "filtered": "filtered", "failed": "failed", "": "not finished"}
-        counts = [f"{statuses.count(status)} {name}" for status, name in names.items() if status or "" in statuses]
-        asked = len(self.notes.requests)
-        yield f"{len(statuses)} documents, {asked} requests: {', '.join(counts)}. Nothing was written."
+        counts = [f"{name}: {statuses.count(status)}" for status, name in names.items() if status or "" in statuses]
+        counts = [f"documents: {len(statuses)}", f"requests: {len(self.notes.requests)}", *counts]
+        yield f"{', '.join(counts)}. Nothing was written."
 
 
 def document(number: int, outcome: Outcome) -> Iterator[str]:
