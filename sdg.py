@@ -1116,6 +1116,7 @@ def parse_configs(argv: list[str]) -> list[Config]:
 
 def parse_options(argv: list[str], common: Mapping[str, Any], own: Mapping[str, Any] | None = None) -> Config:
     """Load the plugins that a command line, a config's own table and what is common name; then as `parse_with`."""
+    name = f": [configs.{common['output-config']}]" if own is not None else ""
     argv = as_arguments({**common, **(own or {})}, argv) + argv
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     early.add_argument("--plugin", action="append")
@@ -1123,10 +1124,12 @@ def parse_options(argv: list[str], common: Mapping[str, Any], own: Mapping[str, 
     with contextlib.suppress(argparse.ArgumentError):  # the full parser will say it
         early.parse_known_args(argv, asked)
     plugins, rollout = Plugins.load(asked.plugin or ["summarize"])
-    return parse_with(plugins, rollout, argv, own)
+    return parse_with(plugins, rollout, argv, own or {}, name)
 
 
-def parse_with(plugins: Plugins, rollout: str | None, argv: list[str], own: Mapping[str, Any] | None = None) -> Config:
+def parse_with(
+    plugins: Plugins, rollout: str | None, argv: list[str], own: Iterable[str] = (), name: str = ""
+) -> Config:
     """Options of `run`, with their defaults derived.
 
     The namespace also has `rollout` (the rollout's name) and `identity` (names of the options in the fingerprint).
@@ -1135,41 +1138,58 @@ def parse_with(plugins: Plugins, rollout: str | None, argv: list[str], own: Mapp
         plugins: what is loaded.
         rollout: the rollout's name.
         argv: all options.
-        own: those that a config's table has.
+        own: names of those that a config's table has; they may not be ones that all configs share.
+        name: of the config, for messages.
 
     Raises:
         UsageError, PluginError: with the option or plugin named.
     """
     parser, added = build_parser(plugins)
+    parser.prog += name
     options, unknown = parser.parse_known_args(argv)
     if unknown:
         word = unknown[0].partition("=")[0]
         near = difflib.get_close_matches(word, parser._option_string_actions, n=2, cutoff=0.7)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
-    if own is not None:
-        parser.prog += f": [configs.{options.output_config}]"
+    core = [option for group in OPTIONS.values() for option in group]
+    plugged = set().union(*added.values())
+    shared = {option.dest for option in core if option.shared}
     options.rollout = rollout
     try:
+        _check_shared(own, shared)
         _derive(options, plugins)
+        serving = {plugins.rollouts[options.rollout].plugin, plugins.find("readers", options.reader).plugin}
+        plugged_in = set().union(*(added.get(plugin, set()) for plugin in serving))
+        _check_shared(own, plugged - plugged_in)
+        _check_idle(options, plugins, added, {a.dest for a in parser._actions if _is_given(a, argv)}, serving)
     except UsageError as problem:
         parser.error(str(problem))
     check_rollout(options.rollout, plugins)
-    explicit = {a.dest for a in parser._actions if any(w.partition("=")[0] in a.option_strings for w in argv)}
-    serving = {plugins.rollouts[options.rollout].plugin, plugins.find("readers", options.reader).plugin}
-    for plugin, dests in added.items():
-        in_use = {plugins.servers[options.server].plugin, plugins.find("writers", options.writer).plugin}
-        if owners := plugins.idle(plugin, serving | in_use):
-            for dest in dests & explicit:
-                parser.error(f"--{dest.replace('_', '-')} goes with {owners}")
-    core = [option for group in OPTIONS.values() for option in group]
-    plugged = set().union(*(added.get(plugin, set()) for plugin in serving))
-    free = plugged | {option.dest for option in core if not option.shared}
-    for key in own or {}:
-        if key.replace("-", "_") not in free:
-            parser.error(f"--{key} is the same for all configs: write {key} above the tables")
-    options.identity = sorted(plugged | {option.dest for option in core if option.identity})
+    options.identity = sorted(plugged_in | {option.dest for option in core if option.identity})
     return Config(options, plugins)
+
+
+def _is_given(action: argparse.Action, argv: list[str]) -> bool:
+    return any(word.partition("=")[0] in action.option_strings for word in argv)
+
+
+def _check_shared(own: Iterable[str], shared: set[str]) -> None:
+    """See that a config's table has none of the options that all configs share."""
+    for key in own:
+        if key.replace("-", "_") in shared:
+            raise UsageError(f"--{key} is the same for all configs: write {key} above the tables")
+
+
+def _check_idle(
+    options: argparse.Namespace, plugins: Plugins, added: dict[str, set[str]], given: set[str], serving: set[str]
+) -> None:
+    """See that the plugins whose options are given are in use."""
+    in_use = {plugins.servers[options.server].plugin, plugins.find("writers", options.writer).plugin}
+    for plugin, dests in added.items():
+        if owners := plugins.idle(plugin, serving | in_use):
+            for dest in sorted(dests & given):
+                raise UsageError(f"--{dest.replace('_', '-')} goes with {owners}")
 
 
 def _read_toml(path: str) -> dict[str, Any]:
