@@ -1801,10 +1801,12 @@ def results_of(value: Any, usage: Usage | None) -> list[dict[str, Any]]:
         value = value.model_dump(mode="json")
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+    if not isinstance(value, dict):
         missing = "await" if inspect.isawaitable(value) else "list(…)" if isinstance(value, Iterable) else ""
         hint = f"is {missing} missing?" if missing else "it may be a str, dict, Reply, list or None"
         raise BadResult(f"the rollout returned a {type(value).__name__}: {hint}")
+    if not all(isinstance(key, str) for key in value):
+        raise BadResult("the rollout returned a dict with keys that are not str: they name the fields of the result")
     return [value if "usage" in value or not usage else {**value, "usage": usage}]
 
 
