@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["Outcome", "Request", "Tried", "check_reader", "check_server", "check_writer", "document", "try_rollout"]
 
 MODEL = "test-model"
+PLACES = 8  # to go to in an input, for each size of pieces
 
 Answer = str | dict[str, Any] | sdg.Reply | Exception
 Answers = Answer | Sequence[Answer] | Callable[[dict[str, Any]], Answer]
@@ -102,9 +103,16 @@ def try_rollout(
     given = [documents] if isinstance(documents, str | Mapping) else list(documents)
     rows = [{"text": item} if isinstance(item, str) else dict(item) for item in given]
 
+    def prepare(plugins: sdg.Plugins) -> str:
+        known = [name for name, entry in plugins.rollouts.items() if entry.factory is rollout]
+        name = known[0] if known else getattr(rollout, "__name__", "rollout")
+        if not known:
+            plugins.rollouts[name] = sdg.Entry(rollout, __name__, "")
+        plugins.readers["rows"] = sdg.Entry(lambda run: Rows(rows), __name__, "")
+        plugins.resources |= {name: stand_in(thing) for name, thing in (resources or {}).items()}
+        return name
+
     async def attempt(config: sdg.Config) -> Tried:
-        for name, thing in (resources or {}).items():
-            config.plugins.resources[name] = stand_in(thing)
         notes = Notes()
         with running(config) as (run, stop):
             writer = config.plugins.writers[config.options.writer].factory(run)
@@ -113,7 +121,7 @@ def try_rollout(
                 await engine.work()
         return Tried(notes.requests, notes.outcomes, config.options.results_column)
 
-    return attempted(rollout, {"input": "rows://", **(options or {})}, attempt, rows)
+    return attempted(rollout, {"input": "rows://", **(options or {})}, attempt, prepare)
 
 
 def document(source: str | Mapping[str, Any], prompt_column: str = "text") -> sdg.Document:
@@ -160,8 +168,7 @@ def check_reader(open_reader: sdg.OpenReader, options: Mapping[str, Any]) -> lis
 
 def check_pieces(open_reader: sdg.OpenReader, run: sdg.Run, rows: list[tuple[str, dict[str, Any]]]) -> None:
     """See that pieces of the input are as in the whole of it."""
-    sizes = sorted({1, 2, 7, max(1, len(rows) // 2)})
-    for size in sizes:
+    for size in sorted({1, 7, max(1, len(rows) // 2)}):
         straight, jumping = Reading(open_reader, run), Reading(open_reader, run)
         bookmarks: list[tuple[int, str | None]] = []
         for start in range(0, len(rows) + 1, size):
@@ -169,7 +176,8 @@ def check_pieces(open_reader: sdg.OpenReader, run: sdg.Run, rows: list[tuple[str
             wanted = rows[start : start + size]
             found = straight.rows(size)
             assert found == wanted, f"read({size}) at row {start} gave {found}; in one go there were {wanted}"
-        for start, bookmark in [*reversed(bookmarks), *bookmarks[::2]]:
+        some = bookmarks[:: max(1, len(bookmarks) // PLACES)]
+        for start, bookmark in [*reversed(some), some[-1]]:  # back, then far ahead
             for reading, mark in ((jumping, None), (Reading(open_reader, run), bookmark)):
                 reading.reader.seek(start, mark)
                 found = reading.rows(size)
@@ -284,26 +292,31 @@ def attempted(
     thing: Callable[..., Any],
     options: Mapping[str, Any],
     attempt: Callable[[sdg.Config], Coroutine[Any, Any, T]],
-    rows: list[dict[str, Any]] | None = None,
+    prepare: Callable[[sdg.Plugins], str] = lambda plugins: "summarize",
 ) -> T:
-    """Do something with a config of some options, in a folder that is gone afterwards."""
+    """Do something with a config of some options, in a folder that is gone afterwards.
+
+    Args:
+        thing: what is tried; its module is loaded as a plugin.
+        options: by the names that they have in a file.
+        attempt: what to do.
+        prepare: changes what is registered, and names the rollout.
+    """
     with tempfile.TemporaryDirectory(prefix="sdg-testing-") as folder, ThreadPoolExecutor(1) as pool:
         plugins, _ = sdg.Plugins.load([])
         plugins.quiet = True
         own: Any = sys.modules.get(getattr(thing, "__module__", ""))
-        rollout = "summarize"
-        for module in (sys.modules[__name__], own):  # also this one: it has the rows
+        for module in (sys.modules[__name__], own):  # also this one: names that are added here are its own
             if isinstance(module, types.ModuleType):
                 plugins.add(module, "")
-        if rows is not None:
-            name = getattr(thing, "__name__", "rollout")
-            known = [key for key, entry in plugins.rollouts.items() if entry.factory is thing]
-            rollout = known[0] if known else name
-            plugins.rollouts.setdefault(rollout, sdg.Entry(thing, __name__, ""))
-            plugins.readers["rows"] = sdg.Entry(lambda run: Rows(rows), __name__, "")
+        plugins.readers["rows"] = sdg.Entry(lambda run: Rows([]), __name__, "")
+        rollout = prepare(plugins)
         common = {"output": f"{folder}/output", "state-dir": f"{folder}/state", "max-concurrent-documents": 1}
         argv = sdg.as_arguments({**common, "no-progress": True, **options}, [])
-        config = sdg.parse_with(plugins, rollout, argv)
+        try:
+            config = sdg.parse_with(plugins, rollout, argv)
+        except SystemExit as problem:
+            raise sdg.UsageError("the options cannot be as they are: see standard error") from problem
         # In a thread of its own: the test may be running in an event loop.
         return pool.submit(asyncio.run, attempt(config)).result()
 
