@@ -3462,9 +3462,9 @@ def check_blocks(parts: list[Block | BadRow], wanted: int, reader: Reader) -> No
         if isinstance(part, Block) and not part.batch.schema.equals(reader.schema):
             there = ", ".join(f"{field.name}: {field.type}" for field in part.batch.schema)
             raise PluginError(f"{where} gave a batch of ({there}), which is not its `schema`")
-    rows = sum(part.batch.num_rows if isinstance(part, Block) else 1 for part in parts)
-    if rows > wanted:
-        raise PluginError(f"{where} gave {rows} rows when {wanted} were wanted")
+    rows = [part.batch.num_rows if isinstance(part, Block) else 1 for part in parts]
+    if 0 in rows or sum(rows) > wanted:
+        raise PluginError(f"{where} gave batches of {rows} rows when {wanted} were wanted; after the end it gives []")
 
 
 @contextlib.contextmanager

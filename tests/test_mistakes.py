@@ -341,7 +341,7 @@ SHAPES = {
         "class FewReader",
     ),
     "reader_that_gives_too_much": (
-        "[\"a\"] * some", "[\"a\"] * 5", ["read() gave 5 rows when 1"], "class FewReader",
+        "[\"a\"] * some", "[\"a\"] * 5", ["read() gave batches of [5] rows when 1"], "class FewReader",
     ),
     "reader_that_raises": (
         "self.left = 2\n\n", "self.left = {}['nothing']\n\n", ["reader", "few://", "KeyError"], "{}['nothing']",
