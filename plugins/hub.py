@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import itertools
 import json
@@ -187,7 +188,9 @@ def set_timeout() -> None:
 @functools.cache
 def plain_client() -> Any:
     """A client for files: the library's own is closed after an error, under the hands of all threads that read."""
-    return client_library().Client(follow_redirects=True, timeout=60)
+    client = client_library().Client(follow_redirects=True, timeout=60)
+    atexit.register(client.close)
+    return client
 
 
 def list_files(api: HfApi, repo: str, folder: str, revision: str) -> list[RepoFile]:
