@@ -676,7 +676,7 @@ def test_a_run_that_is_interrupted_has_a_card_of_what_there_is(job: Job, server:
     job.input(documents(8))
     server.behave(lambda payload, n: Hang() if prompt_of(payload) == "document 7" else None)
     started = job.start(records_per_chunk=2)
-    wait_until(lambda: len(job.output.files()) >= 3)
+    wait_until(lambda: len(job.output.written()) >= 3)
     started.send(signal.SIGTERM)
 
     assert started.finish().rc == 143
