@@ -4154,8 +4154,8 @@ class Attempt:
             self._task.uncancel()
         except Exception as problem:  # noqa: BLE001 - it is raised when all that can run has run
             self.problem = self.stop.reason or understood(problem, self.run.options)
-            if isinstance(self.problem, ServerError):
-                self._everything(self.problem)
+            if isinstance(self.problem, ServerError):  # the others would ask the same server
+                self._everything.reason = self._everything.reason or self.problem
         finally:
             self._everything.gently = None
         self.problem = self.problem or self.stop.reason
