@@ -44,8 +44,8 @@ def register_servers(register: sdg.Register) -> None:
 @contextlib.asynccontextmanager
 async def vllm(run: sdg.Run) -> AsyncIterator[list[sdg.Upstream]]:
     """Launch vLLM with --model on this machine's GPUs, or on those of --nodes."""
-    program = launching.executable("vllm", "vllm")
     model = launching.model_of(run)
+    program = launching.executable("vllm", "vllm")
 
     def command(spot: launching.Spot) -> list[str]:
         arguments = launching.flags(settings(run, spot), run.options.server_arg, negate=True)
