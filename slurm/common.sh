@@ -83,14 +83,17 @@ nodes_answer() {
 
 # Have Slurm run this job again, unless it ends the job itself (scancel, a preemption that requeues).
 requeue() {
-    local times=${SLURM_RESTART_COUNT:-0} state
-    state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
+    local times=${SLURM_RESTART_COUNT:-0} job=$SLURM_JOB_ID state
+    if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then # one task's own number is that of the whole array
+        job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+    fi
+    state=$(squeue --noheader --jobs="$job" --format=%T)
     if [[ $state != RUNNING ]]; then
         echo "sdg: not requeued from here: Slurm says that the job is ${state:-gone}" >&2
     elif ((times >= ${SDG_REQUEUES:-20})); then
         echo "sdg: not requeued: that was done $times times (SDG_REQUEUES); submit it again to go on" >&2
     else
         echo "sdg: ended with status $status, requeued for the $((times + 1)). time" >&2
-        scontrol requeue "$SLURM_JOB_ID"
+        scontrol requeue "$job"
     fi
 }
