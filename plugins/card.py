@@ -525,8 +525,7 @@ class Part(NamedTuple):
 
 def model_of(model: str, options: dict[str, Any]) -> tuple[str, str]:
     """A model's name without the path that it may be, and its revision as far as it is known."""
-    arguments = dict(argument.partition("=")[::2] for argument in options.get("server_arg") or [])
-    revision = arguments.get("revision", "")
+    revision = str(dict(options.get("server_arg") or []).get("revision", ""))
     if snapshot := SNAPSHOT.search(model):
         return f"{snapshot[1]}/{snapshot[2]}", snapshot[3]
     if ON_THE_HUB.fullmatch(model) and not os.path.isdir(model):

@@ -35,13 +35,16 @@ clear_caches() {
     fi
 }
 
-# Run a command to its end, and set `status`. Signals to this script are passed on as SIGUSR1, which srun hands to all
-# tasks: the engine stores what is answered, and ends with 143.
+# Run a command to its end, and set `status`. A signal to this script is passed on as SIGUSR1, which srun hands to all
+# tasks: the engine stores what is answered, and ends with 143. SIGTERM Slurm sends to the tasks of srun by itself, and
+# the engine would take a second signal for impatience.
 run() {
-    local interrupted=1
+    local interrupted=1 to_process=:
     "$@" &
     local process=$!
-    trap 'interrupted=1; kill -USR1 '"$process"' 2>/dev/null || true' USR1 TERM
+    [[ $1 == srun ]] || to_process="kill -USR1 $process"
+    trap 'interrupted=1; $to_process' TERM
+    trap 'interrupted=1; kill -USR1 $process' USR1
     while ((interrupted)); do # `wait` ends at a signal, too
         interrupted=0
         status=0
