@@ -5,6 +5,8 @@
     python sdg.py --plugin ./mine.py --input docs.jsonl.gz --base-url https://api.example.com/v1 --model some-model
     python sdg.py --config run.toml --rank 3 --world-size 8               # one of eight processes
     python sdg.py --input hf://datasets/OWNER/NAME --output hf://datasets/YOU/NAME --server vllm --model OWNER/MODEL
+    slurm/submit.sh --ranks 16 --gpus-per-node 8 -- --config run.toml     # on a Slurm cluster
+    python sdg.py status --output /shared/out                             # how its ranks are doing
     python sdg.py monitor --output hf://datasets/YOU/NAME                 # publish what many ranks write
     python sdg.py verify --output ./output/summarize                      # is every document accounted for?
 
