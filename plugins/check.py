@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import sdg
 
-from . import command, launching, recorded, sglang
+from . import card, command, launching, recorded, sglang
 
 # What servers say of options, without being started
 CHECKS = {"command": command.words_of, "sglang": sglang.check, "vllm": launching.model_of}
@@ -37,6 +40,8 @@ def check(argv: list[str]) -> int:
         reader = plugins.readers[options.reader].factory(run)
     sdg.check_columns(reader.schema, options)
     check_earlier(run, reader)
+    if card.spooled(run):
+        check_publishing(run)
     documents = reader.total()
     if documents is not None:
         documents = min(documents, options.max_documents or documents)
@@ -54,6 +59,15 @@ def check(argv: list[str]) -> int:
 def stop(reason: sdg.Error) -> None:
     """Nothing is under way that could be stopped."""
     raise reason
+
+
+def check_publishing(run: sdg.Run) -> None:
+    """See that what the ranks write can be published, as a run of one process does: it is the monitor's to do."""
+    options = argparse.Namespace(**{**vars(run.options), "world_size": 1, "no_publish": False})
+    with tempfile.TemporaryDirectory() as nowhere:
+        state = run.state if (run.state / "run.json").exists() else Path(nowhere)
+        alone = dataclasses.replace(run, options=options, state=state)
+        run.plugins.writers[options.writer].factory(alone)
 
 
 def check_earlier(run: sdg.Run, reader: sdg.Reader) -> None:

@@ -38,6 +38,7 @@ LOST = 2 * AT_ONCE  # what a kill may cost: these, and those whose answer came i
 def shared_cluster() -> Iterator[Cluster]:
     with contextlib.ExitStack() as stack:
         try:
+            real_engines.ROOT.mkdir(parents=True, exist_ok=True)
             cluster = stack.enter_context(Cluster([ROOT, Path(sys.prefix), real_engines.ROOT]))
         except Unavailable as reason:
             pytest.skip(f"NO SLURM CLUSTER: {reason}")
@@ -206,7 +207,7 @@ def rows_in(content: bytes) -> list[dict[str, Any]]:
 def test_whatever_interrupts_a_rank_costs_only_what_was_in_flight(campaign: Campaign, slow: FakeServer) -> None:
     cluster, texts = campaign.cluster, write(campaign, 5 * 200)
     flags = ["--ranks=5", "--cpus-per-task=4", "--signal=B:USR1@50"]
-    ranks, _, card = campaign.submit(*flags)
+    ranks, monitor, card = campaign.submit(*flags)
     wait_for(lambda: all(campaign.answers(rank, 5) > 8 for rank in range(5)), 60, lambda: campaign.logs)
 
     tasks = {job.id: job for job in cluster.jobs(ranks)}
@@ -218,13 +219,16 @@ def test_whatever_interrupts_a_rank_costs_only_what_was_in_flight(campaign: Camp
     node = tasks[f"{ranks}_4"].node
     urgent = cluster.submit("-p", "urgent", "-w", node, "--exclusive", "--wrap", "sleep 5", "--output=/dev/null")
 
+    cluster.slurm("scancel", "--batch", "--signal=USR1", monitor)
     campaign.done(ranks, 150)
     campaign.done(card)
     campaign.done(urgent)
+    assert cluster.job(monitor).restarts >= 1
     campaign.everything(1000)
     restarts = {job.id: job.restarts for job in cluster.jobs(ranks)}
     assert all(count >= 1 for count in restarts.values()), restarts
     again = {rank: sent_again(slow, texts, rank, 5) for rank in range(5)}
+    print("sent again:", again, "restarts:", restarts)
     assert all(count <= LOST * restarts[f"{ranks}_{rank}"] for rank, count in again.items()), (again, restarts)
     print(again, restarts, *campaign.logs.values(), sep="\n")
 
@@ -356,6 +360,13 @@ def test_a_thousand_ranks_are_submitted_as_one_array(campaign: Campaign) -> None
     ranks, _, _ = campaign.submit("--ranks=1000", "--at-once=50", "--hold", records_per_chunk=1)
 
     assert len(campaign.cluster.slurm("squeue", "--noheader", "--array", "--jobs", ranks).splitlines()) == 1000
+
+
+def test_scripts_have_nothing_that_shellcheck_finds(cluster: Cluster) -> None:
+    done = subprocess.run(
+        ["shellcheck", "-x", *sorted(SLURM.iterdir())], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
 
 
 # ── Models on several nodes ──────────────────────────────────────────────────────────────────────────────────────────
