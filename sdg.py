@@ -5,6 +5,8 @@
     python sdg.py --plugin ./mine.py --input docs.jsonl.gz --base-url https://api.example.com/v1 --model some-model
     python sdg.py --config run.toml --rank 3 --world-size 8               # one of eight processes
     python sdg.py --input hf://datasets/OWNER/NAME --output hf://datasets/YOU/NAME --server vllm --model OWNER/MODEL
+    slurm/submit.sh --ranks 16 --gpus-per-node 8 -- --config run.toml     # on a Slurm cluster
+    python sdg.py status --output /shared/out                             # how its ranks are doing
     python sdg.py monitor --output hf://datasets/YOU/NAME                 # publish what many ranks write
     python sdg.py verify --output ./output/summarize                      # is every document accounted for?
 
@@ -416,8 +418,8 @@ class Hooks:
 # ── Plugins ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 BUNDLED = (
-    *("card", "command", "csv", "demo", "endpoint", "hf", "hf_output", "jsonl", "launching", "monitor"),
-    *("parquet", "prompt", "sglang", "summarize", "verify", "vllm"),
+    *("card", "check", "command", "csv", "demo", "endpoint", "hf", "hf_output", "jsonl", "launching", "monitor"),
+    *("parquet", "prompt", "sglang", "status", "summarize", "verify", "vllm"),
 )
 
 
@@ -3177,33 +3179,49 @@ def claim_state(run: Run, reader: Reader) -> None:
         "source": dict(run.source),
         "source_schema": base64.b64encode(reader.schema.serialize().to_pybytes()).decode(),
     }
-    if not path.exists() and (strangers := output_files(run)):
+    refuse_strangers(run)
+    recorded = parse_run(path, publish_once(run, path.name, json.dumps(mine, indent=2).encode()))
+    run.fingerprint = recorded["fingerprint"]
+    changes = changes_since(run, reader, recorded)
+    if changes and untouched(run):  # as after a mistyped model
+        start_over(run)
+        return claim_state(run, reader)
+    if changes:
+        raise of_another_run(run, changes)
+    most = (recorded["options"]["max_documents"], run.options.max_documents)
+    mine["options"]["max_documents"] = max(most) if all(most) else None
+    now = recorded | {"identity": identity, "options": mine["options"]}
+    if now != recorded:
+        replace_file(run, path.name, json.dumps(now, indent=2).encode())
+
+
+def refuse_strangers(run: Run) -> None:
+    """Raise OutputError if there is output, and no state of the run that made it."""
+    if not (run.state / "run.json").exists() and (strangers := output_files(run)):
         raise OutputError(
             f"{run.output.path(strangers[0])} is there, but no state of its run: "
             "choose another --output, or --fresh, which deletes an earlier run's files"
         )
-    recorded = parse_run(path, publish_once(run, path.name, json.dumps(mine, indent=2).encode()))
-    run.fingerprint = recorded["fingerprint"]
+
+
+def changes_since(run: Run, reader: Reader, recorded: Mapping[str, Any]) -> list[str]:
+    """What differs from the options of a recorded run, and would change its data; a line each."""
+    identity = json.loads(json.dumps(identity_of(run, reader)))
     earlier = dict(recorded["identity"])
     if earlier["input"] != identity["input"] and reader.continues(earlier["input"]):
         earlier["input"] = identity["input"]
     if run.options.retry_failed and earlier["plugin_version"] != identity["plugin_version"]:
         say("sdg: the plugin has changed since this run began: what is not finished runs with the new one")
         earlier["plugin_version"] = identity["plugin_version"]
-    changes = list(differences(earlier, identity))
-    if changes and untouched(run):  # as after a mistyped model
-        start_over(run)
-        return claim_state(run, reader)
-    if changes:
-        raise StateError(
-            f"state {run.state} is of another run: {'; '.join(changes[:10])}. "
-            "Take the old values, another --output, or --fresh to start over"
-        )
-    most = (recorded["options"]["max_documents"], run.options.max_documents)
-    mine["options"]["max_documents"] = max(most) if all(most) else None
-    now = recorded | {"identity": identity, "options": mine["options"]}
-    if now != recorded:
-        replace_file(run, path.name, json.dumps(now, indent=2).encode())
+    return list(differences(earlier, identity))
+
+
+def of_another_run(run: Run, changes: list[str]) -> StateError:
+    """Why a state is not this run's."""
+    return StateError(
+        f"state {run.state} is of another run: {'; '.join(changes[:10])}. "
+        "Take the old values, another --output, or --fresh to start over"
+    )
 
 
 def check_state_dir(run: Run) -> None:
