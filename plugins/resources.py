@@ -7,22 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import multiprocessing
-import os
 import random
-import signal
 import tempfile
-import threading
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import sdg
 
-PATIENCE = 5.0  # s that processes get to end by themselves
-LONGEST_REST = 20.0  # s that one goes on after SIGTERM, which schedulers send to all: as long as the run may need
+if TYPE_CHECKING:
+    from concurrent.futures import ProcessPoolExecutor
+
+PATIENCE = 5.0  # s that processes get to finish what they are at
 
 
 @sdg.hookimpl
@@ -32,58 +28,20 @@ def register_resources(register: sdg.Register) -> None:
     register("rng", rng)
 
 
-# ── Processes ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 @contextlib.asynccontextmanager
 async def process_pool(run: sdg.Run) -> AsyncIterator[ProcessPoolExecutor]:
     """A process for each core: `await asyncio.get_running_loop().run_in_executor(process_pool, function, argument)`."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    pool = Pool(
-        cores,
-        multiprocessing.get_context("spawn"),  # a fork would copy threads' locks and the event loop
-        sdg.begin_process,
-        (run.options.plugin or [], __name__, "begin"),
-    )
+    from .pool import Pool
+
+    pool = Pool(run.options.plugin or [])
     try:
         yield pool
     finally:
-        workers = getattr(pool, "_processes", None) or {}
         ending = asyncio.create_task(asyncio.to_thread(pool.shutdown, cancel_futures=True))
         _, late = await asyncio.wait([ending], timeout=PATIENCE)
-        for worker in list(workers.values()) if late else []:  # at work for a rollout that has been cancelled
-            worker.kill()
+        if late:  # at work for a rollout that was cancelled
+            pool.kill()
         await ending
-
-
-class Pool(ProcessPoolExecutor):
-    """A pool whose loss ends the run: else all further documents would fail."""
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """See `concurrent.futures.Executor.submit`. Raises PluginError once a process has died."""
-        try:
-            return super().submit(fn, *args, **kwargs)
-        except BrokenProcessPool as problem:
-            message = "a process of the process_pool has died, of memory perhaps: mend that, and run again"
-            raise sdg.PluginError(f"{message} with --retry-failed") from problem
-
-
-def begin() -> None:
-    """Have this process, one of the pool, end with the run, and not before: signals to all are the run's to handle."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: threading.Timer(LONGEST_REST, os._exit, [1]).start())
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent
-    parent.join()
-    os._exit(1)
-
-
-# ── Other ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @contextlib.asynccontextmanager

@@ -219,7 +219,7 @@ def read(text: str, parse: Callable[[Any], Any]) -> Any:
         ValueError: there is no JSON, or none that `parse` takes.
     """
     problem: ValueError | None = None
-    for candidate in candidates(text.rpartition("</think>")[2]):
+    for candidate in candidates(text):
         try:
             value = json.loads(candidate)
         except ValueError:
@@ -233,6 +233,8 @@ def read(text: str, parse: Callable[[Any], Any]) -> Any:
 
 def candidates(text: str) -> Iterator[str]:
     """Where JSON may stand in an answer, the likeliest first."""
+    yield text
+    text = text.rpartition("</think>")[2]
     yield text
     yield from reversed(re.findall(r"```(?:json)?\s*(.*?)```", text, re.DOTALL))
     for opening, closing in ("{}", "[]"):
