@@ -670,7 +670,7 @@ def _bundled_package() -> str:
 def begin_process(specs: list[str], module: str, function: str) -> None:
     """Begin a process that was spawned: load the plugins, so that it knows their functions, and call one of these."""
     Plugins.load(specs)
-    getattr(sys.modules[module], function)()
+    getattr(importlib.import_module(module), function)()
 
 
 @contextlib.asynccontextmanager

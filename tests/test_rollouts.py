@@ -66,7 +66,9 @@ def test_steps_and_branches_of_a_rollout_come_together(job: Job, server: FakeSer
 
     output = job.succeed()
 
-    assert output.texts() == {name: [f"<<{name}> by a> <<{name}> by b> <<{name}> in c> <<{name}> in d>"] for name in "xy"}
+    assert output.texts() == {
+        name: [f"<<{name}> by a> <<{name}> by b> <<{name}> in c> <<{name}> in d>"] for name in "xy"
+    }
     assert [row["rollout_results"][0]["usage"]["completion_tokens"] for row in output.rows()] == [13, 13]
     assert len(server.requests) == 10
 

@@ -212,7 +212,9 @@ def test_a_server_that_refuses_response_format_is_asked_without_it(
 
 
 def test_a_refusal_that_has_another_cause_is_the_documents_own(shapes: Job, server: FakeServer) -> None:
-    server.behave(lambda payload, n: Status(400, message="too long") if "3" in prompt_of(payload) else json.dumps(WHOLE))
+    server.behave(
+        lambda payload, n: Status(400, message="too long") if "3" in prompt_of(payload) else json.dumps(WHOLE)
+    )
     shapes.input([{"id": f"d{number}", "text": f"document {number}"} for number in range(3, 9)])
 
     output = shapes.succeed(max_concurrent_generations=1, max_concurrent_documents=1)
@@ -277,7 +279,9 @@ def test_json_is_found_in_whatever_stands_around_it(
     assert structured.read(around.format(text), as_object) == value
 
 
-@pytest.mark.parametrize("text", ["", "no", "{", "}{", "[1, 2", "```json\n```", "<think>{}</think>", '{"a": 1,}', "[1]"])
+@pytest.mark.parametrize(
+    "text", ["", "no", "{", "}{", "[1, 2", "```json\n```", "<think>{}</think>", '{"a": 1,}', "[1]"]
+)
 def test_what_is_no_json_object_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"no JSON|no object"):
         structured.read(text, as_object)
