@@ -26,7 +26,7 @@ class Verdict:
 @sdg.hookimpl
 def add_options(parser: argparse._ArgumentGroup) -> None:
     text = "what the scores 0 to 5 stand for; or @FILE; default: educational value"
-    parser.add_argument("--rubric", metavar="TEXT", type=sdg.text_or_file, default=RUBRIC, help=text)
+    parser.add_argument("--rubric", metavar="TEXT", type=sdg.text_or_file, help=text)
     text = "filter documents below it [0]"
     parser.add_argument("--min-score", metavar="N", type=sdg.number(int, 0, 5), default=0, help=text)
 
@@ -38,5 +38,6 @@ def register_rollouts(register: sdg.Register) -> None:
 
 async def judge(document: sdg.Document, generate: sdg.Generate, ask: Ask, run: sdg.Run) -> Verdict | None:
     """Score a document by --rubric, and keep it from --min-score on, with score and reason."""
-    verdict = await ask(PROMPT.format(rubric=run.options.rubric.strip(), text=document.text), Verdict)
+    rubric = (run.options.rubric or RUBRIC).strip()
+    verdict = await ask(PROMPT.format(rubric=rubric, text=document.text), Verdict)
     return verdict if verdict.score >= run.options.min_score else None

@@ -21,7 +21,7 @@ class Refined(TypedDict):
 @sdg.hookimpl
 def add_options(parser: argparse._ArgumentGroup) -> None:
     text = "what to write about a document; or @FILE; default: an explanation"
-    parser.add_argument("--task", metavar="TEXT", type=sdg.text_or_file, default=TASK, help=text)
+    parser.add_argument("--task", metavar="TEXT", type=sdg.text_or_file, help=text)
 
 
 @sdg.hookimpl
@@ -31,7 +31,8 @@ def register_rollouts(register: sdg.Register) -> None:
 
 async def refine(document: sdg.Document, generate: sdg.Generate, run: sdg.Run) -> Refined:
     """Write what --task asks for, have it criticised, and write it anew."""
-    chat = [{"role": "user", "content": f"{run.options.task.strip()}\n\n{document.text}"}]
+    task = (run.options.task or TASK).strip()
+    chat = [{"role": "user", "content": f"{task}\n\n{document.text}"}]
     draft = await generate(chat)
     chat += [{"role": "assistant", "content": draft.text}, {"role": "user", "content": CRITIQUE}]
     critique = await generate(chat)
