@@ -10,7 +10,7 @@ A rollout gets it as the resource `ask`:
     async def judge(document, generate, ask):
         return await ask(f"How good is this text, from 0 to 5?\\n\\n{document.text}", Verdict)
 
-The shape is whatever pydantic understands (dataclass, model, TypedDict, `list[Verdict]`), or a JSON schema as a dict.
+The shape is whatever pydantic understands (dataclass, model, `list[Verdict]`), or a JSON schema as a dict.
 Servers are told it by `response_format` (https://platform.openai.com/docs/guides/structured-outputs), which vLLM,
 SGLang and others enforce while they decode; models are told it in the prompt, too, and write better values then.
 """
@@ -154,7 +154,12 @@ def form_of_type(shape: Any) -> Form:
     """What pydantic makes of a type."""
     import pydantic
 
-    adapter = pydantic.TypeAdapter(shape)
+    try:
+        adapter = pydantic.TypeAdapter(shape)
+        schema = closed(adapter.json_schema())
+    except pydantic.PydanticUserError as problem:
+        reason = problem.message.partition("\n")[0]
+        raise sdg.PluginError(f"{shape!r} is no shape that can be asked for: {reason}") from problem
 
     def parse(value: Any) -> Any:
         try:
@@ -163,7 +168,6 @@ def form_of_type(shape: Any) -> Form:
             where = [f"{'.'.join(map(str, error['loc']))}: {error['msg']}".lstrip(": ") for error in problem.errors()]
             raise ValueError("; ".join(where[:5])) from problem
 
-    schema = closed(adapter.json_schema())
     return Form(schema, response_format(schema, getattr(shape, "__name__", "answer"), strict=True), parse)
 
 
@@ -197,14 +201,14 @@ def response_format(schema: dict[str, Any], name: str, **more: Any) -> dict[str,
 
 
 def closed(schema: Any) -> Any:
-    """A type's schema with all keys required and no others allowed, as OpenAI's strict mode has it."""
+    """A type's schema with all keys required and no others allowed, as OpenAI's strict mode has it; without titles."""
     if isinstance(schema, list):
         return [closed(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
     if not isinstance(schema.get("properties"), dict) or schema.get("type") != "object":
-        return {key: closed(value) for key, value in schema.items() if key != "default"}
-    kept = {key: closed(value) for key, value in schema.items() if key not in {"default", "properties"}}
+        return {key: closed(value) for key, value in schema.items() if key not in {"default", "title"}}
+    kept = {key: closed(value) for key, value in schema.items() if key not in {"default", "properties", "title"}}
     properties = {name: closed(value) for name, value in schema["properties"].items()}
     return {**kept, "properties": properties, "required": [*properties], "additionalProperties": False}
 

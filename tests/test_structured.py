@@ -156,6 +156,18 @@ def test_a_wrong_schema_ends_the_run(shapes: Job, server: FakeServer) -> None:
     assert not server.requests
 
 
+def test_a_shape_that_cannot_be_ends_the_run(shapes: Job, server: FakeServer) -> None:
+    shapes.plugin("own", SHAPES.replace("list[Part])", "open)"))
+    take(shapes, "many")
+    shapes.documents("a text")
+
+    finished = shapes()
+
+    assert finished.rc == 1
+    assert finished.says("open", "shape")
+    assert not server.requests
+
+
 def test_a_list_may_be_a_shape(shapes: Job, server: FakeServer) -> None:
     take(shapes, "many")
     answer = '[{"word": "x"}, {"word": "y"}]'
@@ -293,6 +305,7 @@ class Tricky:
 
     type: str
     properties: list[str]
+    title: str
     default: Literal["default", "object"] = "default"
     required: bool = False
 
@@ -300,8 +313,8 @@ class Tricky:
 def test_keys_that_are_words_of_schemas_are_only_keys() -> None:
     form = structured.form_of(Tricky)
 
-    names = ["type", "properties", "default", "required"]
+    names = ["type", "properties", "title", "default", "required"]
     assert [*form.schema["properties"]] == form.schema["required"] == names
-    assert form.parse({"type": "object", "properties": ["a"], "default": "object", "required": True}) == Tricky(
-        "object", ["a"], "object", True
-    )
+    assert form.schema["properties"]["title"] == {"type": "string"}
+    value = {"type": "object", "properties": ["a"], "title": "t", "default": "object", "required": True}
+    assert form.parse(value) == Tricky(**value)
