@@ -187,6 +187,10 @@ class Writer(Protocol):
 class Generate(Protocol):
     """What a rollout asks the model with."""
 
+    @property
+    def index(self) -> int:
+        """Which of --rollouts-per-document this is, from 0."""
+
     async def __call__(self, prompt: str | list[dict[str, Any]] | dict[str, Any], **overrides: Any) -> Reply:
         """Answer a prompt.
 
@@ -198,6 +202,20 @@ class Generate(Protocol):
         Raises:
             RequestFailed: the server refused the request, or all retries were used up.
         """
+
+    async def raw(self, prompt: str | list[dict[str, Any]] | dict[str, Any], **overrides: Any) -> tuple[Reply, bytes]:
+        """Answer a prompt, and give the server's answer as well, as JSON."""
+
+
+class PerRollout(NamedTuple):
+    """What a resource yields if every rollout of a document is to have a value of its own.
+
+    Attributes:
+        make: `make(document, generate)` is called when a rollout begins; what it returns is what the rollout gets. An
+            exception fails this rollout alone.
+    """
+
+    make: Callable[[Document, Generate], Any]
 
 
 @dataclasses.dataclass(slots=True)
@@ -233,6 +251,7 @@ class Run:
     input_revision: str = ""
     source: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what the reader says of it; see `Reader`
     source_schema: pa.Schema | None = None  # of the input, as an earlier process of this run recorded it
+    schema: pa.Schema | None = None  # of the input, as it is now: there when resources are opened
     counts: Counter[str] = dataclasses.field(default_factory=Counter)  # of this process; see `statistics`
 
     def path_of(self, chunk: Chunk) -> str:
@@ -377,7 +396,8 @@ class Hooks:
     def register_resources(self, register: Register) -> None:
         """Register an async context manager `resource(run)`, for the rollouts that have a parameter of its name.
 
-        It is entered once per run, before the first document, and left after the last. An exception ends the run.
+        It is entered once per run, before the first document, and left after the last. An exception ends the run. If it
+        yields `PerRollout(make)`, each rollout of a document gets a value of its own, `make(document, generate)`.
         """
 
     @hookspec
@@ -418,8 +438,9 @@ class Hooks:
 # ── Plugins ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 BUNDLED = (
-    *("card", "check", "command", "csv", "demo", "endpoint", "hf", "hf_output", "jsonl", "launching", "monitor"),
-    *("parquet", "prompt", "sglang", "status", "summarize", "verify", "vllm"),
+    *("card", "check", "command", "continuation", "csv", "demo", "endpoint", "hf", "hf_output", "jsonl", "judge"),
+    *("launching", "monitor", "openai_client", "parquet", "prompt", "qa", "refine", "rephrase", "resources", "sglang"),
+    *("status", "structured", "summarize", "translate", "verify", "vllm"),
 )
 
 
@@ -619,6 +640,7 @@ def _import_file(path: Path) -> tuple[types.ModuleType, str]:
 
     if not path.is_file():
         raise UsageError(f"--plugin {path}: there is no such file")
+    sys.modules.setdefault("sdg_plugin_files", types.ModuleType("sdg_plugin_files"))  # or nothing in it can be pickled
     name = f"sdg_plugin_files.{path.stem}"
     module = _import(f"plugin {path}", functools.partial(_exec_file, name, path.resolve()))
     return module, xxhash.xxh3_64_hexdigest(path.read_bytes())
@@ -645,6 +667,12 @@ def _bundled_package() -> str:
     if "sdg_plugins" not in sys.modules and not (here / "sdg_plugins").is_dir():
         _exec_file("sdg_plugins", here / "plugins" / "__init__.py", here / "plugins")
     return "sdg_plugins"
+
+
+def begin_process(specs: list[str], module: str, function: str) -> None:
+    """Begin a process that was spawned: load the plugins, so that it knows their functions, and call one of these."""
+    Plugins.load(specs)
+    getattr(importlib.import_module(module), function)()
 
 
 @contextlib.asynccontextmanager
@@ -2596,61 +2624,81 @@ class Trial:
 
     __slots__ = (
         "_answers",
+        "_branches",
         "_engine",
-        "_index",
         "_key",
         "_ordinals",
         "attempts",
         "document",
         "final",
+        "index",
         "interrupted",
         "usage",
     )
 
     def __init__(self, engine: Engine, document: Document, key: int, index: int, answers: dict[bytes, bytes]) -> None:
-        self._engine, self.document, self._key, self._index, self._answers = engine, document, key, index, answers
+        self._engine, self.document, self._key, self.index, self._answers = engine, document, key, index, answers
         self._ordinals: dict[bytes, int] = {}  # the ordinal of the last of equal requests: each is another sample
+        self._branches: set[asyncio.Task[Any]] = set()  # tasks that wait for an answer
         self.attempts = 0
         self.interrupted = self.final = False
         self.usage: Usage | None = None
 
     async def __call__(self, prompt: str | list[dict[str, Any]] | dict[str, Any], **overrides: Any) -> Reply:
         """See `Generate`."""
+        reply, _ = await self.raw(prompt, **overrides)
+        return reply
 
-        path, payload = self._engine.payload(prompt, overrides, self._index)
+    async def raw(self, prompt: str | list[dict[str, Any]] | dict[str, Any], **overrides: Any) -> tuple[Reply, bytes]:
+        """See `Generate`."""
+
+        if self.final:  # a branch that the rollout has left behind
+            raise asyncio.CancelledError
+        path, payload = self._engine.payload(prompt, overrides, self.index)
         try:
             body = orjson.dumps(payload)
         except TypeError as problem:
             raise BadDocument(f"the prompt cannot be sent: {problem}") from problem
         digest = xxhash.xxh3_128(body)
-        digest.update(f"{path}\0{self._index}\0{self.document.id}".encode(errors="surrogatepass"))
+        digest.update(f"{path}\0{self.index}\0{self.document.id}".encode(errors="surrogatepass"))
         same = digest.digest()
         ordinal = self._ordinals[same] = self._ordinals.get(same, -1) + 1
         key = same + ordinal.to_bytes(4, "big")
         if key in self._answers:
             self._engine.run.counts["cache_hits"] += 1
-            reply = parse_reply(orjson.loads(self._answers[key]))
+            answer = self._answers[key]
+            reply = parse_reply(orjson.loads(answer))
         else:
-            reply = await self._send(path, body, key)
+            if ordinal and isinstance(payload.get("seed"), int):  # else the server would give the same sample again
+                payload["seed"] += ordinal * self._engine.run.options.rollouts_per_document
+                body = orjson.dumps(payload)
+            reply, answer = await self._send(path, body, key)
         self.attempts += 1
         if reply.usage:
             self.usage = dict(Counter(self.usage) + Counter(reply.usage)) if self.usage else reply.usage
-        return reply
+        return reply, answer
 
-    async def _send(self, path: str, body: bytes, key: bytes) -> Reply:
+    async def _send(self, path: str, body: bytes, key: bytes) -> tuple[Reply, bytes]:
+        branch = asyncio.current_task()
+        assert branch
+        self._branches.add(branch)
         try:
             reply, answer = await self._engine.client.post(path, body)
         except asyncio.CancelledError:
             self.interrupted = True
             raise
+        finally:
+            self._branches.discard(branch)
         if not self.final:  # else the rollout has ended without waiting for this answer
             self._engine.store.answered(self._key, key, answer)
-        return reply
+        return reply, answer
 
     async def run(self) -> list[dict[str, Any]] | dict[str, Any]:
         """The results, or what failed: `{error, error_type, attempts}`. Cancelled if the run is stopping."""
         outcome = await self._outcome()
         self.final = True
+        for branch in self._branches:  # as `gather` leaves them when one has failed: nobody waits for their answers
+            branch.cancel()
         if self.interrupted and self._engine.stopping:
             raise asyncio.CancelledError  # made without an answer that was on its way: the next run makes it again
         return outcome
@@ -2658,23 +2706,24 @@ class Trial:
     async def _outcome(self) -> list[dict[str, Any]] | dict[str, Any]:
         engine = self._engine
         try:
-            return results_of(await engine.rollout(self.document, self, **engine.resources), self.usage)
-        except Error as problem:
-            engine.run.stop(problem)
-            raise asyncio.CancelledError from problem
-        except RequestFailed as problem:
-            return {"error": str(problem), "error_type": "RequestFailed", "attempts": problem.attempts}
-        except BadDocument as problem:
-            return {"error": str(problem), "error_type": "BadDocument", "attempts": 0}
+            own = {name: make(self.document, self) for name, make in engine.makers.items()}
+            return results_of(await engine.rollout(self.document, self, **engine.resources, **own), self.usage)
         except asyncio.CancelledError as problem:
             task = asyncio.current_task()
             if engine.stopping or (task and task.cancelling()):
                 raise
             return self._failure(problem)  # the rollout's own: something that it awaited was cancelled
         except (Exception, SystemExit) as problem:  # noqa: BLE001 - a rollout's fault is its document's failure
-            return self._failure(problem)
+            return self._failure(first_cause(problem))  # a TaskGroup raises groups
 
     def _failure(self, problem: BaseException) -> dict[str, Any]:
+        if isinstance(problem, Error):
+            self._engine.run.stop(problem)
+            raise asyncio.CancelledError from problem
+        if isinstance(problem, RequestFailed):
+            return {"error": str(problem), "error_type": "RequestFailed", "attempts": problem.attempts}
+        if isinstance(problem, BadDocument):
+            return {"error": str(problem), "error_type": "BadDocument", "attempts": 0}
         error = describe(problem, self._engine.rollout_file)
         return {"error": error, "error_type": type(problem).__name__, "attempts": max(1, self.attempts)}
 
@@ -2687,7 +2736,8 @@ class Engine:
     ) -> None:
         options = run.options
         self.run, self.store, self.reader, self.writer, self.client = run, store, reader, writer, client
-        self.resources = resources
+        self.makers = {name: value.make for name, value in resources.items() if isinstance(value, PerRollout)}
+        self.resources = {name: value for name, value in resources.items() if name not in self.makers}
         self.rollout = run.plugins.rollouts[options.rollout].factory
         self.rollout_file = getattr(sys.modules.get(run.plugins.rollouts[options.rollout].plugin), "__file__", None)
         self.defaults = sampling(options, run.model)
@@ -3699,6 +3749,7 @@ async def _run_locked(
     with reading(options.input):
         reader = await asyncio.to_thread(plugins.readers[options.reader].factory, run)
     check_columns(reader.schema, options)
+    run.schema = reader.schema
     async with contextlib.AsyncExitStack() as stack:
         client = await stack.enter_async_context(connect(run, servers, stop))
         claim_state(run, reader)
