@@ -28,7 +28,7 @@ TEMPLATE = 1024  # tokens that a chat template may add of its own, such as a def
 PER_MESSAGE = 16  # tokens that it adds to each message: role, separators
 SHORTEST = 64  # characters: a shorter text in a prompt is not taken for the document's
 PROBES = 64  # places of a text where a part of the document is looked for
-ATTEMPTS = 5  # at a prompt that the server refuses as too long
+ATTEMPTS = 6  # at a prompt that the server refuses as too long
 CALLS = 16  # counts, at the most, to find out where to cut
 SMALLEST_PART = 32  # tokens
 PARTS_AT_ONCE = 16
@@ -275,16 +275,16 @@ def allowance(payload: dict[str, Any], limit: int) -> int:
     return min(TEMPLATE, limit // 8) + PER_MESSAGE * len(messages) if messages else PER_MESSAGE
 
 
-def most_tokens(body: bytes, budget: int, tools: bool) -> int:
-    """An upper bound of a body's tokens that is cheap.
+def surely_fits(body: bytes, budget: int, tools: bool) -> bool:
+    """Whether a body cannot have more tokens than `budget`, without counting them.
 
     A token stands for at least one byte of the text, but tokenizers with a normal form (NFC) may make three times as
     many bytes of it (https://unicode.org/faq/normalization.html). Templates write tools with more white space.
     """
     size = len(body) * (2 if tools else 1)
-    if body.isascii() or 3 * size <= budget or size > budget:
-        return size
-    return size if unicodedata.is_normalized("NFC", body.decode()) else 3 * size
+    if size > budget:
+        return False
+    return 3 * size <= budget or body.isascii() or unicodedata.is_normalized("NFC", body.decode())
 
 
 class Fitter:
@@ -314,7 +314,7 @@ class Fitter:
                 reply, answer = await self.client.post(path, body if cut is payload else orjson.dumps(cut))
                 break
             except sdg.RequestFailed as problem:
-                told = await self._limit_in(problem, cut) if attempt < ATTEMPTS else None
+                told, known = await self._limit_in(problem, cut) if attempt < ATTEMPTS else (None, False)
                 if told is None:
                     raise
                 shorter = await self._fit(trial, payload, told, 0.9 ** (attempt - 1))
@@ -322,7 +322,7 @@ class Fitter:
                     raise
                 self.client.counts[f"given_up.{problem.cause}"] -= 1
                 self.client.counts["retries.context"] += 1
-                cut, limit = shorter, told
+                cut, limit = shorter, told if known else None
         self._learn(limit)
         if cut is payload:
             return reply, answer
@@ -331,7 +331,7 @@ class Fitter:
 
     def _surely_fits(self, payload: dict[str, Any], body: bytes, limit: int) -> bool:
         budget = limit - allowance(payload, limit) - (output_of(payload) or limit // ANSWER_SHARE)
-        return most_tokens(body, budget, "tools" in payload) <= budget
+        return surely_fits(body, budget, "tools" in payload)
 
     async def _fit(self, trial: sdg.Trial, payload: dict[str, Any], limit: int, share: float = 1.0) -> dict[str, Any]:
         """The payload, or one with less of the document; see `post`."""
@@ -423,23 +423,24 @@ class Fitter:
                 sdg.say(f"sdg: the server takes {limit:,} tokens, not {self._limit:,}: prompts are fitted to that")
             self._limit = limit
 
-    async def _limit_in(self, problem: sdg.RequestFailed, payload: dict[str, Any]) -> int | None:
-        """The context that a refusal tells of; None if it is about something else.
+    async def _limit_in(self, problem: sdg.RequestFailed, payload: dict[str, Any]) -> tuple[int | None, bool]:
+        """The context that a refusal tells of, and whether it is more than a try; None if it is about something else.
 
         Decided by status and numbers: it must be a number that the tokens of this very prompt exceed.
         """
+        nothing = None, False
         if problem.status not in {400, 413, 422}:
-            return None
+            return nothing
         asked = output_of(payload)
         limits = list(limits_in(problem, len(orjson.dumps(payload)), asked or 0))
         coded = bool(CONTEXT_CODES & set(strings_in(problem.body)))
         if not limits and not coded:
-            return None
+            return nothing
         if not texts_of(payload):
-            return None
+            return nothing
         tokens = await self._count(payload, self._limit or TEMPLATE) + (asked or 1)
         exceeded = [limit for limit in limits if limit < tokens]
-        return exceeded[0] if exceeded else tokens * 3 // 4 if coded else None
+        return (exceeded[0], True) if exceeded else (tokens // 2, False) if coded else nothing
 
     # Lengths of text
 
