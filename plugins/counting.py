@@ -307,18 +307,20 @@ def model_files(run: sdg.Run) -> dict[str, Path]:
 
 
 def files_on_the_hub(model: str) -> dict[str, Path]:
-    """The files of a model on the Hub, as the Hub's own cache keeps them. Raises Unusable."""
+    """The files of a model on the Hub, from the Hub's cache where they are there. Raises Unusable."""
     import huggingface_hub
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError
 
-    found = {}
-    for file in FILES:
+    reason = "there is no such file"
+    for cached in (True, False):
         try:
-            found[file] = Path(huggingface_hub.hf_hub_download(model, file))
-        except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError) as problem:
-            if file == FILES[0]:
-                raise Unusable(f"{model} has no {file} here or on the Hub ({type(problem).__name__})") from problem
-    return found
+            found = huggingface_hub.snapshot_download(model, allow_patterns=list(FILES), local_files_only=cached)
+        except (HfHubHTTPError, OSError, ValueError) as problem:
+            reason = type(problem).__name__
+            continue
+        if (Path(found) / FILES[0]).exists():
+            return {file: Path(found) / file for file in FILES if (Path(found) / file).exists()}
+    raise Unusable(f"{model} has no {FILES[0]} here or on the Hub: {reason}")
 
 
 def chat_template(files: dict[str, Path]) -> Callable[[dict[str, Any]], str] | None:

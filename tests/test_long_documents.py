@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import http.server
+import json
 import re
 import sqlite3
+import threading
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -296,6 +299,70 @@ def test_the_models_own_files_count_where_the_server_does_not(long: Job, server:
     assert long.output.rows()[0]["rollout_results"][0]["truncated"]
     assert tiny_tokenizer.count(server.requests[0].payload) > 0.9 * (CONTEXT - ANSWER)
     assert "tokenizer.json" in finished.stderr
+
+
+class ModelHub(http.server.BaseHTTPRequestHandler):
+    """The Hub with one model, as far as its client asks for files."""
+
+    folder: Path
+    asked: list[str]
+
+    def do_GET(self) -> None:
+        self.asked.append(f"{self.command} {self.path}")
+        name = self.path.rpartition("/")[2]
+        paths = sorted(self.folder.iterdir())
+        if "/tree/" in self.path:
+            tree = [
+                {"type": "file", "path": path.name, "size": path.stat().st_size, "oid": path.name} for path in paths
+            ]
+            body = json.dumps(tree).encode()
+        elif self.path.startswith("/api/"):
+            body = json.dumps({"id": "tiny/model", "sha": "1" * 40}).encode()
+        else:
+            body = (self.folder / name).read_bytes()
+        self.send_response(200)
+        for header in (("ETag", f'"{name}"'), ("X-Repo-Commit", "1" * 40), ("Content-Length", str(len(body)))):
+            self.send_header(*header)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def model_hub(model: Path) -> Iterator[tuple[str, list[str]]]:
+    """Its URL, and what it was asked for."""
+    handler = type("Handler", (ModelHub,), {"folder": model, "asked": []})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{hub.server_port}", handler.asked
+        hub.shutdown()
+
+
+def test_a_models_files_come_from_the_hub_and_then_from_its_cache(
+    long: Job, server: FakeServer, model_hub: tuple[str, list[str]]
+) -> None:
+    url, asked = model_hub
+    server.models, server.count = ["tiny/model"], None
+    server.behave(lambda payload, n: Status(400) if tiny_tokenizer.count(payload) > CONTEXT - ANSWER else None)
+    long.env = {"HF_HOME": str(long.folder / "hf"), "HF_ENDPOINT": url, "HF_HUB_DISABLE_XET": "1"}
+    long.documents(prose(4000))
+
+    first = long.succeed(output="first")
+    assert {request.rpartition("/")[2] for request in asked} >= {"tokenizer.json", "tokenizer_config.json"}
+    asked.clear()
+    second = long.succeed(output="second")
+
+    assert asked == []
+    assert first.rows() == second.rows()
+    assert first.rows()[0]["rollout_results"][0]["truncated"]
+    assert [tiny_tokenizer.count(request.payload) > 0.9 * (CONTEXT - ANSWER) for request in server.requests] == [
+        True
+    ] * 2
 
 
 def test_without_any_tokenizer_tokens_are_estimated_and_that_is_said(long: Job, server: FakeServer) -> None:
