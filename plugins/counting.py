@@ -57,6 +57,19 @@ def texts_of(payload: dict[str, Any]) -> dict[Place, str]:
     return found
 
 
+async def server_of(pool: sdg.Pool) -> sdg.Upstream:
+    """A server that is well: at once if there is one, for it needs no slot. Cancelled at a stop, as requests are."""
+    if pool.stopped:
+        raise asyncio.CancelledError
+    now = asyncio.get_running_loop().time()
+    ready = [upstream for upstream in pool.upstreams if upstream.up.is_set() and upstream.until <= now]
+    if ready:
+        return min(ready, key=lambda upstream: upstream.active)
+    upstream = await pool.acquire(sdg.Suspicion())
+    pool.release(upstream)
+    return upstream
+
+
 async def ask(
     client: sdg.Client, method: str, path: str, body: Any = None, attempts: int = 1, of: sdg.Upstream | None = None
 ) -> Any:
@@ -71,9 +84,7 @@ async def ask(
     for attempt in range(attempts):
         if attempt:
             await asyncio.sleep(random.uniform(0, min(sdg.LONGEST_PAUSE, 2.0**attempt)))
-        upstream = of or await client.pool.acquire(sdg.Suspicion())  # cancelled at a stop
-        if not of:
-            client.pool.release(upstream)
+        upstream = of or await server_of(client.pool)
         url = upstream.url + path if path == "/models" else upstream.url.removesuffix("/v1") + path
         sent = asyncio.get_running_loop().time()
         try:

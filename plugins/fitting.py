@@ -21,7 +21,7 @@ import orjson
 
 import sdg
 
-from .counting import Place, Tokens, Unusable, ask, texts_of
+from .counting import Place, Tokens, Unusable, ask, server_of, texts_of
 
 ANSWER_SHARE = 4  # one part in so many of the context is kept for the answer where no max_tokens is given
 TEMPLATE = 1024  # tokens that a chat template may add of its own, such as a default system prompt; see `allowance`
@@ -399,7 +399,7 @@ class Fitter:
 
     async def _ask_servers(self) -> None:
         if self._nobody_asked:  # it may still be loading
-            self.client.pool.release(await self.client.pool.acquire(sdg.Suspicion()))
+            await server_of(self.client.pool)
         ready = {upstream for upstream in self._unasked if upstream.up.is_set()}
         for limit in await asyncio.gather(*map(self._context_of, ready)):
             self._learn(limit)
