@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterat
 from typing import Any
 
 import orjson
+import xxhash
 
 import sdg
 
@@ -29,6 +30,7 @@ PER_MESSAGE = 16  # tokens that it adds to each message: role, separators
 SHORTEST = 64  # characters: a shorter text in a prompt is not taken for the document's
 PROBES = 64  # places of a text where a part of the document is looked for
 ATTEMPTS = 6  # at a prompt that the server refuses as too long
+LOOSE = 8  # characters of a token: a text that has more for each token of the budget is not counted as a whole
 CALLS = 16  # counts, at the most, to find out where to cut
 SMALLEST_PART = 32  # tokens
 PARTS_AT_ONCE = 16
@@ -317,10 +319,11 @@ class Fitter:
                 told, known = await self._limit_in(problem, cut) if attempt < ATTEMPTS else (None, False)
                 if told is None:
                     raise
+                self.client.counts.subtract([f"given_up.{problem.cause}"])
                 shorter = await self._fit(trial, payload, told, 0.9 ** (attempt - 1))
                 if shorter is payload:
+                    self.client.counts[f"given_up.{problem.cause}"] += 1
                     raise
-                self.client.counts[f"given_up.{problem.cause}"] -= 1
                 self.client.counts["retries.context"] += 1
                 cut, limit = shorter, told if known else None
         self._learn(limit)
@@ -344,31 +347,36 @@ class Fitter:
         async def count(most: int) -> int:
             return await self._count(prompt.cut(most), limit)
 
-        likely = 16 * max(budget, 0)  # characters: no text has so few tokens for its length
-        if prompt.longest <= likely and await count(prompt.longest) <= budget:
+        if prompt.longest <= LOOSE * budget and await count(prompt.longest) <= budget:
             return payload
         base = await self._base(prompt, limit)
         parts = f"{base:,} tokens without the document, and the answer up to {output:,} of the {limit:,}"
         room = (budget - base) // len(prompt.passages)
         if room <= 0:
-            raise _too_long(f"the prompt has {parts} that the model takes: shorten the one, or lower --max-tokens")
+            raise self._too_long(f"the prompt has {parts} that the model takes: shorten the one, or lower --max-tokens")
+        if self.mode == "split":
+            trial.room = min(room, trial.room or room)
         if self.mode != "truncate":
-            if self.mode == "split":
-                trial.room = min(room, trial.room or room)
-            raise _too_long(f"the document does not fit; the prompt has {parts} that the model takes")
+            raise self._too_long(f"the document does not fit; the prompt has {parts} that the model takes")
         guess = await self.tokens.guess(max(prompt.own, key=len), room)
         most = await search(count, prompt.kept, prompt.longest, budget, (0, base), guess)
         if most >= prompt.longest:
             return payload
         if not any(prompt.kept(most)):
-            raise _too_long(f"the prompt has {parts} that the model takes, which leaves nothing for the document")
+            raise self._too_long(f"the prompt has {parts} that the model takes: nothing is left for the document")
         self._say_once(limit)
         return prompt.cut(most)
+
+    def _too_long(self, message: str) -> sdg.RequestFailed:
+        failure = sdg.RequestFailed("context", message, retry=False)
+        failure.attempts = 0
+        self.client.counts["given_up.context"] += self.mode != "split"
+        return failure
 
     async def _base(self, prompt: Prompt, limit: int) -> int:
         """Tokens of a prompt without the document."""
         empty = prompt.cut(0)
-        key = orjson.dumps(empty)
+        key = xxhash.xxh3_128_digest(orjson.dumps(empty))
         if key not in self._bases:
             if len(self._bases) >= 1000:
                 self._bases.clear()
@@ -387,7 +395,7 @@ class Fitter:
     # The context
 
     async def context(self) -> int | None:
-        """Tokens of prompt and answer together: what --model-max-context and the servers that are up say, at least."""
+        """Tokens of prompt and answer together, the least that --model-max-context and the servers that are up say."""
         if self._unasked and (self._nobody_asked or any(upstream.up.is_set() for upstream in self._unasked)):
             async with self._asking:
                 await self._ask_servers()
@@ -459,7 +467,7 @@ class Fitter:
             beginning = text[: kept(most)]
             return await self.tokens.count(beginning.rstrip() if strip else beginning)
 
-        if len(text) <= 16 * tokens and await count(len(text)) <= tokens:
+        if len(text) <= LOOSE * tokens and await count(len(text)) <= tokens:
             return len(text)
         guess = await self.tokens.guess(text, tokens)
         return kept(await search(count, kept, len(text), tokens, (0, 0), guess))
@@ -467,16 +475,14 @@ class Fitter:
     async def part_ends(self, text: str, tokens: int) -> list[int]:
         """Where the parts of a text end that have `tokens` tokens or fewer, and all about as many."""
         patterns = (PARAGRAPH, SENTENCE, WORD)
-        most, ends = 0, [0]
-        while ends[-1] < len(text):
-            rest = text[ends[-1] :]
-            if not most:
-                most = await self.fitting_length(rest[: 16 * tokens], tokens, patterns) or 1
-            even = math.ceil(len(rest) / math.ceil(len(rest) / most))
-            end = ending(rest, even, patterns)
-            if await self.tokens.count(rest[:end]) > tokens:
-                end = await self.fitting_length(rest[:end], tokens, patterns) or 1  # a character is a part at least
-            ends.append(ends[-1] + end)
+        most, ends = await self.fitting_length(text[: LOOSE * tokens], tokens, patterns) or 1, [0]
+        while (left := len(text) - ends[-1]) > 0:
+            even = math.ceil(left / math.ceil(left / most))
+            part = text[ends[-1] : ends[-1] + even + 1]
+            part = part[: ending(part, even, patterns)]
+            if await self.tokens.count(part) > tokens:
+                part = part[: await self.fitting_length(part, tokens, patterns) or 1]  # a character at least
+            ends.append(ends[-1] + len(part))
         return ends[1:]
 
     # Parts
@@ -515,12 +521,6 @@ class Fitter:
 async def _in_thread(size: int, work: Callable[[], Any]) -> Any:
     """The result of some work on text, done in a thread if it would hold up the event loop."""
     return await asyncio.to_thread(work) if size > 200_000 else work()
-
-
-def _too_long(message: str) -> sdg.RequestFailed:
-    failure = sdg.RequestFailed("context", message, retry=False)
-    failure.attempts = 0
-    return failure
 
 
 def _failure(message: str, attempts: int) -> dict[str, Any]:
