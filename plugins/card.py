@@ -488,6 +488,8 @@ class Part(NamedTuple):
         failed, of = total.get("failed", 0), max(documents, 1)
         for name in ("documents", "rows", "filtered", "failed"):
             yield name.capitalize(), f"{total.get(name, 0):,}"
+        if truncated := total.get("truncated", 0):
+            yield "Truncated to the model's context", f"{truncated:,}"
         # Rounded down: 100 % is said of complete runs only.
         yield "Completion rate", f"{math.floor(10_000 * (documents - failed) / of) / 100:.2f} %"
         prompt, completion = total.get("prompt_tokens", 0), total.get("completion_tokens", 0)
