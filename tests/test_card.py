@@ -117,7 +117,7 @@ def test_a_finished_run_has_a_card_of_what_was_made_and_how(past: Past) -> None:
         server="vllm",
         tp=4,
         replicas=2,
-        server_arg=["revision=feedbeef"],
+        server_arg=[["revision", "feedbeef"]],
     )
     past.figures(seconds=7200.0, prompt_tokens=3000, completion_tokens=6000, tokens_per_second=0.8)
 

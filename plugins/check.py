@@ -1,0 +1,93 @@
+"""The command `check`: what a run with these options would refuse, before it stands in a queue for a night."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import sdg
+
+from . import card, command, launching, recorded, sglang
+
+# What servers say of options, without being started
+CHECKS = {"command": command.words_of, "sglang": sglang.check, "vllm": launching.model_of}
+
+
+@sdg.hookimpl
+def register_commands(register: sdg.RegisterCommands) -> None:
+    register("check", check)
+
+
+def check(argv: list[str]) -> int:
+    """See that a run with these options could begin, without beginning it; nothing is written, no server started.
+
+    Options, plugins, columns and places are looked at, and whether a run that is there already is of other options.
+    What depends on the machine of the run (GPUs, an installed engine, a server's URL) is not.
+    """
+    for config in sdg.parse_configs(argv):
+        check_config(config)
+    return 0
+
+
+def check_config(config: sdg.Config) -> None:
+    """See that one config could be begun, and print what a script needs to know of it."""
+    options, plugins = config
+    state = os.path.abspath(options.state_dir)
+    run = sdg.Run(options, plugins, sdg.output_place(options, Path(state)), Path(state), stop)
+    if options.server in CHECKS:
+        CHECKS[options.server](run)
+        launching.check(options)
+    sdg.check_state_dir(run)
+    sdg.remember_source(run)
+    entry = plugins.readers[options.reader]
+    with sdg.reading(options.input, entry.factory):
+        reader = entry.factory(run)
+    sdg.check_reader(reader, f"the reader {options.reader!r} of plugin {entry.plugin}")
+    sdg.check_columns(reader.schema, options)
+    check_earlier(run, reader)
+    if card.spooled(run):
+        check_publishing(run)
+    documents = reader.total()
+    if documents is not None:
+        documents = min(documents, options.max_documents or documents)
+        chunks = -(-documents // options.records_per_chunk)
+        if chunks < options.world_size:
+            some = f"{options.world_size} ranks share {chunks} chunk{'s' * (chunks != 1)}"
+            sdg.say(f"sdg: {some} of {options.records_per_chunk:,} documents: use fewer ranks, or --records-per-chunk")
+    local = sdg.split_uri(options.output)[0] == "file"
+    print(f"documents {'unknown' if documents is None else documents}")
+    print(f"output {os.path.abspath(options.output) if local else options.output}")
+    print(f"output-config {options.output_config}\nstate-dir {state}")
+
+
+def stop(reason: sdg.Error) -> None:
+    """Nothing is under way that could be stopped."""
+    raise reason
+
+
+def check_publishing(run: sdg.Run) -> None:
+    """See that what the ranks write can be published, as a run of one process does: it is the monitor's to do."""
+    options = argparse.Namespace(**{**vars(run.options), "world_size": 1, "no_publish": False})
+    with tempfile.TemporaryDirectory() as nowhere:
+        state = run.state if (run.state / "run.json").exists() else Path(nowhere)
+        alone = dataclasses.replace(run, options=options, state=state)
+        run.plugins.writers[options.writer].factory(alone)
+
+
+def check_earlier(run: sdg.Run, reader: sdg.Reader) -> None:
+    """Raise what a rank would, if there is a run of other options already. A model that is not named fits."""
+    if run.options.fresh:
+        return
+    sdg.refuse_strangers(run)
+    if not (run.state / "run.json").exists():
+        return
+    earlier: dict[str, Any] = recorded.record_of(run.state)
+    launched = run.options.server in CHECKS
+    wanted = launching.served_name(run) if launched else run.options.model
+    run.model = wanted or earlier["identity"]["model"]
+    if changes := sdg.changes_since(run, reader, earlier):
+        raise sdg.of_another_run(run, changes)
