@@ -222,16 +222,12 @@ def make_texts(path: Path) -> None:
         db.commit()
 
 
-def test_the_readmes_plugin_has_ten_lines_at_most() -> None:
-    (snippet,) = [code for code in snippets("python") if "headline" in code]
-
-    assert len([line for line in snippet.splitlines() if line.strip()]) <= 10
+def test_the_readmes_first_plugin_has_ten_lines_at_most(plugin_files: dict[str, str]) -> None:
+    assert len([line for line in plugin_files["headline.py"].splitlines() if line.strip()]) <= 10
 
 
-def test_the_readmes_plugin_for_json_runs(job, server) -> None:  # type: ignore[no-untyped-def]
-    (snippet,) = [code for code in snippets("python") if "names" in code]
-    (job.folder / "names.py").write_text(snippet)
-    server.behave(lambda payload, n: '{"people": ["Ada"], "places": []}')
+def test_the_readmes_plugin_for_json_runs(job: Job, plugin_files: dict[str, str]) -> None:
+    job.server.behave(lambda payload, n: '{"people": ["Ada"], "places": []}')
     job.documents("one")
     (result,) = job.succeed(plugin="./names.py").rows()[0]["rollout_results"]
     assert (result["people"], result["places"]) == (["Ada"], [])
@@ -239,7 +235,7 @@ def test_the_readmes_plugin_for_json_runs(job, server) -> None:  # type: ignore[
 
 def test_every_resource_is_in_the_readme() -> None:
     loaded, _ = sdg.Plugins.load([])
-    rows = README.read_text().partition("### Resources")[2].partition("\n\nThe files")[0]
+    rows = README.read_text().partition("### Options and resources")[2].partition("###")[0]
     assert set(re.findall(r"^\| `(\w+)` \|", rows, re.MULTILINE)) >= {*loaded.resources} - {"prompt_of"}
 
 

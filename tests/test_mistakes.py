@@ -163,12 +163,12 @@ MISTAKES = {
 
         @sdg.hookimpl
         def register_resources(register):
-            register("tokenizer", None)
+            register("calendar", mine)
 
-        async def mine(document, generate, tokeniser):  # !
+        async def mine(document, generate, calender):  # !
             return document.text
-        """.replace('register("tokenizer", None)', 'register("tokenizer", mine)'),
-        ["rollout 'mine'", "tokeniser", "did you mean tokenizer"],
+        """,
+        ["rollout 'mine'", "calender", "did you mean calendar"],
     ),
 }
 
