@@ -866,10 +866,8 @@ def opened(entry: Entry, kind: str, name: str, run: Run) -> contextlib.AbstractA
     if not hasattr(manager, "__aenter__"):
         if inspect.iscoroutine(manager):
             manager.close()
-        kind = type(manager).__name__
-        raise PluginError(
-            f"{what} is no async context manager, but a {kind}: is @contextlib.asynccontextmanager there?"
-        )
+        problem = f"is no async context manager, but a {type(manager).__name__}"
+        raise PluginError(f"{what} {problem}: is @contextlib.asynccontextmanager there?")
     return typing.cast("contextlib.AbstractAsyncContextManager[Any]", manager)
 
 
@@ -4468,7 +4466,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if argv and not argv[0].startswith("-"):
             plugins, _ = Plugins.load([])
-            return int(plugins.find("commands", argv[0]).factory(argv[1:]))
+            entry = plugins.find("commands", argv[0])
+            ours = entry.package == "sdg"  # whose mistakes are told below
+            with (
+                contextlib.nullcontext()
+                if ours
+                else at_work(f"the command {argv[0]} of {entry.package}", entry.factory)
+            ):
+                return int(entry.factory(argv[1:]))
         return run_command(argv)
     except Error as problem:
         if os.environ.get("SDG_TRACEBACK") and problem.__cause__:

@@ -167,6 +167,14 @@ def test_a_server_that_all_share_and_is_gone_ends_all(configs: Configs) -> None:
     assert not (configs.job.folder / "out" / ".sdg" / "math" / "run.json").exists()
 
 
+def test_a_launched_server_that_cannot_start_ends_all_and_is_said_once(configs: Configs) -> None:
+    configs.job.options |= {"server": "command", "base_url": None, "model": "m"}
+    finished = configs(server_command="/no/such/program {port}")
+    assert finished.rc == 1
+    assert finished.stderr.count("command does not run") == 1
+    assert not (configs.job.folder / "out" / ".sdg" / "math" / "run.json").exists()
+
+
 def test_an_interrupt_ends_all(configs: Configs) -> None:
     configs.job.server.behave(lambda payload, n: Delay(1.0))
     started = configs.job.start()

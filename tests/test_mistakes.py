@@ -408,6 +408,25 @@ def test_a_part_of_a_wrong_shape_says_what_it_lacks(name: str, job: Job) -> None
         assert f"parts.py:{line})" in finished.message, (line, finished.message)
 
 
+def test_an_installed_packages_command_that_raises_is_told_with_its_place(job: Job) -> None:
+    site = job.folder / "site"
+    (site / "broken_commands-1.0.dist-info").mkdir(parents=True)
+    (site / "broken_commands-1.0.dist-info" / "METADATA").write_text("Name: broken-commands\nVersion: 1.0\n")
+    (site / "broken_commands-1.0.dist-info" / "entry_points.txt").write_text("[sdg]\nbroken = broken_commands\n")
+    (site / "broken_commands.py").write_text(
+        "import sdg\n@sdg.hookimpl\ndef register_commands(register):\n    register('break', main)\n"
+        "def main(argv):\n    return {}[argv[0]]\n"
+    )
+    finished = job.sdg("break", "it", PYTHONPATH=str(site))
+    assert finished.rc == 1
+    assert finished.says("the command break of broken-commands", "KeyError", "broken_commands.py:6)")
+
+    (site / "broken_commands.py").write_text("import no_such_module\n")
+    finished = job.sdg("plugins", PYTHONPATH=str(site))
+    assert finished.rc == 1
+    assert finished.says("the installed package broken-commands", "no_such_module", "broken_commands.py:1)")
+
+
 def test_a_traceback_is_shown_to_who_wants_one(job: Job) -> None:
     job.documents("one")
     source, _ = MISTAKES["hook_raises"]
