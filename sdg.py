@@ -5,6 +5,8 @@
     python sdg.py --plugin ./mine.py --input docs.jsonl.gz --base-url https://api.example.com/v1 --model some-model
     python sdg.py --config run.toml --rank 3 --world-size 8               # one of eight processes
     python sdg.py --input hf://datasets/OWNER/NAME --output hf://datasets/YOU/NAME --server vllm --model OWNER/MODEL
+    slurm/submit.sh --ranks 16 --gpus-per-node 8 -- --config run.toml     # on a Slurm cluster
+    python sdg.py status --output /shared/out                             # how its ranks are doing
     python sdg.py monitor --output hf://datasets/YOU/NAME                 # publish what many ranks write
     python sdg.py verify --output ./output/summarize                      # is every document accounted for?
 
@@ -186,6 +188,10 @@ class Writer(Protocol):
 class Generate(Protocol):
     """What a rollout asks the model with."""
 
+    @property
+    def index(self) -> int:
+        """Which of --rollouts-per-document this is, from 0."""
+
     async def __call__(self, prompt: str | list[dict[str, Any]] | dict[str, Any], **overrides: Any) -> Reply:
         """Answer a prompt. What it holds of the document is cut if it does not fit the model's context.
 
@@ -197,6 +203,20 @@ class Generate(Protocol):
         Raises:
             RequestFailed: the server refused the request, or all retries were used up.
         """
+
+    async def raw(self, prompt: str | list[dict[str, Any]] | dict[str, Any], **overrides: Any) -> tuple[Reply, bytes]:
+        """Answer a prompt, and give the server's answer as well, as JSON."""
+
+
+class PerRollout(NamedTuple):
+    """What a resource yields if every rollout of a document is to have a value of its own.
+
+    Attributes:
+        make: `make(document, generate)` is called when a rollout begins; what it returns is what the rollout gets. An
+            exception fails this rollout alone.
+    """
+
+    make: Callable[[Document, Generate], Any]
 
 
 @dataclasses.dataclass(slots=True)
@@ -232,6 +252,7 @@ class Run:
     input_revision: str = ""
     source: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what the reader says of it; see `Reader`
     source_schema: pa.Schema | None = None  # of the input, as an earlier process of this run recorded it
+    schema: pa.Schema | None = None  # of the input, as it is now: there when resources are opened
     counts: Counter[str] = dataclasses.field(default_factory=Counter)  # of this process; see `statistics`
     fitter: Any = None  # of prompts to the model's context, once the servers are known; see `plugins/fitting.py`
 
@@ -379,7 +400,8 @@ class Hooks:
     def register_resources(self, register: Register) -> None:
         """Register an async context manager `resource(run)`, for the rollouts that have a parameter of its name.
 
-        It is entered once per run, before the first document, and left after the last. An exception ends the run.
+        It is entered once per run, before the first document, and left after the last. An exception ends the run. If it
+        yields `PerRollout(make)`, each rollout of a document gets a value of its own, `make(document, generate)`.
         """
 
     @hookspec
@@ -420,8 +442,9 @@ class Hooks:
 # ── Plugins ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 BUNDLED = (
-    *("card", "command", "csv", "demo", "endpoint", "fitting", "hf", "hf_output", "jsonl", "launching", "monitor"),
-    *("parquet", "prompt", "sglang", "summarize", "verify", "vllm"),
+    *("card", "check", "command", "continuation", "csv", "demo", "endpoint", "fitting", "hf", "hf_output", "jsonl"),
+    *("judge", "launching", "monitor", "openai_client", "parquet", "prompt", "qa", "refine", "rephrase", "resources"),
+    *("sglang", "status", "structured", "summarize", "translate", "verify", "vllm"),
 )
 
 
@@ -621,6 +644,7 @@ def _import_file(path: Path) -> tuple[types.ModuleType, str]:
 
     if not path.is_file():
         raise UsageError(f"--plugin {path}: there is no such file")
+    sys.modules.setdefault("sdg_plugin_files", types.ModuleType("sdg_plugin_files"))  # or nothing in it can be pickled
     name = f"sdg_plugin_files.{path.stem}"
     module = _import(f"plugin {path}", functools.partial(_exec_file, name, path.resolve()))
     return module, xxhash.xxh3_64_hexdigest(path.read_bytes())
@@ -647,6 +671,12 @@ def _bundled_package() -> str:
     if "sdg_plugins" not in sys.modules and not (here / "sdg_plugins").is_dir():
         _exec_file("sdg_plugins", here / "plugins" / "__init__.py", here / "plugins")
     return "sdg_plugins"
+
+
+def begin_process(specs: list[str], module: str, function: str) -> None:
+    """Begin a process that was spawned: load the plugins, so that it knows their functions, and call one of these."""
+    Plugins.load(specs)
+    getattr(importlib.import_module(module), function)()
 
 
 @contextlib.asynccontextmanager
@@ -2628,14 +2658,15 @@ class Trial:
 
     __slots__ = (
         "_answers",
+        "_branches",
         "_engine",
-        "_index",
         "_key",
         "_ordinals",
         "_part",
         "attempts",
         "document",
         "final",
+        "index",
         "interrupted",
         "room",
         "truncated",
@@ -2645,9 +2676,10 @@ class Trial:
     def __init__(
         self, engine: Engine, document: Document, key: int, index: int, answers: dict[bytes, bytes], part: str = ""
     ) -> None:
-        self._engine, self.document, self._key, self._index, self._answers = engine, document, key, index, answers
+        self._engine, self.document, self._key, self.index, self._answers = engine, document, key, index, answers
         self._part = part  # ".1" is the second one, ".1.0" the first of its parts
         self._ordinals: dict[bytes, int] = {}  # the ordinal of the last of equal requests: each is another sample
+        self._branches: set[asyncio.Task[Any]] = set()  # tasks that wait for an answer
         self.attempts = 0
         self.interrupted = self.final = self.truncated = False
         self.room: int | None = None  # tokens that a part may have: set when the document must be split
@@ -2655,38 +2687,55 @@ class Trial:
 
     async def __call__(self, prompt: str | list[dict[str, Any]] | dict[str, Any], **overrides: Any) -> Reply:
         """See `Generate`."""
+        reply, _ = await self.raw(prompt, **overrides)
+        return reply
 
-        path, payload = self._engine.payload(prompt, overrides, self._index)
+    async def raw(self, prompt: str | list[dict[str, Any]] | dict[str, Any], **overrides: Any) -> tuple[Reply, bytes]:
+        """See `Generate`."""
+
+        if self.final:  # a branch that the rollout has left behind
+            raise asyncio.CancelledError
+        path, payload = self._engine.payload(prompt, overrides, self.index)
         try:
             body = orjson.dumps(payload)
         except TypeError as problem:
             raise BadDocument(f"the prompt cannot be sent: {problem}") from problem
         digest = xxhash.xxh3_128(body)
-        digest.update(f"{path}\0{self._index}{self._part}\0{self.document.id}".encode(errors="surrogatepass"))
+        digest.update(f"{path}\0{self.index}{self._part}\0{self.document.id}".encode(errors="surrogatepass"))
         same = digest.digest()
         ordinal = self._ordinals[same] = self._ordinals.get(same, -1) + 1
         key = same + ordinal.to_bytes(4, "big")
         if key in self._answers:
             self._engine.run.counts["cache_hits"] += 1
-            reply = parse_reply(orjson.loads(self._answers[key]))
+            answer = self._answers[key]
+            reply = parse_reply(orjson.loads(answer))
         else:
-            reply = await self._send(path, payload, body, key)
+            if ordinal and isinstance(payload.get("seed"), int):  # else the server would give the same sample again
+                payload["seed"] += ordinal * self._engine.run.options.rollouts_per_document
+                body = orjson.dumps(payload)
+            reply, answer = await self._send(path, payload, body, key)
         self.attempts += 1
         self.truncated |= reply.truncated
         if reply.usage:
             self.usage = dict(Counter(self.usage) + Counter(reply.usage)) if self.usage else reply.usage
-        return reply
+        return reply, answer
 
-    async def _send(self, path: str, payload: dict[str, Any], body: bytes, key: bytes) -> Reply:
+    async def _send(self, path: str, payload: dict[str, Any], body: bytes, key: bytes) -> tuple[Reply, bytes]:
         reply: Reply
+        answer: bytes
+        branch = asyncio.current_task()
+        assert branch
+        self._branches.add(branch)
         try:
             reply, answer = await self._engine.run.fitter.post(self, path, payload, body)
         except asyncio.CancelledError:
             self.interrupted = True
             raise
+        finally:
+            self._branches.discard(branch)
         if not self.final:  # else the rollout has ended without waiting for this answer
             self._engine.store.answered(self._key, key, answer)
-        return reply
+        return reply, answer
 
     async def run(self) -> list[dict[str, Any]] | dict[str, Any]:
         """The results, or what failed: `{error, error_type, attempts}`. Cancelled if the run is stopping."""
@@ -2695,42 +2744,45 @@ class Trial:
         if ends is not None or self.room is not None:
             outcome = await self._engine.run.fitter.run_parts(self, ends and orjson.loads(ends))
         self.final = True
+        for branch in self._branches:  # as `gather` leaves them when one has failed: nobody waits for their answers
+            branch.cancel()
         if self.interrupted and self._engine.stopping:
             raise asyncio.CancelledError  # made without an answer that was on its way: the next run makes it again
         return outcome
 
     @property
     def _parts_key(self) -> bytes:
-        return f"parts of {self._index}{self._part}".encode()
+        return f"parts of {self.index}{self._part}".encode()
 
     def parts(self, documents: list[Document], ends: list[int]) -> list[Trial]:
         """The same rollout of each part; where they end is stored, before anything is sent, for the next process."""
         if self._parts_key not in self._answers:
             self._engine.store.answered(self._key, self._parts_key, orjson.dumps(ends))
-        same = (self._key, self._index, self._answers)
+        same = (self._key, self.index, self._answers)
         return [Trial(self._engine, part, *same, f"{self._part}.{i}") for i, part in enumerate(documents)]
 
     async def _outcome(self) -> list[dict[str, Any]] | dict[str, Any]:
         engine = self._engine
         try:
-            results = results_of(await engine.rollout(self.document, self, **engine.resources), self.usage)
+            own = {name: make(self.document, self) for name, make in engine.makers.items()}
+            results = results_of(await engine.rollout(self.document, self, **engine.resources, **own), self.usage)
             return [{"truncated": self.truncated, **result} for result in results]
-        except Error as problem:
-            engine.run.stop(problem)
-            raise asyncio.CancelledError from problem
-        except RequestFailed as problem:
-            return {"error": str(problem), "error_type": "RequestFailed", "attempts": problem.attempts}
-        except BadDocument as problem:
-            return {"error": str(problem), "error_type": "BadDocument", "attempts": 0}
         except asyncio.CancelledError as problem:
             task = asyncio.current_task()
             if engine.stopping or (task and task.cancelling()):
                 raise
             return self._failure(problem)  # the rollout's own: something that it awaited was cancelled
         except (Exception, SystemExit) as problem:  # noqa: BLE001 - a rollout's fault is its document's failure
-            return self._failure(problem)
+            return self._failure(first_cause(problem))  # a TaskGroup raises groups
 
     def _failure(self, problem: BaseException) -> dict[str, Any]:
+        if isinstance(problem, Error):
+            self._engine.run.stop(problem)
+            raise asyncio.CancelledError from problem
+        if isinstance(problem, RequestFailed):
+            return {"error": str(problem), "error_type": "RequestFailed", "attempts": problem.attempts}
+        if isinstance(problem, BadDocument):
+            return {"error": str(problem), "error_type": "BadDocument", "attempts": 0}
         error = describe(problem, self._engine.rollout_file)
         return {"error": error, "error_type": type(problem).__name__, "attempts": max(1, self.attempts)}
 
@@ -2743,7 +2795,8 @@ class Engine:
     ) -> None:
         options = run.options
         self.run, self.store, self.reader, self.writer, self.client = run, store, reader, writer, client
-        self.resources = resources
+        self.makers = {name: value.make for name, value in resources.items() if isinstance(value, PerRollout)}
+        self.resources = {name: value for name, value in resources.items() if name not in self.makers}
         self.rollout = run.plugins.rollouts[options.rollout].factory
         self.rollout_file = getattr(sys.modules.get(run.plugins.rollouts[options.rollout].plugin), "__file__", None)
         self.defaults = sampling(options, run.model)
@@ -3237,33 +3290,49 @@ def claim_state(run: Run, reader: Reader) -> None:
         "source": dict(run.source),
         "source_schema": base64.b64encode(reader.schema.serialize().to_pybytes()).decode(),
     }
-    if not path.exists() and (strangers := output_files(run)):
+    refuse_strangers(run)
+    recorded = parse_run(path, publish_once(run, path.name, json.dumps(mine, indent=2).encode()))
+    run.fingerprint = recorded["fingerprint"]
+    changes = changes_since(run, reader, recorded)
+    if changes and untouched(run):  # as after a mistyped model
+        start_over(run)
+        return claim_state(run, reader)
+    if changes:
+        raise of_another_run(run, changes)
+    most = (recorded["options"]["max_documents"], run.options.max_documents)
+    mine["options"]["max_documents"] = max(most) if all(most) else None
+    now = recorded | {"identity": identity, "options": mine["options"]}
+    if now != recorded:
+        replace_file(run, path.name, json.dumps(now, indent=2).encode())
+
+
+def refuse_strangers(run: Run) -> None:
+    """Raise OutputError if there is output, and no state of the run that made it."""
+    if not (run.state / "run.json").exists() and (strangers := output_files(run)):
         raise OutputError(
             f"{run.output.path(strangers[0])} is there, but no state of its run: "
             "choose another --output, or --fresh, which deletes an earlier run's files"
         )
-    recorded = parse_run(path, publish_once(run, path.name, json.dumps(mine, indent=2).encode()))
-    run.fingerprint = recorded["fingerprint"]
+
+
+def changes_since(run: Run, reader: Reader, recorded: Mapping[str, Any]) -> list[str]:
+    """What differs from the options of a recorded run, and would change its data; a line each."""
+    identity = json.loads(json.dumps(identity_of(run, reader)))
     earlier = dict(recorded["identity"])
     if earlier["input"] != identity["input"] and reader.continues(earlier["input"]):
         earlier["input"] = identity["input"]
     if run.options.retry_failed and earlier["plugin_version"] != identity["plugin_version"]:
         say("sdg: the plugin has changed since this run began: what is not finished runs with the new one")
         earlier["plugin_version"] = identity["plugin_version"]
-    changes = list(differences(earlier, identity))
-    if changes and untouched(run):  # as after a mistyped model
-        start_over(run)
-        return claim_state(run, reader)
-    if changes:
-        raise StateError(
-            f"state {run.state} is of another run: {'; '.join(changes[:10])}. "
-            "Take the old values, another --output, or --fresh to start over"
-        )
-    most = (recorded["options"]["max_documents"], run.options.max_documents)
-    mine["options"]["max_documents"] = max(most) if all(most) else None
-    now = recorded | {"identity": identity, "options": mine["options"]}
-    if now != recorded:
-        replace_file(run, path.name, json.dumps(now, indent=2).encode())
+    return list(differences(earlier, identity))
+
+
+def of_another_run(run: Run, changes: list[str]) -> StateError:
+    """Why a state is not this run's."""
+    return StateError(
+        f"state {run.state} is of another run: {'; '.join(changes[:10])}. "
+        "Take the old values, another --output, or --fresh to start over"
+    )
 
 
 def check_state_dir(run: Run) -> None:
@@ -3745,6 +3814,7 @@ async def _run_locked(
     with reading(options.input):
         reader = await asyncio.to_thread(plugins.readers[options.reader].factory, run)
     check_columns(reader.schema, options)
+    run.schema = reader.schema
     async with contextlib.AsyncExitStack() as stack:
         client = await stack.enter_async_context(connect(run, servers, stop))
         claim_state(run, reader)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import itertools
+import json
 import platform
 import re
 import sysconfig
@@ -131,11 +133,16 @@ async def answer(request: web.Request) -> web.Response:
     if payload.get("model") != MODEL:
         return web.json_response({"error": {"message": f"the only model is {MODEL}", "code": 404}}, status=404)
     chat = "messages" in payload
-    prompt = payload["messages"][-1].get("content") or "" if chat else str(payload.get("prompt", ""))
+    said = [message.get("content") for message in payload["messages"]] if chat else [payload.get("prompt")]
+    prompt = max(["", *(words for words in said if isinstance(words, str))], key=len)  # the one with the document
     most = payload.get("max_tokens") or 100
     # An instruction stands before the document, as `summarize` has it.
     text = prompt.partition("\n\n")[2] or prompt
-    words = central_sentences(text, most)
+    wanted = payload.get("response_format") or {}
+    if wanted.get("type") == "json_schema":
+        words = json.dumps(by_schema(wanted["json_schema"]["schema"], text))
+    else:
+        words = central_sentences(text, most)
     finish = "stop"
     choice = {"message": {"role": "assistant", "content": words}} if chat else {"text": words}
     choices = [{"index": i, "finish_reason": finish, **choice} for i in range(payload.get("n") or 1)]
@@ -145,8 +152,36 @@ async def answer(request: web.Request) -> web.Response:
     return web.json_response({**body, "model": MODEL, "choices": choices, "usage": usage})
 
 
-def central_sentences(text: str, most: int) -> str:
-    """The sentences that share most words with all others, in their order, `most` words together at the most.
+def by_schema(schema: dict[str, Any], text: str) -> Any:
+    """A value that a JSON schema allows: its texts are sentences of `text`, its choices and numbers hang on its length.
+
+    Of schemas it knows what pydantic makes of dataclasses and models.
+    """
+    sentences, ranks = ranked_sentences(text)
+    central = itertools.cycle([sentences[i] for i in ranks] or [text])
+    number = len(text)
+
+    def value(part: dict[str, Any]) -> Any:
+        if "$ref" in part:
+            return value(schema["$defs"][part["$ref"].rpartition("/")[2]])
+        if choices := part.get("enum") or part.get("anyOf"):
+            return choices[number % len(choices)] if "enum" in part else value(choices[0])
+        match part.get("type"):
+            case "object":
+                return {name: value(inner) for name, inner in part.get("properties", {}).items()}
+            case "array":
+                return [value(part.get("items", {})) for _ in range(max(2, part.get("minItems", 0)))]
+            case "integer" | "number":
+                return min(part.get("minimum", 0) + number % 10, part.get("maximum", number))
+            case "boolean":
+                return number % 2 == 0
+        return part.get("const", next(central))
+
+    return value(schema)
+
+
+def ranked_sentences(text: str) -> tuple[list[str], list[int]]:
+    """A text's sentences, and their numbers, those that share most words with all others first.
 
     A sentence's score is the mean frequency of its words in the text (SumBasic; Nenkova and Vanderwende 2005).
     """
@@ -154,8 +189,14 @@ def central_sentences(text: str, most: int) -> str:
     words = [re.findall(r"[a-z]{4,}", sentence.lower()) for sentence in sentences]
     frequency = Counter(word for some in words for word in some)
     scores = [sum(frequency[word] for word in some) / (len(some) + 3) for some in words]
+    return sentences, sorted(range(len(sentences)), key=lambda i: -scores[i])
+
+
+def central_sentences(text: str, most: int) -> str:
+    """The most central sentences of a text, in their order, `most` words together at the most."""
+    sentences, ranks = ranked_sentences(text)
     chosen: list[int] = []
-    for i in sorted(range(len(sentences)), key=lambda i: -scores[i])[:3]:
+    for i in ranks[:3]:
         if sum(len(sentences[j].split()) for j in [*chosen, i]) <= most:
             chosen.append(i)
     kept = " ".join(sentences[i] for i in sorted(chosen))

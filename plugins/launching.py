@@ -179,17 +179,26 @@ def gpus_of_replicas(options: argparse.Namespace) -> list[list[str]]:
     return [gpus[i * width : (i + 1) * width] for i in range(options.replicas)]
 
 
+def check(options: argparse.Namespace) -> None:
+    """Raise UsageError if the options do not fit together, on whatever machine."""
+    if options.nodes > 1 and options.replicas > 1:
+        raise sdg.UsageError("--replicas are for one machine; with --nodes start several runs")
+    if options.replicas > 1 and "port" in dict(options.server_arg or []):
+        raise sdg.UsageError("--server-arg port cannot be that of several --replicas: leave it out")
+    if options.node_backend == "native" and options.dp == 1 and options.tp * options.pp % options.nodes:
+        raise sdg.UsageError(
+            f"--tp {options.tp} × --pp {options.pp} cannot be shared evenly by --nodes {options.nodes}"
+        )
+
+
 @contextlib.asynccontextmanager
 async def serve(run: sdg.Run, program: Program) -> AsyncIterator[list[sdg.Upstream]]:
     """Serve a model by a program, on this machine or on several; yields a replica each."""
     import aiohttp
 
     options = run.options
+    check(options)
     nodes.place(options)
-    if options.nodes > 1 and options.replicas > 1:
-        raise sdg.UsageError("--replicas are for one machine; with --nodes start several runs")
-    if options.replicas > 1 and "port" in dict(options.server_arg or []):
-        raise sdg.UsageError("--server-arg port cannot be that of several --replicas: leave it out")
     if options.node_rank:
         await nodes.join(run, lambda spot: launch(run, program, Spot(**spot), 0, []))
         yield []

@@ -119,7 +119,8 @@ def usual_text(payload: Payload) -> str:
 class FakeServer:
     """Starts on entering and stops on leaving; `stop` and `start` in between are a crash and a restart."""
 
-    def __init__(self) -> None:
+    def __init__(self, host: str = "127.0.0.1") -> None:
+        self.host = host
         self.requests: list[Request] = []
         self.model_requests: list[Request] = []
         self.models = ["test-model"]
@@ -145,7 +146,7 @@ class FakeServer:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/v1"
+        return f"http://{self.host}:{self.port}/v1"
 
     def behave(self, behaviour: Behaviour) -> None:
         self._behaviour = behaviour
@@ -211,7 +212,7 @@ class FakeServer:
         app.router.add_post("/tokenize", self._tokenize)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0, access_log=None)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True, backlog=4096)
+        site = web.TCPSite(self._runner, self.host, self.port, reuse_address=True, backlog=4096)
         await site.start()
         self.port = self._runner.addresses[0][1]
 

@@ -51,7 +51,7 @@ def options() -> str:
     rows = []
     for group in parser._action_groups[2:]:
         for action in group._group_actions:
-            default = "" if action.default in {None, False} else f"`{action.default}`"
+            default = "" if action.default is None or action.default is False else f"`{action.default}`"
             name = f"{action.option_strings[0]} {action.metavar or ''}".strip()
             text = (action.help or "").replace("|", "\\|")
             rows.append(f"| {group.title} | `{name}` | {default} | {text} |")
@@ -119,6 +119,27 @@ def test_the_readmes_plugin_runs(job, server) -> None:  # type: ignore[no-untype
     output = job.succeed(plugin="./headline.py")
     assert len(output.rows()) == 2
     assert all("Write a headline" in prompt for prompt in server.prompts)
+
+
+def test_the_readmes_plugin_has_ten_lines_at_most() -> None:
+    (snippet,) = [code for code in snippets("python") if "headline" in code]
+
+    assert len([line for line in snippet.splitlines() if line.strip()]) <= 10
+
+
+def test_the_readmes_plugin_for_json_runs(job, server) -> None:  # type: ignore[no-untyped-def]
+    (snippet,) = [code for code in snippets("python") if "names" in code]
+    (job.folder / "names.py").write_text(snippet)
+    server.behave(lambda payload, n: '{"people": ["Ada"], "places": []}')
+    job.documents("one")
+    (result,) = job.succeed(plugin="./names.py").rows()[0]["rollout_results"]
+    assert (result["people"], result["places"]) == (["Ada"], [])
+
+
+def test_every_resource_is_in_the_readme() -> None:
+    loaded, _ = sdg.Plugins.load([])
+    rows = README.read_text().partition("### Resources")[2].partition("\n\nThe files")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", rows, re.MULTILINE)) >= {*loaded.resources} - {"prompt_of"}
 
 
 def snippets(language: str) -> list[str]:

@@ -74,6 +74,48 @@ def sglang(tmp_path: Path) -> Iterator[Real]:
     real_sglang.clean_shared_memory()
 
 
+SHAPE = """
+    from dataclasses import dataclass
+    from typing import Literal
+
+    import sdg
+
+    @sdg.hookimpl
+    def register_rollouts(register):
+        register("own", own)
+
+    @dataclass
+    class Part:
+        kind: Literal["good", "bad"]
+        sure: bool
+
+    @dataclass
+    class Whole:
+        parts: tuple[Part, Part]
+        score: Literal[0, 1, 2, 3, 4, 5]
+
+    async def own(document, generate, ask):
+        whole = await ask(document.text, Whole, reasks=0)
+        return {"score": whole.score, "kinds": [part.kind for part in whole.parts]}
+"""
+
+
+def test_vllm_decodes_the_shape_that_is_asked_for(vllm: Real) -> None:
+    vllm.options["plugin"] = vllm.plugin("own", SHAPE)
+    vllm.input(documents(20))
+
+    finished = vllm(max_tokens=1500)
+
+    assert finished.rc == 0
+    assert "response_format" not in finished.stderr
+    results = [row["rollout_results"][0] for row in vllm.output.rows()]  # of a model that only knows nonsense
+    assert {result["score"] for result in results} <= set(range(6))
+    assert {kind for result in results for kind in result["kinds"]} <= {"good", "bad"}
+    # It likes to put spaces between two keys for as long as it may: these answers are cut off, but none is wrong.
+    assert len(results) >= 10
+    assert all("--max-tokens" in record["error"] for record in vllm.output.failures())
+
+
 def kill_in_the_middle(job: Real, process: str) -> Finished:
     """A run of 500 documents, one of them too long, whose server loses a process after some of them."""
     rows = documents(500)

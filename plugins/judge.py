@@ -1,0 +1,43 @@
+"""A score for each document, by a rubric, and a threshold."""
+
+import argparse
+from dataclasses import dataclass
+from typing import Literal
+
+import sdg
+
+from .structured import Ask
+
+RUBRIC = """0 for spam, navigation or gibberish; 1 for little of use among much else; 2 for what is on a topic but \
+shallow or disordered; 3 for a coherent text that teaches something; 4 for one that explains well, at a steady level; \
+5 for one that could stand in a textbook."""
+PROMPT = """Judge the following text by this rubric: {rubric} First give your reason in one or two sentences that name \
+what decides, then the score.
+
+{text}"""
+
+
+@dataclass
+class Verdict:
+    reason: str  # first: a score that follows its reason is a better one
+    score: Literal[0, 1, 2, 3, 4, 5]
+
+
+@sdg.hookimpl
+def add_options(parser: argparse._ArgumentGroup) -> None:
+    text = "what the scores 0 to 5 stand for; or @FILE; default: educational value"
+    parser.add_argument("--rubric", metavar="TEXT", type=sdg.text_or_file, help=text)
+    text = "filter documents below it [0]"
+    parser.add_argument("--min-score", metavar="N", type=sdg.number(int, 0, 5), default=0, help=text)
+
+
+@sdg.hookimpl
+def register_rollouts(register: sdg.Register) -> None:
+    register("judge", judge)
+
+
+async def judge(document: sdg.Document, generate: sdg.Generate, ask: Ask, run: sdg.Run) -> Verdict | None:
+    """Score a document by --rubric, and keep it from --min-score on, with score and reason."""
+    rubric = (run.options.rubric or RUBRIC).strip()
+    verdict = await ask(PROMPT.format(rubric=rubric, text=document.text), Verdict)
+    return verdict if verdict.score >= run.options.min_score else None

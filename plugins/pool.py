@@ -1,0 +1,57 @@
+"""Processes that work for rollouts: they know the plugins, and end with the run, whatever ends that."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import sdg
+
+LONGEST_REST = 20.0  # s that a process goes on after SIGTERM, which schedulers send to all: as long as the run may need
+
+
+class Pool(ProcessPoolExecutor):
+    """A pool of a process for each core, whose loss ends the run: else all further documents would fail.
+
+    Args:
+        plugins: what the run has loaded by --plugin, so that the processes find functions of these, too.
+    """
+
+    def __init__(self, plugins: list[str]) -> None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        context = multiprocessing.get_context("spawn")  # a fork would copy the locks of threads, and the event loop
+        super().__init__(cores, context, sdg.begin_process, (plugins, __name__, "begin"))
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """See `concurrent.futures.Executor.submit`. Raises PluginError once a process has died."""
+        try:
+            return super().submit(fn, *args, **kwargs)
+        except BrokenProcessPool as problem:
+            message = "a process of the process_pool has died, of memory perhaps: mend that, and run again"
+            raise sdg.PluginError(f"{message} with --retry-failed") from problem
+
+    def kill(self) -> None:
+        """End the processes that are still at work."""
+        for process in list((getattr(self, "_processes", None) or {}).values()):  # `kill_workers` comes with 3.14
+            process.kill()
+
+
+def begin() -> None:
+    """Have this process, one of the pool, end with the run, and not before: signals to all are the run's to handle."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: threading.Timer(LONGEST_REST, os._exit, [1]).start())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent
+    parent.join()
+    os._exit(1)
