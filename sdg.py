@@ -54,10 +54,20 @@ import typing
 import urllib.parse
 import uuid
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import orjson
 import pluggy
@@ -156,8 +166,13 @@ class Reader(Protocol):
     `run.source` (a revision to stay with), the dataset card quotes `dataset`, `revision`, `license` and `language`.
     """
 
-    schema: pa.Schema  # of every batch
-    identity: Mapping[str, Any]  # JSON that changes when the content does, not when it moves; part of the fingerprint
+    @property
+    def schema(self) -> pa.Schema:
+        """Arrow's schema of every batch; a plain attribute will do."""
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """JSON that changes when the content does, not when it moves: part of the fingerprint. An attribute will do."""
 
     def seek(self, row: int, bookmark: str | None) -> None:
         """Go on at `row`. `bookmark`, if any, is what `tell` said at a row before it, or at it, in some earlier run."""
@@ -217,6 +232,74 @@ class PerRollout(NamedTuple):
     """
 
     make: Callable[[Document, Generate], Any]
+
+
+class HasFields(Protocol):
+    """An instance of a dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+class HasModel(Protocol):
+    """A pydantic model, or what can be turned into JSON like one."""
+
+    def model_dump(self, *, mode: str) -> dict[str, Any]:
+        """Its fields as a dict; `mode="json"` wants values that JSON has."""
+
+
+Result = str | Mapping[str, Any] | Reply | HasFields | HasModel | list[Any] | None  # what a rollout may return
+
+
+class Rollout(Protocol):
+    """What a plugin registers under `register_rollouts`: an async function of a document."""
+
+    def __call__(self, document: Document, generate: Generate, /, *args: Any, **resources: Any) -> Awaitable[Result]:
+        """Work on one document.
+
+        Args:
+            document: what it is about.
+            generate: asks the model.
+            resources: each further parameter names a resource, `run` among them; one with a default may be missing.
+
+        Returns:
+            A str, a dict, a `Reply`, a dataclass or pydantic model, a list of those: as many results. None, or a list
+            without any, filters the document.
+        """
+
+
+class OpenReader(Protocol):
+    """What a plugin registers under `register_readers`: a class of readers, or a function that opens one."""
+
+    def __call__(self, run: Run, /) -> Reader:
+        """Open `run.options.input`. In a thread; raise `InputError` if it cannot be read."""
+
+
+class OpenResource(Protocol):
+    """What a plugin registers under `register_resources`, as a rule by `@contextlib.asynccontextmanager`."""
+
+    def __call__(self, run: Run, /) -> contextlib.AbstractAsyncContextManager[Any]:
+        """An async context manager around the run; what it yields is what rollouts get."""
+
+
+class OpenWriter(Protocol):
+    """What a plugin registers under `register_writers`: a class of writers, or a function that opens one."""
+
+    def __call__(self, run: Run, /) -> Writer:
+        """Open the output. In a thread, before the server starts; raise `OutputError` if it cannot be written."""
+
+
+class OpenServer(Protocol):
+    """What a plugin registers under `register_servers`, as a rule by `@contextlib.asynccontextmanager`."""
+
+    def __call__(self, run: Run, /) -> contextlib.AbstractAsyncContextManager[Sequence[str | Upstream]]:
+        """An async context manager around all requests; it yields base URLs, or `Upstream`s."""
+
+
+class Command(Protocol):
+    """What a plugin registers under `register_commands`."""
+
+    def __call__(self, argv: list[str], /) -> int:
+        """Do what the arguments ask for; returns the exit status."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -357,6 +440,10 @@ class BadDocument(Exception):
     """The input's row has no usable prompt."""
 
 
+class BadResult(TypeError):
+    """A rollout returned something that no row can hold."""
+
+
 # ── Hooks ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 hookspec = pluggy.HookspecMarker("sdg")
@@ -364,9 +451,48 @@ hookimpl = pluggy.HookimplMarker("sdg")
 
 
 class Register(Protocol):
-    """Handed to the `register_*` hooks: `register(name, factory)`. The factory's docstring is its one-line help."""
+    """Handed to the `register_*` hooks: `register(name, factory)`. The factory's docstring is its one-line help.
+
+    The hooks' own kinds of it, below, let a type checker see what is registered.
+    """
 
     def __call__(self, name: str, factory: Callable[..., Any]) -> None: ...
+
+
+class RegisterReaders(Protocol):
+    """Takes readers: see `OpenReader`."""
+
+    def __call__(self, name: str, factory: OpenReader) -> None: ...
+
+
+class RegisterRollouts(Protocol):
+    """Takes rollouts: see `Rollout`."""
+
+    def __call__(self, name: str, factory: Rollout) -> None: ...
+
+
+class RegisterResources(Protocol):
+    """Takes resources: see `OpenResource`."""
+
+    def __call__(self, name: str, factory: OpenResource) -> None: ...
+
+
+class RegisterWriters(Protocol):
+    """Takes writers: see `OpenWriter`."""
+
+    def __call__(self, name: str, factory: OpenWriter) -> None: ...
+
+
+class RegisterServers(Protocol):
+    """Takes servers: see `OpenServer`."""
+
+    def __call__(self, name: str, factory: OpenServer) -> None: ...
+
+
+class RegisterCommands(Protocol):
+    """Takes commands: see `Command`."""
+
+    def __call__(self, name: str, factory: Command) -> None: ...
 
 
 class Hooks:
@@ -382,14 +508,14 @@ class Hooks:
         """
 
     @hookspec
-    def register_readers(self, register: Register) -> None:
+    def register_readers(self, register: RegisterReaders) -> None:
         """Register `open_reader(run) -> Reader` under a URI scheme (`hf`) or a file suffix without its dot (`csv`).
 
         `open_reader`, `seek`, `tell` and `read` run in threads, one call at a time; an exception there ends the run.
         """
 
     @hookspec
-    def register_rollouts(self, register: Register) -> None:
+    def register_rollouts(self, register: RegisterRollouts) -> None:
         """Register `async rollout(document, generate, **resources)`.
 
         It runs on the event loop, many at a time. It returns the result: a str, a dict, a `Reply`, a dataclass or a
@@ -397,7 +523,7 @@ class Hooks:
         """
 
     @hookspec
-    def register_resources(self, register: Register) -> None:
+    def register_resources(self, register: RegisterResources) -> None:
         """Register an async context manager `resource(run)`, for the rollouts that have a parameter of its name.
 
         It is entered once per run, before the first document, and left after the last. An exception ends the run. If it
@@ -405,7 +531,7 @@ class Hooks:
         """
 
     @hookspec
-    def register_writers(self, register: Register) -> None:
+    def register_writers(self, register: RegisterWriters) -> None:
         """Register `open_writer(run) -> Writer` under a URI scheme or a file suffix without its dot.
 
         `open_writer` runs before the server starts, in a thread. The output of a scheme that has a writer is a folder
@@ -414,7 +540,7 @@ class Hooks:
         """
 
     @hookspec
-    def register_servers(self, register: Register) -> None:
+    def register_servers(self, register: RegisterServers) -> None:
         """Register an async context manager `server(run)` that yields a list of base URLs, or of `Upstream`s.
 
         It is entered before the first request and left after the last, whatever ended the run. A server that is
@@ -423,7 +549,7 @@ class Hooks:
         """
 
     @hookspec
-    def register_commands(self, register: Register) -> None:
+    def register_commands(self, register: RegisterCommands) -> None:
         """Register `main(argv) -> int`, run as `sdg.py NAME ARGUMENTS`; its result is the exit status."""
 
     @hookspec
@@ -454,6 +580,7 @@ class Entry(NamedTuple):
     factory: Callable[..., Any]
     plugin: str  # the module that registered it
     version: str  # of the package or file it comes from
+    package: str = ""  # its name: of a distribution, a module or a file
 
     @property
     def help(self) -> str:
@@ -469,14 +596,15 @@ class Plugins:
     def __init__(self) -> None:
         self.manager = pluggy.PluginManager("sdg")
         self.manager.add_hookspecs(Hooks)
+        self.quiet = False  # observers are not told
         self.readers: dict[str, Entry] = {}
         self.rollouts: dict[str, Entry] = {}
-        self.resources: dict[str, Entry] = {"run": Entry(_run_resource, "sdg", __version__)}
+        self.resources: dict[str, Entry] = {"run": Entry(_run_resource, "sdg", __version__, "sdg")}
         self.writers: dict[str, Entry] = {}
         self.servers: dict[str, Entry] = {}
         self.commands: dict[str, Entry] = {}
-        self.commands["run"] = Entry(run_command, "sdg", __version__)
-        self.commands["plugins"] = Entry(plugins_command, "sdg", __version__)
+        self.commands["run"] = Entry(run_command, "sdg", __version__, "sdg")
+        self.commands["plugins"] = Entry(plugins_command, "sdg", __version__, "sdg")
 
     @classmethod
     def load(cls, specs: Iterable[str]) -> tuple[Plugins, str | None]:
@@ -488,31 +616,27 @@ class Plugins:
         plugins = cls()
         package = _bundled_package()
         for name in BUNDLED:
-            plugins.add(importlib.import_module(f"{package}.{name}"), __version__)
+            plugins.add(importlib.import_module(f"{package}.{name}"), __version__, "sdg")
         plugins._load_installed()
         rollout = None
         for spec in specs:
             rollout, own = plugins._load_spec(spec)
-        try:
-            plugins.manager.check_pending()
-        except pluggy.PluginValidationError as problem:
-            raise PluginError(_hook_mistake(problem)) from problem
+        plugins.manager.check_pending()
         if rollout == "":
             several = f"several rollouts: name one as {spec}:NAME"
             raise UsageError(f"--plugin {spec} registers {several if own else 'no rollout: is @sdg.hookimpl there?'}")
         return plugins, rollout
 
-    def add(self, module: types.ModuleType, version: str) -> None:
-        """Register a module's hooks and, through them, its names."""
+    def add(self, module: types.ModuleType, version: str, package: str = "") -> None:
+        """Register a module's hooks and, through them, its names; `version` is that of `package`."""
         name = module.__name__
         if self.manager.has_plugin(name):
             return
-        try:
-            self.manager.register(module, name)
-        except pluggy.PluginValidationError as problem:
-            raise PluginError(_hook_mistake(problem)) from problem
+        check_hooks(module)
+        self.manager.register(module, name)
         for kind in self.kinds:
-            self._call(f"register_{kind}", module, register=functools.partial(self._register, kind, name, version))
+            register = functools.partial(self._register, kind, (name, version, package or name))
+            self._call(f"register_{kind}", module, register=register)
 
     def add_options(self, parser: argparse.ArgumentParser) -> dict[str, set[str]]:
         """Let each plugin add its options, in a group of its own. Returns the option names of each plugin."""
@@ -535,9 +659,7 @@ class Plugins:
         entries: dict[str, Entry] = getattr(self, kind)
         if name in entries:
             return entries[name]
-        near = difflib.get_close_matches(name, entries, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(sorted(entries))}"
-        raise UsageError(f"no {kind[:-1]} is called {name!r}; {hint}")
+        raise UsageError(f"no {kind[:-1]} is called {name!r}; {nearest(name, entries, cutoff=0.5)}")
 
     def idle(self, plugin: str, used: set[str]) -> str:
         """If a plugin's options cannot have an effect: whose options they are. "" if they can."""
@@ -559,13 +681,17 @@ class Plugins:
                 idle.append(f"{option}{' or '.join(sorted(users))}, which is not in use")
         return "; ".join(idle)
 
-    def _register(self, kind: str, plugin: str, version: str, name: str, factory: Callable[..., Any]) -> None:
+    def _register(self, kind: str, of: tuple[str, str, str], name: str, factory: Callable[..., Any]) -> None:
         entries: dict[str, Entry] = getattr(self, kind)
+        plugin = of[0]
         if name in entries:
             raise PluginError(f"plugins {entries[name].plugin} and {plugin} both register the {kind[:-1]} {name!r}")
         if not callable(factory):
-            raise PluginError(f"plugin {plugin}: the {kind[:-1]} {name!r} is a {type(factory).__name__}, no callable")
-        entries[name] = Entry(factory, plugin, version)
+            kinds = "an async function" if kind == "rollouts" else "a function or a class"
+            raise PluginError(
+                f"plugin {plugin}: the {kind[:-1]} {name!r} is a {type(factory).__name__}, and should be {kinds}"
+            )
+        entries[name] = Entry(factory, *of)
 
     def _call(self, hook: str, plugin: object, **arguments: Any) -> None:
         """Call one plugin's implementation of a hook: pluggy's own call cannot say whose turn it is."""
@@ -577,14 +703,20 @@ class Plugins:
             except (Error, argparse.ArgumentError):
                 raise
             except Exception as problem:
-                raise PluginError(f"plugin {impl.plugin_name}: {hook} failed: {describe(problem)}") from problem
+                file = getattr(plugin, "__file__", None)
+                raise PluginError(f"plugin {impl.plugin_name}: {hook} failed: {describe(problem, file)}") from problem
+
+    def observers(self, hook: str) -> list[pluggy.HookImpl]:
+        """Who implements `observe` or `chunk_written`: nobody where the rows are not to stay."""
+        return [] if self.quiet else list(getattr(self.manager.hook, hook).get_hookimpls())
 
     def _load_installed(self) -> None:
         import importlib.metadata
 
         for point in importlib.metadata.entry_points(group="sdg"):
-            module = _import(f"the installed plugin {point.name} ({point.value})", point.load)
-            self.add(module, point.dist.version if point.dist else "")
+            package, version = (point.dist.name, point.dist.version) if point.dist else (point.module, "")
+            module = _import(f"the plugin {point.value} of the installed package {package}", point.load)
+            self.add(module, version, package)
 
     def _load_spec(self, spec: str) -> tuple[str, list[str]]:
         """Load one `--plugin`; return the rollout that it names, "" if it leaves that open, and all that it has."""
@@ -593,12 +725,13 @@ class Plugins:
         target, _, name = spec.rpartition(":") if ":" in spec else (spec, "", "")
         if target.endswith(".py"):
             module, version = _import_file(Path(target))
+            package = target
         elif re.fullmatch(r"\w+(\.\w+)*", target) and importlib.util.find_spec(target.partition(".")[0]):
             module = _import(f"plugin {target}", functools.partial(importlib.import_module, target))
-            version = str(getattr(module, "__version__", ""))
+            version, package = str(getattr(module, "__version__", "")), target
         else:
             self.find("rollouts", spec)
-        self.add(module, version)
+        self.add(module, version, package)
         own = [name for name, entry in self.rollouts.items() if entry.plugin == module.__name__]
         if name and name not in own:
             raise UsageError(f"{target} has no rollout {name!r}; it has: {', '.join(own) or 'none'}")
@@ -608,45 +741,160 @@ class Plugins:
 
 def describe(problem: BaseException, file: str | None = None) -> str:
     """An exception in one line, with the place where it was raised: the deepest one in `file` if that is given."""
+    text = " ".join(str(problem).split()) or "no message"
+    if isinstance(problem, SyntaxError):
+        where = f" ({problem.filename}:{problem.lineno})" if problem.filename else ""
+        return f"{type(problem).__name__}: {problem.msg}{where}"
     frames = traceback.extract_tb(problem.__traceback__)
     inside = [frame for frame in frames if frame.filename == file] or frames
     where = f" ({inside[-1].filename}:{inside[-1].lineno})" if inside else ""
-    text = " ".join(str(problem).split()) or "no message"
     return f"{type(problem).__name__}: {text}{where}"
 
 
-def _hook_mistake(problem: pluggy.PluginValidationError) -> str:
-    """What pluggy says of a wrong hook, with the nearest right name."""
-    text = " ".join(str(problem).split())
-    known = [name for name in vars(Hooks) if not name.startswith("_")]
-    for word in re.findall(r"\w+", text):
-        near = difflib.get_close_matches(word, known, n=1, cutoff=0.8)
-        if near and word not in known:
-            return f"{text}; did you mean {near[0]}?"
-    return f"{text}; the hooks are: {', '.join(known)}"
+def file_of(thing: Any) -> str | None:
+    """The file of a module, or of what defines a function, a class or an object; None if nobody knows."""
+    if not isinstance(thing, types.ModuleType):
+        thing = sys.modules.get(getattr(thing, "__module__", None) or type(thing).__module__)
+    return getattr(thing, "__file__", None)
 
 
-def _import(what: str, load: Callable[[], Any]) -> types.ModuleType:
+def place_of(thing: Any) -> str:
+    """` (FILE:LINE)` of the definition of a function, a class or an object's class; "" if nobody knows."""
+    while isinstance(thing, functools.partial):
+        thing = thing.func
+    thing = inspect.unwrap(thing)
+    try:
+        if code := getattr(thing, "__code__", None):
+            return f" ({code.co_filename}:{code.co_firstlineno})"
+        kind = thing if isinstance(thing, type) else type(thing)
+        return f" ({inspect.getsourcefile(kind)}:{inspect.getsourcelines(kind)[1]})"
+    except (OSError, TypeError):  # no source, as in an interpreter
+        return ""
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """What somebody may have meant by a name that is not known."""
+    near = difflib.get_close_matches(name, known := sorted(known), n=3, cutoff=cutoff)
+    return f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(known)}"
+
+
+def check_hooks(module: types.ModuleType) -> None:
+    """See that all that a module marks with `@sdg.hookimpl` are hooks, and take what hooks are given."""
+    known = {name: hook for name, hook in vars(Hooks).items() if not name.startswith("_")}
+    for name, function in vars(module).items():
+        if not inspect.isroutine(function) or not hasattr(function, "sdg_impl"):
+            continue
+        where = f"plugin {module.__name__}: {name}{place_of(function)}"
+        if name not in known:
+            raise PluginError(f"{where} is no hook; {nearest(name, known)}")
+        takes = list(inspect.signature(known[name]).parameters)[1:]
+        wrong = [parameter for parameter in inspect.signature(function).parameters if parameter not in takes]
+        if wrong:
+            raise PluginError(f"{where} is not given {' and '.join(wrong)}; it may take: {', '.join(takes)}")
+
+
+def check_rollout(name: str, plugins: Plugins) -> None:
+    """See that a rollout is an async function of (document, generate) and of resources that there are."""
+    rollout = plugins.rollouts[name].factory
+    where = f"the rollout {name!r} of plugin {plugins.rollouts[name].plugin}{place_of(rollout)}"
+    plain = inspect.unwrap(rollout)
+    plain = plain if inspect.isroutine(plain) or isinstance(plain, functools.partial) else type(plain).__call__
+    if inspect.isasyncgenfunction(plain):
+        raise PluginError(f"{where} yields: return a list of the results instead")
+    if not inspect.iscoroutinefunction(plain):
+        raise PluginError(f"{where} is not async: begin it with `async def`")
+    parameters = list(inspect.signature(rollout).parameters.values())
+    named = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
+    given = any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters[:2])
+    if (len(named) < 2 and not given) or named[:2] == ["generate", "document"]:
+        raise PluginError(f"{where} takes ({', '.join(named)}), and should take (document, generate, …)")
+    for parameter in parameters[2:]:
+        optional = parameter.default is not parameter.empty
+        if not optional and parameter.name not in plugins.resources and "VAR" not in parameter.kind.name:
+            hint = nearest(parameter.name, plugins.resources)
+            raise PluginError(f"{where} wants a resource {parameter.name!r}, which no plugin registers; {hint}")
+
+
+def check_shape(thing: object, shape: type, what: str) -> None:
+    """See that what a plugin made has all that a Protocol asks for, methods with their arguments.
+
+    Args:
+        thing: what it made.
+        shape: the Protocol.
+        what: the thing's name in messages.
+
+    Raises:
+        PluginError: something is missing; it is named, with the place of the thing's definition.
+    """
+    of = f"{what}{place_of(thing)}"
+    for name, wanted in vars(shape).items():
+        if name.startswith("_"):
+            continue
+        asked = list(inspect.signature(wanted).parameters)[1:] if inspect.isfunction(wanted) else None
+        shown = name if asked is None else f"{name}({', '.join(asked)})"
+        if not hasattr(thing, name):
+            hint = (inspect.getdoc(wanted) or "").partition("\n")[0]
+            raise PluginError(f"{of} has no `{shown}`, as sdg.{shape.__name__} has it: {hint}")
+        if asked is None:
+            continue
+        try:
+            inspect.signature(getattr(thing, name)).bind(*asked)
+        except (TypeError, ValueError) as problem:
+            raise PluginError(f"{of}: `{name}` is not as in sdg.{shape.__name__}, {shown}: {problem}") from problem
+
+
+def check_reader(reader: Reader, what: str) -> None:
+    """See that a plugin's reader has what `Reader` asks for, and a schema and an identity of the right kinds."""
+    import pyarrow as pa
+
+    check_shape(reader, Reader, what)
+    if not isinstance(reader.schema, pa.Schema):
+        kind = type(reader.schema).__name__
+        raise PluginError(f"{what}{place_of(reader)}: `schema` is a {kind}, and should be a pyarrow.Schema")
+    try:
+        json.dumps(dict(reader.identity))
+    except (TypeError, ValueError) as problem:
+        raise PluginError(
+            f"{what}{place_of(reader)}: `identity` is no mapping that JSON can hold: {problem}"
+        ) from problem
+
+
+def opened(entry: Entry, kind: str, name: str, run: Run) -> contextlib.AbstractAsyncContextManager[Any]:
+    """The context manager of a registered server or resource."""
+    what = f"the {kind} {name!r} of plugin {entry.plugin}{place_of(entry.factory)}"
+    manager = entry.factory(run)
+    if not hasattr(manager, "__aenter__"):
+        if inspect.iscoroutine(manager):
+            manager.close()
+        kind = type(manager).__name__
+        raise PluginError(
+            f"{what} is no async context manager, but a {kind}: is @contextlib.asynccontextmanager there?"
+        )
+    return typing.cast("contextlib.AbstractAsyncContextManager[Any]", manager)
+
+
+def _import(what: str, load: Callable[[], Any], file: str | None = None) -> types.ModuleType:
     """Import a plugin's module; whatever that raises is the plugin's fault."""
     try:
         module = load()
     except Error:
         raise
     except (Exception, SystemExit) as problem:
-        raise PluginError(f"{what} does not import: {describe(problem)}") from problem
+        raise PluginError(f"{what} does not import: {describe(problem, file)}") from problem
     if not isinstance(module, types.ModuleType):
         raise PluginError(f"{what} is a {type(module).__name__}; a plugin is a module")
     return module
 
 
 def _import_file(path: Path) -> tuple[types.ModuleType, str]:
-    """Import a plugin file; its version is a hash of its text."""
-
+    """Import a plugin file, once; its version is a hash of its text."""
     if not path.is_file():
         raise UsageError(f"--plugin {path}: there is no such file")
     sys.modules.setdefault("sdg_plugin_files", types.ModuleType("sdg_plugin_files"))  # or nothing in it can be pickled
-    name = f"sdg_plugin_files.{path.stem}"
-    module = _import(f"plugin {path}", functools.partial(_exec_file, name, path.resolve()))
+    name, file = f"sdg_plugin_files.{path.stem}", str(path.resolve())
+    if name in sys.modules and sys.modules[name].__file__ != file:  # another one that is called alike
+        name += f"_{xxhash.xxh3_64_hexdigest(file.encode())}"
+    module = sys.modules.get(name) or _import(f"plugin {path}", functools.partial(_exec_file, name, Path(file)), file)
     return module, xxhash.xxh3_64_hexdigest(path.read_bytes())
 
 
@@ -658,7 +906,11 @@ def _exec_file(name: str, path: Path, folder: Path | None = None) -> types.Modul
     if spec is None or spec.loader is None:
         raise PluginError(f"{path} is no Python file")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module
 
 
@@ -740,7 +992,11 @@ _count, _natural, _seconds, _ratio = number(int, 1), number(int, 0), number(floa
 
 
 class Option(NamedTuple):
-    """One option of `run`. `identity`: another value gives other data, so it is part of the fingerprint."""
+    """One option of `run`.
+
+    `identity`: another value gives other data, so it is part of the fingerprint. `shared`: all `[configs.NAME]` of a
+    process have one value.
+    """
 
     name: str
     metavar: str | None
@@ -749,6 +1005,12 @@ class Option(NamedTuple):
     type: Callable[[str], Any] = str
     identity: bool = False
     action: str = "store"
+    shared: bool = False
+
+    @property
+    def dest(self) -> str:
+        """Its name in the namespace of options."""
+        return self.name[2:].replace("-", "_")
 
     def add_to(self, group: argparse._ArgumentGroup) -> None:
         """Add it to a group of a parser."""
@@ -773,23 +1035,35 @@ OPTIONS = {
         Option("--max-documents", "N", "only the first N of the whole input; may grow from run to run", type=_count),
     ],
     "output": [
-        Option("--output", "URI", "a folder, s3://… or hf://datasets/OWNER/NAME; default: ./output/<rollout>"),
-        Option("--output-config", "NAME", "sub-folder, and the config for load_dataset", "data"),
+        Option(
+            "--output",
+            "URI",
+            "a folder, s3://… or hf://datasets/OWNER/NAME; default: ./output/<rollout>",
+            shared=True,
+        ),
+        Option("--output-config", "NAME", "sub-folder, and the config for load_dataset", "data", shared=True),
         Option("--output-filename", "T", "a template with ${chunk_index}; .jsonl gives jsonl", FILENAME, identity=True),
         Option("--records-per-chunk", "N", "documents of one file and checkpoint", 1000, _count, identity=True),
         Option("--results-column", "NAME", "the column for results", "rollout_results", identity=True),
     ],
     "server": [
-        Option("--server", "NAME", "default: endpoint with --base-url or $OPENAI_BASE_URL, else demo"),
-        Option("--base-url", "URL", "with /v1 or without; repeatable: the least loaded is asked", action="append"),
-        Option("--api-key-env", "NAME", "the environment variable that holds the key", "OPENAI_API_KEY"),
-        Option("--model", "NAME", "default: the server's only model", identity=True),
+        Option("--server", "NAME", "default: endpoint with --base-url or $OPENAI_BASE_URL, else demo", shared=True),
+        Option(
+            "--base-url",
+            "URL",
+            "with /v1 or without; repeatable: the least loaded is asked",
+            action="append",
+            shared=True,
+        ),
+        Option("--api-key-env", "NAME", "the environment variable that holds the key", "OPENAI_API_KEY", shared=True),
+        Option("--model", "NAME", "default: the server's only model", identity=True, shared=True),
         Option(
             "--model-max-context",
             "N",
             "tokens of prompt and answer; default: what the server says",
             type=_count,
             identity=True,
+            shared=True,
         ),
         Option("--max-concurrent-generations", "N", "requests in flight", 500, _count),
         Option(
@@ -817,14 +1091,30 @@ OPTIONS = {
     ],
     "run": [
         Option("--plugin", "P", "rollout, FILE.py or MODULE[:ROLLOUT]; repeatable, the last one runs", action="append"),
-        Option("--config", "FILE.toml", "options by the same names; the command line wins"),
+        Option("--config", "FILE.toml", "options by the same names; the command line wins", shared=True),
         Option("--max-failure-rate", "X", "stop when more of at least 100 documents fail", 0.1, number(float, 0, 1)),
-        Option("--retry-failed", None, "run the failed documents again, and only them", action="store_true"),
-        Option("--rank", "I", "takes the chunks I, I+N, I+2N…; default: Slurm's array task, else 0", type=_natural),
-        Option("--world-size", "N", "ranks that share the input; default: Slurm's array, else 1", None, _count, True),
-        Option("--state-dir", "D", "default: <output>/.sdg for a folder, else ./.sdg/<output name>"),
-        Option("--fresh", None, "delete what is in state and output, and start over", action="store_true"),
-        Option("--no-progress", None, "no progress bar or lines", action="store_true"),
+        Option(
+            "--retry-failed", None, "run the failed documents again, and only them", action="store_true", shared=True
+        ),
+        Option(
+            "--rank",
+            "I",
+            "takes the chunks I, I+N, I+2N…; default: Slurm's array task, else 0",
+            type=_natural,
+            shared=True,
+        ),
+        Option(
+            "--world-size",
+            "N",
+            "ranks that share the input; default: Slurm's array, else 1",
+            type=_count,
+            identity=True,
+            shared=True,
+        ),
+        Option("--state-dir", "D", "default: <output>/.sdg for a folder, else ./.sdg/<output name>", shared=True),
+        Option("--fresh", None, "delete what is in state and output, and start over", action="store_true", shared=True),
+        Option("--no-progress", None, "no progress bar or lines", action="store_true", shared=True),
+        Option("--preview", "N", "show N documents: requests and rows; write nothing", type=_count, shared=True),
     ],
 }
 
@@ -846,58 +1136,147 @@ def build_parser(plugins: Plugins) -> tuple[argparse.ArgumentParser, dict[str, s
     return parser, plugins.add_options(parser)
 
 
-def parse_options(argv: list[str]) -> tuple[argparse.Namespace, Plugins]:
-    """Options of `run` from the command line and `--config`, with their defaults derived, and the loaded plugins.
+class Config(NamedTuple):
+    """What is generated into one folder of the output: the options, and the plugins that they name."""
 
-    The namespace also has `rollout` (the rollout's name) and `identity` (names of the options in the fingerprint).
+    options: argparse.Namespace
+    plugins: Plugins
+
+    @property
+    def name(self) -> str:
+        """The name for `load_dataset`."""
+        return str(self.options.output_config)
+
+
+def parse_configs(argv: list[str]) -> list[Config]:
+    """The configs that a command line asks for: those of the tables `[configs.NAME]` in `--config`, else one.
+
+    A table's options replace those above the tables, and the command line wins over both; `--output-config` there takes
+    one of them.
 
     Raises:
         UsageError, PluginError: with the option or plugin named.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    early.add_argument("--plugin", action="append")
     early.add_argument("--config")
+    early.add_argument("--output-config")
+    asked = argparse.Namespace(config=None, output_config=None)
     with contextlib.suppress(argparse.ArgumentError):  # the full parser will say it
-        asked, _ = early.parse_known_args(argv)
-        argv = _config_arguments(asked.config, argv) + argv
-        asked, _ = early.parse_known_args(argv)
+        early.parse_known_args(argv, asked)
+    common = _read_toml(asked.config) if asked.config else {}
+    tables = common.pop("configs", None)
+    if tables is None:
+        return [parse_config(argv, common)]
+    if not isinstance(tables, dict) or not tables or not all(isinstance(table, dict) for table in tables.values()):
+        raise UsageError(f"--config {asked.config}: configs are tables, such as [configs.faq]")
+    if asked.output_config and asked.output_config not in tables:
+        raise UsageError(f"--output-config {asked.output_config}: {nearest(asked.output_config, tables)}")
+    common = {"output": f"output/{Path(asked.config).stem}", **common}
+    names = [asked.output_config] if asked.output_config else list(tables)
+    configs = [parse_config(argv, {**common, "output-config": name}, _dashed(tables[name])) for name in names]
+    for config in configs:
+        if config.options.state_dir != default_state_dir(config.options.output, config.name):  # it was given, for all
+            config.options.state_dir = os.path.join(config.options.state_dir, config.name)
+    return configs
+
+
+def parse_config(argv: list[str], common: Mapping[str, Any], own: Mapping[str, Any] | None = None) -> Config:
+    """Load the plugins that a command line, a config's own table and what is common name; then as `parse_with`."""
+    name = f": [configs.{common['output-config']}]" if own is not None else ""
+    argv = as_arguments({**common, **(own or {})}, argv) + argv
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    early.add_argument("--plugin", action="append")
+    asked = argparse.Namespace(plugin=None)
+    with contextlib.suppress(argparse.ArgumentError):  # the full parser will say it
+        early.parse_known_args(argv, asked)
     plugins, rollout = Plugins.load(asked.plugin or ["summarize"])
+    return parse_with(plugins, rollout, argv, own or {}, name)
+
+
+def parse_with(
+    plugins: Plugins, rollout: str | None, argv: list[str], own: Iterable[str] = (), name: str = ""
+) -> Config:
+    """Options of `run`, with their defaults derived.
+
+    The namespace also has `rollout` (the rollout's name) and `identity` (names of the options in the fingerprint).
+
+    Args:
+        plugins: what is loaded.
+        rollout: the rollout's name.
+        argv: all options.
+        own: names of those that a config's table has; they may not be ones that all configs share.
+        name: of the config, for messages.
+
+    Raises:
+        UsageError, PluginError: with the option or plugin named.
+    """
     parser, added = build_parser(plugins)
+    parser.prog += name
     options, unknown = parser.parse_known_args(argv)
     if unknown:
         word = unknown[0].partition("=")[0]
         near = difflib.get_close_matches(word, parser._option_string_actions, n=2, cutoff=0.7)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    core = [option for group in OPTIONS.values() for option in group]
+    plugged = set().union(*added.values())
+    shared = {option.dest for option in core if option.shared}
     options.rollout = rollout
     try:
+        _check_shared(own, shared)
         _derive(options, plugins)
+        serving = {plugins.rollouts[options.rollout].plugin, plugins.find("readers", options.reader).plugin}
+        plugged_in = set().union(*(added.get(plugin, set()) for plugin in serving))
+        _check_shared(own, plugged - plugged_in)
+        _check_idle(options, plugins, added, {a.dest for a in parser._actions if _is_given(a, argv)}, serving)
     except UsageError as problem:
         parser.error(str(problem))
-    explicit = {a.dest for a in parser._actions if any(w.partition("=")[0] in a.option_strings for w in argv)}
-    serving = {plugins.rollouts[options.rollout].plugin, plugins.find("readers", options.reader).plugin}
+    check_rollout(options.rollout, plugins)
+    options.identity = sorted(plugged_in | {option.dest for option in core if option.identity})
+    return Config(options, plugins)
+
+
+def _is_given(action: argparse.Action, argv: list[str]) -> bool:
+    return any(word.partition("=")[0] in action.option_strings for word in argv)
+
+
+def _check_shared(own: Iterable[str], shared: set[str]) -> None:
+    """See that a config's table has none of the options that all configs share."""
+    for key in own:
+        if key.replace("-", "_") in shared:
+            raise UsageError(f"--{key} is the same for all configs: write {key} above the tables")
+
+
+def _check_idle(
+    options: argparse.Namespace, plugins: Plugins, added: dict[str, set[str]], given: set[str], serving: set[str]
+) -> None:
+    """See that the plugins whose options are given are in use."""
+    in_use = {plugins.servers[options.server].plugin, plugins.find("writers", options.writer).plugin}
     for plugin, dests in added.items():
-        in_use = {plugins.servers[options.server].plugin, plugins.find("writers", options.writer).plugin}
         if owners := plugins.idle(plugin, serving | in_use):
-            for dest in dests & explicit:
-                parser.error(f"--{dest.replace('_', '-')} goes with {owners}")
-    core = {option.name[2:].replace("-", "_") for group in OPTIONS.values() for option in group if option.identity}
-    options.identity = sorted(core.union(*(added.get(plugin, set()) for plugin in serving)))
-    return options, plugins
+            for dest in sorted(dests & given):
+                raise UsageError(f"--{dest.replace('_', '-')} goes with {owners}")
 
 
-def _config_arguments(path: str | None, argv: list[str]) -> list[str]:
-    """A TOML file's options as arguments, without those that the command line has too."""
-    if path is None:
-        return []
+def _read_toml(path: str) -> dict[str, Any]:
+    """A TOML file's options; `configs` are its tables."""
     try:
-        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return _dashed(tomllib.loads(Path(path).read_text(encoding="utf-8")))
     except (OSError, ValueError) as problem:
         raise UsageError(f"--config {path}: {problem}") from problem
+
+
+def _dashed(table: Mapping[str, Any]) -> dict[str, Any]:
+    """A table by the names that options have."""
+    return {key.replace("_", "-"): value for key, value in table.items()}
+
+
+def as_arguments(table: Mapping[str, Any], argv: list[str]) -> list[str]:
+    """A table's options as arguments, without those that the command line has too."""
     given = {word.partition("=")[0] for word in argv}
     arguments = []
     for key, value in table.items():
-        name = f"--{key.replace('_', '-')}"
+        name = f"--{key}"
         if name in given or value is False:
             continue
         for item in value if isinstance(value, list) else [value]:
@@ -1463,7 +1842,7 @@ def results_of(value: Any, usage: Usage | None) -> list[dict[str, Any]]:
         usage: tokens of the whole rollout, for results that are not themselves one answer of the model.
 
     Raises:
-        TypeError: it is something else.
+        BadResult: it is something else.
     """
     if value is None:
         return []
@@ -1482,9 +1861,12 @@ def results_of(value: Any, usage: Usage | None) -> list[dict[str, Any]]:
         value = value.model_dump(mode="json")
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        hint = "is an `await` missing?" if inspect.isawaitable(value) else "it may be a str, dict, Reply, list or None"
-        raise TypeError(f"the rollout returned a {type(value).__name__}: {hint}")
+    if not isinstance(value, dict):
+        missing = "await" if inspect.isawaitable(value) else "list(…)" if isinstance(value, Iterable) else ""
+        hint = f"is {missing} missing?" if missing else "it may be a str, dict, Reply, list or None"
+        raise BadResult(f"the rollout returned a {type(value).__name__}: {hint}")
+    if not all(isinstance(key, str) for key in value):
+        raise BadResult("the rollout returned a dict with keys that are not str: they name the fields of the result")
     return [value if "usage" in value or not usage else {**value, "usage": usage}]
 
 
@@ -1845,7 +2227,7 @@ class Pool:
         self.upstreams = list(upstreams)
         for upstream in self.upstreams:
             upstream.changed = self._wake
-            upstream.limit = min(limit, FIRST_LIMIT)
+            upstream.limit = limit if upstream.reports is False else min(limit, FIRST_LIMIT)
         self.active = 0
         self.successes = 0
         self._waiting: deque[asyncio.Future[Upstream]] = deque()
@@ -2302,7 +2684,7 @@ def quota_pause(headers: Mapping[str, str]) -> float:
 
 
 @contextlib.asynccontextmanager
-async def connect(run: Run, servers: list[str | Upstream], stop: Callable[[Error], None]) -> AsyncIterator[Client]:
+async def connect(run: Run, servers: Sequence[str | Upstream], stop: Callable[[Error], None]) -> AsyncIterator[Client]:
     """A client of the servers, as their plugin yielded them; settles `run.model`.
 
     Servers that are launched may still be loading then, if the model's name is known.
@@ -2335,6 +2717,8 @@ async def connect(run: Run, servers: list[str | Upstream], stop: Callable[[Error
             roots = await find_servers(run, session, [s if isinstance(s, str) else s.url for s in servers])
             servers = [s if isinstance(s, Upstream) else Upstream(root) for s, root in zip(servers, roots, strict=True)]
         pool = Pool((server for server in servers if isinstance(server, Upstream)), limit)
+        for upstream in pool.upstreams:
+            upstream.model = run.model
         async with watch_load(session, pool):
             yield Client(session, pool, run, stop)
 
@@ -2783,8 +3167,10 @@ class Trial:
             return {"error": str(problem), "error_type": "RequestFailed", "attempts": problem.attempts}
         if isinstance(problem, BadDocument):
             return {"error": str(problem), "error_type": "BadDocument", "attempts": 0}
-        error = describe(problem, self._engine.rollout_file)
-        return {"error": error, "error_type": type(problem).__name__, "attempts": max(1, self.attempts)}
+        error, kind = describe(problem, self._engine.rollout_file), type(problem).__name__
+        if isinstance(problem, BadResult):
+            error, kind = f"{problem}{place_of(self._engine.rollout)}", "TypeError"
+        return {"error": error, "error_type": kind, "attempts": max(1, self.attempts)}
 
 
 class Engine:
@@ -2961,10 +3347,11 @@ class Engine:
                 return
             if chunk and chunk.written and chunk.count >= wanted and not (options.retry_failed and chunk.failed):
                 continue
-            with reading(options.input):
+            with reading(options.input, self.reader):
                 self.reader.seek(start, bookmark)
                 bookmark = self.reader.tell()
                 parts = self.reader.read(wanted)
+                check_blocks(parts, wanted, self.reader)
             if not parts:
                 return
             spool = self.run.state / "open" / f"{options.rank:05d}_{index:05d}.arrow"
@@ -3048,7 +3435,7 @@ class Engine:
         try:
             body = orjson.dumps(outcome or None, option=orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY)
         except TypeError as problem:
-            reason = f"the rollout's result is not JSON: {problem}"
+            reason = f"the rollout's result is not JSON: {problem}{place_of(self.rollout)}"
             self._finish(opened, position, {"error": reason, "error_type": "TypeError", "attempts": 1})
             return
         self.store.finished(opened.chunk.index << 32 | position, status, body)
@@ -3152,7 +3539,7 @@ class Engine:
         fitted = [[fit(result, checks) for result in row] for row in bodies["row"]]
         rows = rows.append_column(options.results_column, pa.array(fitted, results_type(self.fields)))
         self._write_failed(opened, ids, bodies["failed"])
-        with at_work(f"the writer of {self.run.output.path(self.run.path_of(chunk))}"):
+        with at_work(f"the writer of {self.run.output.path(self.run.path_of(chunk))}", self.writer):
             self.writer.write(chunk, rows.replace_schema_metadata(provenance(self.run)))
 
     def _write_failed(self, opened: OpenChunk, ids: list[str], failures: list[dict[str, Any]]) -> None:
@@ -3169,7 +3556,7 @@ class Engine:
         self.run.output.write(path, lambda file: file.write(b"\n".join(lines) + b"\n"))
 
     def _tell(self, chunk: Chunk) -> None:
-        for impl in self.run.plugins.manager.hook.chunk_written.get_hookimpls():
+        for impl in self.run.plugins.observers("chunk_written"):
             arguments = {"run": self.run, "chunk": chunk}
             try:
                 impl.function(*[arguments[name] for name in impl.argnames])
@@ -3177,9 +3564,24 @@ class Engine:
                 say(f"plugin {impl.plugin_name}: chunk_written failed: {describe(problem)}")
 
 
+def check_blocks(parts: list[Block | BadRow], wanted: int, reader: Reader) -> None:
+    """See that a reader's rows are as it promised. Raises PluginError."""
+    where = f"the reader{place_of(reader)}: read()"
+    if not isinstance(parts, list) or not all(isinstance(part, Block | BadRow) for part in parts):
+        kinds = " of ".join({type(parts).__name__: 0, **{type(part).__name__: 0 for part in parts or ()}})
+        raise PluginError(f"{where} gave {kinds}, and should give a list of sdg.Block and sdg.BadRow")
+    for part in parts:
+        if isinstance(part, Block) and not part.batch.schema.equals(reader.schema):
+            there = ", ".join(f"{field.name}: {field.type}" for field in part.batch.schema)
+            raise PluginError(f"{where} gave a batch of ({there}), which is not its `schema`")
+    rows = [part.batch.num_rows if isinstance(part, Block) else 1 for part in parts]
+    if 0 in rows or sum(rows) > wanted:
+        raise PluginError(f"{where} gave batches of {rows} rows when {wanted} were wanted; after the end it gives []")
+
+
 @contextlib.contextmanager
-def reading(uri: str | None) -> Iterator[None]:
-    """Say of errors in a reader which input they concern."""
+def reading(uri: str | None, reader: object = None) -> Iterator[None]:
+    """Say of errors in a reader, or in what opens it, which input they concern."""
     import pyarrow as pa
 
     try:
@@ -3189,18 +3591,18 @@ def reading(uri: str | None) -> Iterator[None]:
     except (OSError, pa.ArrowException) as problem:
         raise InputError(f"--input {uri} cannot be read: {' '.join(str(problem).split())}") from problem
     except Exception as problem:
-        raise PluginError(f"the reader of --input {uri} failed: {describe(problem)}") from problem
+        raise PluginError(f"the reader of --input {uri} failed: {describe(problem, file_of(reader))}") from problem
 
 
 @contextlib.contextmanager
-def at_work(what: str) -> Iterator[None]:
-    """Say of errors in a plugin's code where they happened."""
+def at_work(what: str, plugin: object = None) -> Iterator[None]:
+    """Say of errors in a plugin's code where they happened: `plugin` is something that it defines."""
     try:
         yield
     except Error:
         raise
     except Exception as problem:
-        raise PluginError(f"{what} failed: {describe(problem)}") from problem
+        raise PluginError(f"{what} failed: {describe(problem, file_of(plugin))}") from problem
 
 
 def sampling(options: argparse.Namespace, model: str) -> dict[str, Any]:
@@ -3720,27 +4122,41 @@ def report(engine: Engine, figures: dict[str, Any]) -> str:
 
 
 class Stop:
-    """Ends the run for a reason; the first reason counts. A second signal does not wait for what is in flight."""
+    """Ends a run for a reason; the first reason counts. A second signal does not wait for what is in flight.
 
-    def __init__(self, task: asyncio.Task[Any]) -> None:
+    Args:
+        cancel: ends it where no engine is at work.
+        everything: for one of several runs: what ends all of them, if the server fails that they share.
+        name: of the run, before its reason.
+    """
+
+    def __init__(self, cancel: Callable[[], object], everything: Stop | None = None, name: str = "") -> None:
         self.reason: Error | None = None
         self.stopping = threading.Event()
-        self.gently: Callable[[], None] | None = None  # set while the engine works
-        self._task = task
+        self.gently: Callable[[], None] | None = None  # set while an engine works
+        self._cancel, self._everything, self._name = cancel, everything, name
 
     def __call__(self, reason: Error) -> None:
-        if self.reason is None:
-            self.reason = reason
+        first, self.reason = self.reason is None, self.reason or reason
+        if first:
             self.stopping.set()
-            say(f"sdg: {reason}")
-            reason.said = True
-            if isinstance(reason, Interrupted):  # whatever a plugin does: what is answered is durable by then
-                watchdog = threading.Timer(LAST_RESORT, os._exit, [reason.exit_code])
-                watchdog.daemon = True
-                watchdog.start()
-            (self.gently or self._task.cancel)()
-        elif isinstance(reason, Interrupted):
-            self._task.cancel()
+            self._say(reason)
+        if self._everything and self._everything.reason is None and isinstance(reason, ServerError | Interrupted):
+            self._everything(reason)
+        if first:
+            (self.gently or self._cancel)()
+        elif isinstance(reason, Interrupted) and not self._everything:
+            self._cancel()
+
+    def _say(self, reason: Error) -> None:
+        if reason.said:
+            return
+        say(f"sdg: {self._name}{reason}")
+        reason.said = True
+        if isinstance(reason, Interrupted):  # whatever a plugin does: what is answered is durable by then
+            watchdog = threading.Timer(LAST_RESORT, os._exit, [reason.exit_code])
+            watchdog.daemon = True
+            watchdog.start()
 
 
 @contextlib.contextmanager
@@ -3776,67 +4192,175 @@ def open_run(options: argparse.Namespace, plugins: Plugins, stop: Stop) -> Run:
     return run
 
 
-async def run_once(options: argparse.Namespace, plugins: Plugins) -> None:
-    """Run to the end, or as far as it gets, and report; raises the Error that ended it."""
+Present = Callable[["Engine", Stop], contextlib.AbstractAsyncContextManager[None]]  # around an engine's work
+
+
+async def run_all(configs: list[Config], present: Present) -> None:
+    """Run the configs one after the other beside one server, each as far as it gets; raises the worst of their errors.
+
+    What ends one of them leaves the others alone, but for signals, and the failures of the server that they share.
+    """
     task = asyncio.current_task()
     assert task is not None
-    stop = Stop(task)
+    stop = Stop(task.cancel)
+    attempts: list[Attempt] = []
     try:
         with signals(stop):
-            run = open_run(options, plugins, stop)
-            with at_work(f"the writer of {redact(options.output)}"):
-                writer = await asyncio.to_thread(plugins.writers[options.writer].factory, run)
-            async with contextlib.AsyncExitStack() as observers:
-                async with contextlib.AsyncExitStack() as stack:
-                    with at_work(f"the server {options.server!r}"):
-                        servers = await stack.enter_async_context(plugins.servers[options.server].factory(run))
-                    if servers:  # else this machine has lent its GPUs to a run on another one, which has ended
-                        with lock_rank(run), recording_the_end(run, stop):
-                            await _run_locked(run, writer, servers, stop, observers)
-                if stop.reason:
-                    raise stop.reason
+            for config in configs:
+                name = f"config {config.name}: " if len(configs) > 1 else ""
+                attempts.append(Attempt(config, task, stop, name))
+                await attempts[-1].prepare()
+            await generate_all(attempts, stop, present)
+            for attempt in attempts:
+                await attempt.leave()
     except (asyncio.CancelledError, Exception) as problem:
         if stop.reason is None or problem is stop.reason:
             raise
         raise stop.reason from problem
     finally:
-        stop.stopping.set()  # threads that still wait for something far away keep the process from ending
+        for stopping in [stop, *(attempt.stop for attempt in attempts)]:
+            stopping.stopping.set()  # threads that still wait for something far away keep the process from ending
+    problems = [problem for problem in [stop.reason, *(attempt.problem for attempt in attempts)] if problem]
+    if problems:
+        raise max(problems, key=lambda problem: getattr(problem, "exit_code", 1))
 
 
-async def _run_locked(
-    run: Run, writer: Writer, servers: list[str | Upstream], stop: Stop, observers: contextlib.AsyncExitStack
-) -> None:
-    options, plugins = run.options, run.plugins
-    check_state_dir(run)
-    if options.fresh:
-        start_over(run)
+async def generate_all(attempts: list[Attempt], stop: Stop, present: Present) -> None:
+    """Start the server, and have each attempt use it in its turn, until something stops them all."""
+    run = dataclasses.replace(attempts[0].run, stop=stop, stopping=stop.stopping)
+    name = run.options.server
+    entry = run.plugins.servers[name]
+    try:
+        async with contextlib.AsyncExitStack() as stack:
+            with at_work(f"the server {name!r}", entry.factory):
+                servers = await stack.enter_async_context(opened(entry, "server", name, run))
+                check_servers(servers, f"the server {name!r} of plugin {entry.plugin}{place_of(entry.factory)}")
+            for attempt in attempts if servers else []:  # else we have lent GPUs to a run elsewhere, which has ended
+                if stop.reason is None:
+                    await attempt.generate(servers, present)
+    except (asyncio.CancelledError, Exception) as problem:  # noqa: BLE001 - raised when nobody observes any more
+        for attempt in attempts:
+            attempt.problem = attempt.problem or stop.reason or understood(problem, run.options)
+
+
+def check_servers(servers: Any, what: str) -> None:
+    """See that a server's plugin has yielded a list of what the client knows. Raises PluginError."""
+    if isinstance(servers, str) or not isinstance(servers, Sequence):
+        raise PluginError(f"{what} yielded a {type(servers).__name__}, and should yield a list of URLs")
+    for server in servers:
+        if not isinstance(server, str | Upstream):
+            raise PluginError(f"{what} yielded a list with a {type(server).__name__}: URLs or sdg.Upstreams are wanted")
+
+
+class Attempt:
+    """One config's run, from the first look at its output until nobody observes it; `problem` is what ended it early.
+
+    Observers are left when the server has stopped, with the problem raised through them.
+    """
+
+    def __init__(self, config: Config, task: asyncio.Task[Any], everything: Stop, name: str) -> None:
+        self.stop = Stop(task.cancel, everything, name)
+        self.run = open_run(config.options, config.plugins, self.stop)
+        self.problem: BaseException | None = None
+        self._task, self._everything, self._name = task, everything, name
+        self._observers = contextlib.AsyncExitStack()
+        self._writer: Writer
+
+    async def prepare(self) -> None:
+        """Open the writer: what is wrong with the output is told before a server starts."""
+        options = self.run.options
+        entry = self.run.plugins.writers[options.writer]
+        with at_work(f"the writer of {redact(options.output)}", entry.factory):
+            self._writer = await asyncio.to_thread(entry.factory, self.run)
+        check_shape(self._writer, Writer, f"the writer {options.writer!r} of plugin {entry.plugin}")
+
+    async def generate(self, servers: Sequence[str | Upstream], present: Present) -> None:
+        """Run to the end, or as far as it gets."""
+        self._everything.gently = lambda: self.stop(typing.cast("Error", self._everything.reason))
+        try:
+            with lock_rank(self.run), recording_the_end(self.run, self.stop):
+                await self._generate(servers, present)
+        except asyncio.CancelledError:
+            if self.stop.reason is None:
+                raise
+            self._task.uncancel()
+        except Exception as problem:  # noqa: BLE001 - it is raised when all that can run has run
+            self.problem = self.stop.reason or understood(problem, self.run.options)
+            if isinstance(self.problem, ServerError):  # the others would ask the same server
+                self._everything.reason = self._everything.reason or self.problem
+        finally:
+            self._everything.gently = None
+        self.problem = self.problem or self.stop.reason
+
+    async def _generate(self, servers: Sequence[str | Upstream], present: Present) -> None:
+        run = self.run
+        check_state_dir(run)
+        if run.options.fresh:
+            start_over(run)
+        async with open_engine(run, self._writer, connect(run, servers, self.stop)) as engine:
+            for impl in run.plugins.observers("observe"):
+                with at_work(f"plugin {impl.plugin_name}: observe", impl.plugin):
+                    observer: Any = impl.function(*[run for _ in impl.argnames])
+                    if observer is not None:
+                        await self._observers.enter_async_context(observer)
+            _tame_collector()
+            async with present(engine, self.stop):
+                self.stop.gently = engine.stop
+                try:
+                    await engine.work()
+                finally:
+                    self.stop.gently = None
+
+    async def leave(self) -> None:
+        """Leave the observers; with several configs, say how this one ended."""
+        try:
+            async with self._observers:
+                if problem := self.problem or self._everything.reason:
+                    raise problem
+        except (asyncio.CancelledError, Exception) as problem:  # noqa: BLE001 - it is raised when the others are left
+            self.problem = self._everything.reason or understood(problem, self.run.options)
+            if self._name and isinstance(self.problem, Error) and not self.problem.said:
+                say(f"sdg: {self._name}{self.problem}")
+                self.problem.said = True
+
+
+@contextlib.asynccontextmanager
+async def open_engine(
+    run: Run, writer: Writer, connecting: contextlib.AbstractAsyncContextManager[Client]
+) -> AsyncIterator[Engine]:
+    """An engine with all that it needs: input, client, state, resources. The rank must be locked.
+
+    Args:
+        run: what to do.
+        writer: takes the chunks.
+        connecting: the client, not yet connected; it settles `run.model` when it is.
+    """
+    options, entry = run.options, run.plugins.readers[run.options.reader]
     remember_source(run)
-    with reading(options.input):
-        reader = await asyncio.to_thread(plugins.readers[options.reader].factory, run)
+    with reading(options.input, entry.factory):
+        reader = await asyncio.to_thread(entry.factory, run)
+    check_reader(reader, f"the reader {options.reader!r} of plugin {entry.plugin}")
     check_columns(reader.schema, options)
     run.schema = reader.schema
     async with contextlib.AsyncExitStack() as stack:
-        client = await stack.enter_async_context(connect(run, servers, stop))
+        client = await stack.enter_async_context(connecting)
         claim_state(run, reader)
         store = await stack.enter_async_context(Store.open(run.state / f"{options.rank:05d}.sqlite3", run.counts))
         run.fitter = importlib.import_module(f"{_bundled_package()}.fitting").Fitter(run, client)
         resources = await open_resources(run, stack)
-        engine = Engine(run, store, reader, writer, client, resources)
-        with at_work("a plugin's `observe`"):
-            for observer in plugins.manager.hook.observe(run=run):
-                await observers.enter_async_context(observer)
-        stop.gently = engine.stop
-        _tame_collector()
-        try:
-            async with progress(engine), heartbeat(engine):
-                await engine.work()
-        finally:
-            stop.gently = None
-        figures = await statistics(engine, await store.tally())
-        write_rank(
-            run, figures, {"status": status_of(stop.reason), "expected": documents_expected(engine)}, stop.reason
-        )
-        write_statistics(run)
+        yield Engine(run, store, reader, writer, client, resources)
+
+
+@contextlib.asynccontextmanager
+async def reported(engine: Engine, stop: Stop) -> AsyncIterator[None]:
+    """Show an engine's progress, keep its figures, and say at the end what was written where."""
+    run = engine.run
+    async with progress(engine), heartbeat(engine):
+        yield
+    figures = await statistics(engine, await engine.store.tally())
+    expected = documents_expected(engine)
+    write_rank(run, figures, {"status": status_of(stop.reason), "expected": expected}, stop.reason)
+    write_statistics(run)
     if figures["documents"] or not stop.reason:
         with contextlib.suppress(BrokenPipeError):  # nobody reads it: the run is as good as before
             print(report(engine, figures), flush=True)
@@ -3856,28 +4380,14 @@ def _tame_collector() -> None:
 
 async def open_resources(run: Run, stack: contextlib.AsyncExitStack) -> dict[str, Any]:
     """Enter the resources that the rollout has parameters for."""
-    entry = run.plugins.rollouts[run.options.rollout]
-    plain = inspect.unwrap(entry.factory)
-    if inspect.isfunction(plain) and not inspect.iscoroutinefunction(plain):
-        raise PluginError(f"the rollout {run.options.rollout!r} of {entry.plugin} is no async function")
-    parameters = list(inspect.signature(entry.factory).parameters.values())
-    opened = {}
-    for parameter in parameters[2:]:
-        if parameter.name in run.plugins.resources:
-            with at_work(f"the resource {parameter.name!r}"):
-                resource = run.plugins.resources[parameter.name].factory(run)
-                opened[parameter.name] = await stack.enter_async_context(resource)
-        elif parameter.default is parameter.empty and parameter.kind in {
-            parameter.POSITIONAL_OR_KEYWORD,
-            parameter.KEYWORD_ONLY,
-        }:
-            names = ", ".join(sorted(run.plugins.resources))
-            raise PluginError(
-                f"the rollout {run.options.rollout!r} wants a resource {parameter.name!r}; there are: {names}"
-            )
-    if len(parameters) < 2 and not any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
-        raise PluginError(f"the rollout {run.options.rollout!r} of {entry.plugin} must take (document, generate)")
-    return opened
+    rollout = run.plugins.rollouts[run.options.rollout].factory
+    entered = {}
+    for parameter in list(inspect.signature(rollout).parameters.values())[2:]:
+        if entry := run.plugins.resources.get(parameter.name):
+            with at_work(f"the resource {parameter.name!r}", entry.factory):
+                resource = opened(entry, "resource", parameter.name, run)
+                entered[parameter.name] = await stack.enter_async_context(resource)
+    return entered
 
 
 def check_columns(schema: pa.Schema, options: argparse.Namespace) -> None:
@@ -3910,24 +4420,33 @@ def first_cause(problem: BaseException) -> BaseException:
     return [*ranked, *leaves][0]
 
 
+def understood(problem: BaseException, options: argparse.Namespace) -> BaseException:
+    """What a person should hear of a failure: databases and disks do not say what they are for."""
+    problem = first_cause(problem)
+    told: Error
+    if type(problem) is sqlite3.DatabaseError:
+        way_out = "restore it from a backup, or start over with --fresh"
+        told = StateError(f"state {options.state_dir} is broken ({problem}): {way_out}")
+    elif isinstance(problem, sqlite3.Error):
+        told = StateError(f"state {options.state_dir}: {reason_of(problem)}")
+    elif isinstance(problem, OSError):
+        told = OutputError(f"{problem.filename or options.output}: {reason_of(problem)}")
+    else:
+        return problem
+    told.__cause__ = problem
+    return told
+
+
 def run_command(argv: list[str]) -> int:
     """Generate: the command that runs when none is named."""
     import uvloop
 
-    options, plugins = parse_options(argv)
-    try:
-        uvloop.run(run_once(options, plugins))
-    except BaseException as group:
-        problem = first_cause(group)
-        if type(problem) is sqlite3.DatabaseError:
-            raise StateError(
-                f"state {options.state_dir} is broken ({problem}): restore it from a backup, or start over with --fresh"
-            ) from group
-        if isinstance(problem, sqlite3.Error):
-            raise StateError(f"state {options.state_dir}: {reason_of(problem)}") from group
-        if isinstance(problem, OSError):
-            raise OutputError(f"{problem.filename or options.output}: {reason_of(problem)}") from group
-        raise problem from None
+    configs = parse_configs(argv)
+    if configs[0].options.preview:
+        preview = importlib.import_module(f"{_bundled_package()}.preview")
+        preview.preview(configs)
+    else:
+        uvloop.run(run_all(configs, reported))
     return 0
 
 
@@ -3939,7 +4458,7 @@ def plugins_command(argv: list[str]) -> int:
     for kind in Plugins.kinds:
         print(f"{kind}:")
         for name, entry in sorted(getattr(plugins, kind).items()):
-            print(f"  {name:<12} {entry.plugin:<24} {entry.help}")
+            print(f"  {name:<12} {f'{entry.package} {entry.version}':<24} {entry.help}")
     return 0
 
 
@@ -3952,6 +4471,8 @@ def main(argv: list[str] | None = None) -> int:
             return int(plugins.find("commands", argv[0]).factory(argv[1:]))
         return run_command(argv)
     except Error as problem:
+        if os.environ.get("SDG_TRACEBACK") and problem.__cause__:
+            traceback.print_exception(problem.__cause__)
         if not problem.said:
             print(f"sdg: {problem}", file=sys.stderr)
         return problem.exit_code

@@ -52,7 +52,7 @@ class BrokenCard(sdg.OutputError):
 
 
 @sdg.hookimpl
-def register_commands(register: sdg.Register) -> None:
+def register_commands(register: sdg.RegisterCommands) -> None:
     register("card", card)
 
 

@@ -18,7 +18,7 @@ CHECKS = {"command": command.words_of, "sglang": sglang.check, "vllm": launching
 
 
 @sdg.hookimpl
-def register_commands(register: sdg.Register) -> None:
+def register_commands(register: sdg.RegisterCommands) -> None:
     register("check", check)
 
 
@@ -28,7 +28,14 @@ def check(argv: list[str]) -> int:
     Options, plugins, columns and places are looked at, and whether a run that is there already is of other options.
     What depends on the machine of the run (GPUs, an installed engine, a server's URL) is not.
     """
-    options, plugins = sdg.parse_options(argv)
+    for config in sdg.parse_configs(argv):
+        check_config(config)
+    return 0
+
+
+def check_config(config: sdg.Config) -> None:
+    """See that one config could be begun, and print what a script needs to know of it."""
+    options, plugins = config
     state = os.path.abspath(options.state_dir)
     run = sdg.Run(options, plugins, sdg.output_place(options, Path(state)), Path(state), stop)
     if options.server in CHECKS:
@@ -36,8 +43,10 @@ def check(argv: list[str]) -> int:
         launching.check(options)
     sdg.check_state_dir(run)
     sdg.remember_source(run)
-    with sdg.reading(options.input):
-        reader = plugins.readers[options.reader].factory(run)
+    entry = plugins.readers[options.reader]
+    with sdg.reading(options.input, entry.factory):
+        reader = entry.factory(run)
+    sdg.check_reader(reader, f"the reader {options.reader!r} of plugin {entry.plugin}")
     sdg.check_columns(reader.schema, options)
     check_earlier(run, reader)
     if card.spooled(run):
@@ -53,7 +62,6 @@ def check(argv: list[str]) -> int:
     print(f"documents {'unknown' if documents is None else documents}")
     print(f"output {os.path.abspath(options.output) if local else options.output}")
     print(f"output-config {options.output_config}\nstate-dir {state}")
-    return 0
 
 
 def stop(reason: sdg.Error) -> None:

@@ -10,7 +10,7 @@ from . import launching, sglang, vllm
 
 
 @sdg.hookimpl
-def register_servers(register: sdg.Register) -> None:
+def register_servers(register: sdg.RegisterServers) -> None:
     register("command", command)
 
 

@@ -13,7 +13,7 @@ from .lines import Lines, LinesReader
 
 
 @sdg.hookimpl
-def register_readers(register: sdg.Register) -> None:
+def register_readers(register: sdg.RegisterReaders) -> None:
     register("csv", CsvReader)
 
 

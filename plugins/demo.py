@@ -24,12 +24,12 @@ MODEL = "demo-extractive"
 
 
 @sdg.hookimpl
-def register_readers(register: sdg.Register) -> None:
+def register_readers(register: sdg.RegisterReaders) -> None:
     register("demo", DemoReader)
 
 
 @sdg.hookimpl
-def register_servers(register: sdg.Register) -> None:
+def register_servers(register: sdg.RegisterServers) -> None:
     register("demo", demo)
 
 

@@ -8,7 +8,7 @@ import sdg
 
 
 @sdg.hookimpl
-def register_servers(register: sdg.Register) -> None:
+def register_servers(register: sdg.RegisterServers) -> None:
     register("endpoint", endpoint)
 
 

@@ -45,7 +45,7 @@ WORD = re.compile(r"\s+")
 
 
 @sdg.hookimpl
-def register_resources(register: sdg.Register) -> None:
+def register_resources(register: sdg.RegisterResources) -> None:
     register("tokenizer", tokenizer)
 
 

@@ -44,7 +44,7 @@ def add_options(parser: argparse._ArgumentGroup) -> None:
 
 
 @sdg.hookimpl
-def register_readers(register: sdg.Register) -> None:
+def register_readers(register: sdg.RegisterReaders) -> None:
     register("hf", open_dataset)
 
 

@@ -52,7 +52,7 @@ def add_options(parser: argparse._ArgumentGroup) -> None:
 
 
 @sdg.hookimpl
-def register_writers(register: sdg.Register) -> None:
+def register_writers(register: sdg.RegisterWriters) -> None:
     register("hf", open_output)
 
 

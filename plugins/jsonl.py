@@ -22,12 +22,12 @@ EXTRA = "source_extra"
 
 
 @sdg.hookimpl
-def register_readers(register: sdg.Register) -> None:
+def register_readers(register: sdg.RegisterReaders) -> None:
     register("jsonl", JsonlReader)
 
 
 @sdg.hookimpl
-def register_writers(register: sdg.Register) -> None:
+def register_writers(register: sdg.RegisterWriters) -> None:
     register("jsonl", JsonlWriter)
 
 

@@ -27,7 +27,7 @@ BAR = 30  # characters
 
 
 @sdg.hookimpl
-def register_commands(register: sdg.Register) -> None:
+def register_commands(register: sdg.RegisterCommands) -> None:
     register("monitor", monitor)
 
 

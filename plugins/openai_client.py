@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @sdg.hookimpl
-def register_resources(register: sdg.Register) -> None:
+def register_resources(register: sdg.RegisterResources) -> None:
     register("openai", openai)
 
 

@@ -26,12 +26,12 @@ GROUP_BYTES = 128 << 20  # of a row group as Arrow has it: the Hub's viewer refu
 
 
 @sdg.hookimpl
-def register_readers(register: sdg.Register) -> None:
+def register_readers(register: sdg.RegisterReaders) -> None:
     register("parquet", open_files)
 
 
 @sdg.hookimpl
-def register_writers(register: sdg.Register) -> None:
+def register_writers(register: sdg.RegisterWriters) -> None:
     register("parquet", ParquetWriter)
 
 

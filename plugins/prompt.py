@@ -21,12 +21,12 @@ def add_options(parser: argparse._ArgumentGroup) -> None:
 
 
 @sdg.hookimpl
-def register_rollouts(register: sdg.Register) -> None:
+def register_rollouts(register: sdg.RegisterRollouts) -> None:
     register("prompt", prompt)
 
 
 @sdg.hookimpl
-def register_resources(register: sdg.Register) -> None:
+def register_resources(register: sdg.RegisterResources) -> None:
     register("prompt_of", prompt_of)
 
 

@@ -38,8 +38,11 @@ def open_run(asked: argparse.Namespace) -> sdg.Run:
 
 
 def state_of(asked: argparse.Namespace) -> Path:
-    """The folder of the run's state."""
-    return Path(asked.state_dir or sdg.default_state_dir(asked.output, asked.output_config))
+    """The folder of the run's state. Below --state-dir if the run had several configs in tables of a file."""
+    if not asked.state_dir:
+        return Path(sdg.default_state_dir(asked.output, asked.output_config))
+    below = Path(asked.state_dir) / asked.output_config
+    return below if (below / "run.json").exists() else Path(asked.state_dir)
 
 
 def record_of(state: Path) -> dict[str, Any]:

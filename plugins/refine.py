@@ -25,7 +25,7 @@ def add_options(parser: argparse._ArgumentGroup) -> None:
 
 
 @sdg.hookimpl
-def register_rollouts(register: sdg.Register) -> None:
+def register_rollouts(register: sdg.RegisterRollouts) -> None:
     register("refine", refine)
 
 

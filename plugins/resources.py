@@ -22,7 +22,7 @@ PATIENCE = 5.0  # s that processes get to finish what they are at
 
 
 @sdg.hookimpl
-def register_resources(register: sdg.Register) -> None:
+def register_resources(register: sdg.RegisterResources) -> None:
     register("process_pool", process_pool)
     register("temp_dir", temp_dir)
     register("rng", rng)

@@ -31,7 +31,7 @@ FATAL = (
 
 
 @sdg.hookimpl
-def register_servers(register: sdg.Register) -> None:
+def register_servers(register: sdg.RegisterServers) -> None:
     register("sglang", sglang)
 
 

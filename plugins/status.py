@@ -23,7 +23,7 @@ EXIT = "exit status: 0 nothing needs a person; 1 some ranks do, or there is no s
 
 
 @sdg.hookimpl
-def register_commands(register: sdg.Register) -> None:
+def register_commands(register: sdg.RegisterCommands) -> None:
     register("status", status)
 
 

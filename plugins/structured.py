@@ -35,7 +35,7 @@ Prompt = str | list[dict[str, Any]]
 
 
 @sdg.hookimpl
-def register_resources(register: sdg.Register) -> None:
+def register_resources(register: sdg.RegisterResources) -> None:
     register("ask", ask)
 
 

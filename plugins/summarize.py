@@ -4,7 +4,7 @@ import sdg
 
 
 @sdg.hookimpl
-def register_rollouts(register: sdg.Register) -> None:
+def register_rollouts(register: sdg.RegisterRollouts) -> None:
     register("summarize", summarize)
 
 

@@ -16,7 +16,7 @@ from .publishing import Publisher
 
 
 @sdg.hookimpl
-def register_commands(register: sdg.Register) -> None:
+def register_commands(register: sdg.RegisterCommands) -> None:
     register("verify", verify)
 
 

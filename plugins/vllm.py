@@ -38,7 +38,7 @@ FATAL = (
 
 
 @sdg.hookimpl
-def register_servers(register: sdg.Register) -> None:
+def register_servers(register: sdg.RegisterServers) -> None:
     register("vllm", vllm)
 
 

@@ -70,6 +70,10 @@ across=()
 ((nodes == 1)) || across=(--nodes "$nodes")
 checked=$("${sdg[@]}" check "${options[@]}" --rank 0 ${across[@]+"${across[@]}"})
 field() { sed -n "s/^$1 //p" <<<"$checked"; }
+if [[ $(field output-config | wc -l) -gt 1 ]]; then
+    echo "submit.sh: each config has a monitor and a card of its own: submit one at a time, by --output-config NAME" >&2
+    exit 2
+fi
 output=$(field output) state=$(field state-dir)
 where=(--output "$output" --output-config "$(field output-config)" --state-dir "$state")
 [[ $output != hf://* ]] || options+=(--no-publish) # that is what the monitor is for

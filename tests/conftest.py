@@ -19,6 +19,8 @@ from running import ROOT, Job, Sdg, Started
 
 sys.path.insert(0, str(ROOT))  # `import sdg` is the checkout's, installed or not
 
+collect_ignore = ["example_plugin"]  # a package of its own: test_example_plugin.py installs it, and runs its tests
+
 
 @pytest.fixture
 def server() -> Iterator[FakeServer]:

@@ -6,13 +6,23 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import inspect
+import json
+import os
 import re
 import shlex
+import sqlite3
+import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import pyarrow.orc
 import pytest
+
+if TYPE_CHECKING:
+    from running import Job
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -58,7 +68,35 @@ def options() -> str:
     return "\n".join(["| group | option | default | meaning |", "|---|---|---|---|", *rows])
 
 
-PARTS = {"hooks": hooks, "plugins": plugins, "options": options}
+def protocols() -> str:
+    """A list of what plugins register and what that makes, with the members' docstrings."""
+    items = []
+    for name in PROTOCOLS:
+        protocol = getattr(sdg, name)
+        items.append(f"- **`{name}`**: {' '.join((inspect.getdoc(protocol) or '').split())}")
+        for member, thing in vars(protocol).items():
+            if member.startswith("_") and member != "__call__":
+                continue
+            text = " ".join((inspect.getdoc(thing) or "").partition("\n\nArgs:")[0].split())
+            items.append(f"  - `{signature(member, thing)}`: {text}")
+    return "\n".join(items)
+
+
+PROTOCOLS = (
+    *("Rollout", "Generate", "OpenReader", "Reader", "OpenWriter", "Writer", "OpenServer", "OpenResource", "Command"),
+)
+
+
+def signature(name: str, member: object) -> str:
+    """How a member of a protocol is used: `seek(row, bookmark)`."""
+    if not inspect.isfunction(member):
+        return name
+    parameters = list(inspect.signature(member).parameters.values())[1:]
+    words = [f"{'**' if p.kind is p.VAR_KEYWORD else ''}{p.name}" for p in parameters if p.name != "args"]
+    return f"{'' if name == '__call__' else name}({', '.join(words)})"
+
+
+PARTS = {"hooks": hooks, "protocols": protocols, "plugins": plugins, "options": options}
 
 
 def generated(text: str) -> str:
@@ -112,13 +150,76 @@ def test_the_options_of_every_command_in_the_readme_exist() -> None:
         assert not [word for word in unknown if word not in {"--check"}], line
 
 
-def test_the_readmes_plugin_runs(job, server) -> None:  # type: ignore[no-untyped-def]
-    (snippet,) = [code for code in snippets("python") if "headline" in code]
-    (job.folder / "headline.py").write_text(snippet)
+@pytest.fixture
+def plugin_files(job: Job) -> dict[str, str]:
+    """The files of the README, in the job's folder: each block of code begins with its name."""
+    files = {}
+    for language in ("python", "toml"):
+        for code in snippets(language):
+            if name := re.match(r"# ([\w.]+)\n", code):
+                files[name[1]] = code
+                (job.folder / name[1]).write_text(code)
+    return files
+
+
+def test_the_readmes_rollout_runs(job: Job, plugin_files: dict[str, str]) -> None:
     job.documents("one", "two")
     output = job.succeed(plugin="./headline.py")
     assert len(output.rows()) == 2
-    assert all("Write a headline" in prompt for prompt in server.prompts)
+    assert all("Write a headline" in prompt for prompt in job.server.prompts)
+
+
+def test_the_readmes_options_and_resource_run(job: Job, plugin_files: dict[str, str]) -> None:
+    (job.folder / "terms.json").write_text('{"dog": "Hund", "cat": "Katze"}')
+    job.server.behave(lambda payload, n: "Der Hund bellt.")
+    job.documents("the dog barks", "the cat sleeps")
+    output = job.succeed(plugin="glossary.py", glossary="terms.json")
+    assert [(row["id"], row["rollout_results"][0]["terms"]) for row in output.rows()] == [("the dog barks", 1)]
+
+
+def test_the_readmes_reader_writer_server_and_observer_run(job: Job, plugin_files: dict[str, str]) -> None:
+    make_texts(job.folder / "texts.db")
+    (job.folder / "urls.txt").write_text(job.server.url + "\n")
+    names = ["sqlite_rows.py", "orc_files.py", "fleet.py", job.options["plugin"]]
+    options = {"input": "sqlite://texts.db", "server": "fleet", "fleet": "urls.txt", "base_url": None}
+    finished = job(plugin=names, output_filename="${rank}_${chunk_index}.orc", **options)
+    assert finished.rc == 0, finished
+    table = pyarrow.orc.read_table(job.folder / "output" / "data" / "00000_00000.orc")
+    assert table.column("text").to_pylist() == ["one", "two", "three"]
+    assert "data/00000_00000.orc: 3 rows" in finished.stderr
+    assert json.loads((job.folder / "facts.json").read_text())["requests"] == 3
+
+
+def test_the_readmes_tests_pass(job: Job, plugin_files: dict[str, str]) -> None:
+    make_texts(job.folder / "texts.db")
+    path = os.pathsep.join([str(README.parent / ".packages"), str(job.folder)])
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_plugins.py"]
+    env = job.sdg.environment(PYTHONPATH=path)
+    done = subprocess.run(command, cwd=job.folder, env=env, capture_output=True, text=True, check=False)
+    assert "3 passed" in done.stdout, done.stdout
+
+
+def test_the_readmes_configs_run(job: Job, plugin_files: dict[str, str]) -> None:
+    job.input([{"text": "one"}, {"text": "two"}], "docs.jsonl")
+    finished = job.sdg("--config", "prompts.toml", "--base-url", job.server.url)
+    assert finished.rc == 0, finished
+    assert len(job.server.requests) == 2 + 4
+    assert job.sdg("verify", "--output", "./lessons", "--output-config", "math").rc == 0
+
+
+def test_the_readmes_preview_runs(job: Job, plugin_files: dict[str, str]) -> None:
+    job.input([{"text": "one"}], "docs.jsonl")
+    shown = job.sdg("--plugin", "./headline.py", "--input", "docs.jsonl", "--base-url", job.server.url, "--preview", 3)
+    assert shown.rc == 0, shown
+    assert "Write a headline for this text" in shown.stdout
+
+
+def make_texts(path: Path) -> None:
+    """The database of the README's reader."""
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("CREATE TABLE texts (id INTEGER PRIMARY KEY, text TEXT)")
+        db.executemany("INSERT INTO texts (text) VALUES (?)", [("one",), ("two",), ("three",)])
+        db.commit()
 
 
 def test_the_readmes_plugin_has_ten_lines_at_most() -> None:

@@ -710,9 +710,9 @@ REFINE = """
 
     @sdg.hookimpl
     def register_rollouts(register):
-        register("refine", refine)
+        register("refine_twice", refine_twice)
 
-    async def refine(document, generate):
+    async def refine_twice(document, generate):
         try:
             draft = await generate(f"Draft: {document.text}")
         except sdg.RequestFailed:
@@ -724,7 +724,7 @@ REFINE = """
 def test_a_part_whose_later_steps_do_not_fit_is_split_again(split: Job, server: FakeServer) -> None:
     split.documents(prose(1600))
 
-    output = split.succeed(plugin=split.plugin("refine", REFINE))
+    output = split.succeed(plugin=split.plugin("refine_twice", REFINE))
 
     (result,) = output.rows()[0]["rollout_results"]
     assert list(dict.fromkeys(numbers(result["text"]))) == list(range(200))

@@ -1,0 +1,283 @@
+"""`--preview N`: what a run sends and writes for a few documents, on the terminal, and nothing anywhere else.
+
+A preview is a run like any other, by the same engine. But its output and its state are a folder that is gone when it
+ends, nobody observes it, and what the rollouts ask and get is noted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import os
+import re
+import shutil
+import sys
+import tempfile
+import textwrap
+from collections.abc import AsyncIterator, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+import sdg
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+LONGEST = 10_000  # characters of a text that are shown: some pages
+TAIL = 2_000  # of these, from its end
+
+
+@dataclasses.dataclass
+class Request:
+    """One request of a rollout: `path` below the base URL, `payload` as it was sent, and what came of it."""
+
+    path: str
+    payload: dict[str, Any]
+    reply: sdg.Reply | None = None
+    error: str = ""
+
+    @property
+    def prompt(self) -> str:
+        """The text of the last message, or the prompt of a completion."""
+        if "prompt" in self.payload:
+            return str(self.payload["prompt"])
+        content = self.payload["messages"][-1].get("content")
+        return content if isinstance(content, str) else orjson.dumps(content).decode()
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What became of a document: its row as it was written, a record as in `failed/`, or neither if it was filtered."""
+
+    id: str
+    status: str  # row, filtered, failed; "" if it was not finished
+    row: dict[str, Any] | None = None
+    failure: dict[str, Any] | None = None
+    rollouts: list[list[Request]] = dataclasses.field(default_factory=list)  # the requests of each rollout
+
+
+class Notes:
+    """What happens in an engine: the requests of each rollout, the rows, the failures."""
+
+    def __init__(self) -> None:
+        self.requests: list[Request] = []
+        self.outcomes: list[Outcome] = []
+        self.schema: pa.Schema | None = None  # of the rows
+        self._documents: dict[int, tuple[str, list[list[Request]]]] = {}
+        self._tables: dict[int, pa.Table] = {}
+        self._rollout: contextvars.ContextVar[list[Request] | None] = contextvars.ContextVar("rollout", default=None)
+
+    @contextlib.asynccontextmanager
+    async def taken(self, engine: sdg.Engine) -> AsyncIterator[None]:
+        """Note what the engine does in the body; afterwards the outcomes are known."""
+        rollout, post, write = engine.rollout, engine.client.post, engine.writer.write
+
+        @functools.wraps(rollout)
+        async def noted_rollout(document: sdg.Document, generate: sdg.Generate, **resources: Any) -> Any:
+            requests: list[Request] = []
+            self._documents.setdefault(document.index, (document.id, []))[1].append(requests)
+            self._rollout.set(requests)
+            return await rollout(document, generate, **resources)
+
+        async def noted_post(path: str, body: bytes) -> tuple[sdg.Reply, bytes]:
+            request = Request(path, orjson.loads(body))
+            self.requests.append(request)
+            if (requests := self._rollout.get()) is not None:
+                requests.append(request)
+            try:
+                request.reply, raw = await post(path, body)
+            except sdg.RequestFailed as problem:
+                request.error = str(problem)
+                raise
+            return request.reply, raw
+
+        def noted_write(chunk: sdg.Chunk, rows: pa.Table) -> None:
+            write(chunk, rows)
+            self._tables[chunk.index] = rows
+
+        engine.rollout = noted_rollout
+        engine.client.post = noted_post  # type: ignore[method-assign]
+        engine.writer.write = noted_write  # type: ignore[method-assign]
+        yield
+        for chunk in (await engine.store.chunks()).values():
+            self.outcomes.extend(self._of_chunk(engine, chunk))
+
+    def _of_chunk(self, engine: sdg.Engine, chunk: sdg.Chunk) -> Iterator[Outcome]:
+        rows: Iterator[dict[str, Any]] = iter(())
+        failures: Iterator[dict[str, Any]] = iter(())
+        if chunk.written:
+            table = engine.writer.read(chunk)  # as it can be read; None from writers that do not read
+            table = self._tables[chunk.index] if table is None else table
+            self.schema = table.schema if self.schema is None else self.schema
+            rows, failures = iter(sdg.rows_of(table)), iter(sdg.read_failed(engine.run, chunk))
+        for position in range(chunk.count):
+            name, rollouts = self._documents.get(chunk.start + position, ("", []))
+            if not chunk.written:
+                yield Outcome(name, "", rollouts=rollouts)
+            elif position in chunk.failed:
+                failure = next(failures)
+                yield Outcome(failure["id"], "failed", failure=failure, rollouts=rollouts)
+            elif position in chunk.filtered:
+                yield Outcome(name, "filtered", rollouts=rollouts)
+            else:
+                yield Outcome(name, "row", row=next(rows), rollouts=rollouts)
+
+
+def rehearsed(config: sdg.Config, folder: str, documents: int) -> sdg.Config:
+    """A config whose first documents are run, alone, in a folder of its own."""
+    options = argparse.Namespace(**vars(config.options))
+    options.output, options.state_dir = f"{folder}/{config.name}", f"{folder}/{config.name}/.sdg"
+    writers = config.plugins.writers
+    if options.writer not in writers or options.writer == sdg.split_uri(config.options.output)[0]:
+        kind = sdg.format_of(options.output_filename)  # a place of its own is not touched
+        options.writer = kind if kind in writers else "parquet"
+    options.max_documents = min(documents, options.max_documents or documents)
+    options.rank, options.world_size = 0, 1
+    options.fresh = options.retry_failed = False
+    options.no_progress, options.max_failure_rate = True, 1.0
+    config.plugins.quiet = True
+    return sdg.Config(options, config.plugins)
+
+
+def preview(configs: list[sdg.Config]) -> None:
+    """Show the first documents of each config."""
+    import uvloop
+
+    @contextlib.asynccontextmanager
+    async def shown(engine: sdg.Engine, stop: sdg.Stop) -> AsyncIterator[None]:
+        notes = Notes()
+        async with notes.taken(engine):
+            yield
+        if len(configs) > 1:
+            print(heading(f"config {engine.run.options.output_config}", "━"))
+        print(without_keys(Page(notes).text(), engine.run.options.api_key_env), flush=True)
+
+    with tempfile.TemporaryDirectory(prefix="sdg-preview-") as folder:
+        uvloop.run(sdg.run_all([rehearsed(config, folder, config.options.preview) for config in configs], shown))
+
+
+# ── On the terminal ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Page:
+    """The notes as text."""
+
+    def __init__(self, notes: Notes) -> None:
+        self.notes = notes
+
+    def text(self) -> str:
+        """All documents, and how many of them are what."""
+        lines = [line for number, outcome in enumerate(self.notes.outcomes, 1) for line in document(number, outcome)]
+        return "\n".join([*lines, *self.summary()])
+
+    def summary(self) -> Iterator[str]:
+        """What the rows are made of, and the count."""
+        yield heading("in all")
+        if self.notes.schema is not None:
+            yield "columns"
+            yield from (f"    {field.name}: {field.type}" for field in self.notes.schema)
+        statuses = [outcome.status for outcome in self.notes.outcomes]
+        names = {"row": "rows", "filtered": "filtered", "failed": "failed", "": "not finished"}
+        counts = [f"{name}: {statuses.count(status)}" for status, name in names.items() if status or "" in statuses]
+        counts = [f"documents: {len(statuses)}", f"requests: {len(self.notes.requests)}", *counts]
+        yield f"{', '.join(counts)}. Nothing was written."
+
+
+def document(number: int, outcome: Outcome) -> Iterator[str]:
+    """A document's requests, and what became of it."""
+    yield heading(f"document {number}{outcome.id and f' · {outcome.id}'}")
+    for i, requests in enumerate(outcome.rollouts, 1):
+        if len(outcome.rollouts) > 1:
+            yield f"rollout {i} of {len(outcome.rollouts)}"
+        for request in requests:
+            yield from request_lines(request, outcome.row)
+    if outcome.row is not None:
+        yield "row"
+        yield from fields(outcome.row, 4)
+    elif outcome.failure is not None:
+        record = outcome.failure
+        yield f"FAILED after {record['attempts']} attempts: {clean(record['error'])} [{record['error_type']}]"
+        yield from fields({"document": record["document"]} if not outcome.rollouts else {}, 4)
+    else:
+        yield "FILTERED: the rollout returned nothing" if outcome.status else "NOT FINISHED"
+    yield ""
+
+
+def request_lines(request: Request, row: Mapping[str, Any] | None) -> Iterator[str]:
+    """A request as it was sent, and its answer, unless it stands in the row as it is."""
+    payload = dict(request.payload)
+    messages = payload.pop("messages", None)
+    prompt = payload.pop("prompt", None)
+    yield f"request POST {request.path}"
+    yield from fields(payload, 4)
+    for message in messages if isinstance(messages, list) else []:
+        rest = {key: value for key, value in message.items() if key not in {"role", "content"}}
+        yield from fields({f"[{message.get('role')}]": message.get("content"), **rest}, 4)
+    if prompt is not None:
+        yield from fields({"prompt": prompt}, 4)
+    if request.reply is None:
+        yield f"no answer: {clean(request.error or 'the run ended before it came')}"
+        return
+    results = [result for value in (row or {}).values() if isinstance(value, list) for result in value]
+    if any(isinstance(result, dict) and result.get("text") == request.reply.text for result in results):
+        yield "answer: see the row"
+        return
+    reply = dataclasses.asdict(request.reply)
+    choices = {f"choice {i}": choice["text"] for i, choice in enumerate(reply.pop("choices"), 1)}
+    yield "answer"
+    yield from fields({name: value for name, value in {**reply, **choices}.items() if value is not None}, 4)
+
+
+def fields(values: Mapping[str, Any], indent: int) -> Iterator[str]:
+    """Names and values, a line each; texts of several lines, lists and structs stand below their names."""
+    width = shutil.get_terminal_size().columns
+    for name, value in values.items():
+        lead = f"{' ' * indent}{clean(name)}:"
+        if isinstance(value, str):
+            text = clean(shortened(value))
+            if "\n" not in text and len(lead) + len(text) < max(width, 60):
+                yield f"{lead} {text}"
+            else:
+                yield lead
+                yield textwrap.indent(text, " " * (indent + 4))
+        elif isinstance(value, dict) and value:
+            yield lead
+            yield from fields(value, indent + 4)
+        elif isinstance(value, list) and any(isinstance(item, dict | list | str) for item in value):
+            yield lead
+            yield from fields({f"- {i}": item for i, item in enumerate(value, 1)}, indent + 4)
+        else:
+            yield f"{lead} {clean(shortened(orjson.dumps(value, default=sdg.plain).decode()))}"
+
+
+def shortened(text: str) -> str:
+    """A text, whole unless it is very long: then its beginning and its end."""
+    if len(text) <= LONGEST:
+        return text
+    left = len(text) - LONGEST
+    return f"{text[: LONGEST - TAIL]}\n[… {left:,} of {len(text):,} characters are not shown …]\n{text[-TAIL:]}"
+
+
+def clean(text: str) -> str:
+    """A text without what would make a terminal do something."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
+
+
+def heading(text: str, line: str = "─") -> str:
+    """A line across the terminal with a text in it."""
+    width = max(40, min(120, shutil.get_terminal_size().columns))
+    text = clean(text)
+    full = f"{line * 3} {text} {line * max(3, width - len(text) - 5)}"
+    return f"\x1b[1m{full}\x1b[0m" if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else full
+
+
+def without_keys(text: str, *names: str) -> str:
+    """A text without the secrets that the environment has, whatever a plugin has sent."""
+    for name in (*names, "HF_TOKEN"):
+        if secret := os.environ.get(name, ""):
+            text = text.replace(secret, "***")
+    return text

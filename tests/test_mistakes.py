@@ -1,0 +1,437 @@
+"""Mistakes in plugins are told in one line, in the plugin's terms, with its file and line."""
+
+from __future__ import annotations
+
+import textwrap
+
+import pytest
+from running import Job
+
+# A line that ends with `# !` is the one that the message must name.
+MISTAKES = {
+    "import": ("import sdg\nimport no_such_module  # !\n", ["no_such_module", "does not import"]),
+    "import_of_a_name": ("import sdg\nfrom sdg import no_such_name  # !\n", ["no_such_name"]),
+    "import_elsewhere": (
+        "import sdg\nimport json\nSETTINGS = json.loads('{')  # !\n",
+        ["JSONDecodeError"],
+    ),
+    "syntax": ("import sdg\n\ndef broken(:  # !\n    pass\n", ["SyntaxError"]),
+    "indentation": ("import sdg\ndef broken():\npass  # !\n", ["IndentationError"]),
+    "exit": ("import sys\nsys.exit('no')  # !\n", ["SystemExit"]),
+    "hook_name": (
+        """
+        import sdg
+
+        @sdg.hookimpl  # !
+        def register_rollout(register):
+            register("mine", mine)
+        """,
+        ["register_rollout", "is no hook", "did you mean register_rollouts"],
+    ),
+    "hook_name_far_off": (
+        """
+        import sdg
+
+        @sdg.hookimpl  # !
+        def begin(run):
+            pass
+        """,
+        ["begin", "is no hook", "observe", "chunk_written"],
+    ),
+    "hook_arguments": (
+        """
+        import sdg
+
+        @sdg.hookimpl  # !
+        def chunk_written(run, piece):
+            pass
+        """,
+        ["chunk_written", "is not given piece", "run, chunk"],
+    ),
+    "hook_raises": (
+        """
+        import sdg
+
+        @sdg.hookimpl
+        def register_rollouts(register):
+            register("mine", helper())
+
+        def helper():
+            return {}["nothing"]  # !
+        """,
+        ["register_rollouts failed", "KeyError"],
+    ),
+    "add_options_raises": (
+        """
+        import sdg
+
+        @sdg.hookimpl
+        def add_options(parser):
+            parser.add_argument("--mine", typ=int)  # !
+        """,
+        ["add_options failed", "typ"],
+    ),
+    "option_is_taken": (
+        """
+        import sdg
+
+        @sdg.hookimpl
+        def add_options(parser):
+            parser.add_argument("--model")
+        """,
+        ["option_is_taken", "--model", "rename"],
+    ),
+    "register_without_a_factory": (
+        """
+        import sdg
+
+        @sdg.hookimpl
+        def register_rollouts(register):
+            register("mine")  # !
+        """,
+        ["register_rollouts failed", "factory"],
+    ),
+    "no_function": (
+        """
+        import sdg
+
+        @sdg.hookimpl
+        def register_rollouts(register):
+            register("mine", "mine")
+        """,
+        ["no_function", "rollout 'mine'", "str", "async function"],
+    ),
+    "not_async": (
+        """
+        import sdg
+
+        @sdg.hookimpl
+        def register_rollouts(register):
+            register("mine", mine)
+
+        def mine(document, generate):  # !
+            return generate(document.text)
+        """,
+        ["rollout 'mine'", "not async", "async def"],
+    ),
+    "async_generator": (
+        """
+        import sdg
+
+        @sdg.hookimpl
+        def register_rollouts(register):
+            register("mine", mine)
+
+        async def mine(document, generate):  # !
+            yield await generate(document.text)
+        """,
+        ["rollout 'mine'", "yields", "list"],
+    ),
+    "too_few_parameters": (
+        """
+        import sdg
+
+        @sdg.hookimpl
+        def register_rollouts(register):
+            register("mine", mine)
+
+        async def mine(document):  # !
+            return document.text
+        """,
+        ["rollout 'mine'", "(document)", "(document, generate"],
+    ),
+    "parameters_swapped": (
+        """
+        import sdg
+
+        @sdg.hookimpl
+        def register_rollouts(register):
+            register("mine", mine)
+
+        async def mine(generate, document):  # !
+            return document.text
+        """,
+        ["rollout 'mine'", "(generate, document)", "(document, generate"],
+    ),
+    "unknown_resource": (
+        """
+        import sdg
+
+        @sdg.hookimpl
+        def register_rollouts(register):
+            register("mine", mine)
+
+        @sdg.hookimpl
+        def register_resources(register):
+            register("tokenizer", None)
+
+        async def mine(document, generate, tokeniser):  # !
+            return document.text
+        """.replace('register("tokenizer", None)', 'register("tokenizer", mine)'),
+        ["rollout 'mine'", "tokeniser", "did you mean tokenizer"],
+    ),
+}
+
+
+def line_of(source: str) -> int:
+    """The number of the line that is marked."""
+    (number,) = [i for i, line in enumerate(source.splitlines(), 1) if line.endswith("# !")] or [0]
+    return number
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_told_before_anything_runs_with_file_and_line(name: str, job: Job) -> None:
+    source, words = MISTAKES[name]
+    job.documents("one")
+    plugin = job.plugin(name, source)
+
+    finished = job(plugin=plugin if "register_rollouts" in source else [plugin, job.options["plugin"]])
+
+    assert finished.rc == 1
+    assert finished.says(*words)
+    if line := line_of(plugin.read_text()):
+        assert f"{name}.py:{line})" in finished.message
+    assert not job.server.requests
+    assert not (job.folder / "output").exists()
+
+
+RESULTS = {
+    "a_number": ("return 5", "int", "a str, dict, Reply, list or None"),
+    "a_list_of_numbers": ("return ['fine', 5]", "int", "a str, dict, Reply, list or None"),
+    "no_await": ("return generate(document.text)", "coroutine", "is await missing?"),
+    "a_generator": ("return (word for word in document.text)", "generator", "is list(…) missing?"),
+    "keys_that_are_no_names": ("return {5: 'five'}", "dict", "are not str"),
+    "no_json": ("return {'what': {1, 2}}", "set", "not JSON"),
+}
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_a_result_of_a_wrong_kind_names_the_rollouts_definition(name: str, job: Job) -> None:
+    statement, kind, hint = RESULTS[name]
+    plugin = job.plugin(
+        "wrong",
+        f"""
+        import sdg
+
+        @sdg.hookimpl
+        def register_rollouts(register):
+            register("wrong", wrong)
+
+        async def wrong(document, generate):
+            {statement}
+        """,
+    )
+    job.documents("one")
+
+    output = job.succeed(plugin=plugin, **({"bugs": True} if name == "no_await" else {}))
+
+    (failed,) = output.failures()
+    assert failed["error_type"] == "TypeError"
+    assert f"wrong.py:{line_containing(plugin.read_text(), 'async def wrong')})" in failed["error"]
+    assert kind in failed["error"]
+    assert hint in failed["error"]
+
+
+def line_containing(source: str, text: str) -> int:
+    """The number of the first line with some text."""
+    return next(i for i, line in enumerate(source.splitlines(), 1) if text in line)
+
+
+PARTS = """
+import contextlib
+import pyarrow as pa
+import sdg
+
+@sdg.hookimpl
+def register_readers(register):
+    register("few", FewReader)
+
+class FewReader:
+    schema = pa.schema([("text", pa.string())])
+    identity = {"few": 1}
+
+    def __init__(self, run):
+        self.left = 2
+
+    def seek(self, row, bookmark):
+        self.left = 2 - row
+
+    def tell(self):
+        return None
+
+    def read(self, rows):
+        some, self.left = min(rows, self.left), self.left - min(rows, self.left)
+        return [sdg.Block(pa.RecordBatch.from_pydict({"text": ["a"] * some}), "few", 0)] if some else []
+
+    def total(self):
+        return 2
+
+    def continues(self, earlier):
+        return False
+
+@sdg.hookimpl
+def register_writers(register):
+    register("lines", LinesWriter)
+
+class LinesWriter:
+    def __init__(self, run):
+        self.run = run
+
+    def write(self, chunk, rows):
+        self.run.output.write(self.run.path_of(chunk), lambda file: file.write(b"lines"))
+
+    def read(self, chunk):
+        return None
+
+@sdg.hookimpl
+def register_servers(register):
+    register("here", here)
+
+@contextlib.asynccontextmanager
+async def here(run):
+    yield ["SERVER"]
+
+@sdg.hookimpl
+def register_rollouts(register):
+    register("mine", mine)
+
+async def mine(document, generate, thing):
+    return await generate(document.text + thing)
+
+@sdg.hookimpl
+def register_resources(register):
+    register("thing", thing)
+
+@contextlib.asynccontextmanager
+async def thing(run):
+    yield "!"
+
+@sdg.hookimpl
+def observe(run):
+    return contextlib.nullcontext()
+"""
+
+# What is replaced in PARTS, what the message must say, and a part of the line that it must name.
+SHAPES = {
+    "fine": ("", "", [], ""),
+    "reader_without_schema": (
+        '    schema = pa.schema([("text", pa.string())])\n', "",
+        ["reader 'few'", "has no `schema`", "sdg.Reader", "every batch"], "class FewReader",
+    ),
+    "reader_without_read": (
+        "def read(self", "def reed(self", ["reader 'few'", "has no `read(rows)`"], "class FewReader",
+    ),
+    "reader_with_other_arguments": (
+        "def seek(self, row, bookmark)", "def seek(self, row)",
+        ["reader 'few'", "`seek`", "seek(row, bookmark)"], "class FewReader",
+    ),
+    "schema_of_another_kind": (
+        'schema = pa.schema([("text", pa.string())])', "schema = ['text']",
+        ["reader 'few'", "`schema`", "list", "pyarrow.Schema"], "class FewReader",
+    ),
+    "identity_that_is_no_json": (
+        '{"few": 1}', '{"few": {1}}', ["reader 'few'", "`identity`", "JSON"], "class FewReader",
+    ),
+    "reader_that_gives_dicts": (
+        'sdg.Block(pa.RecordBatch.from_pydict({"text": ["a"] * some}), "few", 0)', '{"text": "a"}',
+        ["read() gave", "dict", "sdg.Block"], "class FewReader",
+    ),
+    "reader_with_other_columns": (
+        '{"text": ["a"] * some}', '{"texts": ["a"] * some}', ["read() gave", "texts: string", "`schema`"],
+        "class FewReader",
+    ),
+    "reader_that_gives_too_much": (
+        "[\"a\"] * some", "[\"a\"] * 5", ["read() gave batches of [5] rows when 1"], "class FewReader",
+    ),
+    "reader_that_raises": (
+        "self.left = 2\n\n", "self.left = {}['nothing']\n\n", ["reader", "few://", "KeyError"], "{}['nothing']",
+    ),
+    "reader_that_raises_later": (
+        "return None\n\n    def read(", "return {}['nothing']\n\n    def read(", ["reader", "few://", "KeyError"],
+        "{}['nothing']",
+    ),
+    "writer_without_read": (
+        "    def read(self, chunk):\n        return None\n", "", ["writer 'lines'", "has no `read(chunk)`"],
+        "class LinesWriter",
+    ),
+    "writer_that_raises": (
+        'file.write(b"lines")', 'file.write({}["nothing"])', ["the writer of", "KeyError"], '{}["nothing"]',
+    ),
+    "server_without_decorator": (
+        "@contextlib.asynccontextmanager\nasync def here", "async def here",
+        ["server 'here'", "async_generator", "@contextlib.asynccontextmanager"], "async def here",
+    ),
+    "server_that_yields_text": (
+        'yield ["SERVER"]', 'yield "SERVER"', ["server 'here'", "yielded a str", "list"],
+        "asynccontextmanager\nasync def here",
+    ),
+    "server_that_yields_other_things": (
+        'yield ["SERVER"]', "yield [5]", ["server 'here'", "int", "URLs"], "asynccontextmanager\nasync def here",
+    ),
+    "server_that_raises": (
+        'yield ["SERVER"]', "yield [{}['nothing']]", ["server 'here'", "KeyError"], "{}['nothing']",
+    ),
+    "resource_without_decorator": (
+        "@contextlib.asynccontextmanager\nasync def thing", "async def thing",
+        ["resource 'thing'", "async_generator", "@contextlib.asynccontextmanager"], "async def thing",
+    ),
+    "resource_that_raises": (
+        'yield "!"', "yield {}['nothing']", ["resource 'thing'", "KeyError"], "{}['nothing']",
+    ),
+    "observer_that_raises": (
+        "return contextlib.nullcontext()", "return {}['nothing']", ["observe", "KeyError"], "{}['nothing']",
+    ),
+    "observer_of_another_kind": ("return contextlib.nullcontext()", "return 5", ["observe", "int"], ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_part_of_a_wrong_shape_says_what_it_lacks(name: str, job: Job) -> None:
+    old, new, words, place = SHAPES[name]
+    assert old in PARTS
+    source = PARTS.replace(old, new, 1).replace("SERVER", job.server.url)
+    plugin = job.plugin("parts", textwrap.dedent(source))
+
+    finished = job(
+        plugin=plugin, base_url=None, server="here", input="few://", output_filename="${chunk_index}.lines",
+        records_per_chunk=1,
+    )  # fmt: skip
+
+    if name == "fine":
+        assert finished.rc == 0, finished
+        return
+    assert finished.rc == 1
+    assert finished.says(*words)
+    if place:
+        text = plugin.read_text()
+        line = text[: text.index(place)].count("\n") + 1
+        assert f"parts.py:{line})" in finished.message, (line, finished.message)
+
+
+def test_a_traceback_is_shown_to_who_wants_one(job: Job) -> None:
+    job.documents("one")
+    source, _ = MISTAKES["hook_raises"]
+    finished = job(plugin=job.plugin("wrong", source), env={"SDG_TRACEBACK": "1"}, bugs=True)
+    assert finished.rc == 1
+    assert "Traceback" in finished.stderr
+    assert 'in helper\n    return {}["nothing"]' in finished.stderr
+
+
+def test_two_files_that_are_called_alike_are_two_plugins(job: Job) -> None:
+    for folder, name in (("a", "first"), ("b", "second")):
+        (job.folder / folder).mkdir()
+        job.plugin(
+            f"{folder}/same",
+            f"""
+            import sdg
+
+            @sdg.hookimpl
+            def register_rollouts(register):
+                register("{name}", {name})
+
+            async def {name}(document, generate):
+                return "{name}"
+            """,
+        )
+    job.documents("one")
+    assert job.succeed(plugin=["a/same.py", "b/same.py"]).texts() == {"one": ["second"]}
