@@ -208,7 +208,7 @@ class Generate(Protocol):
         """Which of --rollouts-per-document this is, from 0."""
 
     async def __call__(self, prompt: str | list[dict[str, Any]] | dict[str, Any], **overrides: Any) -> Reply:
-        """Answer a prompt.
+        """Answer a prompt. What it holds of the document is cut if it does not fit the model's context.
 
         Args:
             prompt: a string (one user message), a list of chat messages, or a whole payload: with `messages` for the

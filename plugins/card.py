@@ -458,6 +458,8 @@ class Part(NamedTuple):
         yield "Version of its plugin", inline(version) or "unknown"
         yield "Rollouts per document", f"{options['rollouts_per_document']:,}"
         yield "Sampling", inline(sampling_of(options)) or "the model's own"
+        if options.get("long_documents") == "split":
+            yield "Long documents", "run in parts, whose results were joined"
         yield "Server", inline(options["server"])
         yield "Fingerprint of the run", inline(self.record["fingerprint"])
         yield "`sdg` version", inline(self.record["sdg"])

@@ -398,7 +398,8 @@ class Fitter:
         """Tokens of prompt and answer together, the least that --model-max-context and the servers that are up say."""
         if self._unasked and (self._nobody_asked or any(upstream.up.is_set() for upstream in self._unasked)):
             async with self._asking:
-                await self._ask_servers()
+                if self._unasked:  # else another request has asked meanwhile
+                    await self._ask_servers()
         return self._limit
 
     @property

@@ -193,6 +193,38 @@ def test_a_prompt_of_any_text_fits_and_its_instructions_are_whole(
         assert reply.truncated == (tiny_tokenizer.count(payload) > budget)
 
 
+turns = st.tuples(st.sampled_from(["user", "assistant", "system"]), documents_of_any_kind)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    chat=st.lists(turns, min_size=1, max_size=4),
+    limit=st.integers(200, 900),
+    way=st.sampled_from(["offsets", "counts"]),
+)
+def test_a_chat_fits_and_only_the_user_is_cut(
+    counters: Counters, chat: list[tuple[str, str]], limit: int, way: str
+) -> None:
+    messages = [{"role": role, "content": text} for role, text in chat]
+    payload = {"model": "m", "max_tokens": 50, "messages": [{"role": "system", "content": "Be brief."}, *messages]}
+
+    reply, sent = post(counters[way], limit, document_of("", messages), payload)
+
+    if isinstance(reply, str):
+        assert reply.startswith("context")
+        return
+    assert sent["messages"][0] == payload["messages"][0]
+    for was, is_ in zip(messages, sent["messages"][1:], strict=True):
+        if was["role"] == "user":
+            assert was["content"].strip().startswith(is_["content"].strip())
+        else:
+            assert was == is_
+    if any(role == "user" and len(text.strip()) >= fitting.SHORTEST for role, text in chat):
+        assert tiny_tokenizer.count(sent) <= limit - 50
+    else:
+        assert sent == payload
+
+
 @settings(max_examples=100, deadline=None)
 @given(text=documents_of_any_kind, tokens=st.integers(32, 300), data=st.data())
 def test_parts_of_any_text_fit_and_joined_they_are_the_text(
@@ -365,6 +397,19 @@ def test_a_models_files_come_from_the_hub_and_then_from_its_cache(
     ] * 2
 
 
+def test_a_server_that_counts_only_texts_is_left_room_for_its_template(long: Job, server: FakeServer) -> None:
+    server.context = None
+    server.count = lambda payload: tiny_tokenizer.count(payload) if "prompt" in payload else None
+    long.documents(prose(4000))
+
+    finished = long()
+
+    assert long.output.rows()[0]["rollout_results"][0]["truncated"]
+    assert "/tokenize" in finished.stderr
+    allowed = fitting.allowance(server.requests[0].payload, CONTEXT)
+    assert CONTEXT - ANSWER - 2 * allowed < tiny_tokenizer.count(server.requests[0].payload) <= CONTEXT - ANSWER
+
+
 def test_without_any_tokenizer_tokens_are_estimated_and_that_is_said(long: Job, server: FakeServer) -> None:
     server.behave(lambda payload, n: Status(400) if tiny_tokenizer.count(payload) > CONTEXT - ANSWER else None)
     server.count = None
@@ -446,7 +491,9 @@ def test_another_refusal_is_not_taken_for_a_context(long: Job, server: FakeServe
     assert message in output.failures()[0]["error"]
 
 
-def test_the_smaller_of_two_contexts_counts(long: Job, server: FakeServer) -> None:
+def test_the_smaller_of_two_contexts_counts(long: Job, server: FakeServer, servers: Callable[[], FakeServer]) -> None:
+    other = servers()
+    other.count, other.max_model_len = server.count, 200
     long.documents(prose(4000))
 
     long.succeed(model_max_context=300, output="smaller")
@@ -455,6 +502,11 @@ def test_the_smaller_of_two_contexts_counts(long: Job, server: FakeServer) -> No
     sizes = [tiny_tokenizer.count(request.payload) for request in server.requests]
     assert len(sizes) == 2
     assert sizes[0] <= 300 - ANSWER < sizes[1] <= CONTEXT - ANSWER
+
+    long.succeed(base_url=[server.url, other.url], output="two servers")
+
+    (request,) = [*server.requests[2:], *other.requests]
+    assert 0.8 * (200 - ANSWER) < tiny_tokenizer.count(request.payload) <= 200 - ANSWER
 
 
 def test_without_max_tokens_a_quarter_is_kept_for_the_answer(long: Job, server: FakeServer) -> None:
@@ -596,6 +648,7 @@ def test_the_parts_of_a_document_are_run_and_their_texts_joined(split: Job, serv
         assert part.prompt.endswith(AFTER)
         assert 0.4 * (CONTEXT - ANSWER) < tiny_tokenizer.count(part.payload) <= CONTEXT - ANSWER
     assert output.stats()["truncated"] == 0
+    assert "| Long documents | run in parts" in (output.path / "README.md").read_text()
     assert split.verify().rc == 0
 
 
