@@ -29,6 +29,11 @@ def check(argv: list[str]) -> int:
     What depends on the machine of the run (GPUs, an installed engine, a server's URL) is not.
     """
     options, plugins = sdg.parse_options(argv)
+    if options.fresh:
+        raise sdg.UsageError(
+            "--fresh would start over with every requeue, and delete what other ranks have: "
+            "delete the output and its state by hand"
+        )
     state = os.path.abspath(options.state_dir)
     run = sdg.Run(options, plugins, sdg.output_place(options, Path(state)), Path(state), stop)
     if options.server in CHECKS:
@@ -72,8 +77,6 @@ def check_publishing(run: sdg.Run) -> None:
 
 def check_earlier(run: sdg.Run, reader: sdg.Reader) -> None:
     """Raise what a rank would, if there is a run of other options already. A model that is not named fits."""
-    if run.options.fresh:
-        return
     sdg.refuse_strangers(run)
     if not (run.state / "run.json").exists():
         return
