@@ -155,6 +155,12 @@ def write(campaign: Campaign, count: int) -> list[str]:
     return [row["text"] for row in rows]
 
 
+def answer_slowly(server: FakeServer, texts: list[str], ranks: int, waiting: set[int]) -> None:
+    """Have those ranks wait for their answers that are yet to be interrupted."""
+    rank_of = {text: i // 10 % ranks for i, text in enumerate(texts)}
+    server.behave(lambda payload, n: Delay(1.0 if rank_of[prompt_of(payload)] in waiting else 0.2))
+
+
 def sent_again(server: FakeServer, texts: list[str], rank: int, world: int, chunk: int = 10) -> int:
     """Requests beyond one for each document of a rank."""
     mine = {text for i, text in enumerate(texts) if i // chunk % world == rank}
@@ -207,9 +213,8 @@ def rows_in(content: bytes) -> list[dict[str, Any]]:
 def test_whatever_interrupts_a_rank_costs_only_what_was_in_flight(campaign: Campaign, slow: FakeServer) -> None:
     """A kill, a signal, a requeue by hand, the time limit, a preemption, and one for the monitor: a rank each."""
     cluster, texts = campaign.cluster, write(campaign, 5 * 100)
-    waiting = {rank: True for rank in range(5)}  # ranks that are yet to be interrupted: their answers take long
-    rank_of = {text: i // 10 % 5 for i, text in enumerate(texts)}
-    slow.behave(lambda payload, n: Delay(1.0 if waiting[rank_of[prompt_of(payload)]] else 0.2))
+    waiting = {*range(5)}
+    answer_slowly(slow, texts, 5, waiting)
     ranks, monitor, card = campaign.submit("--ranks=5", "--cpus-per-task=4", "--signal=B:USR1@50")
     wait_for(lambda: all(campaign.answers(rank) > 3 for rank in range(5)), 90, lambda: campaign.logs)
 
@@ -222,7 +227,7 @@ def test_whatever_interrupts_a_rank_costs_only_what_was_in_flight(campaign: Camp
     cluster.slurm("scancel", "--batch", "--signal=USR1", monitor)
     for rank in (0, 1, 2, 4, 3):  # Slurm looks at time limits every half minute
         wait_for(lambda rank=rank: cluster.task(ranks, rank).restarts, 90, lambda: campaign.logs)  # type: ignore[misc]
-        waiting[rank] = False
+        waiting.remove(rank)
 
     campaign.done(ranks, 150)
     campaign.done(card)
@@ -245,11 +250,14 @@ def kill_engine(campaign: Campaign, rank: int) -> None:
 
 def test_a_node_that_is_switched_off_loses_nothing(campaign: Campaign, slow: FakeServer) -> None:
     cluster, texts = campaign.cluster, write(campaign, 3 * 60)
+    waiting = {*range(3)}
+    answer_slowly(slow, texts, 3, waiting)
     ranks, _, card = campaign.submit("--ranks=3", "--cpus-per-task=8")
-    wait_for(lambda: all(campaign.answers(rank) > 8 for rank in range(3)), 60, lambda: campaign.logs)
+    wait_for(lambda: all(campaign.answers(rank) > 3 for rank in range(3)), 90, lambda: campaign.logs)
 
     lost = next(job for job in cluster.jobs(ranks) if job.node == "node2")
     cluster.switch_off("node2")
+    waiting.clear()
 
     campaign.done(ranks)
     campaign.done(card)
@@ -261,8 +269,10 @@ def test_a_node_that_is_switched_off_loses_nothing(campaign: Campaign, slow: Fak
 
 def test_ranks_that_were_cancelled_are_told_and_run_again_alone(campaign: Campaign, slow: FakeServer) -> None:
     cluster, texts = campaign.cluster, write(campaign, 4 * 40)
+    waiting = {1, 3}
+    answer_slowly(slow, texts, 4, waiting)
     ranks, monitor, card = campaign.submit("--ranks=4", "--monitor=--interval 1 --patience 2")
-    wait_for(lambda: all(campaign.answers(rank) > 4 for rank in range(4)), 60, lambda: campaign.logs)
+    wait_for(lambda: all(campaign.answers(rank) > 3 for rank in range(4)), 90, lambda: campaign.logs)
 
     cluster.slurm("scancel", f"{ranks}_1", f"{ranks}_3")
 
@@ -275,6 +285,7 @@ def test_ranks_that_were_cancelled_are_told_and_run_again_alone(campaign: Campai
     assert "Ended early" in (campaign.output.path / "README.md").read_text()
     assert "stopped" in campaign.logs[f"card-{card}.log"]
     before = len(slow.requests)
+    waiting.clear()
 
     again, _, card = campaign.submit("--ranks=4", "--array=1,3")
     campaign.done(again)
@@ -373,11 +384,11 @@ def test_scripts_have_nothing_that_shellcheck_finds(cluster: Cluster) -> None:
 # ── Models on several nodes ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def played(campaign: Campaign, script: str = "") -> None:
-    """Have a program that plays vLLM in the path, after some words of shell."""
+def played(campaign: Campaign, script: str = "", seconds: float = 0.5) -> None:
+    """Have a program that plays vLLM in the path, after some words of shell; an answer takes it some seconds."""
     programs = campaign.folder / "bin"
     programs.mkdir()
-    engine = f'exec python3 {ENGINE} --folder {campaign.folder}/engine --seconds 0.5 "$@"'
+    engine = f'exec python3 {ENGINE} --folder {campaign.folder}/engine --seconds {seconds} "$@"'
     (programs / "vllm").write_text(f"#!/bin/sh\n{script}\n{engine}\n")
     (programs / "vllm").chmod(0o755)
     campaign.options |= {"base_url": None, "server": "vllm", "model": "played"}
@@ -412,9 +423,9 @@ def nodes_of(campaign: Campaign, job: str) -> list[str]:
 
 def test_ranks_on_two_nodes_outlive_the_death_of_a_head_and_of_a_worker(campaign: Campaign) -> None:
     write(campaign, 2 * 60)
-    played(campaign)
+    played(campaign, seconds=1.0)
     ranks, _, card = campaign.submit("--ranks=2", "--nodes=2", "--gpus-per-node=1", tp=2)
-    wait_for(lambda: all(campaign.answers(rank) > 8 for rank in range(2)), 60, lambda: campaign.logs)
+    wait_for(lambda: all(campaign.answers(rank) > 3 for rank in range(2)), 90, lambda: campaign.logs)
 
     head, worker = nodes_of(campaign, f"{ranks}_0")[0], nodes_of(campaign, f"{ranks}_1")[1]
     os.kill(pid_on(campaign, head, "sdg.py", "--rank 0"), 9)
