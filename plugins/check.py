@@ -36,6 +36,11 @@ def check(argv: list[str]) -> int:
 def check_config(config: sdg.Config) -> None:
     """See that one config could be begun, and print what a script needs to know of it."""
     options, plugins = config
+    if options.fresh:
+        raise sdg.UsageError(
+            "--fresh would start over with every requeue, and delete what other ranks have: "
+            "delete the output and its state by hand"
+        )
     state = os.path.abspath(options.state_dir)
     run = sdg.Run(options, plugins, sdg.output_place(options, Path(state)), Path(state), stop)
     if options.server in CHECKS:
@@ -80,8 +85,6 @@ def check_publishing(run: sdg.Run) -> None:
 
 def check_earlier(run: sdg.Run, reader: sdg.Reader) -> None:
     """Raise what a rank would, if there is a run of other options already. A model that is not named fits."""
-    if run.options.fresh:
-        return
     sdg.refuse_strangers(run)
     if not (run.state / "run.json").exists():
         return

@@ -197,8 +197,8 @@ async def serve(run: sdg.Run, program: Program) -> AsyncIterator[list[sdg.Upstre
     import aiohttp
 
     options = run.options
-    check(options)
     nodes.place(options)
+    check(options)
     if options.node_rank:
         await nodes.join(run, lambda spot: launch(run, program, Spot(**spot), 0, []))
         yield []

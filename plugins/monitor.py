@@ -192,8 +192,9 @@ class Seen(NamedTuple):
         return f"nothing was heard for {duration(quiet)}, {self.summary()}" if quiet > patience else ""
 
     def counted(self) -> str:
-        """The ranks, by how they are doing."""
-        return ", ".join(f"{number} {state}" for state, number in self.states.items() if number)
+        """The ranks, by how they are doing; those that have not begun come last."""
+        states = sorted(self.states, key="waiting".__eq__)
+        return ", ".join(f"{self.states[state]:,} {state}" for state in states if self.states[state])
 
     def summary(self) -> str:
         """The ranks in a few words."""

@@ -59,7 +59,7 @@ run_rank() {
     local word began=$SECONDS
     for word; do
         if [[ $word == --fresh ]]; then
-            echo "sdg: --fresh would start over with every requeue, and delete what other ranks have: delete it by hand" >&2
+            echo "sdg: --fresh would start over with every requeue: delete the output and its state by hand" >&2
             exit 2
         fi
     done

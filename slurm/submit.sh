@@ -50,7 +50,6 @@ for word; do
     case $word in
     --rank | --world-size | --rank=* | --world-size=*) fail "${word%%=*} follows from --ranks, before the --" ;;
     --nodes | --nodes=*) fail "--nodes comes before the --" ;;
-    --fresh) fail "--fresh would delete what other ranks have: delete the output and its state by hand" ;;
     esac
 done
 array=${array:-0-$((ranks - 1))}

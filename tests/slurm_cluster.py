@@ -18,7 +18,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -350,12 +349,6 @@ class Cluster:
                         found[pid] = line
         return found
 
-    def pid_of(self, *words: str, node: str | None = None) -> int:
-        """The process whose command line has all these words: the oldest one."""
-        found = [pid for pid, line in self.processes(node).items() if all(word in line for word in words)]
-        assert found, (words, self.processes(node))
-        return min(found)
-
     # -- Slurm
 
     def environment(self, **more: str) -> dict[str, str]:
@@ -392,6 +385,11 @@ class Cluster:
         (found,) = self.jobs(job)
         return found
 
+    def task(self, job: str, number: int) -> Job:
+        """One task of an array."""
+        (found,) = [found for found in self.jobs(job) if found.id == f"{job}_{number}"]
+        return found
+
     def states(self, job: str) -> list[str]:
         return sorted(found.state for found in self.jobs(job))
 
@@ -403,7 +401,3 @@ class Cluster:
         """The logs of a job."""
         logs = sorted({found.fields["StdOut"] for found in self.jobs(job) if "StdOut" in found.fields})
         return "\n".join(f"== {path}\n{Path(path).read_text()[-3000:]}" for path in logs if Path(path).exists())
-
-    def signal(self, pid: int, signum: signal.Signals = signal.SIGKILL) -> None:
-        """Send a signal to a process on some node."""
-        os.kill(pid, signum)

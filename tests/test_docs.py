@@ -244,7 +244,7 @@ def snippets(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README.read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize("command", ["run", "verify", "card", "plugins"])
+@pytest.mark.parametrize("command", ["run", "verify", "card", "check", "monitor", "plugins", "status"])
 def test_every_command_has_help(run_sdg, command: str) -> None:  # type: ignore[no-untyped-def]
     finished = run_sdg(command, "--help")
     assert finished.rc == 0

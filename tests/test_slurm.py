@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 import real_engines
 from fake_hub import FakeHub, Rights
-from fake_server import Delay, FakeServer
+from fake_server import Delay, FakeServer, prompt_of
 from running import ECHO, ROOT, SIGNS_OF_A_BUG, Finished, Output, documents
 from slurm_cluster import ADDRESS, Cluster, Unavailable, wait_for
 
@@ -121,7 +121,7 @@ class Campaign:
         self.cluster.wait_for(job, *ended, seconds=seconds)
         assert set(self.cluster.states(job)) == {"COMPLETED"}, self.cluster.told(job)
 
-    def answers(self, rank: int, world: int) -> int:
+    def answers(self, rank: int) -> int:
         """Documents of a rank that have an answer in a state or a file."""
         with contextlib.suppress(OSError, ValueError):
             figures = json.loads((self.output.state / f"{rank:05d}.stats.json").read_text())
@@ -134,7 +134,8 @@ class Campaign:
         verified = self.sdg("verify")
         assert verified.rc == 0, verified
         for name, text in self.logs.items():
-            assert not [sign for sign in SIGNS_OF_A_BUG if sign in text], (name, text)
+            theirs = name.startswith("vllm-")  # vLLM itself has much to say
+            assert theirs or not [sign for sign in SIGNS_OF_A_BUG if sign in text], (name, text)
 
 
 @pytest.fixture
@@ -153,6 +154,12 @@ def write(campaign: Campaign, count: int) -> list[str]:
     rows = documents(count)
     pq.write_table(pa.Table.from_pylist(rows), campaign.folder / "input.parquet")
     return [row["text"] for row in rows]
+
+
+def answer_slowly(server: FakeServer, texts: list[str], ranks: int, waiting: set[int]) -> None:
+    """Have those ranks wait for their answers that are yet to be interrupted."""
+    rank_of = {text: i // 10 % ranks for i, text in enumerate(texts)}
+    server.behave(lambda payload, n: Delay(1.0 if rank_of[prompt_of(payload)] in waiting else 0.2))
 
 
 def sent_again(server: FakeServer, texts: list[str], rank: int, world: int, chunk: int = 10) -> int:
@@ -205,32 +212,32 @@ def rows_in(content: bytes) -> list[dict[str, Any]]:
 
 
 def test_whatever_interrupts_a_rank_costs_only_what_was_in_flight(campaign: Campaign, slow: FakeServer) -> None:
-    cluster, texts = campaign.cluster, write(campaign, 5 * 200)
-    flags = ["--ranks=5", "--cpus-per-task=4", "--signal=B:USR1@50"]
-    ranks, monitor, card = campaign.submit(*flags)
-    wait_for(lambda: all(campaign.answers(rank, 5) > 8 for rank in range(5)), 60, lambda: campaign.logs)
+    """A kill, a signal, a requeue by hand, the time limit, a preemption, and one for the monitor: a rank each."""
+    cluster, texts = campaign.cluster, write(campaign, 5 * 100)
+    waiting = {*range(5)}
+    answer_slowly(slow, texts, 5, waiting)
+    ranks, monitor, card = campaign.submit("--ranks=5", "--cpus-per-task=4", "--signal=B:USR1@50")
+    wait_for(lambda: all(campaign.answers(rank) > 3 for rank in range(5)), 90, lambda: campaign.logs)
 
-    tasks = {job.id: job for job in cluster.jobs(ranks)}
-    assert all(job.state == "RUNNING" for job in tasks.values())
+    node = cluster.task(ranks, 4).node
     kill_engine(campaign, 0)
     cluster.slurm("scancel", "--signal=USR1", f"{ranks}_1")
     cluster.slurm("scontrol", "requeue", f"{ranks}_2")
     cluster.slurm("scontrol", "update", f"jobid={ranks}_3", "timelimit=1")
-    node = tasks[f"{ranks}_4"].node
     urgent = cluster.submit("-p", "urgent", "-w", node, "--exclusive", "--wrap", "sleep 5", "--output=/dev/null")
-
     cluster.slurm("scancel", "--batch", "--signal=USR1", monitor)
+    for rank in (0, 1, 2, 4, 3):  # Slurm looks at time limits every half minute
+        wait_for(lambda rank=rank: cluster.task(ranks, rank).restarts, 90, lambda: campaign.logs)  # type: ignore[misc]
+        waiting.remove(rank)
+
     campaign.done(ranks, 150)
     campaign.done(card)
     campaign.done(urgent)
     assert cluster.job(monitor).restarts >= 1
-    campaign.everything(1000)
-    restarts = {job.id: job.restarts for job in cluster.jobs(ranks)}
-    assert all(count >= 1 for count in restarts.values()), restarts
+    campaign.everything(500)
     again = {rank: sent_again(slow, texts, rank, 5) for rank in range(5)}
-    print("sent again:", again, "restarts:", restarts)
-    assert all(count <= LOST * restarts[f"{ranks}_{rank}"] for rank, count in again.items()), (again, restarts)
-    print(again, restarts, *campaign.logs.values(), sep="\n")
+    print("sent again:", again)
+    assert all(count <= LOST * cluster.task(ranks, rank).restarts for rank, count in again.items()), again
 
 
 def kill_engine(campaign: Campaign, rank: int) -> None:
@@ -244,11 +251,14 @@ def kill_engine(campaign: Campaign, rank: int) -> None:
 
 def test_a_node_that_is_switched_off_loses_nothing(campaign: Campaign, slow: FakeServer) -> None:
     cluster, texts = campaign.cluster, write(campaign, 3 * 60)
+    waiting = {*range(3)}
+    answer_slowly(slow, texts, 3, waiting)
     ranks, _, card = campaign.submit("--ranks=3", "--cpus-per-task=8")
-    wait_for(lambda: all(campaign.answers(rank, 3) > 8 for rank in range(3)), 60, lambda: campaign.logs)
+    wait_for(lambda: all(campaign.answers(rank) > 3 for rank in range(3)), 90, lambda: campaign.logs)
 
     lost = next(job for job in cluster.jobs(ranks) if job.node == "node2")
     cluster.switch_off("node2")
+    waiting.clear()
 
     campaign.done(ranks)
     campaign.done(card)
@@ -260,8 +270,10 @@ def test_a_node_that_is_switched_off_loses_nothing(campaign: Campaign, slow: Fak
 
 def test_ranks_that_were_cancelled_are_told_and_run_again_alone(campaign: Campaign, slow: FakeServer) -> None:
     cluster, texts = campaign.cluster, write(campaign, 4 * 40)
+    waiting = {1, 3}
+    answer_slowly(slow, texts, 4, waiting)
     ranks, monitor, card = campaign.submit("--ranks=4", "--monitor=--interval 1 --patience 2")
-    wait_for(lambda: all(campaign.answers(rank, 4) > 4 for rank in range(4)), 60, lambda: campaign.logs)
+    wait_for(lambda: all(campaign.answers(rank) > 3 for rank in range(4)), 90, lambda: campaign.logs)
 
     cluster.slurm("scancel", f"{ranks}_1", f"{ranks}_3")
 
@@ -274,6 +286,7 @@ def test_ranks_that_were_cancelled_are_told_and_run_again_alone(campaign: Campai
     assert "Ended early" in (campaign.output.path / "README.md").read_text()
     assert "stopped" in campaign.logs[f"card-{card}.log"]
     before = len(slow.requests)
+    waiting.clear()
 
     again, _, card = campaign.submit("--ranks=4", "--array=1,3")
     campaign.done(again)
@@ -372,11 +385,11 @@ def test_scripts_have_nothing_that_shellcheck_finds(cluster: Cluster) -> None:
 # ── Models on several nodes ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def played(campaign: Campaign, script: str = "") -> None:
-    """Have a program that plays vLLM in the path, after some words of shell."""
+def played(campaign: Campaign, script: str = "", seconds: float = 0.5) -> None:
+    """Have a program that plays vLLM in the path, after some words of shell; an answer takes it some seconds."""
     programs = campaign.folder / "bin"
     programs.mkdir()
-    engine = f'exec python3 {ENGINE} --folder {campaign.folder}/engine --seconds 0.5 "$@"'
+    engine = f'exec python3 {ENGINE} --folder {campaign.folder}/engine --seconds {seconds} "$@"'
     (programs / "vllm").write_text(f"#!/bin/sh\n{script}\n{engine}\n")
     (programs / "vllm").chmod(0o755)
     campaign.options |= {"base_url": None, "server": "vllm", "model": "played"}
@@ -411,9 +424,9 @@ def nodes_of(campaign: Campaign, job: str) -> list[str]:
 
 def test_ranks_on_two_nodes_outlive_the_death_of_a_head_and_of_a_worker(campaign: Campaign) -> None:
     write(campaign, 2 * 60)
-    played(campaign)
+    played(campaign, seconds=1.0)
     ranks, _, card = campaign.submit("--ranks=2", "--nodes=2", "--gpus-per-node=1", tp=2)
-    wait_for(lambda: all(campaign.answers(rank, 2) > 8 for rank in range(2)), 60, lambda: campaign.logs)
+    wait_for(lambda: all(campaign.answers(rank) > 3 for rank in range(2)), 90, lambda: campaign.logs)
 
     head, worker = nodes_of(campaign, f"{ranks}_0")[0], nodes_of(campaign, f"{ranks}_1")[1]
     os.kill(pid_on(campaign, head, "sdg.py", "--rank 0"), 9)
@@ -430,7 +443,7 @@ def test_a_rank_whose_other_node_is_lost_goes_on_elsewhere(campaign: Campaign) -
     write(campaign, 60)
     played(campaign)
     rank, _, card = campaign.submit("--nodes=2", "--gpus-per-node=2", tp=4)
-    wait_for(lambda: campaign.answers(0, 1) > 8, 60, lambda: campaign.logs)
+    wait_for(lambda: campaign.answers(0) > 8, 60, lambda: campaign.logs)
 
     _, worker = nodes_of(campaign, rank)
     campaign.cluster.lose(worker)
@@ -440,7 +453,6 @@ def test_a_rank_whose_other_node_is_lost_goes_on_elsewhere(campaign: Campaign) -
     assert worker not in nodes_of(campaign, rank)
     campaign.everything(60)
     assert sum(asked(campaign).values()) - 60 <= LOST
-    print(campaign.logs)
 
 
 def test_ray_joins_two_nodes_and_is_joined_again_when_a_part_of_it_dies(campaign: Campaign) -> None:
@@ -454,13 +466,13 @@ def test_ray_joins_two_nodes_and_is_joined_again_when_a_part_of_it_dies(campaign
     campaign.env["PATH"] += f":{ray}"
     campaign.env |= {"RAY_OVERRIDE_RESOURCES": '{"GPU": 2}', "RAY_TMPDIR": "/tmp", "PYTHONWARNINGS": "ignore"}
     rank, _, card = campaign.submit("--nodes=2", "--gpus-per-node=2", tp=4, node_backend="ray")
-    wait_for(lambda: campaign.answers(0, 1) > 8, 120, lambda: campaign.logs)
+    wait_for(lambda: campaign.answers(0) > 8, 120, lambda: campaign.logs)
 
     head, worker = nodes_of(campaign, rank)
     os.kill(pid_on(campaign, head, "fake_engine.py"), 9)
     wait_for(lambda: len(starts(campaign)) == 2, 60, lambda: campaign.logs)
-    before = campaign.answers(0, 1)
-    wait_for(lambda: campaign.answers(0, 1) > before + 4, 60, lambda: campaign.logs)
+    before = campaign.answers(0)
+    wait_for(lambda: campaign.answers(0) > before + 4, 60, lambda: campaign.logs)
     os.kill(pid_on(campaign, worker, "raylet"), 9)
 
     campaign.done(rank)
@@ -488,4 +500,4 @@ def test_vllm_itself_answers_from_two_nodes(campaign: Campaign) -> None:
     campaign.done(card)
     campaign.everything(count)
     assert all(row["rollout_results"][0]["text"] for row in campaign.output.rows())
-    assert {"vllm-00000-0-node1.log", "vllm-00000-0.log"} <= {*campaign.logs} or campaign.logs.keys() == 0
+    assert {"vllm-00000-0-node0.log", "vllm-00000-0-node1.log"} <= {*campaign.logs}

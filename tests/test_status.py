@@ -231,6 +231,7 @@ def test_options_that_fit_are_told_and_nothing_is_written(job: Job, server: Fake
     ("options", "words"),
     [
         ({"temperature": "hot"}, ["--temperature"]),
+        ({"fresh": True}, ["--fresh", "by hand"]),
         ({"input": "nowhere.parquet"}, ["nowhere.parquet"]),
         ({"prompt_column": "no-such"}, ["--prompt-column", "no-such"]),
         ({"base_url": None, "server": "vllm"}, ["--model"]),
