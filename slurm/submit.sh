@@ -92,7 +92,7 @@ submit() { # NAME, then words for sbatch; prints the job's number
 
 cancel() { # what was submitted already: without the rest nobody would watch it
     scancel "$@"
-    echo "submit.sh: nothing was submitted" >&2
+    echo "submit.sh: job $* is cancelled again" >&2
     exit 1
 }
 

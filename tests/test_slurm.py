@@ -344,7 +344,7 @@ def test_templates_work_from_any_folder_and_with_an_installed_sdg(campaign: Camp
     ("flags", "options", "words"),
     [
         (["--partition=no-such"], {}, "Invalid partition"),
-        (["--beside=--partition=no-such"], {}, "nothing was submitted"),
+        (["--beside=--partition=no-such"], {}, "is cancelled again"),
         ([], {"temperature": "hot"}, "--temperature"),
         ([], {"prompt_column": "no-such"}, "no such column"),
         ([], {"plugin": "./no-such.py"}, "no such file"),
@@ -363,7 +363,7 @@ def test_what_cannot_be_is_refused_at_once(
 
     assert done.rc in {1, 2}
     assert words in done.stderr, done
-    assert not campaign.cluster.slurm("squeue", "--noheader").strip()
+    wait_for(lambda: not campaign.cluster.slurm("squeue", "--noheader").strip(), 30)
     assert not campaign.output.path.exists() or not campaign.output.data()
 
 
