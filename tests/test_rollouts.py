@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
 import re
+import signal
 import sqlite3
 import sys
 import textwrap
@@ -12,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_server import FakeServer, Hang, Status, prompt_of
+from fake_server import FakeServer, Hang, Status, prompt_of, usual_text
 from hypothesis import given
 from hypothesis import strategies as st
-from running import Job, Output, wait_until
+from running import Job, Output, Started, wait_until
 
 import sdg
 
@@ -290,6 +292,60 @@ def check_replay(job: Job, server: FakeServer, module: str, function: str, **opt
     assert output.data() == undisturbed.data()
     assert output.stats()["cache_hits"] == count
     return count
+
+
+FAN_OUT = """
+    async def own(document, generate):
+        draft = await generate(f"{document.id}: draft")
+        views = await asyncio.gather(*[generate(f"{document.id}: view {n} of {draft}") for n in range(3)])
+        return [draft, *views, await generate(f"{document.id}: {views}")]
+"""
+
+
+def durable_answers(job: Job) -> set[str]:
+    """The answers in the state, by what the server makes of each payload."""
+    uri = f"file:{job.output.state}/00000.sqlite3?mode=ro"
+    with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=30)) as state:
+        bodies = [body for (body,) in state.execute("SELECT CAST(body AS TEXT) FROM requests")]
+    return {answer for body in bodies for answer in re.findall(r"answer [0-9a-f]{16}", body)}
+
+
+@pytest.mark.parametrize("chance", [random.Random(1), random.Random(2)], ids=["1", "2"])
+def test_kills_between_branches_lose_nothing_and_send_no_durable_answer_again(
+    chance: random.Random, job: Job, server: FakeServer
+) -> None:
+    own(job, FAN_OUT)
+    job.input([{"id": f"d{number:03}", "text": "x"} for number in range(40)])
+    victim: list[Started] = []
+    fatal = 0
+
+    def answer(payload: dict[str, Any], n: int) -> Any:
+        nonlocal fatal
+        fatal -= 1
+        if fatal == 0:
+            victim[-1].process.kill()
+        return Status(400) if re.match("d0.7: view 1", prompt_of(payload)) else None
+
+    server.behave(answer)
+    options = {"records_per_chunk": 7, "max_concurrent_documents": 6, "rollouts_per_document": 2, "seed": 1}
+    undisturbed = job.succeed(output="undisturbed", **options)
+    assert len(undisturbed.failures()) == 4
+    durable: set[str] = set()
+    codes = []
+    for round_ in range(7):
+        fatal = chance.randrange(10, 90) if round_ < 6 else 0
+        server.forget()
+        victim.append(job.start(**options))
+        codes.append(victim[-1].finish().rc)
+        sent = {usual_text(request.payload)[:23] for request in server.requests}
+        assert not durable & sent
+        durable = durable_answers(job)
+
+    assert codes[-1] == 0
+    assert codes.count(-signal.SIGKILL) >= 4
+    assert job.output.data() == undisturbed.data()
+    assert job.output.failed().keys() == undisturbed.failed().keys()
+    assert job.verify().rc == 0
 
 
 STEPS = {"continue": 4, "refine": 3}
