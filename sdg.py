@@ -5,6 +5,8 @@
     python sdg.py --plugin ./mine.py --input docs.jsonl.gz --base-url https://api.example.com/v1 --model some-model
     python sdg.py --config run.toml --rank 3 --world-size 8               # one of eight processes
     python sdg.py --input hf://datasets/OWNER/NAME --output hf://datasets/YOU/NAME --server vllm --model OWNER/MODEL
+    slurm/submit.sh --ranks 16 --gpus-per-node 8 -- --config run.toml     # on a Slurm cluster
+    python sdg.py status --output /shared/out                             # how its ranks are doing
     python sdg.py monitor --output hf://datasets/YOU/NAME                 # publish what many ranks write
     python sdg.py verify --output ./output/summarize                      # is every document accounted for?
 
@@ -105,6 +107,7 @@ class Reply:
     usage: Usage | None = None  # of the whole request: only on the first choice, so that sums stay true
     tool_calls: list[dict[str, Any]] | None = None
     logprobs: dict[str, Any] | None = None
+    truncated: bool = False  # the prompt's part of the document was cut to the model's context
     choices: tuple[Reply, ...] = ()
 
     def __str__(self) -> str:
@@ -251,6 +254,7 @@ class Run:
     source_schema: pa.Schema | None = None  # of the input, as an earlier process of this run recorded it
     schema: pa.Schema | None = None  # of the input, as it is now: there when resources are opened
     counts: Counter[str] = dataclasses.field(default_factory=Counter)  # of this process; see `statistics`
+    fitter: Any = None  # of prompts to the model's context, once the servers are known; see `plugins/fitting.py`
 
     def path_of(self, chunk: Chunk) -> str:
         """The chunk's file, relative to the output."""
@@ -330,14 +334,16 @@ class RequestFailed(Exception):
     """A request that has no answer. A rollout may catch it; otherwise its document fails.
 
     Attributes:
-        cause: the HTTP status as text, or one of timeout, connection, body, empty.
+        cause: the HTTP status as text, or one of timeout, connection, body, empty, crash, context.
         status: the HTTP status, None where there was none.
         attempts: how often the request was sent.
+        body: what the server said, if it refused the request.
     """
 
     def __init__(self, cause: str, message: str, *, status: int | None = None, retry: bool = True) -> None:
         super().__init__(message)
         self.cause, self.status, self.retry, self.attempts = cause, status, retry, 1
+        self.body = b""
         self.retry_after: float | None = None  # s, as the server asked
         self.unreached = False  # no connection: the request cannot have done anything
 
@@ -436,9 +442,9 @@ class Hooks:
 # ── Plugins ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 BUNDLED = (
-    *("card", "command", "continuation", "csv", "demo", "endpoint", "hf", "hf_output", "jsonl", "judge", "launching"),
-    *("monitor", "openai_client", "parquet", "prompt", "qa", "refine", "rephrase", "resources", "sglang", "structured"),
-    *("summarize", "translate", "verify", "vllm"),
+    *("card", "check", "command", "continuation", "csv", "demo", "endpoint", "fitting", "hf", "hf_output", "jsonl"),
+    *("judge", "launching", "monitor", "openai_client", "parquet", "prompt", "qa", "refine", "rephrase", "resources"),
+    *("sglang", "status", "structured", "summarize", "translate", "verify", "vllm"),
 )
 
 
@@ -717,7 +723,19 @@ def number(kind: type[int] | type[float], low: float, high: float = 1e9) -> Call
     return convert
 
 
+def one_of(*names: str, more: bool = False) -> Callable[[str], str]:
+    """A converter for options that take one of some names, or also a whole number."""
+
+    def convert(value: str) -> str:
+        if value not in names and not (more and value.isdigit()):
+            raise argparse.ArgumentTypeError(f"{value!r} is none of {', '.join(names)}{', or a number' * more}")
+        return value
+
+    return convert
+
+
 FILENAME = "${rank}_${chunk_index}.parquet"
+LONG_DOCUMENTS = ("truncate", "split", "fail")
 _count, _natural, _seconds, _ratio = number(int, 1), number(int, 0), number(float, 0.001), number(float, 0)
 
 
@@ -766,6 +784,13 @@ OPTIONS = {
         Option("--base-url", "URL", "with /v1 or without; repeatable: the least loaded is asked", action="append"),
         Option("--api-key-env", "NAME", "the environment variable that holds the key", "OPENAI_API_KEY"),
         Option("--model", "NAME", "default: the server's only model", identity=True),
+        Option(
+            "--model-max-context",
+            "N",
+            "tokens of prompt and answer; default: what the server says",
+            type=_count,
+            identity=True,
+        ),
         Option("--max-concurrent-generations", "N", "requests in flight", 500, _count),
         Option(
             "--max-concurrent-documents", "N", "documents in flight; default: half as many again, and 16", type=_count
@@ -781,6 +806,14 @@ OPTIONS = {
         Option("--seed", "N", "of a document's first rollout; the next ones count up from it", type=int, identity=True),
         Option("--generation", "JSON", "anything else for the request's payload", type=json_object, identity=True),
         Option("--rollouts-per-document", "N", "independent results", 1, _count, identity=True),
+        Option(
+            "--long-documents",
+            "HOW",
+            "those that exceed the context: truncate, split (run the parts, join the results) or fail",
+            LONG_DOCUMENTS[0],
+            one_of(*LONG_DOCUMENTS),
+            identity=True,
+        ),
     ],
     "run": [
         Option("--plugin", "P", "rollout, FILE.py or MODULE[:ROLLOUT]; repeatable, the last one runs", action="append"),
@@ -1283,7 +1316,7 @@ def base_fields() -> dict[str, pa.DataType]:
     import pyarrow as pa
 
     text = dict.fromkeys(("text", "reasoning", "finish_reason"), pa.string())
-    return {**text, "usage": pa.struct([(name, pa.int64()) for name in TOKENS])}
+    return {**text, "usage": pa.struct([(name, pa.int64()) for name in TOKENS]), "truncated": pa.bool_()}
 
 
 def results_type(fields: Mapping[str, pa.DataType]) -> pa.DataType:
@@ -2133,7 +2166,7 @@ class Client:
         retry = status in {408, 409, 425, 429} or status >= 500
         message = f"{status} from {redact(upstream.url)}: {error_text(raw) or response.reason}"
         failure = RequestFailed(str(status), message, status=status, retry=retry)
-        failure.retry_after = retry_after(response.headers)
+        failure.retry_after, failure.body = retry_after(response.headers), raw
         if status == 401:
             self._stop(ServerError(f"{message}; is the key in ${self.key_name} right?"))
         elif status in {429, 503}:
@@ -2167,6 +2200,8 @@ class Client:
 def parse_reply(answer: Any) -> Reply:
     """A chat or completion answer as the protocol has it (https://platform.openai.com/docs/api-reference).
 
+    With `sdg_truncated`, which is ours, it is the answer to a prompt that was cut.
+
     Raises:
         RequestFailed: it has another shape, or neither text nor a tool call.
     """
@@ -2178,19 +2213,19 @@ def parse_reply(answer: Any) -> Reply:
         usage = {name: usage[name] for name in TOKENS if isinstance(usage.get(name), int)}
     replies: list[Reply] = []
     for choice in choices:
-        reply = _parse_choice(choice, usage if not replies else None)
+        reply = _parse_choice(choice, usage if not replies else None, bool(answer.get("sdg_truncated")))
         if reply.text or reply.tool_calls:
             replies.append(reply)
     if not replies:
         reason = choices[0].get("finish_reason")
-        thought = ", all of its tokens went into reasoning" if _parse_choice(choices[0], None).reasoning else ""
+        thought = ", all of its tokens went into reasoning" if _parse_choice(choices[0]).reasoning else ""
         hint = "; raise --max-tokens" if reason == "length" else ""
         message = f"the answer is empty (finish_reason {reason}){thought}{hint}"
         raise RequestFailed("empty", message, retry=reason != "length")
     return dataclasses.replace(replies[0], choices=tuple(replies)) if len(replies) > 1 else replies[0]
 
 
-def _parse_choice(choice: dict[str, Any], usage: Usage | None) -> Reply:
+def _parse_choice(choice: dict[str, Any], usage: Usage | None = None, truncated: bool = False) -> Reply:
     message = choice.get("message")
     if not isinstance(message, dict):
         message = {"content": choice.get("text")}
@@ -2204,6 +2239,7 @@ def _parse_choice(choice: dict[str, Any], usage: Usage | None) -> Reply:
         usage,
         message.get("tool_calls") or None,
         choice.get("logprobs"),
+        truncated,
     )
 
 
@@ -2618,7 +2654,7 @@ def prompt_of(value: Any) -> tuple[str, list[dict[str, Any]] | None]:
 
 
 class Trial:
-    """One rollout of one document: it is the `generate` that the rollout is given."""
+    """One rollout of one document, or of a part of it: it is the `generate` that the rollout is given."""
 
     __slots__ = (
         "_answers",
@@ -2626,20 +2662,27 @@ class Trial:
         "_engine",
         "_key",
         "_ordinals",
+        "_part",
         "attempts",
         "document",
         "final",
         "index",
         "interrupted",
+        "room",
+        "truncated",
         "usage",
     )
 
-    def __init__(self, engine: Engine, document: Document, key: int, index: int, answers: dict[bytes, bytes]) -> None:
+    def __init__(
+        self, engine: Engine, document: Document, key: int, index: int, answers: dict[bytes, bytes], part: str = ""
+    ) -> None:
         self._engine, self.document, self._key, self.index, self._answers = engine, document, key, index, answers
+        self._part = part  # ".1" is the second one, ".1.0" the first of its parts
         self._ordinals: dict[bytes, int] = {}  # the ordinal of the last of equal requests: each is another sample
         self._branches: set[asyncio.Task[Any]] = set()  # tasks that wait for an answer
         self.attempts = 0
-        self.interrupted = self.final = False
+        self.interrupted = self.final = self.truncated = False
+        self.room: int | None = None  # tokens that a part may have: set when the document must be split
         self.usage: Usage | None = None
 
     async def __call__(self, prompt: str | list[dict[str, Any]] | dict[str, Any], **overrides: Any) -> Reply:
@@ -2658,7 +2701,7 @@ class Trial:
         except TypeError as problem:
             raise BadDocument(f"the prompt cannot be sent: {problem}") from problem
         digest = xxhash.xxh3_128(body)
-        digest.update(f"{path}\0{self.index}\0{self.document.id}".encode(errors="surrogatepass"))
+        digest.update(f"{path}\0{self.index}{self._part}\0{self.document.id}".encode(errors="surrogatepass"))
         same = digest.digest()
         ordinal = self._ordinals[same] = self._ordinals.get(same, -1) + 1
         key = same + ordinal.to_bytes(4, "big")
@@ -2670,18 +2713,21 @@ class Trial:
             if ordinal and isinstance(payload.get("seed"), int):  # else the server would give the same sample again
                 payload["seed"] += ordinal * self._engine.run.options.rollouts_per_document
                 body = orjson.dumps(payload)
-            reply, answer = await self._send(path, body, key)
+            reply, answer = await self._send(path, payload, body, key)
         self.attempts += 1
+        self.truncated |= reply.truncated
         if reply.usage:
             self.usage = dict(Counter(self.usage) + Counter(reply.usage)) if self.usage else reply.usage
         return reply, answer
 
-    async def _send(self, path: str, body: bytes, key: bytes) -> tuple[Reply, bytes]:
+    async def _send(self, path: str, payload: dict[str, Any], body: bytes, key: bytes) -> tuple[Reply, bytes]:
+        reply: Reply
+        answer: bytes
         branch = asyncio.current_task()
         assert branch
         self._branches.add(branch)
         try:
-            reply, answer = await self._engine.client.post(path, body)
+            reply, answer = await self._engine.run.fitter.post(self, path, payload, body)
         except asyncio.CancelledError:
             self.interrupted = True
             raise
@@ -2693,7 +2739,10 @@ class Trial:
 
     async def run(self) -> list[dict[str, Any]] | dict[str, Any]:
         """The results, or what failed: `{error, error_type, attempts}`. Cancelled if the run is stopping."""
-        outcome = await self._outcome()
+        ends = self._answers.get(self._parts_key)
+        outcome = await self._outcome() if ends is None else []
+        if ends is not None or self.room is not None:
+            outcome = await self._engine.run.fitter.run_parts(self, ends and orjson.loads(ends))
         self.final = True
         for branch in self._branches:  # as `gather` leaves them when one has failed: nobody waits for their answers
             branch.cancel()
@@ -2701,11 +2750,23 @@ class Trial:
             raise asyncio.CancelledError  # made without an answer that was on its way: the next run makes it again
         return outcome
 
+    @property
+    def _parts_key(self) -> bytes:
+        return f"parts of {self.index}{self._part}".encode()
+
+    def parts(self, documents: list[Document], ends: list[int]) -> list[Trial]:
+        """The same rollout of each part; where they end is stored, before anything is sent, for the next process."""
+        if self._parts_key not in self._answers:
+            self._engine.store.answered(self._key, self._parts_key, orjson.dumps(ends))
+        same = (self._key, self.index, self._answers)
+        return [Trial(self._engine, part, *same, f"{self._part}.{i}") for i, part in enumerate(documents)]
+
     async def _outcome(self) -> list[dict[str, Any]] | dict[str, Any]:
         engine = self._engine
         try:
             own = {name: make(self.document, self) for name, make in engine.makers.items()}
-            return results_of(await engine.rollout(self.document, self, **engine.resources, **own), self.usage)
+            results = results_of(await engine.rollout(self.document, self, **engine.resources, **own), self.usage)
+            return [{"truncated": self.truncated, **result} for result in results]
         except asyncio.CancelledError as problem:
             task = asyncio.current_task()
             if engine.stopping or (task and task.cancelling()):
@@ -2993,6 +3054,8 @@ class Engine:
         self.store.finished(opened.chunk.index << 32 | position, status, body)
         self.tally[status] += 1
         self.finished += 1
+        if isinstance(outcome, list):
+            self.run.counts["truncated"] += any(result.get("truncated") is True for result in outcome)
         if isinstance(outcome, dict):
             self.failed += 1
             if len(self.reasons) < 1000:
@@ -3227,33 +3290,49 @@ def claim_state(run: Run, reader: Reader) -> None:
         "source": dict(run.source),
         "source_schema": base64.b64encode(reader.schema.serialize().to_pybytes()).decode(),
     }
-    if not path.exists() and (strangers := output_files(run)):
+    refuse_strangers(run)
+    recorded = parse_run(path, publish_once(run, path.name, json.dumps(mine, indent=2).encode()))
+    run.fingerprint = recorded["fingerprint"]
+    changes = changes_since(run, reader, recorded)
+    if changes and untouched(run):  # as after a mistyped model
+        start_over(run)
+        return claim_state(run, reader)
+    if changes:
+        raise of_another_run(run, changes)
+    most = (recorded["options"]["max_documents"], run.options.max_documents)
+    mine["options"]["max_documents"] = max(most) if all(most) else None
+    now = recorded | {"identity": identity, "options": mine["options"]}
+    if now != recorded:
+        replace_file(run, path.name, json.dumps(now, indent=2).encode())
+
+
+def refuse_strangers(run: Run) -> None:
+    """Raise OutputError if there is output, and no state of the run that made it."""
+    if not (run.state / "run.json").exists() and (strangers := output_files(run)):
         raise OutputError(
             f"{run.output.path(strangers[0])} is there, but no state of its run: "
             "choose another --output, or --fresh, which deletes an earlier run's files"
         )
-    recorded = parse_run(path, publish_once(run, path.name, json.dumps(mine, indent=2).encode()))
-    run.fingerprint = recorded["fingerprint"]
+
+
+def changes_since(run: Run, reader: Reader, recorded: Mapping[str, Any]) -> list[str]:
+    """What differs from the options of a recorded run, and would change its data; a line each."""
+    identity = json.loads(json.dumps(identity_of(run, reader)))
     earlier = dict(recorded["identity"])
     if earlier["input"] != identity["input"] and reader.continues(earlier["input"]):
         earlier["input"] = identity["input"]
     if run.options.retry_failed and earlier["plugin_version"] != identity["plugin_version"]:
         say("sdg: the plugin has changed since this run began: what is not finished runs with the new one")
         earlier["plugin_version"] = identity["plugin_version"]
-    changes = list(differences(earlier, identity))
-    if changes and untouched(run):  # as after a mistyped model
-        start_over(run)
-        return claim_state(run, reader)
-    if changes:
-        raise StateError(
-            f"state {run.state} is of another run: {'; '.join(changes[:10])}. "
-            "Take the old values, another --output, or --fresh to start over"
-        )
-    most = (recorded["options"]["max_documents"], run.options.max_documents)
-    mine["options"]["max_documents"] = max(most) if all(most) else None
-    now = recorded | {"identity": identity, "options": mine["options"]}
-    if now != recorded:
-        replace_file(run, path.name, json.dumps(now, indent=2).encode())
+    return list(differences(earlier, identity))
+
+
+def of_another_run(run: Run, changes: list[str]) -> StateError:
+    """Why a state is not this run's."""
+    return StateError(
+        f"state {run.state} is of another run: {'; '.join(changes[:10])}. "
+        "Take the old values, another --output, or --fresh to start over"
+    )
 
 
 def check_state_dir(run: Run) -> None:
@@ -3487,7 +3566,7 @@ async def statistics(engine: Engine, tally: Counter[str]) -> dict[str, Any]:
     run, totals = engine.run, engine.store.totals()
     figures: dict[str, Any] = {"documents": sum(tally.values()), "rows": tally["row"]}
     figures |= {name: tally[name] for name in ("filtered", "failed")}
-    figures |= {name: int(totals[name]) for name in ("failed_rollouts", "requests", "cache_hits")}
+    figures |= {name: int(totals[name]) for name in ("truncated", "failed_rollouts", "requests", "cache_hits")}
     for group in ("retries", "given_up"):
         causes = {name.partition(".")[2]: int(n) for name, n in totals.items() if name.startswith(f"{group}.")}
         figures[group] = dict(sorted(causes.items()))
@@ -3620,6 +3699,10 @@ def report(engine: Engine, figures: dict[str, Any]) -> str:
         f"{figures['failed']:,} failed ({engine.finished:,} of them now, {rate:,.1f} documents/s)",
         f"rows    {folder}",
     ]
+    if figures["truncated"]:
+        lines.append(
+            f"cut     {figures['truncated']:,} documents did not fit the model's context: --long-documents split"
+        )
     if figures["failed"]:
         failed = f"{shown}/{os.path.dirname(run.failed_path_of(Chunk(0, 0)))}"
         lines.append(f"failed  {failed}; run them again: --retry-failed")
@@ -3736,6 +3819,7 @@ async def _run_locked(
         client = await stack.enter_async_context(connect(run, servers, stop))
         claim_state(run, reader)
         store = await stack.enter_async_context(Store.open(run.state / f"{options.rank:05d}.sqlite3", run.counts))
+        run.fitter = importlib.import_module(f"{_bundled_package()}.fitting").Fitter(run, client)
         resources = await open_resources(run, stack)
         engine = Engine(run, store, reader, writer, client, resources)
         with at_work("a plugin's `observe`"):

@@ -65,15 +65,20 @@ def card(argv: list[str]) -> int:
     """Write the dataset card from what the run's state and files say."""
     parser = argparse.ArgumentParser(prog="sdg.py card", description=card.__doc__)
     recorded.add_options(parser)
+    from .monitor import look
+
     run = recorded.open_run(parser.parse_args(argv))
+    seen = look(run)
+    over = not (seen.finished or seen.states["running"] or seen.states["silent"])
+    ending = seen.markdown(seen.summary()) if over else ""  # what failed, and why
     if spooled(run):
         from .publishing import Publisher
 
         with contextlib.closing(Publisher(run)) as publisher:
-            print(publisher.finish())
+            print(publisher.finish(lambda: ending))
         return 0
     try:
-        write(run)
+        write(run, ending)
     except OSError as problem:
         raise sdg.OutputError(f"{run.output.path(NAME)} was not written: {sdg.reason_of(problem)}") from problem
     print(run.output.path(NAME))
@@ -483,6 +488,8 @@ class Part(NamedTuple):
         failed, of = total.get("failed", 0), max(documents, 1)
         for name in ("documents", "rows", "filtered", "failed"):
             yield name.capitalize(), f"{total.get(name, 0):,}"
+        if truncated := total.get("truncated", 0):
+            yield "Truncated to the model's context", f"{truncated:,}"
         # Rounded down: 100 % is said of complete runs only.
         yield "Completion rate", f"{math.floor(10_000 * (documents - failed) / of) / 100:.2f} %"
         prompt, completion = total.get("prompt_tokens", 0), total.get("completion_tokens", 0)
@@ -520,8 +527,7 @@ class Part(NamedTuple):
 
 def model_of(model: str, options: dict[str, Any]) -> tuple[str, str]:
     """A model's name without the path that it may be, and its revision as far as it is known."""
-    arguments = dict(argument.partition("=")[::2] for argument in options.get("server_arg") or [])
-    revision = arguments.get("revision", "")
+    revision = str(dict(options.get("server_arg") or []).get("revision", ""))
     if snapshot := SNAPSHOT.search(model):
         return f"{snapshot[1]}/{snapshot[2]}", snapshot[3]
     if ON_THE_HUB.fullmatch(model) and not os.path.isdir(model):

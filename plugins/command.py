@@ -17,13 +17,7 @@ def register_servers(register: sdg.Register) -> None:
 @contextlib.asynccontextmanager
 async def command(run: sdg.Run) -> AsyncIterator[list[sdg.Upstream]]:
     """Launch --server-command; {port} and {model} in it are filled in."""
-    words = shlex.split(run.options.server_command or "")
-    if not any("{port}" in word for word in words):
-        raise sdg.UsageError("--server command needs --server-command 'PROGRAM … {port} {model}', with {port} in it")
-    if any("{model}" in word for word in words):
-        launching.model_of(run)
-    if run.options.nodes > 1:
-        raise sdg.UsageError("--nodes goes with --server vllm or sglang: nothing tells other commands of each other")
+    words = words_of(run)
 
     def arguments(spot: launching.Spot) -> list[str]:
         given = launching.flags({}, run.options.server_arg)
@@ -35,3 +29,15 @@ async def command(run: sdg.Run) -> AsyncIterator[list[sdg.Upstream]]:
     program = launching.Program("command", arguments, run.options.model, phases, fatal, lists_model=False)
     async with launching.serve(run, program) as replicas:
         yield replicas
+
+
+def words_of(run: sdg.Run) -> list[str]:
+    """The words of --server-command; UsageError if it cannot be launched."""
+    words = shlex.split(run.options.server_command or "")
+    if not any("{port}" in word for word in words):
+        raise sdg.UsageError("--server command needs --server-command 'PROGRAM … {port} {model}', with {port} in it")
+    if any("{model}" in word for word in words):
+        launching.model_of(run)
+    if run.options.nodes > 1:
+        raise sdg.UsageError("--nodes goes with --server vllm or sglang: nothing tells other commands of each other")
+    return words

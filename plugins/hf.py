@@ -301,7 +301,7 @@ class HubFiles:
     def open(self, i: int) -> RemoteFile:
         """A file for reading."""
         api, repo = self._dataset.api, self._dataset.address.repo
-        fetch = functools.partial(hub.get, api, repo, self.names[i], self._revision, retries=0)
+        fetch = functools.partial(hub.get, api, repo, self.names[i], self._revision)
         return RemoteFile(
             lambda headers: self._dataset.ask(lambda: fetch(headers=headers), self._revision), self.sizes[i]
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import itertools
 import json
 import logging
@@ -178,8 +180,17 @@ def set_timeout() -> None:
     """Keep a connection that has gone silent from holding us for ever: by default the client waits without an end."""
     from huggingface_hub import get_session
 
-    session: Any = get_session()  # made anew after some errors
-    session.timeout = TIMEOUT
+    session: Any = get_session()  # made anew after some errors, and None while another thread is at that
+    if session is not None:
+        session.timeout = TIMEOUT
+
+
+@functools.cache
+def plain_client() -> Any:
+    """A client for files: the library's own is closed after an error, under the hands of all threads that read."""
+    client = client_library().Client(follow_redirects=True, timeout=60)
+    atexit.register(client.close)
+    return client
 
 
 def list_files(api: HfApi, repo: str, folder: str, revision: str) -> list[RepoFile]:
@@ -194,16 +205,13 @@ def list_files(api: HfApi, repo: str, folder: str, revision: str) -> list[RepoFi
         return []
 
 
-def get(
-    api: HfApi, repo: str, path: str, revision: str, headers: dict[str, str] | None = None, retries: int = 5
-) -> Any:
-    """The client's response to a request for a file. Its own `retries` know nothing of the end of a run."""
+def get(api: HfApi, repo: str, path: str, revision: str, headers: dict[str, str] | None = None) -> Any:
+    """The response to one request for a file; raises what the client raises."""
     from huggingface_hub import hf_hub_url
-    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
     url = hf_hub_url(repo, path, repo_type="dataset", revision=revision, endpoint=api.endpoint)
-    sent = {**build_hf_headers(library_name="sdg"), **(headers or {})}
-    answer = http_backoff("GET", url, headers=sent, timeout=60, max_retries=retries)
+    answer = plain_client().get(url, headers={**build_hf_headers(library_name="sdg"), **(headers or {})})
     hf_raise_for_status(answer)
     return answer
 

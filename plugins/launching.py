@@ -16,7 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,28 +44,16 @@ def server_argument(value: str) -> tuple[str, Any]:
     return name, {"": True, "true": True, "false": False}.get(text.lower(), text) if "=" in value else True
 
 
-def one_of(*names: str, more: bool = False) -> Callable[[str], str]:
-    """A converter for options that take one of some names, or also a whole number."""
-
-    def convert(value: str) -> str:
-        if value not in names and not (more and value.isdigit()):
-            raise argparse.ArgumentTypeError(f"{value!r} is none of {', '.join(names)}{', or a number' * more}")
-        return value
-
-    return convert
-
-
 OPTIONS = [
     sdg.Option("--tp", "N", "tensor parallelism: GPUs that share each layer", 1, _whole),
     sdg.Option("--pp", "N", "pipeline parallelism: groups of GPUs that share the layers", 1, _whole),
     sdg.Option("--dp", "N", "data parallelism inside one server", 1, _whole),
     sdg.Option("--replicas", "N", "servers on this machine, each on GPUs of its own", 1, _whole),
-    sdg.Option("--model-max-context", "N", "tokens of prompt and answer; default: the model's own", type=_whole),
     sdg.Option("--gpu-memory-utilization", "X", "share of GPU memory to use", type=sdg.number(float, 0.01, 1)),
     sdg.Option("--quantization", "NAME", "of the weights, as the server names it"),
     sdg.Option("--kv-cache-dtype", "NAME", "type of the KV cache, such as fp8"),
     sdg.Option(
-        "--chunked-prefill", "N", "tokens of a prefill step; or on, or off", type=one_of("on", "off", more=True)
+        "--chunked-prefill", "N", "tokens of a prefill step; or on, or off", type=sdg.one_of("on", "off", more=True)
     ),
     sdg.Option("--speculative-config", "JSON", "speculative decoding, as the server has it", type=sdg.json_object),
     sdg.Option(
@@ -75,7 +63,9 @@ OPTIONS = [
     sdg.Option("--nodes", "N", "machines that hold one model together; one process on each", 1, _whole),
     sdg.Option("--node-rank", "I", "this machine's number; default: SLURM_NODEID, else 0", type=sdg.number(int, 0)),
     sdg.Option("--head-address", "H[:PORT]", "of machine 0, where the others join; default: Slurm's first node"),
-    sdg.Option("--node-backend", "NAME", "how vLLM joins machines: native or ray", "native", one_of("native", "ray")),
+    sdg.Option(
+        "--node-backend", "NAME", "how vLLM joins machines: native or ray", "native", sdg.one_of("native", "ray")
+    ),
     sdg.Option("--start-timeout", "S", "seconds that a server may take to be ready", 3600.0, _seconds),
     sdg.Option("--stall-timeout", "S", "seconds without token or answer before a server is restarted", 300.0, _seconds),
     sdg.Option("--max-restarts", "N", "of a server in a row, without an answer between", 6, sdg.number(int, 0)),
@@ -189,17 +179,26 @@ def gpus_of_replicas(options: argparse.Namespace) -> list[list[str]]:
     return [gpus[i * width : (i + 1) * width] for i in range(options.replicas)]
 
 
+def check(options: argparse.Namespace) -> None:
+    """Raise UsageError if the options do not fit together, on whatever machine."""
+    if options.nodes > 1 and options.replicas > 1:
+        raise sdg.UsageError("--replicas are for one machine; with --nodes start several runs")
+    if options.replicas > 1 and "port" in dict(options.server_arg or []):
+        raise sdg.UsageError("--server-arg port cannot be that of several --replicas: leave it out")
+    if options.node_backend == "native" and options.dp == 1 and options.tp * options.pp % options.nodes:
+        raise sdg.UsageError(
+            f"--tp {options.tp} × --pp {options.pp} cannot be shared evenly by --nodes {options.nodes}"
+        )
+
+
 @contextlib.asynccontextmanager
 async def serve(run: sdg.Run, program: Program) -> AsyncIterator[list[sdg.Upstream]]:
     """Serve a model by a program, on this machine or on several; yields a replica each."""
     import aiohttp
 
     options = run.options
+    check(options)
     nodes.place(options)
-    if options.nodes > 1 and options.replicas > 1:
-        raise sdg.UsageError("--replicas are for one machine; with --nodes start several runs")
-    if options.replicas > 1 and "port" in dict(options.server_arg or []):
-        raise sdg.UsageError("--server-arg port cannot be that of several --replicas: leave it out")
     if options.node_rank:
         await nodes.join(run, lambda spot: launch(run, program, Spot(**spot), 0, []))
         yield []

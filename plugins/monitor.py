@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import sdg
@@ -235,36 +236,75 @@ class Seen(NamedTuple):
 
 def look(run: sdg.Run) -> Seen:
     """What the state says of all ranks."""
-    figures = {number: figures_of(run, number) for number in range(run.options.world_size)}
-    records = {number: rank["rank"] for number, rank in figures.items() if rank}
-    states = Counter(state_of(record) for record in records.values())
-    states["waiting"] = len(figures) - len(records)
-    total = sdg.sum_statistics(list(figures.values()))
-    documents = int(total.get("documents", 0))
-    known = [record["expected"] for record in records.values() if record.get("expected") is not None]
-    rates = [record.get("documents_per_second", 0.0) for record in records.values() if state_of(record) == "running"]
-    errors = [(record.get("updated", 0.0), number) for number, record in records.items() if record.get("error")]
-    _, last = max(errors, default=(0.0, 0))
-    return Seen(
-        ranks=len(figures),
-        states=states,
-        documents=documents,
-        expected=round(sum(known) * len(figures) / len(known)) if known else None,
-        rate=sum(rates),
-        tokens_per_second=sum(rates) * total.get("completion_tokens", 0) / max(1, documents),
-        error=f"{card.line(records[last]['error'])} (rank {last})" if errors else "",
-        jobs=frozenset(str(record["slurm_job"]) for record in records.values() if record.get("slurm_job")),
-        updated=max((record.get("updated", 0.0) for record in records.values()), default=0.0),
-    )
+    return overall(ranks_of(run.state, run.options.world_size))
 
 
-def figures_of(run: sdg.Run, number: int) -> dict[str, Any]:
-    """A rank's figures with its record, {} if it has not begun. What is broken is a rank that needs looking after."""
+class Rank(NamedTuple):
+    """One rank, as its figures show it."""
+
+    number: int
+    state: str  # running, silent, finished, stopped, failed, broken, or waiting if it has not begun
+    figures: dict[str, Any]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What the rank says of itself."""
+        record: dict[str, Any] = self.figures.get("rank", {})
+        return record
+
+    @property
+    def documents(self) -> int:
+        """Documents that are final."""
+        return int(self.figures.get("documents", 0))
+
+    @property
+    def rate(self) -> float:
+        """Documents a second, of late."""
+        return float(self.record.get("documents_per_second", 0.0)) if self.state == "running" else 0.0
+
+    @property
+    def updated(self) -> float:
+        """When it was heard of last; s since the epoch, 0 if it has not begun."""
+        return float(self.record.get("updated", 0.0))
+
+    @property
+    def error(self) -> str:
+        """Why it ended early, in a line; "" if it did not."""
+        return card.line(self.record["error"]) if self.record.get("error") else ""
+
+
+def ranks_of(state: Path, world_size: int) -> list[Rank]:
+    """All ranks of a run, from the files in its state."""
+    return [rank_of(state, number) for number in range(world_size)]
+
+
+def rank_of(state: Path, number: int) -> Rank:
+    """One rank. What is broken is a rank that needs looking after."""
     try:
-        figures = sdg.statistics_of(run.state / f"{number:05d}.stats.json")
+        figures = sdg.statistics_of(state / f"{number:05d}.stats.json")
     except sdg.StateError as problem:
-        return {"rank": {"status": "broken", "error": str(problem)}}
-    return {"rank": {}, **figures} if figures else {}
+        return Rank(number, "broken", {"rank": {"status": "broken", "error": str(problem)}})
+    return Rank(number, state_of(figures.get("rank", {})) if figures else "waiting", figures)
+
+
+def overall(ranks: list[Rank]) -> Seen:
+    """The run that these are the ranks of."""
+    total = sdg.sum_statistics([rank.figures for rank in ranks])
+    documents = int(total.get("documents", 0))
+    known = [rank.record["expected"] for rank in ranks if rank.record.get("expected") is not None]
+    rate = sum(rank.rate for rank in ranks)
+    last = max((rank for rank in ranks if rank.error), key=lambda rank: (rank.updated, rank.number), default=None)
+    return Seen(
+        ranks=len(ranks),
+        states=Counter(rank.state for rank in ranks),
+        documents=documents,
+        expected=round(sum(known) * len(ranks) / len(known)) if known else None,
+        rate=rate,
+        tokens_per_second=rate * total.get("completion_tokens", 0) / max(1, documents),
+        error=f"{last.error} (rank {last.number})" if last else "",
+        jobs=frozenset(str(rank.record["slurm_job"]) for rank in ranks if rank.record.get("slurm_job")),
+        updated=max((rank.updated for rank in ranks), default=0.0),
+    )
 
 
 def state_of(record: dict[str, Any]) -> str:

@@ -41,10 +41,6 @@ def place(options: argparse.Namespace) -> None:
         options.node_rank = int(slurm.get("SLURM_NODEID", "0"))
     if options.node_rank >= options.nodes:
         raise sdg.UsageError(f"--node-rank {options.node_rank} is not below --nodes {options.nodes}")
-    if options.node_backend == "native" and options.dp == 1 and options.tp * options.pp % options.nodes:
-        raise sdg.UsageError(
-            f"--tp {options.tp} × --pp {options.pp} cannot be shared evenly by --nodes {options.nodes}"
-        )
     if options.nodes > 1 and not options.head_address:
         if "SLURM_JOB_NODELIST" not in slurm or not shutil.which("scontrol"):
             raise sdg.UsageError("--nodes needs --head-address: the name of machine 0, as the others reach it")

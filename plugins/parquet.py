@@ -156,6 +156,8 @@ class ParquetReader:
         for field in self.schema if not differing else []:
             if field.name in names and not schema.field(field.name).type.equals(field.type):
                 try:
+                    if has_more(schema.field(field.name).type, field.type):
+                        raise pa.ArrowInvalid("a cast would drop fields")
                     pa.nulls(0, schema.field(field.name).type).cast(field.type)
                 except pa.ArrowException:
                     differing.append(f"{field.name}: {schema.field(field.name).type} instead of {field.type}")
@@ -272,6 +274,18 @@ class ParquetReader:
             if first is not None:
                 yield first
             yield from batches
+
+
+def has_more(kind: pa.DataType, other: pa.DataType) -> bool:
+    """Whether a type has fields, at any depth, that another one lacks: Arrow's cast drops them without a word."""
+    import pyarrow.types as t
+
+    if t.is_struct(kind) and t.is_struct(other):
+        known = {field.name: field.type for field in other}
+        return any(field.name not in known or has_more(field.type, known[field.name]) for field in kind)
+    if kind.num_fields and kind.num_fields == other.num_fields:
+        return any(has_more(kind.field(i).type, other.field(i).type) for i in range(kind.num_fields))
+    return False
 
 
 class ParquetWriter:

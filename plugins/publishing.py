@@ -242,9 +242,14 @@ class Spool:
         return 0 if self._size else int(documents / self.run.options.records_per_chunk)
 
     def _ranks(self) -> list[dict[str, Any]]:
-        """How each rank is doing, by its number; {} for those that have not begun."""
-        paths = [self.run.state / f"{rank:05d}.stats.json" for rank in range(self.run.options.world_size)]
-        return [sdg.statistics_of(path).get("rank", {}) for path in paths]
+        """How each rank is doing, by its number; {} for those that have not begun, or whose figures are broken."""
+        found = []
+        for rank in range(self.run.options.world_size):
+            try:
+                found.append(sdg.statistics_of(self.run.state / f"{rank:05d}.stats.json").get("rank", {}))
+            except sdg.StateError:  # the card cannot be made either, and says why; files can be published
+                found.append({})
+        return found
 
 
 class Publisher:
@@ -532,7 +537,6 @@ class Publisher:
             sdg.say(f"sdg: {files(len(gone))} of an earlier run, or made otherwise now: deleted from {self.address}")
         done = [f"Add {files(len(batch))}"] * bool(batch) + [f"delete {files(len(gone))}"] * bool(gone)
         title = ", ".join(done).capitalize() or "Update the card"
-        self._commits.append(time.monotonic())
         self._ledger.sending([add.upload_info.sha256.hex() for add in adds])
         try:
             commit = self.api.create_commit(
@@ -550,6 +554,8 @@ class Publisher:
         except Exception as problem:
             self._try_fewer(problem, len(batch) + len(gone))
             raise
+        finally:  # not before: by the Hub's clock it is an hour from when it came there
+            self._commits.append(time.monotonic())
         self._past.add(self._head)
         self._head = commit.oid
         self._files = min(FILES, 2 * self._files)

@@ -38,10 +38,8 @@ def register_servers(register: sdg.Register) -> None:
 @contextlib.asynccontextmanager
 async def sglang(run: sdg.Run) -> AsyncIterator[list[sdg.Upstream]]:
     """Launch SGLang with --model on this machine's GPUs, or on those of --nodes."""
-    if run.options.node_backend != "native":
-        raise sdg.UsageError("--node-backend ray goes with --server vllm; SGLang joins machines by itself")
+    model = check(run)
     program = launching.executable("sglang", "sglang")
-    model = launching.model_of(run)
 
     def command(spot: launching.Spot) -> list[str]:
         arguments = launching.flags(settings(run, spot), run.options.server_arg)
@@ -61,6 +59,13 @@ async def sglang(run: sdg.Run) -> AsyncIterator[list[sdg.Upstream]]:
     )
     async with launching.serve(run, description) as replicas:
         yield replicas
+
+
+def check(run: sdg.Run) -> str:
+    """The model; UsageError if the options do not fit."""
+    if run.options.node_backend != "native":
+        raise sdg.UsageError("--node-backend ray goes with --server vllm; SGLang joins machines by itself")
+    return launching.model_of(run)
 
 
 def settings(run: sdg.Run, spot: launching.Spot) -> dict[str, Any]:

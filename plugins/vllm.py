@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,8 @@ def register_servers(register: sdg.Register) -> None:
 @contextlib.asynccontextmanager
 async def vllm(run: sdg.Run) -> AsyncIterator[list[sdg.Upstream]]:
     """Launch vLLM with --model on this machine's GPUs, or on those of --nodes."""
-    program = launching.executable("vllm", "vllm")
     model = launching.model_of(run)
+    program = launching.executable("vllm", "vllm")
 
     def command(spot: launching.Spot) -> list[str]:
         arguments = launching.flags(settings(run, spot), run.options.server_arg, negate=True)
@@ -109,8 +110,8 @@ def across(options: Any, spot: launching.Spot) -> dict[str, Any]:
 def over_ray(run: sdg.Run, spot: launching.Spot, python: Path, serve: list[str]) -> list[str]:
     """Start Ray here, and on the first machine vLLM, once all GPUs are there. All of it ends with the guard."""
     ray = shlex.quote(str(launching.executable("ray", "ray")))
-    meeting = f"{spot.head}:{spot.meeting_port}"
     if spot.node:
+        meeting = f"{socket.gethostbyname(spot.head)}:{spot.meeting_port}"  # Ray does not look names up as others do
         wait = f"until (exec 3<>/dev/tcp/{spot.head}/{spot.meeting_port}) 2>/dev/null; do sleep 0.5; done"
         return ["bash", "-c", f"{wait}; exec {ray} start --address={meeting} --disable-usage-stats --block"]
     own = nodes.own_address(spot.head)

@@ -219,7 +219,8 @@ class Refusal(Exception):
 class FakeHub:
     """Starts on entering and stops on leaving; `stop` and `start` in between are an outage."""
 
-    def __init__(self) -> None:
+    def __init__(self, host: str = "127.0.0.1") -> None:
+        self.host = host
         self.tokens: dict[str, Rights] = {}
         self.repos: dict[str, Repo] = {}
         self.requests: list[Request] = []
@@ -249,7 +250,7 @@ class FakeHub:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     def environment(self, folder: Path, token: str | None = None) -> dict[str, str]:
         """What a process needs to take this for the Hub, with a home of its own in a folder."""
@@ -345,7 +346,7 @@ class FakeHub:
         app.router.add_route("*", "/{path:.*}", self._handle)
         self._runner = web.AppRunner(app, shutdown_timeout=0, access_log=None)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True, backlog=1024)
+        site = web.TCPSite(self._runner, self.host, self.port, reuse_address=True, backlog=1024)
         await site.start()
         self.port = self._runner.addresses[0][1]
 
@@ -796,7 +797,8 @@ class FakeHub:
             return _ranged(call, blob.content, headers)
         headers |= {"X-Linked-Etag": f'"{blob.sha256}"', "X-Linked-Size": str(blob.size)}
         # Another host by its name, so that the client comes as it does to the real one: without its token.
-        headers["Location"] = f"http://localhost:{self.port}/cdn/{quote(repo.id)}/{blob.sha256}"
+        host = "localhost" if self.host == "127.0.0.1" else self.host
+        headers["Location"] = f"http://{host}:{self.port}/cdn/{quote(repo.id)}/{blob.sha256}"
         return web.Response(status=302, headers=headers)
 
     def _cdn(self, call: Call) -> web.Response:

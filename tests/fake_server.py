@@ -52,9 +52,10 @@ class Status:
 
 @dataclass(frozen=True)
 class Raw:
-    """A body that is sent as it is, with status 200."""
+    """A body that is sent as it is."""
 
     body: bytes
+    status: int = 200
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,9 @@ class Delay:
 
 
 Behaviour = Callable[[Payload, int], Any]
+
+# vLLM's words
+TOO_LONG = "This model's maximum context length is {} tokens. However, your prompt contains at least {} input tokens."
 
 
 @dataclass
@@ -115,11 +119,15 @@ def usual_text(payload: Payload) -> str:
 class FakeServer:
     """Starts on entering and stops on leaving; `stop` and `start` in between are a crash and a restart."""
 
-    def __init__(self) -> None:
+    def __init__(self, host: str = "127.0.0.1") -> None:
+        self.host = host
         self.requests: list[Request] = []
         self.model_requests: list[Request] = []
         self.models = ["test-model"]
-        self.max_model_len: int | None = None
+        self.max_model_len: int | None = None  # as the list of models tells it
+        self.count: Callable[[Payload], int] | None = None  # tokens of a prompt: makes /tokenize exist
+        self.context: int | None = None  # prompts of more tokens are refused, as vLLM does
+        self.tokenize_requests: list[Payload] = []
         self.api_key: str | None = None
         self.errors: list[BaseException] = []
         self.max_in_flight = 0
@@ -138,7 +146,7 @@ class FakeServer:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/v1"
+        return f"http://{self.host}:{self.port}/v1"
 
     def behave(self, behaviour: Behaviour) -> None:
         self._behaviour = behaviour
@@ -155,6 +163,7 @@ class FakeServer:
         """Start a new recording; whatever is scripted begins anew."""
         self.requests = []
         self.model_requests = []
+        self.tokenize_requests = []
         self._seen.clear()
         self._area = 0.0
         self.max_in_flight = self.in_flight
@@ -200,9 +209,10 @@ class FakeServer:
         app.router.add_get("/{prefix:.*}v1/models", self._list_models)
         app.router.add_post("/{prefix:.*}v1/chat/completions", self._complete)
         app.router.add_post("/{prefix:.*}v1/completions", self._complete)
+        app.router.add_post("/tokenize", self._tokenize)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0, access_log=None)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True, backlog=4096)
+        site = web.TCPSite(self._runner, self.host, self.port, reuse_address=True, backlog=4096)
         await site.start()
         self.port = self._runner.addresses[0][1]
 
@@ -240,6 +250,15 @@ class FakeServer:
         models = [{"id": name, "object": "model", "created": 0, "owned_by": "test", **extra} for name in self.models]
         return web.json_response({"object": "list", "data": models})
 
+    async def _tokenize(self, request: web.Request) -> web.StreamResponse:
+        payload = json.loads(await request.read())
+        self.tokenize_requests.append(payload)
+        if self.count is None:
+            return _error(Status(404))
+        if "messages" in payload or "prompt" in payload:
+            return web.json_response({"count": self.count(payload), "max_model_len": self.max_model_len, "tokens": []})
+        return _error(Status(422))
+
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         record = self._record(request, json.loads(await request.read()))
         self.requests.append(record)
@@ -257,6 +276,8 @@ class FakeServer:
             self._count(-1)
 
     async def _answer(self, request: web.Request, record: Request) -> web.StreamResponse:
+        if self.count and self.context and self.count(record.payload) > self.context:
+            return _error(Status(400, message=TOO_LONG.format(self.context, self.context + 1)))
         answer = self._behaviour(record.payload, record.n)
         while isinstance(answer, (Delay, Hang)):
             if isinstance(answer, Delay):
@@ -278,7 +299,8 @@ class FakeServer:
             assert isinstance(answer, Drop), f"the test's behaviour returned {answer!r}"
             return await _drop(request, answer)
         headers = answer.headers if isinstance(answer, Answer) else {}
-        response = web.Response(body=body, content_type="application/json", headers=headers)
+        status = answer.status if isinstance(answer, Raw) else 200
+        response = web.Response(status=status, body=body, content_type="application/json", headers=headers)
         await response.prepare(request)
         await response.write_eof()
         record.answered = time.monotonic()

@@ -30,7 +30,7 @@ NEEDED = [
     "tqdm", "uvloop", "watchfiles", "xxhash", "zstandard",
 ]
 # fmt: on
-WITHOUT_DEPENDENCIES = ["sglang==0.5.23", "torchvision==0.29.2"]
+WITHOUT_DEPENDENCIES = ["sglang==0.5.23", "torchvision==0.29.1"]
 KERNELS = "sglang-kernel==0.4.10"
 
 # torchvision's extension is built for another torch and does not load; its import then misses these two operators.

@@ -168,6 +168,10 @@ class Output:
         """The data files by name, as bytes."""
         return {name: content for name, content in self.files().items() if name.startswith("data/")}
 
+    def written(self) -> list[str]:
+        """The data files that are whole, without looking into them: for runs that are still at it."""
+        return [str(path.relative_to(self.path)) for path in sorted(self.path.glob("data/[!.]*"))]
+
     def files(self) -> dict[str, bytes]:
         """All files by name, as bytes, the state aside."""
         files = [path for path in self.path.rglob("*") if path.is_file() and self.state not in path.parents]

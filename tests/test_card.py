@@ -117,7 +117,7 @@ def test_a_finished_run_has_a_card_of_what_was_made_and_how(past: Past) -> None:
         server="vllm",
         tp=4,
         replicas=2,
-        server_arg=["revision=feedbeef"],
+        server_arg=[["revision", "feedbeef"]],
     )
     past.figures(seconds=7200.0, prompt_tokens=3000, completion_tokens=6000, tokens_per_second=0.8)
 
@@ -676,7 +676,7 @@ def test_a_run_that_is_interrupted_has_a_card_of_what_there_is(job: Job, server:
     job.input(documents(8))
     server.behave(lambda payload, n: Hang() if prompt_of(payload) == "document 7" else None)
     started = job.start(records_per_chunk=2)
-    wait_until(lambda: len(job.output.files()) >= 3)
+    wait_until(lambda: len(job.output.written()) >= 3)
     started.send(signal.SIGTERM)
 
     assert started.finish().rc == 143

@@ -420,3 +420,14 @@ def test_chunks_of_all_ranks_partition_the_input(
 
     assert [row for index in sorted(found) for row in found[index]] == whole
     assert {len(found[index]) for index in found if (index + 1) * chunk <= len(whole)} <= {chunk}
+
+
+def test_fields_of_structs_that_only_some_files_have_are_not_dropped(job: Job) -> None:
+    (job.folder / "in").mkdir()
+    job.input([{"text": "a", "meta": {"url": "u1"}}], "in/a.parquet")
+    job.input([{"text": "b", "meta": {"url": "u2", "license": "mit"}}], "in/b.parquet")
+
+    finished = job(input=job.folder / "in")
+
+    assert finished.rc == 1
+    assert finished.says("b.parquet", "meta", "a.parquet")

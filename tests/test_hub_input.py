@@ -522,7 +522,7 @@ def test_ranks_that_begin_one_after_the_other_read_one_revision(hub_job: Job, do
 def test_a_killed_run_goes_on_in_the_middle_of_a_file(hub_job: Job, docs: FakeHub, server: FakeServer) -> None:
     server.behave(slowly)
     running = hub_job.start(max_concurrent_generations=2)
-    wait_until(lambda: len(hub_job.output.data()) >= 3)
+    wait_until(lambda: len(hub_job.output.written()) >= 3)
     running.process.kill()
     running.process.wait()
     answered = len(server.requests)
@@ -707,7 +707,7 @@ def test_an_outage_in_the_middle_passes(hub: FakeHub, job: Job, server: FakeServ
     job.env |= hub.environment(job.folder)
     server.behave(slowly)
     running = job.start(input="hf://datasets/lab/large", records_per_chunk=5, max_concurrent_documents=5)
-    wait_until(lambda: job.output.path.exists() and len(job.output.data()) >= 2)
+    wait_until(lambda: len(job.output.written()) >= 2)
     hub.stop()
     threading.Event().wait(2)
     hub.start()

@@ -119,7 +119,7 @@ def test_vllm_decodes_the_shape_that_is_asked_for(vllm: Real) -> None:
 def kill_in_the_middle(job: Real, process: str) -> Finished:
     """A run of 500 documents, one of them too long, whose server loses a process after some of them."""
     rows = documents(500)
-    rows[100]["text"] = "word " * 5000
+    rows[100]["text"] = "These are words of a long document. " * 1000
     job.input(rows)
     started = job.start(records_per_chunk=50)
     data = job.output.path / "data"
@@ -130,10 +130,13 @@ def kill_in_the_middle(job: Real, process: str) -> Finished:
     finished = started.finish(300)
     assert finished.rc == 0, finished
     assert "has died and is started again" in finished.stderr
-    assert job.output.ids() == [row["id"] for row in rows if row["id"] != "d0100"]
-    assert list(job.output.failed()) == ["d0100"]
-    assert "context length" in job.output.failed()["d0100"]["error"]
+    assert job.output.ids() == [row["id"] for row in rows]
+    truncated = {row["id"]: row for row in job.output.rows() if row["rollout_results"][0]["truncated"]}
+    assert list(truncated) == ["d0100"]
+    # As the server itself has counted them, with a context of 2,048 and 16 tokens asked for.
+    assert 0.95 * 2032 < truncated["d0100"]["rollout_results"][0]["usage"]["prompt_tokens"] <= 2032
     stats = job.output.stats()
+    assert stats["truncated"] == 1
     assert stats["requests"] <= 500 + sum(stats["retries"].values())
     assert not job.processes()
     return finished
@@ -145,13 +148,34 @@ def test_vllm_whose_engine_is_killed_costs_no_document(vllm: Real) -> None:
     assert "loading weights" in finished.stderr
 
 
-def test_vllm_with_tensor_parallelism_and_other_options(vllm: Real) -> None:
-    vllm.input(documents(50))
+FORGETFUL = """
+    import sdg
+
+    @sdg.hookimpl
+    def register_rollouts(register):
+        register("forgetful", forgetful)
+
+    async def forgetful(document, generate, run):
+        await run.fitter.context()
+        run.fitter._limit = None  # as if the server had not told it
+        return await generate(f"Repeat this: {document.text} Now!")
+"""
+
+
+def test_vllm_with_other_options_tells_its_context_by_refusing_a_prompt(vllm: Real) -> None:
+    rows = documents(50)
+    rows[20]["text"] = "These are words of a long document. " * 1000
+    vllm.input(rows)
+    vllm.options["plugin"] = vllm.plugin("forgetful", FORGETFUL)
     wanted = {"kv_cache_dtype": "fp8", "chunked_prefill": "512", "model_max_context": 1024}
     speculation = '{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}'
 
     everything(vllm, 50, vllm(tp=2, speculative_config=speculation, **wanted))
 
+    (result,) = [row["rollout_results"][0] for row in vllm.output.rows() if row["rollout_results"][0]["truncated"]]
+    assert 0.95 * 1008 < result["usage"]["prompt_tokens"] <= 1008
+    stats = vllm.output.stats()
+    assert (stats["retries"], stats["given_up"]) == ({"context": 1}, {})
     assert not vllm.processes()
 
 

@@ -1,0 +1,385 @@
+"""Tokens as the model counts them: asked of the server, by the model's own files, or estimated.
+
+The server's `/tokenize` knows its chat template; vLLM has it for chats and texts, SGLang for texts. Where it is missing
+`tokenizers` counts with the files of the model: a folder, the Hub's cache, or the Hub. Where these are missing, too,
+tokens are estimated, rather too many than too few.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import re
+import string
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import orjson
+
+import sdg
+
+COUNTS_AT_ONCE = 16
+LONGEST_INLINE = 4096  # characters that are tokenized on the event loop: a thread would take longer
+FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+CHAT_FIELDS = (  # of a payload, that vLLM's /tokenize takes
+    *("model", "messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message"),
+    *("add_special_tokens", "mm_processor_kwargs", "media_io_kwargs"),
+)
+TEMPLATE_FIELDS = ("reasoning_effort", "documents")  # that servers hand on to the template
+
+Place = tuple[int, int]  # of a text in a payload: message and part; -1 where there is none
+
+
+class Unusable(Exception):
+    """A tokenizer that cannot be had, or does not work any more."""
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def texts_of(payload: dict[str, Any]) -> dict[Place, str]:
+    """The texts of a payload that become its prompt."""
+    found: dict[Place, str] = {}
+    if isinstance(payload.get("prompt"), str):
+        found[-1, -1] = payload["prompt"]
+    for i, message in enumerate(payload.get("messages") or []):
+        content = message.get("content") if isinstance(message, dict) else None
+        if isinstance(content, str):
+            found[i, -1] = content
+        elif isinstance(content, list):
+            for j, part in enumerate(content):
+                if isinstance(part, dict) and isinstance(part.get("text"), str):
+                    found[i, j] = part["text"]
+    return found
+
+
+async def server_of(pool: sdg.Pool) -> sdg.Upstream:
+    """A server that is well: at once if there is one, for it needs no slot. Cancelled at a stop, as requests are."""
+    if pool.stopped:
+        raise asyncio.CancelledError
+    now = asyncio.get_running_loop().time()
+    ready = [upstream for upstream in pool.upstreams if upstream.up.is_set() and upstream.until <= now]
+    if ready:
+        return min(ready, key=lambda upstream: upstream.active)
+    upstream = await pool.acquire(sdg.Suspicion())
+    pool.release(upstream)
+    return upstream
+
+
+async def ask(
+    client: sdg.Client, method: str, path: str, body: Any = None, attempts: int = 1, of: sdg.Upstream | None = None
+) -> Any:
+    """A server's JSON answer to something other than a request; of any server that is well, unless one is named.
+
+    Raises:
+        Unusable: it has none; with the status if it refused.
+    """
+    import aiohttp
+
+    data, reason = (None if body is None else orjson.dumps(body)), ""
+    for attempt in range(attempts):
+        if attempt:
+            await asyncio.sleep(random.uniform(0, min(sdg.LONGEST_PAUSE, 2.0**attempt)))
+        upstream = of or await server_of(client.pool)
+        url = upstream.url + path if path == "/models" else upstream.url.removesuffix("/v1") + path
+        sent = asyncio.get_running_loop().time()
+        try:
+            timeout = aiohttp.ClientTimeout(total=60)
+            async with client.session.request(method, url, data=data, timeout=timeout) as response:
+                raw = sdg.without_key(await response.read(), client.key_name)
+            if response.status == 200:
+                return orjson.loads(raw)
+            reason = f"{response.status} from {sdg.redact(url)}"
+            if response.status < 500 and response.status not in {408, 425, 429}:
+                raise Unusable(reason, response.status)
+        except ValueError as problem:
+            raise Unusable(f"{sdg.redact(url)} answers with something else than JSON") from problem
+        except (aiohttp.ClientError, OSError) as problem:
+            reason = f"{sdg.redact(url)}: {sdg.redact(str(problem)) or type(problem).__name__}"
+            if isinstance(problem, aiohttp.ClientConnectorError):
+                client.pool.failed(upstream, sent, patience=1)
+    raise Unusable(reason)
+
+
+class Counter(Protocol):
+    """One way of counting. `name` is for the log; all may raise Unusable."""
+
+    name: str
+
+    async def count(self, text: str) -> int:
+        """Tokens of a text by itself."""
+
+    async def count_prompt(self, payload: dict[str, Any]) -> int | None:
+        """Tokens of a payload's prompt with all that the model's template adds; None if that is not known."""
+
+    async def guess(self, text: str, tokens: int) -> int | None:
+        """About how many characters of a text's beginning have so many tokens; None: as many as usual."""
+
+
+class ServerCounter:
+    """The server's `/tokenize`."""
+
+    def __init__(self, client: sdg.Client, model: str, chats: bool) -> None:
+        self.name = "the server's /tokenize"
+        self._client, self._model, self._chats = client, model, chats
+
+    async def count(self, text: str) -> int:
+        """See `Counter`."""
+        return await self._ask({"prompt": text, "add_special_tokens": False})
+
+    async def count_prompt(self, payload: dict[str, Any]) -> int | None:
+        """See `Counter`."""
+        if "messages" not in payload:
+            return await self._ask({"model": payload["model"], "prompt": payload["prompt"]})
+        if not self._chats:
+            return None
+        known = {name: payload[name] for name in CHAT_FIELDS if name in payload}
+        try:
+            return await self._ask(known | {"chat_template_kwargs": template_arguments(payload)})
+        except Unusable as problem:
+            if 400 <= problem.status < 500:  # the template refuses these messages
+                return None
+            raise
+
+    async def guess(self, text: str, tokens: int) -> int | None:
+        """See `Counter`."""
+        return None
+
+    async def _ask(self, question: dict[str, Any]) -> int:
+        attempts = 1 + self._client.max_retries
+        answer = await ask(self._client, "POST", "/tokenize", {"model": self._model, **question}, attempts)
+        count = answer.get("count") if isinstance(answer, dict) else None
+        if not isinstance(count, int):
+            raise Unusable("the server's /tokenize tells no count")
+        return count
+
+
+class LocalCounter:
+    """The model's own files, by the library `tokenizers`, which does without the GIL."""
+
+    def __init__(self, files: dict[str, Path]) -> None:
+        from tokenizers import Tokenizer
+
+        self.name = f"the model's {FILES[0]}"
+        self._tokenizer = Tokenizer.from_file(str(files[FILES[0]]))
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._render = chat_template(files)
+
+    async def count(self, text: str) -> int:
+        """See `Counter`."""
+        return await self._run(text, lambda: len(self._tokenizer.encode(text, add_special_tokens=False)))
+
+    async def count_prompt(self, payload: dict[str, Any]) -> int | None:
+        """See `Counter`."""
+        if "messages" not in payload:
+            text = str(payload["prompt"])
+            return await self._run(text, lambda: len(self._tokenizer.encode(text)))
+        text = self._render(payload) if self._render else ""
+        return await self.count(text) if text else None
+
+    async def guess(self, text: str, tokens: int) -> int | None:
+        """See `Counter`: here it is exact but for a character that several tokens share."""
+        some = text[: 16 * tokens]
+
+        def last() -> int:
+            offsets = self._tokenizer.encode(some, add_special_tokens=False).offsets
+            return int(offsets[tokens][0]) if tokens < len(offsets) else len(some)
+
+        return await self._run(some, last)
+
+    async def _run(self, text: str, work: Callable[[], int]) -> int:
+        return await asyncio.to_thread(work) if len(text) > LONGEST_INLINE else work()
+
+
+class Estimate:
+    """A guess that is rather too high: the usual tokenizers have fewer tokens for nearly all texts."""
+
+    name = "an estimate"
+    _letters = (string.ascii_letters + " ").encode()
+
+    async def count(self, text: str) -> int:
+        """A token for three letters or spaces, for any other ASCII character, and for two bytes of all else."""
+        raw = text.encode(errors="replace")
+        others = raw.translate(None, self._letters)
+        ascii_others = len(others.translate(None, bytes(range(128, 256))))
+        return (len(raw) - len(others) + 2) // 3 + ascii_others + (len(others) - ascii_others + 1) // 2
+
+    async def count_prompt(self, payload: dict[str, Any]) -> int | None:
+        """See `Counter`."""
+        return None
+
+    async def guess(self, text: str, tokens: int) -> int | None:
+        """See `Counter`."""
+        return None
+
+
+class Tokens:
+    """The best counter that works, found when the first one is needed; the next one is taken when it fails."""
+
+    def __init__(self, run: sdg.Run, client: sdg.Client) -> None:
+        self._run, self._client = run, client
+        self._counter: Counter | None = None
+        self._choosing = asyncio.Lock()
+        self._slots = asyncio.Semaphore(COUNTS_AT_ONCE)
+        self._ways = [self._server_for_chats, self._local, self._server_for_texts, self._estimate]
+        self._reasons: list[str] = []
+        self._characters = 3.5  # of a token, as seen lately
+
+    @property
+    def name(self) -> str:
+        """Of the counter in use."""
+        return self._counter.name if self._counter else ""
+
+    async def count(self, text: str) -> int:
+        """Tokens of a text by itself."""
+        tokens: int = await self._ask(lambda counter: counter.count(text))
+        self._note(len(text), tokens)
+        return tokens
+
+    async def count_payload(self, payload: dict[str, Any], allowance: int) -> int:
+        """Tokens of a payload's prompt; `allowance` is added for the template where the tokenizer does not know it."""
+        texts = "\n".join(texts_of(payload).values())
+        tokens: int | None = await self._ask(lambda counter: counter.count_prompt(payload))
+        if tokens is not None:
+            self._note(len(texts), tokens)
+            return tokens
+        if payload.get("tools"):
+            texts += json.dumps(payload["tools"], indent=4)
+        return await self.count(texts) + allowance
+
+    async def guess(self, text: str, tokens: int) -> int:
+        """About how many characters of a text's beginning have so many tokens."""
+        exact: int | None = await self._ask(lambda counter: counter.guess(text, tokens))
+        return int(tokens * self._characters) if exact is None else exact
+
+    def _note(self, characters: int, tokens: int) -> None:
+        if characters > 1000:
+            self._characters += 0.2 * (characters / max(1, tokens) - self._characters)
+
+    async def _ask(self, question: Callable[[Counter], Any]) -> Any:
+        while True:
+            counter = self._counter or await self._choose()
+            try:
+                async with self._slots:
+                    return await question(counter)
+            except Unusable as problem:
+                if self._counter is counter:
+                    sdg.say(f"sdg: {counter.name} does not work any more ({problem}); tokens are counted otherwise")
+                    self._counter = None
+
+    async def _choose(self) -> Counter:
+        async with self._choosing:
+            while self._counter is None:
+                try:
+                    self._counter = await self._ways.pop(0)()
+                except Unusable as problem:
+                    self._reasons.append(str(problem))
+            return self._counter
+
+    async def _server_for_chats(self) -> Counter:
+        counter = ServerCounter(self._client, self._run.model, chats=True)
+        if await counter.count_prompt({"messages": [{"role": "user", "content": "x"}]}) is None:
+            raise Unusable("the server has no /tokenize for chats")
+        return counter
+
+    async def _server_for_texts(self) -> Counter:
+        counter = ServerCounter(self._client, self._run.model, chats=False)
+        await counter.count("x")
+        return counter
+
+    async def _local(self) -> Counter:
+        files = await asyncio.to_thread(model_files, self._run)
+        try:
+            return await asyncio.to_thread(LocalCounter, files)
+        except ImportError as problem:
+            raise Unusable("the library tokenizers is not installed: pip install 'sdg[tokenizers]'") from problem
+        except Exception as problem:
+            raise Unusable(f"the model's files cannot be used: {sdg.describe(problem)}") from problem
+
+    async def _estimate(self) -> Counter:
+        sdg.say(f"sdg: tokens are estimated, rather too many ({'; '.join(dict.fromkeys(self._reasons))})")
+        return Estimate()
+
+
+def model_files(run: sdg.Run) -> dict[str, Path]:
+    """The model's tokenizer and chat template: in its folder, the Hub's cache, or from the Hub. Raises Unusable."""
+    for name in dict.fromkeys([run.options.model or run.model, run.model]):
+        folder = Path(name).expanduser()
+        if (folder / FILES[0]).exists():
+            return {file: folder / file for file in FILES if (folder / file).exists()}
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not folder.exists():
+            return files_on_the_hub(name)
+    raise Unusable(f"{run.model} is no folder with a {FILES[0]}, and no name on the Hub")
+
+
+def files_on_the_hub(model: str) -> dict[str, Path]:
+    """The files of a model on the Hub, from the Hub's cache where they are there. Raises Unusable."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    reason = "there is no such file"
+    for cached in (True, False):
+        try:
+            found = huggingface_hub.snapshot_download(model, allow_patterns=list(FILES), local_files_only=cached)
+        except (HfHubHTTPError, OSError, ValueError) as problem:
+            reason = type(problem).__name__
+            continue
+        if (Path(found) / FILES[0]).exists():
+            return {file: Path(found) / file for file in FILES if (Path(found) / file).exists()}
+    raise Unusable(f"{model} has no {FILES[0]} here or on the Hub: {reason}")
+
+
+def chat_template(files: dict[str, Path]) -> Callable[[dict[str, Any]], str] | None:
+    """A function that makes the prompt of a payload as `transformers` does; None without a template, or Jinja.
+
+    It returns "" where the template refuses the messages.
+    """
+    config = json.loads(files[FILES[1]].read_bytes()) if FILES[1] in files else {}
+    template = files[FILES[2]].read_text(encoding="utf-8") if FILES[2] in files else config.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = {item["name"]: item["template"] for item in template}.get("default")
+    try:
+        import jinja2.sandbox
+    except ImportError:
+        return None
+    if not isinstance(template, str):
+        return None
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+    environment.globals.update(raise_exception=_refuse, strftime_now=time.strftime)
+    tokens = {name: token_text(value) for name, value in config.items() if name.endswith("_token")}
+    try:
+        compiled = environment.from_string(re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template))
+    except jinja2.TemplateError:
+        return None
+
+    def render(payload: dict[str, Any]) -> str:
+        given = {"add_generation_prompt": payload.get("add_generation_prompt", True), "tools": payload.get("tools")}
+        try:
+            return compiled.render(**{**tokens, **given, **template_arguments(payload)}, messages=payload["messages"])
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError):
+            return ""
+
+    return render
+
+
+def template_arguments(payload: dict[str, Any]) -> dict[str, Any]:
+    """What a payload says to the chat template beside messages and tools."""
+    named = {name: payload[name] for name in TEMPLATE_FIELDS if name in payload}
+    return named | (payload.get("chat_template_kwargs") or {})
+
+
+def _refuse(message: str) -> None:
+    raise ValueError(message)
+
+
+def token_text(value: Any) -> str:
+    """A special token as the tokenizer's configuration has it: a text, or an object with one."""
+    return str(value.get("content", "")) if isinstance(value, dict) else str(value or "")

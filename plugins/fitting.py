@@ -1,0 +1,594 @@
+"""Prompts that fit the model's context: only the document in them is cut, or it is run in parts.
+
+Every request of a rollout passes `Fitter.post`. Most of them surely fit, because a token is at least a byte, and cost
+nothing. For the others tokens are counted by `counting.py`. What the document is in a prompt is found by its text, so
+that rollouts need not know of this. Where nobody says how long the context is, the server's refusal tells it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import itertools
+import math
+import re
+import unicodedata
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterator
+from typing import Any
+
+import orjson
+import xxhash
+
+import sdg
+
+from .counting import Place, Tokens, Unusable, ask, server_of, texts_of
+
+ANSWER_SHARE = 4  # one part in so many of the context is kept for the answer where no max_tokens is given
+TEMPLATE = 1024  # tokens that a chat template may add of its own, such as a default system prompt; see `allowance`
+PER_MESSAGE = 16  # tokens that it adds to each message: role, separators
+SHORTEST = 64  # characters: a shorter text in a prompt is not taken for the document's
+PROBES = 64  # places of a text where a part of the document is looked for
+ATTEMPTS = 6  # at a prompt that the server refuses as too long
+LOOSE = 8  # characters of a token: a text that has more for each token of the budget is not counted as a whole
+CALLS = 16  # counts, at the most, to find out where to cut
+SMALLEST_PART = 32  # tokens
+PARTS_AT_ONCE = 16
+CONTEXT_NAMES = ("max_model_len", "context_length", "context_window", "max_context_length")  # in lists of models
+CONTEXT_CODES = {"context_length_exceeded", "exceed_context_size_error"}  # OpenAI's and those who follow; llama.cpp's
+# vLLM: "maximum context length is 2048 tokens", SGLang: "context length (2048 tokens)", llama.cpp: "n_ctx": 2048
+CONTEXT_TOLD = re.compile(r"(?:context (?:length|size|window)|max_model_len|max_total_tokens|n_ctx)\D{0,20}?(\d[\d,]*)")
+
+PARAGRAPH = re.compile(r"\n[ \t\r]*\n\s*")
+SENTENCE = re.compile(r"[.!?…][\"'”’»)\]]*\s+|[。！？．][」』”’）]*\s*|\n\s*")
+WORD = re.compile(r"\s+")
+
+
+@sdg.hookimpl
+def register_resources(register: sdg.Register) -> None:
+    register("tokenizer", tokenizer)
+
+
+@contextlib.asynccontextmanager
+async def tokenizer(run: sdg.Run) -> AsyncIterator[Tokenizer]:
+    """Count tokens as the model does, and cut or split texts: for rollouts that want to do it themselves."""
+    yield Tokenizer(run.fitter)
+
+
+class Tokenizer:
+    """The model's tokenizer, wherever it is: at the server, in the model's files or, failing these, an estimate."""
+
+    def __init__(self, fitter: Fitter) -> None:
+        self._fitter = fitter
+
+    async def count(self, text: str) -> int:
+        """Tokens of a text by itself, without those that a chat template adds."""
+        return await self._fitter.tokens.count(text)
+
+    async def cut(self, text: str, tokens: int) -> str:
+        """As much of a text's beginning as has `tokens` tokens or fewer; it ends with a sentence, line or word."""
+        return text[: await self._fitter.fitting_length(text, tokens, (SENTENCE, WORD), strip=True)].rstrip()
+
+    async def split(self, text: str, tokens: int) -> list[str]:
+        """A text in parts of `tokens` tokens or fewer, which end with paragraphs or sentences; joined they are it."""
+        ends = await self._fitter.part_ends(text, tokens)
+        return [text[start:end] for start, end in itertools.pairwise([0, *ends])]
+
+    async def context(self) -> int | None:
+        """Tokens that prompt and answer may have together; None if nobody has said it yet."""
+        return await self._fitter.context()
+
+
+# ── Where to cut ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def ending(text: str, most: int, patterns: tuple[re.Pattern[str], ...] = (SENTENCE, WORD)) -> int:
+    """The last good end of a text within its first `most` characters.
+
+    Patterns come in the order in which they are wanted. Each may cost the last third (paragraphs), fifth (sentences)
+    or tenth (words) of the text; else it ends anywhere, but not within a character that several code points make up.
+    """
+    if most >= len(text):
+        return len(text)
+    shares = {PARAGRAPH: 3, SENTENCE: 5, WORD: 10}
+    for pattern in patterns:
+        last = 0
+        for match in pattern.finditer(text, most - most // shares[pattern], most):
+            last = match.end()
+        if last:
+            return last
+    for end in range(most, max(0, most - 32), -1):
+        if not _belongs_to_previous(text[end]) and text[end - 1] != "\u200d":
+            return end
+    return most
+
+
+def _belongs_to_previous(character: str) -> bool:
+    """Whether a code point is a mark on the one before it, or joins the two."""
+    joins = character == "\u200d" or "\ufe00" <= character <= "\ufe0f" or "\U0001f3fb" <= character <= "\U0001f3ff"
+    return joins or unicodedata.combining(character) > 0
+
+
+class Prompt:
+    """A payload, and the passages in it that are the document's: (place, start, end) in its texts."""
+
+    def __init__(self, payload: dict[str, Any], document: sdg.Document) -> None:
+        self.payload = payload
+        self.texts = texts_of(payload)
+        self.passages = list(passages_of(payload, self.texts, document))
+        self.own = [self.texts[place][start:end] for place, start, end in self.passages]
+        self.longest = max(map(len, self.own), default=0)
+
+    def kept(self, most: int) -> tuple[int, ...]:
+        """Characters that stay of each passage when it may have `most`: so the longest ones are cut first."""
+        return tuple(ending(passage, most) for passage in self.own)
+
+    def cut(self, most: int) -> dict[str, Any]:
+        """The payload with each passage cut to `most` characters or, at a good end, fewer."""
+        texts = dict(self.texts)
+        for (place, start, end), kept in reversed(list(zip(self.passages, self.kept(most), strict=True))):
+            if kept < end - start:
+                whole = texts[place]
+                texts[place] = whole[:start] + whole[start : start + kept].rstrip() + whole[end:]
+        return with_texts(self.payload, texts)
+
+
+def passages_of(
+    payload: dict[str, Any], texts: dict[Place, str], document: sdg.Document
+) -> Iterator[tuple[Place, int, int]]:
+    """The document in a payload's texts: all of it, wherever it stands, else the longest part of it that does.
+
+    Of a chat it is what the user says. What the model has said is not looked at: an answer may quote the document.
+    """
+    chat = document.messages is not None
+    roles = {"user"} if chat else {"system", "developer", "user", "tool", "function"}
+    messages = payload.get("messages") or []
+    places = {place: text for place, text in texts.items() if place[0] < 0 or messages[place[0]].get("role") in roles}
+    wanted = {text.strip() for text in (user_texts(document) if chat else [document.text])}
+    wanted = {text for text in wanted if len(text) >= SHORTEST}
+    whole = [(place, at, at + len(own)) for place in places for own in wanted for at in places_of(own, places[place])]
+    if not whole:
+        parts = [(place, *shared(places[place], own)) for place in places for own in wanted]
+        longest = max(parts, key=lambda part: part[2] - part[1], default=((0, 0), 0, 0))
+        whole = [longest] if longest[2] - longest[1] >= SHORTEST else []
+    last: tuple[Place, int] | None = None
+    for place, start, end in sorted(whole, key=lambda found: (found[0], found[1], -found[2])):
+        if last is None or last[0] != place or start >= last[1]:  # one message may be part of another
+            yield place, start, end
+            last = place, end
+
+
+def places_of(part: str, text: str) -> Iterator[int]:
+    """Where a part begins in a text, from left to right."""
+    at = text.find(part)
+    while at >= 0:
+        yield at
+        at = text.find(part, at + len(part))
+
+
+def user_texts(document: sdg.Document) -> list[str]:
+    """What the user says in a chat."""
+    messages = [message for message in document.messages or [] if message.get("role") == "user"]
+    return list(texts_of({"messages": messages}).values())
+
+
+def shared(text: str, document: str) -> tuple[int, int]:
+    """Start and end of the longest stretch of a text that is a part of the document, as far as probes find it."""
+    best, position = (0, 0), 0
+    step = max(SHORTEST // 2, len(text) // PROBES)
+    while position + SHORTEST // 2 <= len(text):
+        at = document.find(text[position : position + SHORTEST // 2])
+        if at >= 0:
+            before = common_prefix(text[best[1] : position][::-1], document[:at][::-1])
+            after = common_prefix(text[position:], document[at:])
+            start, end = position - before, position + after
+            if end - start > best[1] - best[0]:
+                best = start, end
+            position = max(position, end)
+        position += step
+    return best
+
+
+def common_prefix(one: str, other: str) -> int:
+    """Length of the common beginning of two texts."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def with_texts(payload: dict[str, Any], texts: dict[Place, str]) -> dict[str, Any]:
+    """A payload with other texts; what does not change is shared with the old one."""
+    payload = dict(payload)
+    for (i, j), text in texts.items():
+        if i < 0:
+            payload["prompt"] = text
+            continue
+        payload["messages"] = list(payload["messages"])
+        message = payload["messages"][i] = dict(payload["messages"][i])
+        if j < 0:
+            message["content"] = text
+        else:
+            message["content"] = list(message["content"])
+            message["content"][j] = {**message["content"][j], "text": text}
+    return payload
+
+
+async def search(
+    count: Callable[[int], Awaitable[int]],
+    kept: Callable[[int], Hashable],
+    length: int,
+    budget: int,
+    known: tuple[int, int],
+    guess: int,
+) -> int:
+    """The largest n up to `length` with count(n) ≤ budget, or one that is less than 2 % of the budget from it.
+
+    By regula falsi and, where that is slow, bisection: text has about as many tokens everywhere.
+
+    Args:
+        count: tokens when n characters may be kept; does not decrease.
+        kept: what really is kept of n: as long as that does not change nothing is counted.
+        length: characters.
+        budget: tokens.
+        known: an n that fits, and its count.
+        guess: where to look first.
+    """
+    (low, fits), high, over = known, length + 1, 0
+    slack, calls, n = max(8, budget // 50), 0, guess
+    while calls < CALLS and high - low > 1:
+        n = min(max(n, low + 1), high - 1)
+        if kept(n) == kept(low):
+            low, n = n, (n + high) // 2
+            continue
+        calls += 1
+        tokens = await count(n)
+        if tokens <= budget:
+            low, fits = n, tokens
+            if budget - tokens <= slack:
+                break
+        else:
+            high, over = n, tokens
+        if calls > CALLS // 3:
+            n = (low + high) // 2
+        elif over:
+            n = low + (high - low) * (budget - slack // 2 - fits) // max(1, over - fits)
+        else:
+            n = known[0] + (low - known[0]) * (budget - slack // 2 - known[1]) // max(1, fits - known[1])
+    return low
+
+
+# ── Fitting ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def output_of(payload: dict[str, Any]) -> int | None:
+    """Tokens that a payload asks for, None if it leaves that to the server."""
+    asked = payload.get("max_completion_tokens") or payload.get("max_tokens")
+    return asked if isinstance(asked, int) else None
+
+
+def allowance(payload: dict[str, Any], limit: int) -> int:
+    """Tokens, at the most, that the model's template adds to a payload's texts."""
+    messages = payload.get("messages")
+    return min(TEMPLATE, limit // 8) + PER_MESSAGE * len(messages) if messages else PER_MESSAGE
+
+
+def surely_fits(body: bytes, budget: int, tools: bool) -> bool:
+    """Whether a body cannot have more tokens than `budget`, without counting them.
+
+    A token stands for at least one byte of the text, but tokenizers with a normal form (NFC) may make three times as
+    many bytes of it (https://unicode.org/faq/normalization.html). Templates write tools with more white space.
+    """
+    size = len(body) * (2 if tools else 1)
+    if size > budget:
+        return False
+    return 3 * size <= budget or body.isascii() or unicodedata.is_normalized("NFC", body.decode())
+
+
+class Fitter:
+    """Cuts the documents in prompts to the model's context, or has them run in parts. One for each run."""
+
+    def __init__(self, run: sdg.Run, client: sdg.Client) -> None:
+        self.run, self.client = run, client
+        self.mode: str = run.options.long_documents
+        self.tokens = Tokens(run, client)
+        self._limit: int | None = run.options.model_max_context
+        self._unasked = set(client.pool.upstreams)
+        self._asking = asyncio.Lock()
+        self._bases: dict[bytes, int] = {}  # tokens of prompts without the document: most rollouts have one or two
+        self._told = False
+
+    async def post(self, trial: sdg.Trial, path: str, payload: dict[str, Any], body: bytes) -> tuple[sdg.Reply, bytes]:
+        """Send a payload as `Client.post` does, with the document in it cut if need be; that is noted in the answer.
+
+        Raises:
+            RequestFailed: and `trial.room` is set if the document must be split.
+        """
+        limit, cut = await self.context(), payload
+        if limit and not self._surely_fits(payload, body, limit):
+            cut = await self._fit(trial, payload, limit)
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                reply, answer = await self.client.post(path, body if cut is payload else orjson.dumps(cut))
+                break
+            except sdg.RequestFailed as problem:
+                told, known = await self._limit_in(problem, cut) if attempt < ATTEMPTS else (None, False)
+                if told is None:
+                    raise
+                self.client.counts.subtract([f"given_up.{problem.cause}"])
+                shorter = await self._fit(trial, payload, told, 0.9 ** (attempt - 1))
+                if shorter is payload:
+                    self.client.counts[f"given_up.{problem.cause}"] += 1
+                    raise
+                self.client.counts["retries.context"] += 1
+                cut, limit = shorter, told if known else None
+        self._learn(limit)
+        if cut is payload:
+            return reply, answer
+        answer = orjson.dumps({**orjson.loads(answer), "sdg_truncated": True})
+        return sdg.parse_reply(orjson.loads(answer)), answer
+
+    def _surely_fits(self, payload: dict[str, Any], body: bytes, limit: int) -> bool:
+        budget = limit - allowance(payload, limit) - (output_of(payload) or limit // ANSWER_SHARE)
+        return surely_fits(body, budget, "tools" in payload)
+
+    async def _fit(self, trial: sdg.Trial, payload: dict[str, Any], limit: int, share: float = 1.0) -> dict[str, Any]:
+        """The payload, or one with less of the document; see `post`."""
+        prompt: Prompt = await _in_thread(len(trial.document.text), lambda: Prompt(payload, trial.document))
+        if not prompt.passages:
+            return payload  # nothing that may be cut: the server decides
+        output = output_of(payload) or limit // ANSWER_SHARE
+        budget = int((limit - output) * share)
+
+        async def count(most: int) -> int:
+            return await self._count(prompt.cut(most), limit)
+
+        if prompt.longest <= LOOSE * budget and await count(prompt.longest) <= budget:
+            return payload
+        base = await self._base(prompt, limit)
+        parts = f"{base:,} tokens without the document, and the answer up to {output:,} of the {limit:,}"
+        room = (budget - base) // len(prompt.passages)
+        if room <= 0:
+            raise self._too_long(f"the prompt has {parts} that the model takes: shorten the one, or lower --max-tokens")
+        if self.mode == "split":
+            trial.room = min(room, trial.room or room)
+        if self.mode != "truncate":
+            raise self._too_long(f"the document does not fit; the prompt has {parts} that the model takes")
+        guess = await self.tokens.guess(max(prompt.own, key=len), room)
+        most = await search(count, prompt.kept, prompt.longest, budget, (0, base), guess)
+        if most >= prompt.longest:
+            return payload
+        if not any(prompt.kept(most)):
+            raise self._too_long(f"the prompt has {parts} that the model takes: nothing is left for the document")
+        self._say_once(limit)
+        return prompt.cut(most)
+
+    def _too_long(self, message: str) -> sdg.RequestFailed:
+        failure = sdg.RequestFailed("context", message, retry=False)
+        failure.attempts = 0
+        self.client.counts["given_up.context"] += self.mode != "split"
+        return failure
+
+    async def _base(self, prompt: Prompt, limit: int) -> int:
+        """Tokens of a prompt without the document."""
+        empty = prompt.cut(0)
+        key = xxhash.xxh3_128_digest(orjson.dumps(empty))
+        if key not in self._bases:
+            if len(self._bases) >= 1000:
+                self._bases.clear()
+            self._bases[key] = await self._count(empty, limit)
+        return self._bases[key]
+
+    async def _count(self, payload: dict[str, Any], limit: int) -> int:
+        return await self.tokens.count_payload(payload, allowance(payload, limit))
+
+    def _say_once(self, limit: int) -> None:
+        if not self._told:
+            exceed = f"some documents exceed the model's context of {limit:,} tokens and are cut to it"
+            sdg.say(f"sdg: {exceed}, counted by {self.tokens.name}")
+            self._told = True
+
+    # The context
+
+    async def context(self) -> int | None:
+        """Tokens of prompt and answer together, the least that --model-max-context and the servers that are up say."""
+        if self._unasked and (self._nobody_asked or any(upstream.up.is_set() for upstream in self._unasked)):
+            async with self._asking:
+                await self._ask_servers()
+        return self._limit
+
+    @property
+    def _nobody_asked(self) -> bool:
+        return len(self._unasked) == len(self.client.pool.upstreams)
+
+    async def _ask_servers(self) -> None:
+        if self._nobody_asked:  # it may still be loading
+            await server_of(self.client.pool)
+        ready = {upstream for upstream in self._unasked if upstream.up.is_set()}
+        for limit in await asyncio.gather(*map(self._context_of, ready)):
+            self._learn(limit)
+        self._unasked -= ready
+
+    async def _context_of(self, upstream: sdg.Upstream) -> int | None:
+        """What a server says of its model in the list of models."""
+        try:
+            cards = (await ask(self.client, "GET", "/models", attempts=2, of=upstream))["data"]
+            named = {card["id"]: card for card in cards}
+            card = named.get(self.run.model) or (cards[0] if len(cards) == 1 else {})
+        except (Unusable, LookupError, TypeError):  # not every server has one
+            return None
+        told = (card.get(name) for name in CONTEXT_NAMES)
+        return next((limit for limit in told if isinstance(limit, int) and limit > 0), None)
+
+    def _learn(self, limit: int | None) -> None:
+        """Take a context that is smaller than what was known."""
+        if limit is not None and (self._limit is None or limit < self._limit):
+            if self._limit is not None:
+                sdg.say(f"sdg: the server takes {limit:,} tokens, not {self._limit:,}: prompts are fitted to that")
+            self._limit = limit
+
+    async def _limit_in(self, problem: sdg.RequestFailed, payload: dict[str, Any]) -> tuple[int | None, bool]:
+        """The context that a refusal tells of, and whether it is more than a try; None if it is about something else.
+
+        Decided by status and numbers: it must be a number that the tokens of this very prompt exceed.
+        """
+        nothing = None, False
+        if problem.status not in {400, 413, 422}:
+            return nothing
+        asked = output_of(payload)
+        limits = list(limits_in(problem, len(orjson.dumps(payload)), asked or 0))
+        coded = bool(CONTEXT_CODES & set(strings_in(problem.body)))
+        if not limits and not coded:
+            return nothing
+        if not texts_of(payload):
+            return nothing
+        tokens = await self._count(payload, self._limit or TEMPLATE) + (asked or 1)
+        exceeded = [limit for limit in limits if limit < tokens]
+        return (exceeded[0], True) if exceeded else (tokens // 2, False) if coded else nothing
+
+    # Lengths of text
+
+    async def fitting_length(
+        self, text: str, tokens: int, patterns: tuple[re.Pattern[str], ...], *, strip: bool = False
+    ) -> int:
+        """How many characters of a text's beginning have `tokens` tokens or fewer, up to a good end.
+
+        With `strip` white space at that end is not counted.
+        """
+
+        def kept(most: int) -> int:
+            return ending(text, most, patterns)
+
+        async def count(most: int) -> int:
+            beginning = text[: kept(most)]
+            return await self.tokens.count(beginning.rstrip() if strip else beginning)
+
+        if len(text) <= LOOSE * tokens and await count(len(text)) <= tokens:
+            return len(text)
+        guess = await self.tokens.guess(text, tokens)
+        return kept(await search(count, kept, len(text), tokens, (0, 0), guess))
+
+    async def part_ends(self, text: str, tokens: int) -> list[int]:
+        """Where the parts of a text end that have `tokens` tokens or fewer, and all about as many."""
+        patterns = (PARAGRAPH, SENTENCE, WORD)
+        most, ends = await self.fitting_length(text[: LOOSE * tokens], tokens, patterns) or 1, [0]
+        while (left := len(text) - ends[-1]) > 0:
+            even = math.ceil(left / math.ceil(left / most))
+            part = text[ends[-1] : ends[-1] + even + 1]
+            part = part[: ending(part, even, patterns)]
+            if await self.tokens.count(part) > tokens:
+                part = part[: await self.fitting_length(part, tokens, patterns) or 1]  # a character at least
+            ends.append(ends[-1] + len(part))
+        return ends[1:]
+
+    # Parts
+
+    async def run_parts(self, trial: sdg.Trial, ends: list[int] | None) -> list[dict[str, Any]] | dict[str, Any]:
+        """Run the rollout for each part of its document, and join what comes of it.
+
+        Args:
+            trial: of the whole document, which did not fit.
+            ends: where the parts end, if an earlier process has settled that.
+        """
+        document = trial.document
+        text = max(user_texts(document), key=len, default="") if document.messages else document.text
+        if ends is None:
+            room = (trial.room or 0) - 8  # the seams to the instructions may take some tokens more
+            ends = await self.part_ends(text, room) if room >= SMALLEST_PART else []
+        if len(ends) < 2:
+            return _failure("the prompt leaves no room for even a part of the document", 0)
+        pieces = [text[start:end] for start, end in itertools.pairwise([0, *ends])]
+        parts = trial.parts([part_of(document, text, piece) for piece in pieces], ends)
+        slots, broken = asyncio.Semaphore(PARTS_AT_ONCE), asyncio.Event()
+
+        async def run(part: sdg.Trial) -> list[dict[str, Any]] | dict[str, Any]:
+            async with slots:
+                # What follows a part that has failed would be paid for in vain.
+                outcome = [] if broken.is_set() or not part.document.text.strip() else await part.run()
+                if isinstance(outcome, dict):
+                    broken.set()
+                return outcome
+
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(run(part)) for part in parts]
+        return joined([task.result() for task in tasks])
+
+
+async def _in_thread(size: int, work: Callable[[], Any]) -> Any:
+    """The result of some work on text, done in a thread if it would hold up the event loop."""
+    return await asyncio.to_thread(work) if size > 200_000 else work()
+
+
+def _failure(message: str, attempts: int) -> dict[str, Any]:
+    return {"error": message, "error_type": "RequestFailed", "attempts": attempts}
+
+
+def part_of(document: sdg.Document, text: str, piece: str) -> sdg.Document:
+    """The document with a piece in place of a text: its own or, of a chat, of a message."""
+    if not document.messages:
+        return dataclasses.replace(document, text=piece)
+    texts = texts_of({"messages": document.messages})
+    place = next(place for place, own in texts.items() if own == text and document.messages[place[0]]["role"] == "user")
+    messages = with_texts({"messages": document.messages}, {place: piece})["messages"]
+    contents = [message["content"] for message in messages if isinstance(message.get("content"), str)]
+    return dataclasses.replace(document, text="\n\n".join(contents), messages=messages)
+
+
+def joined(outcomes: list[list[dict[str, Any]] | dict[str, Any]]) -> list[dict[str, Any]] | dict[str, Any]:
+    """What the parts' outcomes are together: one text where each has one, else all results one after the other."""
+    for number, outcome in enumerate(outcomes, 1):
+        if isinstance(outcome, dict):
+            return {**outcome, "error": f"part {number} of {len(outcomes)}: {outcome['error']}"}
+    lists = [outcome for outcome in outcomes if isinstance(outcome, list) and outcome]
+    results = [result for some in lists for result in some]
+    plain = {"text", "reasoning", "finish_reason", "usage", "truncated"}
+    if len(lists) < 2 or len(results) > len(lists) or not all(set(result) <= plain for result in results):
+        return results
+    one: dict[str, Any] = {"truncated": any(result["truncated"] for result in results)}
+    for name in ("text", "reasoning"):
+        if texts := [result[name] for result in results if result.get(name)]:
+            one[name] = "\n\n".join(texts)
+    if reasons := [result["finish_reason"] for result in results if result.get("finish_reason")]:
+        one["finish_reason"] = next((reason for reason in reasons if reason != "stop"), "stop")
+    if usages := [result["usage"] for result in results if result.get("usage")]:
+        one["usage"] = {name: sum(usage.get(name, 0) for usage in usages) for name in usages[0]}
+    return [one]
+
+
+# ── Refusals ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def limits_in(problem: sdg.RequestFailed, size: int, output: int) -> Iterator[int]:
+    """Numbers in a refusal that may be the context, the likeliest first.
+
+    Args:
+        size: bytes of the payload: more tokens it cannot have.
+        output: tokens that it asks for, 0 if it does not say.
+    """
+    text = problem.body.decode(errors="replace")
+    told = [int(number.replace(",", "")) for number in CONTEXT_TOLD.findall(text)]
+    numbers = {int(number.replace(",", "")) for number in re.findall(r"\d[\d,]*", text)}
+    numbers -= {problem.status or 0, output}
+    # "at least 1049 input tokens" is only what is left of the context beside the output, and one
+    others = sorted(number for number in numbers if number + output - 1 not in numbers)
+    for number in [*told, *others]:
+        if SMALLEST_PART < number < size + output + TEMPLATE:
+            yield number
+
+
+def strings_in(body: bytes) -> Iterator[str]:
+    """The texts of an error's body, without the keys."""
+    try:
+        values = [orjson.loads(body)]
+    except ValueError:
+        return
+    while values:
+        value = values.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, list | dict):
+            values += value.values() if isinstance(value, dict) else value
