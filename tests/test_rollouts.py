@@ -28,6 +28,7 @@ prompts: Any = sys.modules["sdg_plugins.prompt"]
 
 REGISTER = """
     import asyncio
+    import os
 
     import sdg
 
@@ -78,8 +79,8 @@ def test_steps_and_branches_of_a_rollout_come_together(job: Job, server: FakeSer
 @pytest.mark.parametrize(
     "fan_out",
     [
-        "await asyncio.gather(*[generate(prompt) for prompt in prompts])",
-        "[task.result() for task in await in_group([generate(prompt) for prompt in prompts])]",
+        "await asyncio.gather(*[ask(prompt) for prompt in prompts])",
+        "[task.result() for task in await in_group([ask(prompt) for prompt in prompts])]",
     ],
     ids=["gather", "TaskGroup"],
 )
@@ -99,6 +100,11 @@ def test_a_failed_branch_fails_its_document_and_takes_its_siblings_along(
                 return [group.create_task(call) for call in calls]
 
         async def own(document, generate):
+            async def ask(prompt):
+                while prompt == "reject" and not os.path.exists("siblings are in flight"):
+                    await asyncio.sleep(0.01)
+                return await generate(prompt)
+
             prompts = [document.text, document.text.replace("reject", "sibling"), "another"]
             return [reply.text for reply in {fan_out}]
         """,
@@ -106,7 +112,8 @@ def test_a_failed_branch_fails_its_document_and_takes_its_siblings_along(
     job.documents("reject", "fine")
 
     running = job.start()
-    wait_until(lambda: len(server.requests) == 6)
+    wait_until(lambda: len(server.requests) == 5)
+    (job.folder / "siblings are in flight").touch()
     wait_until(lambda: server.in_flight == 3)  # those of "fine": nobody waits for the others any more
     server.release()
     finished = running.finish()
