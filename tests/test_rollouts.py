@@ -391,6 +391,17 @@ def test_a_bundled_rollout_runs_in_the_demonstration_with_fields_as_annotated(ro
 
 
 @pytest.mark.parametrize("rollout", BUNDLED)
+def test_a_copy_of_a_bundled_rollout_runs(rollout: str, run_sdg: Any) -> None:
+    path = Path(sys.modules[LOADED.rollouts[rollout].plugin].__file__ or "")
+    (run_sdg.folder / path.name).write_text(path.read_text())
+
+    finished = run_sdg("--plugin", path.name, "--max-documents", 5, "--no-progress", "--output", "out")
+
+    assert finished.rc == 0
+    assert "5 rows, 0 filtered, 0 failed" in finished.stdout
+
+
+@pytest.mark.parametrize("rollout", BUNDLED)
 def test_a_bundled_rollout_can_be_read_at_a_glance(rollout: str) -> None:
     path = Path(sys.modules[LOADED.rollouts[rollout].plugin].__file__ or "")
     assert len(path.read_text().splitlines()) <= 90
