@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
 import re
+import signal
 import sqlite3
 import sys
 import textwrap
@@ -12,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_server import FakeServer, Hang, Status, prompt_of
+from fake_server import FakeServer, Hang, Status, prompt_of, usual_text
 from hypothesis import given
 from hypothesis import strategies as st
-from running import Job, Output, wait_until
+from running import Job, Output, Started, wait_until
 
 import sdg
 
@@ -26,6 +28,7 @@ prompts: Any = sys.modules["sdg_plugins.prompt"]
 
 REGISTER = """
     import asyncio
+    import os
 
     import sdg
 
@@ -76,8 +79,8 @@ def test_steps_and_branches_of_a_rollout_come_together(job: Job, server: FakeSer
 @pytest.mark.parametrize(
     "fan_out",
     [
-        "await asyncio.gather(*[generate(prompt) for prompt in prompts])",
-        "[task.result() for task in await in_group([generate(prompt) for prompt in prompts])]",
+        "await asyncio.gather(*[ask(prompt) for prompt in prompts])",
+        "[task.result() for task in await in_group([ask(prompt) for prompt in prompts])]",
     ],
     ids=["gather", "TaskGroup"],
 )
@@ -97,6 +100,11 @@ def test_a_failed_branch_fails_its_document_and_takes_its_siblings_along(
                 return [group.create_task(call) for call in calls]
 
         async def own(document, generate):
+            async def ask(prompt):
+                while prompt == "reject" and not os.path.exists("siblings are in flight"):
+                    await asyncio.sleep(0.01)
+                return await generate(prompt)
+
             prompts = [document.text, document.text.replace("reject", "sibling"), "another"]
             return [reply.text for reply in {fan_out}]
         """,
@@ -104,7 +112,8 @@ def test_a_failed_branch_fails_its_document_and_takes_its_siblings_along(
     job.documents("reject", "fine")
 
     running = job.start()
-    wait_until(lambda: len(server.requests) == 6)
+    wait_until(lambda: len(server.requests) == 5)
+    (job.folder / "siblings are in flight").touch()
     wait_until(lambda: server.in_flight == 3)  # those of "fine": nobody waits for the others any more
     server.release()
     finished = running.finish()
@@ -292,6 +301,60 @@ def check_replay(job: Job, server: FakeServer, module: str, function: str, **opt
     return count
 
 
+FAN_OUT = """
+    async def own(document, generate):
+        draft = await generate(f"{document.id}: draft")
+        views = await asyncio.gather(*[generate(f"{document.id}: view {n} of {draft}") for n in range(3)])
+        return [draft, *views, await generate(f"{document.id}: {views}")]
+"""
+
+
+def durable_answers(job: Job) -> set[str]:
+    """The answers in the state, by what the server makes of each payload."""
+    uri = f"file:{job.output.state}/00000.sqlite3?mode=ro"
+    with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=30)) as state:
+        bodies = [body for (body,) in state.execute("SELECT CAST(body AS TEXT) FROM requests")]
+    return {answer for body in bodies for answer in re.findall(r"answer [0-9a-f]{16}", body)}
+
+
+@pytest.mark.parametrize("chance", [random.Random(1), random.Random(2)], ids=["1", "2"])
+def test_kills_between_branches_lose_nothing_and_send_no_durable_answer_again(
+    chance: random.Random, job: Job, server: FakeServer
+) -> None:
+    own(job, FAN_OUT)
+    job.input([{"id": f"d{number:03}", "text": "x"} for number in range(40)])
+    victim: list[Started] = []
+    fatal = 0
+
+    def answer(payload: dict[str, Any], n: int) -> Any:
+        nonlocal fatal
+        fatal -= 1
+        if fatal == 0:
+            victim[-1].process.kill()
+        return Status(400) if re.match("d0.7: view 1", prompt_of(payload)) else None
+
+    server.behave(answer)
+    options = {"records_per_chunk": 7, "max_concurrent_documents": 6, "rollouts_per_document": 2, "seed": 1}
+    undisturbed = job.succeed(output="undisturbed", **options)
+    assert len(undisturbed.failures()) == 4
+    durable: set[str] = set()
+    codes = []
+    for round_ in range(7):
+        fatal = chance.randrange(10, 90) if round_ < 6 else 0
+        server.forget()
+        victim.append(job.start(**options))
+        codes.append(victim[-1].finish().rc)
+        sent = {usual_text(request.payload)[:23] for request in server.requests}
+        assert not durable & sent
+        durable = durable_answers(job)
+
+    assert codes[-1] == 0
+    assert codes.count(-signal.SIGKILL) >= 4
+    assert job.output.data() == undisturbed.data()
+    assert job.output.failed().keys() == undisturbed.failed().keys()
+    assert job.verify().rc == 0
+
+
 STEPS = {"continue": 4, "refine": 3}
 
 
@@ -325,6 +388,17 @@ def test_a_bundled_rollout_runs_in_the_demonstration_with_fields_as_annotated(ro
     assert sdg.annotated_fields(LOADED.rollouts[rollout].factory) is not None
     results = [result for row in Output(run_sdg.folder / "out").rows() for result in row["rollout_results"]]
     assert {result["extra"] for result in results} == {None}  # where surprises would be
+
+
+@pytest.mark.parametrize("rollout", BUNDLED)
+def test_a_copy_of_a_bundled_rollout_runs(rollout: str, run_sdg: Any) -> None:
+    path = Path(sys.modules[LOADED.rollouts[rollout].plugin].__file__ or "")
+    (run_sdg.folder / path.name).write_text(path.read_text())
+
+    finished = run_sdg("--plugin", path.name, "--max-documents", 5, "--no-progress", "--output", "out")
+
+    assert finished.rc == 0
+    assert "5 rows, 0 filtered, 0 failed" in finished.stdout
 
 
 @pytest.mark.parametrize("rollout", BUNDLED)
