@@ -684,25 +684,15 @@ class Plugins:
     def _register(self, kind: str, of: tuple[str, str, str], name: str, factory: Callable[..., Any]) -> None:
         entries: dict[str, Entry] = getattr(self, kind)
         plugin = of[0]
-        bundled = name in entries and entries[name].plugin.startswith("sdg_plugins.")
-        if bundled and plugin.startswith("sdg_plugin_files."):  # most files begin as a copy
-            self._forget(entries[name].plugin)
         if name in entries:
-            raise PluginError(f"plugins {entries[name].plugin} and {plugin} both register the {kind[:-1]} {name!r}")
+            both = f"plugins {entries[name].plugin} and {plugin} both register the {kind[:-1]} {name!r}"
+            raise PluginError(f"{both}: give one of them another name")
         if not callable(factory):
             kinds = "an async function" if kind == "rollouts" else "a function or a class"
             raise PluginError(
                 f"plugin {plugin}: the {kind[:-1]} {name!r} is a {type(factory).__name__}, and should be {kinds}"
             )
         entries[name] = Entry(factory, *of)
-
-    def _forget(self, plugin: str) -> None:
-        """Drop a plugin whose place another one takes."""
-        self.manager.unregister(name=plugin)
-        for kind in self.kinds:
-            entries: dict[str, Entry] = getattr(self, kind)
-            for name in [name for name, entry in entries.items() if entry.plugin == plugin]:
-                del entries[name]
 
     def _call(self, hook: str, plugin: object, **arguments: Any) -> None:
         """Call one plugin's implementation of a hook: pluggy's own call cannot say whose turn it is."""
@@ -901,7 +891,7 @@ def _import_file(path: Path) -> tuple[types.ModuleType, str]:
         raise UsageError(f"--plugin {path}: there is no such file")
     sys.modules.setdefault("sdg_plugin_files", types.ModuleType("sdg_plugin_files"))  # or nothing in it can be pickled
     for known, module in list(sys.modules.items()):  # what a copy of a bundled plugin imports as its neighbour
-        if known.startswith("sdg_plugins."):
+        if known.startswith("sdg_plugins.") and known != f"sdg_plugins.{path.stem}":
             sys.modules.setdefault(known.replace("sdg_plugins", "sdg_plugin_files", 1), module)
     name, file = f"sdg_plugin_files.{path.stem}", str(path.resolve())
     if name in sys.modules and sys.modules[name].__file__ != file:  # another one that is called alike

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from running import ROOT, Job, Sdg
+from running import Job, Sdg
 
 import sdg
 
@@ -157,19 +157,6 @@ def test_two_plugins_of_one_name_are_an_error(run_sdg: Sdg) -> None:
     finished = run_sdg("--plugin", "one.py", "--plugin", "two.py")
     assert finished.rc == 1
     assert finished.says("one", "two", "same")
-
-
-@pytest.mark.parametrize("name", sdg.BUNDLED)
-def test_a_copy_of_a_bundled_plugin_takes_its_place(name: str, run_sdg: Sdg) -> None:
-    (run_sdg.folder / "mine.py").write_text((ROOT / "plugins" / f"{name}.py").read_text())
-
-    bundled, mine = run_sdg("plugins"), run_sdg("plugins", "--plugin", "mine.py", "--plugin", "summarize")
-
-    assert mine.rc == 0, mine
-    registered = [line.split()[:2] for line in bundled.stdout.splitlines() if line.startswith("  ")]
-    now = [line.split()[:2] for line in mine.stdout.splitlines() if line.startswith("  ")]
-    changed = {f"sdg_plugins.{name}": "sdg_plugin_files.mine"}
-    assert now == [[known, changed.get(plugin, plugin)] for known, plugin in registered]
 
 
 def test_an_option_of_another_plugin_is_refused_not_ignored(job: Job) -> None:

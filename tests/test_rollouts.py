@@ -17,7 +17,7 @@ import pytest
 from fake_server import FakeServer, Hang, Status, prompt_of, usual_text
 from hypothesis import given
 from hypothesis import strategies as st
-from running import Job, Output, Started, wait_until
+from running import ROOT, Job, Output, Started, wait_until
 
 import sdg
 
@@ -390,15 +390,24 @@ def test_a_bundled_rollout_runs_in_the_demonstration_with_fields_as_annotated(ro
     assert {result["extra"] for result in results} == {None}  # where surprises would be
 
 
-@pytest.mark.parametrize("rollout", BUNDLED)
-def test_a_copy_of_a_bundled_rollout_runs(rollout: str, run_sdg: Any) -> None:
-    path = Path(sys.modules[LOADED.rollouts[rollout].plugin].__file__ or "")
-    (run_sdg.folder / path.name).write_text(path.read_text())
+def test_a_copy_of_a_bundled_rollout_runs_under_a_name_of_its_own(run_sdg: Any) -> None:
+    source = (ROOT / "plugins/summarize.py").read_text()
+    (run_sdg.folder / "summarize.py").write_text(source.replace('register("summarize"', 'register("mine"'))
 
-    finished = run_sdg("--plugin", path.name, "--max-documents", 5, "--no-progress", "--output", "out")
+    finished = run_sdg("--plugin", "summarize.py", "--max-documents", 5, "--no-progress", "--output", "out")
 
-    assert finished.rc == 0
+    assert finished.rc == 0, finished
     assert "5 rows, 0 filtered, 0 failed" in finished.stdout
+
+
+def test_a_copy_of_a_bundled_plugin_finds_what_the_original_imports(run_sdg: Any) -> None:
+    source = (ROOT / "plugins/command.py").read_text()
+    (run_sdg.folder / "mine.py").write_text(source.replace('register("command"', 'register("mine"'))
+
+    finished = run_sdg("plugins", "--plugin", "mine.py", "--plugin", "summarize")
+
+    assert finished.rc == 0, finished
+    assert re.search(r"^  mine +mine\.py", finished.stdout, re.MULTILINE)
 
 
 @pytest.mark.parametrize("rollout", BUNDLED)
