@@ -69,9 +69,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
-import orjson
-import pluggy
-import xxhash
+try:
+    import orjson
+    import pluggy
+    import xxhash
+except ImportError as missing:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"sdg: {missing.name} is not installed for {sys.executable}: pip install -e . installs all that is needed")
 
 if TYPE_CHECKING:
     import aiohttp
@@ -611,20 +616,18 @@ class Plugins:
         """Load the bundled plugins, those of installed packages, then `specs` as `--plugin` takes them.
 
         Returns:
-            The plugins, and the name of the rollout that the last of `specs` stands for (None without specs).
+            The plugins, and the name of the rollout that the last of `specs` that has any stands for; None if none has.
         """
         plugins = cls()
         package = _bundled_package()
         for name in BUNDLED:
             plugins.add(importlib.import_module(f"{package}.{name}"), __version__, "sdg")
         plugins._load_installed()
-        rollout = None
-        for spec in specs:
-            rollout, own = plugins._load_spec(spec)
+        found = [(spec, *plugins._load_spec(spec)) for spec in specs]
         plugins.manager.check_pending()
+        spec, rollout, _ = next((one for one in reversed(found) if one[2]), ("", None, []))
         if rollout == "":
-            several = f"several rollouts: name one as {spec}:NAME"
-            raise UsageError(f"--plugin {spec} registers {several if own else 'no rollout: is @sdg.hookimpl there?'}")
+            raise UsageError(f"--plugin {spec} registers several rollouts: name one as {spec}:NAME")
         return plugins, rollout
 
     def add(self, module: types.ModuleType, version: str, package: str = "") -> None:
@@ -720,7 +723,7 @@ class Plugins:
             self.add(module, version, package)
 
     def _load_spec(self, spec: str) -> tuple[str, list[str]]:
-        """Load one `--plugin`; return the rollout that it names, "" if it leaves that open, and all that it has."""
+        """Load one `--plugin`; return the rollout that it names, "" if it leaves that open, and all rollouts it has."""
         if spec in self.rollouts:
             return spec, [spec]
         target, _, name = spec.rpartition(":") if ":" in spec else (spec, "", "")
@@ -730,9 +733,13 @@ class Plugins:
         elif re.fullmatch(r"\w+(\.\w+)*", target) and importlib.util.find_spec(target.partition(".")[0]):
             module = _import(f"plugin {target}", functools.partial(importlib.import_module, target))
             version, package = str(getattr(module, "__version__", "")), target
+        elif Path(f"{spec}.py").is_file():
+            raise UsageError(f"no rollout is called {spec!r}; did you mean --plugin ./{spec}.py?")
         else:
             self.find("rollouts", spec)
         self.add(module, version, package)
+        if not self.manager.get_hookcallers(module):
+            raise UsageError(f"--plugin {spec} registers nothing: is @sdg.hookimpl there?")
         own = [name for name, entry in self.rollouts.items() if entry.plugin == module.__name__]
         if name and name not in own:
             raise UsageError(f"{target} has no rollout {name!r}; it has: {', '.join(own) or 'none'}")
@@ -1166,6 +1173,8 @@ def parse_configs(argv: list[str]) -> list[Config]:
     with contextlib.suppress(argparse.ArgumentError):  # the full parser will say it
         early.parse_known_args(argv, asked)
     common = _read_toml(asked.config) if asked.config else {}
+    if "config" in common:
+        raise UsageError(f"--config {asked.config}: `config` is no option for a file; tables are called [configs.NAME]")
     tables = common.pop("configs", None)
     if tables is None:
         return [parse_config(argv, common)]
@@ -1191,8 +1200,8 @@ def parse_config(argv: list[str], common: Mapping[str, Any], own: Mapping[str, A
     asked = argparse.Namespace(plugin=None)
     with contextlib.suppress(argparse.ArgumentError):  # the full parser will say it
         early.parse_known_args(argv, asked)
-    plugins, rollout = Plugins.load(asked.plugin or ["summarize"])
-    return parse_with(plugins, rollout, argv, own or {}, name)
+    plugins, rollout = Plugins.load(asked.plugin or [])
+    return parse_with(plugins, rollout or "summarize", argv, own or {}, name)
 
 
 def parse_with(
@@ -1215,10 +1224,14 @@ def parse_with(
     parser, added = build_parser(plugins)
     parser.prog += name
     options, unknown = parser.parse_known_args(argv)
+    if sum(word.partition("=")[0] == "--input" for word in argv) > 1:
+        parser.error("--input is given twice: name a folder, or a glob in quotes")
     if unknown:
         word = unknown[0].partition("=")[0]
         near = difflib.get_close_matches(word, parser._option_string_actions, n=2, cutoff=0.7)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        if not word.startswith("-"):
+            hint = "; a glob stands in quotes, or the shell makes several words of it"
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     core = [option for group in OPTIONS.values() for option in group]
     plugged = set().union(*added.values())
@@ -3728,14 +3741,15 @@ def changes_since(run: Run, reader: Reader, recorded: Mapping[str, Any]) -> list
     if run.options.retry_failed and earlier["plugin_version"] != identity["plugin_version"]:
         say("sdg: the plugin has changed since this run began: what is not finished runs with the new one")
         earlier["plugin_version"] = identity["plugin_version"]
-    return list(differences(earlier, identity))
+    edited = earlier.pop("plugin_version") != identity.pop("plugin_version")
+    return [*["the plugin's code has changed"] * edited, *differences(earlier, identity)]
 
 
 def of_another_run(run: Run, changes: list[str]) -> StateError:
     """Why a state is not this run's."""
     return StateError(
         f"state {run.state} is of another run: {'; '.join(changes[:10])}. "
-        "Take the old values, another --output, or --fresh to start over"
+        "Go back to what it was, take another --output, or --fresh to start over"
     )
 
 
@@ -3900,7 +3914,8 @@ async def progress(engine: Engine) -> AsyncIterator[None]:
 
     def show() -> None:
         bar.total = documents_expected(engine)
-        bar.set_postfix_str(eta(engine, bar.format_interval) + postfix(engine), refresh=False)
+        words = eta(engine, bar.format_interval) + postfix(engine)
+        bar.set_postfix_str(words[: max(20, columns - 45)], refresh=False)  # what is left is the bar's
         bar.update(sum(engine.tally.values()) - bar.n)
         bar.refresh()
 
@@ -3933,11 +3948,10 @@ def postfix(engine: Engine) -> str:
         return "; ".join(down[:4])
     loads = [upstream.load for upstream in pool.upstreams if upstream.load and upstream.up.is_set()]
     queue = f" ({sum(load.waiting for load in loads):.0f} queued)" if loads else ""
-    return (
-        f"{counts['completion_tokens'] / seconds:,.0f} tokens/s, {pool.active} in flight{queue}, "
-        f"{counts['cache_hits']} cached, {retries_in(counts)} retries, {engine.tally['failed']} failed"
-        f"{''.join(f'; {status}' for status in down[:2])}"
-    )
+    rare = {"failed": engine.tally["failed"], "retries": retries_in(counts), "cached": counts["cache_hits"]}
+    figures = [f"{number:,} {name}" for name, number in rare.items() if number]
+    figures += [f"{counts['completion_tokens'] / seconds:,.0f} tokens/s", f"{pool.active} in flight{queue}"]
+    return ", ".join(figures) + "".join(f"; {status}" for status in down[:2])
 
 
 def progress_line(engine: Engine) -> str:
@@ -4095,7 +4109,7 @@ def report(engine: Engine, figures: dict[str, Any]) -> str:
     run, place = engine.run, engine.run.output
     name = run.path_of(Chunk(0, 0))
     shown = os.path.relpath(place.root) if place.local else place.uri
-    kind = "json" if name.endswith(".jsonl") else "parquet"
+    kind = {"jsonl": "json"}.get(format_of(name), format_of(name))  # as pyarrow calls it
     folder = f"{shown}/{os.path.dirname(name)}"
     rate = engine.finished / max(engine.client.pool.seconds, 1e-9)
     lines = [
@@ -4456,7 +4470,7 @@ def plugins_command(argv: list[str]) -> int:
     """List what is registered, and by which package."""
     parser = argparse.ArgumentParser(prog="sdg.py plugins", description=plugins_command.__doc__)
     parser.add_argument("--plugin", action="append", metavar="FILE.py|MODULE", help="load this one, too; repeatable")
-    plugins, _ = Plugins.load(parser.parse_args(argv).plugin or [])
+    plugins, _ = Plugins.load([*(parser.parse_args(argv).plugin or []), "summarize"])
     for kind in Plugins.kinds:
         print(f"{kind}:")
         for name, entry in sorted(getattr(plugins, kind).items()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import contextlib
 import itertools
 import json
@@ -11,7 +12,7 @@ import re
 import sysconfig
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from aiohttp import web
 
 MODEL = "demo-extractive"
+RATE = 100.0  # answers a second
 
 
 @sdg.hookimpl
@@ -97,11 +99,12 @@ async def demo(run: sdg.Run) -> AsyncIterator[list[str]]:
 
     if run.options.model not in {None, MODEL}:
         raise sdg.UsageError(f"--model {run.options.model} needs a server: --base-url URL, or --server vllm")
+    files = "" if run.options.input else "--input YOUR_FILES "
     sdg.say(
         "This is a demonstration without a language model: its answers are sentences of the document. "
-        "For a real one: --input YOUR_FILES --base-url http://HOST:PORT"
+        f"For a real one: {files}--base-url http://HOST:PORT"
     )
-    app = web.Application(client_max_size=1 << 30)
+    app = web.Application(client_max_size=1 << 30, middlewares=[paced()])
     app.add_routes(
         [
             web.get("/v1/models", models),
@@ -116,6 +119,24 @@ async def demo(run: sdg.Run) -> AsyncIterator[list[str]]:
         yield [f"http://127.0.0.1:{runner.addresses[0][1]}"]
     finally:
         await runner.cleanup()
+
+
+def paced() -> Any:
+    """A middleware that lets RATE answers begin in a second: so there is something to watch, to stop and to resume."""
+    from aiohttp import web
+
+    turn = 0.0
+
+    @web.middleware
+    async def wait(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> Any:
+        nonlocal turn
+        if request.method == "POST":
+            now = asyncio.get_running_loop().time()
+            turn = max(now, turn + 1 / RATE)
+            await asyncio.sleep(turn - now)
+        return await handler(request)
+
+    return wait
 
 
 async def models(request: web.Request) -> web.Response:

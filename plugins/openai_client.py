@@ -31,7 +31,9 @@ async def openai(run: sdg.Run) -> AsyncIterator[sdg.PerRollout]:
         import httpx
         from openai import AsyncOpenAI
     except ImportError as problem:
-        raise sdg.PluginError(f"it needs a package more ({problem}): pip install 'sdg[openai]'") from problem
+        raise sdg.PluginError(
+            f"the resource openai needs a package more ({problem}): pip install 'sdg[openai]'"
+        ) from problem
 
     def make(document: sdg.Document, generate: sdg.Generate) -> AsyncOpenAI:
         transport = httpx.MockTransport(functools.partial(exchange, generate))  # has no connections, only a function

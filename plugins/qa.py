@@ -4,8 +4,7 @@ import argparse
 from dataclasses import dataclass
 
 import sdg
-
-from .structured import Ask
+from sdg_plugins.structured import Ask
 
 PROMPT = """Write {count} questions on the following text, and answer them. Each question can be understood without \
 the text, asks for something that matters in it, and is unlike the others; each answer is complete, and nothing in it \

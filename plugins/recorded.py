@@ -48,6 +48,13 @@ def state_of(asked: argparse.Namespace) -> Path:
 def record_of(state: Path) -> dict[str, Any]:
     """The content of a state's `run.json`."""
     path = state / "run.json"
+    if not path.exists() and (configs := configs_in(state)):
+        raise sdg.StateError(f"{state} has runs of the configs {', '.join(configs)}: name one by --output-config")
     if not path.exists():
         raise sdg.StateError(f"{state} has no run.json: is --output right, and --state-dir, if the run had one?")
     return sdg.parse_run(path, path.read_bytes())
+
+
+def configs_in(state: Path) -> list[str]:
+    """The configs that have states below the one of an output's `data`."""
+    return sorted(path.parent.name for path in state.glob("*/run.json"))

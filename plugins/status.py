@@ -35,7 +35,7 @@ def status(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="all of it as JSON, for programs")
     asked = parser.parse_args(argv)
     state = recorded.state_of(asked)
-    if state.is_dir() and not (state / "run.json").exists():
+    if state.is_dir() and not (state / "run.json").exists() and not recorded.configs_in(state):
         raise sdg.StateError(f"no rank has begun yet in {state}")
     ranks = ranks_of(state, int(recorded.record_of(state)["options"]["world_size"]))
     seen = overall(ranks)

@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from running import Job
-from sdg_plugins import csv, demo, jsonl, parquet, prompt
-from sdg_plugins.testing import check_reader, check_server, check_writer, document, try_rollout
 
 import sdg
+from sdg_plugins import csv, demo, jsonl, parquet, prompt
+from sdg_plugins.testing import check_reader, check_server, check_writer, document, try_rollout
 
 
 async def echo(document: sdg.Document, generate: sdg.Generate) -> sdg.Reply:

@@ -9,9 +9,9 @@ from sdg_example.explain import explain
 from sdg_example.mirror import mirror
 from sdg_example.orc import OrcWriter
 from sdg_example.paragraphs import ParagraphReader
-from sdg_plugins.testing import check_reader, check_server, check_writer, try_rollout
 
 import sdg
+from sdg_plugins.testing import check_reader, check_server, check_writer, try_rollout
 
 
 def test_an_unknown_word_is_explained_in_a_second_request() -> None:
