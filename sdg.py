@@ -102,6 +102,7 @@ QUICK_ATTEMPTS = 4  # ... of the first look at a place, when it is rather a mist
 S3_VARIABLES = "AWS_ACCESS_KEY_ID or AWS_PROFILE, AWS_REGION and AWS_ENDPOINT_URL_S3"
 OBJECT_STORES = {"s3", "gcs", "abfs"}  # have no folders: to make one leaves an empty object
 PUT_BYTES = 16 << 20  # handed over at a time: more than the smallest part of an upload, so that pyarrow copies nothing
+SHORTEST_KEY = 12  # characters
 LONGEST_PAUSE = 60.0  # s between two attempts, unless the server asks for more
 
 
@@ -1242,8 +1243,8 @@ def parse_with(
         _derive(options, plugins)
         serving = {plugins.rollouts[options.rollout].plugin, plugins.find("readers", options.reader).plugin}
         plugged_in = set().union(*(added.get(plugin, set()) for plugin in serving))
-        _check_shared(own, plugged - plugged_in)
         _check_idle(options, plugins, added, {a.dest for a in parser._actions if _is_given(a, argv)}, serving)
+        _check_shared(own, plugged - plugged_in)
     except UsageError as problem:
         parser.error(str(problem))
     check_rollout(options.rollout, plugins)
@@ -1294,7 +1295,10 @@ def as_arguments(table: Mapping[str, Any], argv: list[str]) -> list[str]:
         name = f"--{key}"
         if name in given or value is False:
             continue
-        for item in value if isinstance(value, list) else [value]:
+        items = value if isinstance(value, list) else [value]
+        if key == "input" and len(items) > 1:
+            raise UsageError("input: several are given; name a folder, or a glob")
+        for item in items:
             text = json.dumps(item, default=str) if isinstance(item, dict) else str(item)
             arguments.append(name if item is True else f"{name}={text}")
     return arguments
@@ -1321,6 +1325,8 @@ def _derive(options: argparse.Namespace, plugins: Plugins) -> None:
     _check_uris(options)
     scheme, name = split_uri(options.output)[0], options.output_filename
     options.writer = scheme if scheme in plugins.writers else _by_scheme_or_suffix(plugins, "writers", name)
+    if options.fresh and os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
+        raise UsageError("--fresh in a job that was requeued would delete what it has done: submit it without")
     if options.results_column == "id":
         raise UsageError("--results-column id: that is the column of the documents' names")
     options.state_dir = options.state_dir or default_state_dir(options.output, options.output_config)
@@ -2641,9 +2647,12 @@ def _parse_choice(choice: dict[str, Any], usage: Usage | None = None, truncated:
 
 
 def without_key(raw: bytes, key_name: str) -> bytes:
-    """What a server said, without the key: it goes into messages, records and state."""
+    """What a server said, without the key: it goes into messages, records and state.
+
+    Short keys are no secrets, but words such as EMPTY, which answers may have, too.
+    """
     key = os.environ.get(key_name, "").encode()
-    return raw.replace(key, b"***") if key else raw
+    return raw.replace(key, b"***") if len(key) >= SHORTEST_KEY else raw
 
 
 def error_text(raw: bytes) -> str:
@@ -3807,6 +3816,8 @@ def parse_run(path: Path, content: bytes) -> dict[str, Any]:
     try:
         recorded = json.loads(content)
         version = recorded["state_version"]
+        if version == STATE_VERSION and not (int(recorded["options"]["world_size"]) and recorded["identity"]):
+            raise ValueError("it is not whole")
     except (ValueError, KeyError, TypeError) as problem:
         raise StateError(f"state {path} is broken: restore it from a backup, or start over with --fresh") from problem
     if version != STATE_VERSION:
@@ -4334,7 +4345,10 @@ class Attempt:
                 if problem := self.problem or self._everything.reason:
                     raise problem
         except (asyncio.CancelledError, Exception) as problem:  # noqa: BLE001 - it is raised when the others are left
-            self.problem = self._everything.reason or understood(problem, self.run.options)
+            raised, ended = understood(problem, self.run.options), self._everything.reason or self.problem
+            if ended and raised is not ended and not isinstance(raised, asyncio.CancelledError):
+                say(f"sdg: {self._name}an observer failed, too: {describe(raised)}")
+            self.problem = ended or raised
             if self._name and isinstance(self.problem, Error) and not self.problem.said:
                 say(f"sdg: {self._name}{self.problem}")
                 self.problem.said = True

@@ -11,7 +11,7 @@ from typing import Any
 
 import sdg
 
-from . import card, command, launching, recorded, sglang
+from . import card, command, launching, prompt, recorded, sglang
 
 # What servers say of options, without being started
 CHECKS = {"command": command.words_of, "sglang": sglang.check, "vllm": launching.model_of}
@@ -46,6 +46,8 @@ def check_config(config: sdg.Config) -> None:
     if options.server in CHECKS:
         CHECKS[options.server](run)
         launching.check(options)
+    for folder in [state] + [run.output.root] * run.output.local:
+        check_folder(folder)
     sdg.check_state_dir(run)
     sdg.remember_source(run)
     entry = plugins.readers[options.reader]
@@ -53,6 +55,9 @@ def check_config(config: sdg.Config) -> None:
         reader = entry.factory(run)
     sdg.check_reader(reader, f"the reader {options.reader!r} of plugin {entry.plugin}")
     sdg.check_columns(reader.schema, options)
+    run.schema = reader.schema
+    if options.rollout == "prompt" and options.prompt_template:
+        prompt.check_places(options.prompt_template, run)
     check_earlier(run, reader)
     if card.spooled(run):
         check_publishing(run)
@@ -72,6 +77,15 @@ def check_config(config: sdg.Config) -> None:
 def stop(reason: sdg.Error) -> None:
     """Nothing is under way that could be stopped."""
     raise reason
+
+
+def check_folder(path: str) -> None:
+    """Raise OutputError if a folder can neither be written nor be made."""
+    there = next(place for place in [Path(path), *Path(path).parents] if place.exists())
+    if not there.is_dir():
+        raise sdg.OutputError(f"{there} is a file, where a folder is wanted: choose another --output or --state-dir")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise sdg.OutputError(f"{there} may not be written: choose another --output or --state-dir")
 
 
 def check_publishing(run: sdg.Run) -> None:

@@ -88,7 +88,9 @@ def wait_for_run(asked: argparse.Namespace) -> sdg.Run:
             raise sdg.StateError(f"no run was begun in {state}: is --output right, and --state-dir, if it has one?")
         if waited >= 1 and not told:
             told = True
-            sdg.say(f"sdg: waiting for a run to begin in {state}")
+            configs = ", ".join(recorded.configs_in(state))
+            hint = f"; there are runs of the configs {configs}: --output-config names one" if configs else ""
+            sdg.say(f"sdg: waiting for a run to begin in {state}{hint}")
         time.sleep(min(asked.interval, 5.0, max(0.1, asked.patience - waited)))
     return recorded.open_run(asked)
 

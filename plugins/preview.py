@@ -18,6 +18,7 @@ import sys
 import tempfile
 import textwrap
 from collections.abc import AsyncIterator, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 LONGEST = 10_000  # characters of a text that are shown: some pages
+LOG_LINES = 20  # of a server's log, if the preview fails
 TAIL = 2_000  # of these, from its end
 
 
@@ -157,7 +159,14 @@ def preview(configs: list[sdg.Config]) -> None:
         print(without_keys(Page(notes).text(), engine.run.options.api_key_env), flush=True)
 
     with tempfile.TemporaryDirectory(prefix="sdg-preview-") as folder:
-        uvloop.run(sdg.run_all([rehearsed(config, folder, config.options.preview) for config in configs], shown))
+        try:
+            uvloop.run(sdg.run_all([rehearsed(config, folder, config.options.preview) for config in configs], shown))
+        except BaseException as problem:
+            failed = isinstance(sdg.first_cause(problem), sdg.ServerError)
+            for log in Path(folder).rglob("logs/*.log") if failed else ():  # it is about to be deleted
+                ends = log.read_text(errors="replace").splitlines()[-LOG_LINES:]
+                sdg.say(without_keys("\n".join([f"the end of {log.name}:", *ends])))
+            raise
 
 
 # ── On the terminal ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -277,7 +286,8 @@ def heading(text: str, line: str = "─") -> str:
 
 def without_keys(text: str, *names: str) -> str:
     """A text without the secrets that the environment has, whatever a plugin has sent."""
-    for name in (*names, "HF_TOKEN"):
-        if secret := os.environ.get(name, ""):
+    for name in (*names, "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        secret = os.environ.get(name, "")
+        if len(secret) >= sdg.SHORTEST_KEY:
             text = text.replace(secret, "***")
     return text

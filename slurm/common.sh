@@ -90,13 +90,22 @@ requeue() {
     if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then # one task's own number is that of the whole array
         job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
     fi
-    state=$(squeue --noheader --jobs="$job" --format=%T)
+    state=$(patiently squeue --noheader --jobs="$job" --format=%T) || state=RUNNING # as far as we know
     if [[ $state != RUNNING ]]; then
         echo "sdg: not requeued from here: Slurm says that the job is ${state:-gone}" >&2
     elif ((times >= ${SDG_REQUEUES:-20})); then
         echo "sdg: not requeued: that was done $times times (SDG_REQUEUES); submit it again to go on" >&2
     else
         echo "sdg: ended with status $status, requeued for the $((times + 1)). time" >&2
-        scontrol requeue "$job"
+        patiently scontrol requeue "$job"
     fi
+}
+
+patiently() { # Slurm's controller may be away for a moment
+    local attempt
+    for attempt in 1 2 3; do
+        timeout 60 "$@" && return
+        ((attempt == 3)) || sleep 10
+    done
+    return 1
 }

@@ -37,6 +37,7 @@ while (($#)) && [[ $1 != -- ]]; do
     --nodes | -N) nodes=$value ;;
     --beside) read -ra beside <<<"$value" ;;
     --monitor) read -ra monitor <<<"$value" ;;
+    -a | -a?* | -N?*) fail "$1: write --array LIST or --nodes N" ;;
     *) flags+=("$1") width=1 ;; # a flag's value may follow as the next word: that goes there, too
     esac
     shift "$width" || fail "$name needs a value"
@@ -53,6 +54,8 @@ for word; do
     esac
 done
 array=${array:-0-$((ranks - 1))}
+[[ $array =~ ^[0-9]+(-[0-9]+)?(:[0-9]+)?(,[0-9]+(-[0-9]+)?(:[0-9]+)?)*$ ]] ||
+    fail "--array $array: ranks such as 0-3,7 are wanted (and --at-once M for a limit)"
 for number in ${array//[^0-9]/ }; do
     [[ $array == *[:%]* ]] || ((10#$number < ranks)) || fail "--array $array: ranks are numbered 0 to $((ranks - 1))"
 done

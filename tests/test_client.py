@@ -105,6 +105,16 @@ def test_a_refused_key_stops_the_run(job: Job, server: FakeServer) -> None:
     assert not before & set(server.prompts)
 
 
+def test_a_key_that_is_a_word_is_not_taken_out_of_answers(job: Job, server: FakeServer) -> None:
+    job.documents("one")
+    server.behave(lambda payload, n: Answer("The cup is EMPTY."))
+
+    finished = job(env={"OPENAI_API_KEY": "EMPTY"})
+
+    assert finished.rc == 0
+    assert job.output.texts() == {"one": ["The cup is EMPTY."]}
+
+
 def test_a_missing_key_is_named(job: Job, server: FakeServer) -> None:
     job.input(documents(3))
     server.api_key = KEY

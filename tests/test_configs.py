@@ -254,6 +254,8 @@ def test_a_preview_shows_each_config(configs: Configs) -> None:
         ('[configs.failed]\n', ["failed"]),
         ('[configs."a b"]\n', ["a b"]),
         ("configs = 5\n", ["run.toml", "configs"]),
+        ('[config.faq]\ntemperature = 0\n', ["run.toml", "[configs.NAME]"]),
+        ('[configs.faq]\nplugin = "summarize"\npairs = 3\n', ["--pairs", "qa"]),
         ("[configs]\nfaq = 5\n", ["run.toml", "configs"]),
     ],
 )  # fmt: skip
@@ -271,3 +273,21 @@ def test_the_statistics_of_each_config_are_its_own(configs: Configs) -> None:
         stats = json.loads((configs.job.folder / "out" / ".sdg" / name / "stats.json").read_text())
         assert stats["requests"] == 2
         assert stats["rows"] == 2
+
+
+@pytest.mark.parametrize("command", ["verify", "card", "status"])
+def test_commands_name_the_configs_that_there_are(configs: Configs, command: str) -> None:
+    assert configs().rc == 0
+
+    finished = configs.job.sdg(command, "--output", "out")
+
+    assert finished.rc == 1
+    assert finished.says("faq, math", "--output-config")
+    assert configs.job.sdg(command, "--output", "out", "--output-config", "faq").rc == 0
+
+
+def test_several_inputs_are_refused_not_the_last_one_taken(configs: Configs) -> None:
+    configs.write('input = ["a.jsonl", "b.jsonl"]\n')
+    assert configs(input=None).says("input", "several", "glob")
+    assert configs(input=["a.jsonl", "b.jsonl"]).says("--input is given twice")
+    assert "in quotes" in configs.job.sdg("--input", "a.jsonl", "b.jsonl").message

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from fake_server import FakeServer, Status
 from running import Job, Sdg
 
 import sdg
@@ -225,3 +226,56 @@ def test_values_that_cannot_be_compared_do_no_harm_in_a_plugin(job: Job) -> None
     job.documents("a")
 
     assert job.succeed(plugin=job.plugin("own", source)).texts() == {"a": ["a"]}
+
+
+def test_a_plugin_without_a_rollout_is_loaded_beside_the_one_that_runs(job: Job) -> None:
+    source = "import sdg\n@sdg.hookimpl\ndef chunk_written(run, chunk):\n    print('written', chunk.index)\n"
+    (job.folder / "watch.py").write_text(source)
+    job.documents("one")
+
+    finished = job(plugin=[job.options["plugin"], "watch.py"])
+    listed = job.sdg("plugins", "--plugin", "watch.py")
+
+    assert finished.rc == 0, finished
+    assert "written 0" in finished.stdout
+    assert job.output.ids() == ["one"]
+    assert listed.rc == 0
+
+
+def test_a_plugin_that_registers_nothing_is_refused(job: Job) -> None:
+    (job.folder / "empty.py").write_text("def register_rollouts(register):\n    pass\n")
+    job.documents("one")
+
+    assert job(plugin="empty.py").says("empty.py registers nothing", "@sdg.hookimpl")
+
+
+def test_the_name_of_a_file_that_is_there_is_offered(job: Job) -> None:
+    (job.folder / "headline.py").write_text("")
+    job.documents("one")
+
+    assert job(plugin="headline").says("headline", "./headline.py")
+
+
+def test_an_observer_that_fails_does_not_hide_why_the_run_ended(job: Job, server: FakeServer) -> None:
+    job.plugin(
+        "observer",
+        """
+        import contextlib
+        import sdg
+
+        @sdg.hookimpl
+        @contextlib.asynccontextmanager
+        async def observe(run):
+            try:
+                yield
+            finally:
+                raise ValueError("no room on the board")
+        """,
+    )
+    job.documents(*map(str, range(200)))
+    server.behave(lambda payload, n: Status(400))
+
+    finished = job(plugin=["observer.py", job.options["plugin"]])
+
+    assert finished.rc == 3
+    assert "no room on the board" in finished.stderr

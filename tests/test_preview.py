@@ -225,6 +225,16 @@ def test_a_launched_server_is_started_shown_and_stopped(job: Job, scratch: Path)
     assert [path.name[:10] for path in scratch.iterdir()] == ["sdg-ports-"]  # shared by all processes of a machine
 
 
+def test_the_log_of_a_server_that_does_not_start_is_shown(job: Job) -> None:
+    job.documents("one")
+    job.options |= {"server": "command", "base_url": None, "model": "m"}
+
+    shown = job(preview=1, server_command="sh -c 'echo kaboom; exit 3' {port}")
+
+    assert shown.rc == 1
+    assert "kaboom" in shown.stderr
+
+
 def test_a_refused_key_ends_it_with_one_line(job: Job, scratch: Path) -> None:
     job.documents("one")
     job.server.api_key = "another"

@@ -213,6 +213,24 @@ def check(job: Job, **options: Any) -> Finished:
     return job.sdg("check", *job.command_line(options), **job.env)
 
 
+def test_check_finds_places_of_a_template_and_folders_that_cannot_be(job: Job) -> None:
+    job.documents("one")
+    assert check(job, plugin="prompt", prompt_template="[[DOCUMENT]] [[unknown]]").says("[[unknown]]", "[[id]]")
+    (job.folder / "taken").write_text("")
+    assert check(job, output="taken").says("taken is a file")
+
+
+def test_a_job_that_was_requeued_does_not_start_over(job: Job) -> None:
+    job.documents("one")
+    assert job(fresh=True).rc == 0
+
+    finished = job(fresh=True, env={"SLURM_RESTART_COUNT": "1"})
+
+    assert finished.rc == 2
+    assert "--fresh" in finished.message
+    assert job.output.ids() == ["one"]
+
+
 def test_options_that_fit_are_told_and_nothing_is_written(job: Job, server: FakeServer) -> None:
     job.input(documents(30))
     before = sorted(job.folder.rglob("*"))
