@@ -108,7 +108,10 @@ watching=$(submit MONITOR --output="$logs/monitor-%j.log" --dependency="after:${
     ${beside[@]+"${beside[@]}"} "$SDG_SLURM/monitor.sbatch" "${where[@]}" --job "$job" ${monitor[@]+"${monitor[@]}"}) || cancel "$job"
 last=$(submit CARD --output="$logs/card-%j.log" --dependency="afterany:$job:$watching" \
     ${beside[@]+"${beside[@]}"} "$SDG_SLURM/card.sbatch" "${where[@]}") || cancel "$job" "$watching"
-((dry_run)) && exit
+if ((dry_run)); then
+    echo "submit.sh: nothing is submitted; RANKS and MONITOR stand for the ids of their jobs, RANKS_$first for that of the first rank" >&2
+    exit
+fi
 
 shell() { printf '%q ' "$@"; }
 cat <<END
