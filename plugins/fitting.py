@@ -14,7 +14,7 @@ import itertools
 import math
 import re
 import unicodedata
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterable, Iterator
 from typing import Any
 
 import orjson
@@ -32,12 +32,21 @@ PROBES = 64  # places of a text where a part of the document is looked for
 ATTEMPTS = 6  # at a prompt that the server refuses as too long
 LOOSE = 8  # characters of a token: a text that has more for each token of the budget is not counted as a whole
 CALLS = 16  # counts, at the most, to find out where to cut
-SMALLEST_PART = 32  # tokens
+SMALLEST_PART = 32  # tokens of a document: with fewer an answer would be about nothing
+SEAM = 8  # tokens by which a document's own may grow where they meet the instructions
 PARTS_AT_ONCE = 16
 CONTEXT_NAMES = ("max_model_len", "context_length", "context_window", "max_context_length")  # in lists of models
 CONTEXT_CODES = {"context_length_exceeded", "exceed_context_size_error"}  # OpenAI's and those who follow; llama.cpp's
-# vLLM: "maximum context length is 2048 tokens", SGLang: "context length (2048 tokens)", llama.cpp: "n_ctx": 2048
-CONTEXT_TOLD = re.compile(r"(?:context (?:length|size|window)|max_model_len|max_total_tokens|n_ctx)\D{0,20}?(\d[\d,]*)")
+NUMBER = r"(\d{1,3}(?:,\d{3}){1,3}|\d{1,10})(?!\d)"  # bounded: a refusal may echo any document
+# vLLM: "maximum context length is 2048 tokens", "maximum model length of 2048"; SGLang: "context length (2048 tokens)";
+# llama.cpp: "n_ctx": 2048; TGI: "`inputs` tokens + `max_new_tokens` must be <= 2048", "`inputs` must have less than
+# 2048 tokens"; Gemini: "maximum number of tokens allowed (2048)"; Anthropic: "9000 tokens > 2048 maximum"
+CONTEXT_TOLD = re.compile(
+    r"(?:context (?:length|size|window)|maximum model length|max_model_len|max_total_tokens|n_ctx|tokens >"
+    r"|inputs\W+tokens \+ \W?max_new_tokens|inputs\W+must have|maximum number of tokens allowed)"
+    rf"[^\d\n]{{0,20}}?{NUMBER}",
+    re.IGNORECASE,
+)
 
 PARAGRAPH = re.compile(r"\n[ \t\r]*\n\s*")
 SENTENCE = re.compile(r"[.!?…][\"'”’»)\]]*\s+|[。！？．][」』”’）]*\s*|\n\s*")
@@ -179,8 +188,8 @@ def shared(text: str, document: str) -> tuple[int, int]:
     while position + SHORTEST // 2 <= len(text):
         at = document.find(text[position : position + SHORTEST // 2])
         if at >= 0:
-            before = common_prefix(text[best[1] : position][::-1], document[:at][::-1])
-            after = common_prefix(text[position:], document[at:])
+            before = common_suffix(text, position, document, at, most=position - best[1])
+            after = common_prefix(text, position, document, at)
             start, end = position - before, position + after
             if end - start > best[1] - best[0]:
                 best = start, end
@@ -189,12 +198,24 @@ def shared(text: str, document: str) -> tuple[int, int]:
     return best
 
 
-def common_prefix(one: str, other: str) -> int:
-    """Length of the common beginning of two texts."""
-    low, high = 0, min(len(one), len(other))
+def common_prefix(one: str, start: int, other: str, at: int) -> int:
+    """Length of what two texts have in common from these places on."""
+    most = min(len(one) - start, len(other) - at)
+    return longest(most, lambda low, high: one[start + low : start + high] == other[at + low : at + high])
+
+
+def common_suffix(one: str, end: int, other: str, at: int, most: int) -> int:
+    """Length of what two texts have in common before these places, up to `most`."""
+    most = min(most, at)
+    return longest(most, lambda low, high: one[end - high : end - low] == other[at - high : at - low])
+
+
+def longest(most: int, equal: Callable[[int, int], bool]) -> int:
+    """The largest n up to `most` such that all is equal from 0 to n, by bisection."""
+    low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2
-        if one[low:middle] == other[low:middle]:
+        if equal(low, middle):
             low = middle
         else:
             high = middle - 1
@@ -352,7 +373,7 @@ class Fitter:
         base = await self._base(prompt, limit)
         parts = f"{base:,} tokens without the document, and the answer up to {output:,} of the {limit:,}"
         room = (budget - base) // len(prompt.passages)
-        if room <= 0:
+        if room - SEAM < SMALLEST_PART:
             raise self._too_long(f"the prompt has {parts} that the model takes: shorten the one, or lower --max-tokens")
         if self.mode == "split":
             trial.room = min(room, trial.room or room)
@@ -435,21 +456,20 @@ class Fitter:
     async def _limit_in(self, problem: sdg.RequestFailed, payload: dict[str, Any]) -> tuple[int | None, bool]:
         """The context that a refusal tells of, and whether it is more than a try; None if it is about something else.
 
-        Decided by status and numbers: it must be a number that the tokens of this very prompt exceed.
+        It must be a number that the tokens of this very prompt exceed. One that is not called the context is no more
+        than a try, and that only where the refusal has a code that says what it is about.
         """
         nothing = None, False
         if problem.status not in {400, 413, 422}:
             return nothing
-        asked = output_of(payload)
-        limits = list(limits_in(problem, len(orjson.dumps(payload)), asked or 0))
-        coded = bool(CONTEXT_CODES & set(strings_in(problem.body)))
-        if not limits and not coded:
+        told, tries, coded = limits_in(problem, payload)
+        if not (told or coded) or not texts_of(payload):
             return nothing
-        if not texts_of(payload):
-            return nothing
-        tokens = await self._count(payload, self._limit or TEMPLATE) + (asked or 1)
-        exceeded = [limit for limit in limits if limit < tokens]
-        return (exceeded[0], True) if exceeded else (tokens // 2, False) if coded else nothing
+        tokens = await self._count(payload, self._limit or TEMPLATE) + (output_of(payload) or 1)
+        for limits in (told, tries):
+            if exceeded := [limit for limit in limits if limit < tokens]:
+                return exceeded[0], limits is told
+        return (tokens // 2, False) if coded else nothing
 
     # Lengths of text
 
@@ -498,8 +518,7 @@ class Fitter:
         document = trial.document
         text = max(user_texts(document), key=len, default="") if document.messages else document.text
         if ends is None:
-            room = (trial.room or 0) - 8  # the seams to the instructions may take some tokens more
-            ends = await self.part_ends(text, room) if room >= SMALLEST_PART else []
+            ends = await self.part_ends(text, (trial.room or 0) - SEAM)
         if len(ends) < 2:
             return _failure("the prompt leaves no room for even a part of the document", 0)
         pieces = [text[start:end] for start, end in itertools.pairwise([0, *ends])]
@@ -563,33 +582,42 @@ def joined(outcomes: list[list[dict[str, Any]] | dict[str, Any]]) -> list[dict[s
 # ── Refusals ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def limits_in(problem: sdg.RequestFailed, size: int, output: int) -> Iterator[int]:
-    """Numbers in a refusal that may be the context, the likeliest first.
+def limits_in(problem: sdg.RequestFailed, payload: dict[str, Any]) -> tuple[list[int], list[int], bool]:
+    """Numbers in a refusal that are called the context; others that may be it; whether its code says that it is that.
 
-    Args:
-        size: bytes of the payload: more tokens it cannot have.
-        output: tokens that it asks for, 0 if it does not say.
+    What the prompt itself says of contexts does not count: a refusal may quote it.
     """
-    text = problem.body.decode(errors="replace")
-    told = [int(number.replace(",", "")) for number in CONTEXT_TOLD.findall(text)]
-    numbers = {int(number.replace(",", "")) for number in re.findall(r"\d[\d,]*", text)}
-    numbers -= {problem.status or 0, output}
+    error = error_in(problem.body)
+    coded = bool(CONTEXT_CODES & {value for value in error.values() if isinstance(value, str)})
+    texts, output = texts_of(payload).values(), output_of(payload) or 0
+    most = len(orjson.dumps(payload)) + output + TEMPLATE  # a token is a byte at least
+
+    def possible(numbers: Iterable[str]) -> list[int]:
+        values = (int(number.replace(",", "")) for number in numbers)
+        return [value for value in values if SMALLEST_PART < value < most and value != problem.status]
+
+    said = words_of(error)
+    told = [match for match in CONTEXT_TOLD.finditer(said) if not any(match[0] in text for text in texts)]
+    numbers = set(possible(re.findall(rf"(?<!\d){NUMBER}", said)) if coded else []) - {output}
     # "at least 1049 input tokens" is only what is left of the context beside the output, and one
-    others = sorted(number for number in numbers if number + output - 1 not in numbers)
-    for number in [*told, *others]:
-        if SMALLEST_PART < number < size + output + TEMPLATE:
-            yield number
+    tries = sorted(number for number in numbers if number + output - 1 not in numbers)
+    return possible(match[1] for match in told), tries, coded
 
 
-def strings_in(body: bytes) -> Iterator[str]:
-    """The texts of an error's body, without the keys."""
+def error_in(body: bytes) -> dict[str, Any]:
+    """The object of an error's body that tells of it: OpenAI and vLLM nest it, SGLang is flat; empty if none does."""
     try:
-        values = [orjson.loads(body)]
-    except ValueError:
-        return
-    while values:
-        value = values.pop()
-        if isinstance(value, str):
-            yield value
-        elif isinstance(value, list | dict):
-            values += value.values() if isinstance(value, dict) else value
+        whole = orjson.loads(body)
+    except ValueError:  # a page, as proxies make them
+        return {}
+    if not isinstance(whole, dict):
+        return {}
+    error = whole.get("error")
+    return error if isinstance(error, dict) else whole
+
+
+def words_of(error: dict[str, Any]) -> str:
+    """An error's message and its numbers with their names; what else it holds may be the request's."""
+    numbers = [f"{name}: {value}" for name, value in error.items() if type(value) is int]
+    messages = [error[name] for name in ("message", "detail", "error") if isinstance(error.get(name), str)]
+    return "\n".join([*messages, *numbers])

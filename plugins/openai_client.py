@@ -60,13 +60,15 @@ async def exchange(generate: sdg.Generate, request: httpx.Request) -> httpx.Resp
     except sdg.RequestFailed as problem:
         if problem.cause == "timeout":
             raise httpx.ReadTimeout(str(problem), request=request) from problem
+        if problem.cause == "context" and problem.status is None:  # by that code libraries know that it is too long
+            return refusal(400, str(problem), code="context_length_exceeded")
         return refusal(problem.status or 502, str(problem))
     return httpx.Response(200, content=body, headers={"Content-Type": "application/json"})
 
 
-def refusal(status: int, message: str) -> httpx.Response:
+def refusal(status: int, message: str, code: str | None = None) -> httpx.Response:
     """An error as OpenAI's servers have it, which nobody should try again: the engine has."""
     import httpx
 
-    error = {"message": message, "type": "sdg", "code": status}
+    error = {"message": message, "type": "sdg", "code": code or status}
     return httpx.Response(status, json={"error": error}, headers={"x-should-retry": "false"})

@@ -65,7 +65,7 @@ class InvalidAnswer(Exception):
 class Server:
     """What a run has learned of its server."""
 
-    formats: bool | None = None  # whether it takes `response_format`; None until it has told
+    formats: bool | None = None  # whether `response_format` was taken first, or refused; None until one of them
 
 
 @contextlib.asynccontextmanager
@@ -104,15 +104,15 @@ async def request(
 ) -> sdg.Reply:
     """One answer. A server that refuses `response_format`, and nothing else, is asked without it from then on.
 
-    Any refused request would look like that. So it counts only if the same one is answered without the field, and
-    not at all once the server has answered one with it.
+    Any refused request would look like that. So it counts only if the same one is answered without the field. Once
+    one with it has been answered, perhaps by another server or in an earlier process, each request is tried by itself.
     """
     if server.formats is False:
         return await generate(messages, **overrides)
     try:
         reply = await generate(messages, response_format=form.response_format, **overrides)
     except sdg.RequestFailed as refusal:
-        if server.formats or refusal.status not in REFUSALS:
+        if refusal.status not in REFUSALS:
             raise
         reply = await generate(messages, **overrides)
         if server.formats is None:
@@ -226,10 +226,12 @@ def read(text: str, parse: Callable[[Any], Any]) -> Any:
     for candidate in candidates(text):
         try:
             value = json.loads(candidate)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         try:
             return parse(value)
+        except RecursionError:
+            problem = problem or ValueError("its JSON is nested too deeply")
         except ValueError as wrong:
             problem = problem or wrong
     raise problem or ValueError("it has no JSON that can be read")

@@ -465,6 +465,9 @@ def test_a_context_that_only_a_refusal_tells_is_learned_from_it(
             }
         },
         {"error": "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 512. Given: 9000 and 64"},
+        {"error": {"code": "context_length_exceeded", "message": "9000 tokens are too many: take 512."}},
+        {"error": {"message": "The decoder prompt (length 9000) is longer than the maximum model length of 512."}},
+        {"error": "Bad Request", "message": "The context window of 512 tokens is exceeded.", "code": 400},
     ],
 )
 def test_a_refusal_is_understood_in_other_servers_words(long: Job, server: FakeServer, body: dict[str, Any]) -> None:
@@ -489,6 +492,93 @@ def test_another_refusal_is_not_taken_for_a_context(long: Job, server: FakeServe
 
     assert len(server.requests) == 1
     assert message in output.failures()[0]["error"]
+
+
+HTML = b"<html><style>body{font-weight:400}</style><h1>413 Request Entity Too Large</h1> context length 300</html>"
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        Raw(HTML, 413),
+        Status(400, message="Blocked by the content policy, rule 130"),
+        Status(422, message="bad input: " + "3" * 5000),
+        Status(422, message="bad input: a context length of " + "3" * 5000),
+        Raw(orjson.dumps({"error": {"message": "blocked", "input": "the context length is 130 tokens"}}), 400),
+        Raw(orjson.dumps({"error": {"message": "it exceeds the context length", "rule": 130}}), 400),
+        Raw(orjson.dumps({"detail": [{"msg": "blocked", "input": "the context length is 130 tokens"}]}), 422),
+    ],
+)
+def test_numbers_in_one_documents_refusal_cut_no_document(long: Job, server: FakeServer, refusal: Status | Raw) -> None:
+    server.max_model_len = server.context = None
+    long.documents(f"bad {prose(1600)}", prose(1600))
+    server.behave(lambda payload, n: refusal if "bad" in prompt_of(payload) else None)
+
+    output = long.succeed(max_concurrent_documents=1)
+
+    (failure,) = output.failures()
+    assert str(refusal.status) in failure["error"]
+    assert [row["rollout_results"][0]["truncated"] for row in output.rows()] == [False]
+    assert len(server.requests) == 2
+
+
+def test_a_refusal_that_quotes_a_document_about_contexts_is_not_taken_for_one(long: Job, server: FakeServer) -> None:
+    server.max_model_len = server.context = None
+    long.documents(f"bad: the maximum context length is 300 tokens. {prose(1600)}")
+    server.behave(lambda payload, n: Status(400, message=f"I do not like {prompt_of(payload)[:200]}"))
+
+    output = long.succeed()
+
+    assert "I do not like" in output.failures()[0]["error"]
+    assert len(server.requests) == 1
+
+
+def test_a_number_that_is_not_called_the_context_is_tried_and_not_learned(long: Job, server: FakeServer) -> None:
+    server.max_model_len = server.context = None
+    error = {"code": "context_length_exceeded", "message": "Too long, says rule 300."}
+    long.documents(f"bad {prose(1600)}", prose(1600))
+    server.behave(
+        lambda payload, n: (
+            Raw(orjson.dumps({"error": error}), 400)
+            if "bad" in prompt_of(payload) and tiny_tokenizer.count(payload) > 448
+            else None
+        )
+    )
+
+    output = long.succeed(max_concurrent_documents=1)
+
+    assert [row["rollout_results"][0]["truncated"] for row in output.rows()] == [True, False]
+
+
+@pytest.mark.parametrize("how", ["truncate", "split"])
+def test_a_document_of_which_next_to_nothing_would_be_left_fails(long: Job, server: FakeServer, how: str) -> None:
+    empty = tiny_tokenizer.count({"messages": [{"role": "user", "content": BEFORE + AFTER}]})
+    server.max_model_len = server.context = empty + ANSWER + fitting.SMALLEST_PART
+    long.documents(prose(800))
+
+    output = long.succeed(long_documents=how)
+
+    (failure,) = output.failures()
+    assert f"{empty} tokens without the document" in failure["error"]
+    assert f"of the {server.context} that the model takes" in failure["error"]
+    assert server.requests == []
+
+
+@settings(max_examples=300, deadline=None)
+@given(one=st.text("ab", max_size=30), other=st.text("ab", max_size=30), data=st.data())
+def test_what_two_texts_have_in_common_around_two_places(one: str, other: str, data: st.DataObject) -> None:
+    here, there = data.draw(st.integers(0, len(one))), data.draw(st.integers(0, len(other)))
+    most = data.draw(st.integers(0, here))
+
+    after = fitting.common_prefix(one, here, other, there)
+    before = fitting.common_suffix(one, here, other, there, most)
+
+    assert one[here:].startswith(other[there : there + after])
+    assert one[here:][after : after + 1] != other[there:][after : after + 1] or after == len(one) - here
+    assert before <= most
+    assert one[here - before : here] == other[there - before : there]
+    further = before + 1
+    assert further > min(most, there) or one[here - further] != other[there - further]
 
 
 def test_the_smaller_of_two_contexts_counts(long: Job, server: FakeServer, servers: Callable[[], FakeServer]) -> None:

@@ -7,13 +7,20 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_server import Answer, FakeServer, Hang, Status, prompt_of
 from running import ROOT, Job, documents, wait_until
+from test_long_documents import answers_in
 from test_rollouts import check_replay, own
+
+import sdg
+
+sdg.Plugins.load([])
+from sdg_plugins import pool  # noqa: E402
 
 # ── Of plugins ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -165,8 +172,63 @@ def test_a_process_that_dies_ends_the_run_with_the_way_out(job: Job, server: Fak
     finished = job(max_concurrent_documents=1)
 
     assert finished.rc == 1
-    assert finished.says("process_pool", "--retry-failed")
-    assert len(job.output.rows()) + len(job.output.failures()) <= 1
+    assert finished.says("process_pool", "run again")
+    assert (job.output.rows(), job.output.failures()) == ([], [])
+
+
+FRAIL = """
+    import os, time
+
+    def work(text):
+        while not os.path.exists("go"):
+            time.sleep(0.05)
+        if not os.path.exists("mended"):
+            os._exit(9)
+        return text.upper()
+
+    async def own(document, generate, process_pool):
+        reply = await generate(document.text)
+        return await asyncio.get_running_loop().run_in_executor(process_pool, work, f"{document.text} {reply}")
+"""
+
+
+def test_a_process_that_dies_fails_no_document_and_no_answer_is_paid_again(job: Job, server: FakeServer) -> None:
+    own(job, FRAIL)
+    job.input(documents(10))
+    running = job.start()
+    wait_until(lambda: len(server.answered) == 10 and answers_in(job.output.state) == 10)
+
+    (job.folder / "go").touch()
+    finished = running.finish()
+
+    assert finished.rc == 1
+    assert finished.says("process_pool", "run again")
+    assert (job.output.rows(), job.output.failures()) == ([], [])
+    (job.folder / "mended").touch()
+    assert len(job.succeed().rows()) == 10
+    assert len(server.requests) == 10
+
+
+def test_work_of_a_process_pool_can_be_cancelled_from_both_ends() -> None:
+    inner: Future[Any] = Future()
+    work = pool.Work(inner)
+    assert work.cancel()
+    assert inner.cancelled()
+    assert wait([work], timeout=30).done == {work}
+
+    inner = Future()
+    work = pool.Work(inner)
+    inner.cancel()
+    assert work.cancelled()
+    assert wait([work], timeout=30).done == {work}
+
+    inner = Future()
+    work = pool.Work(inner)
+    inner.set_running_or_notify_cancel()
+    assert work.running()
+    assert not work.cancel()
+    inner.set_result(5)
+    assert work.result(timeout=30) == 5
 
 
 # ── A folder, chance ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -320,6 +382,27 @@ def test_errors_are_openais_and_only_the_engine_retries(job: Job, server: FakeSe
     sent = {name: server.prompts.count(name) for name in failed}
     once, twice, never = ("400", "403", "422"), ("429 3", "500", "500 5", "slow", "empty"), ("stream", "embed")
     assert sent == dict.fromkeys(once, 1) | dict.fromkeys(twice, 2) | dict.fromkeys(never, 0)
+
+
+def test_a_document_that_does_not_fit_is_told_as_openai_tells_it(job: Job, server: FakeServer) -> None:
+    own(
+        job,
+        """
+        async def own(document, generate, openai):
+            import openai as sdk
+
+            try:
+                await openai.chat.completions.create(
+                    model="", messages=[{"role": "user", "content": document.text}], max_tokens=16
+                )
+            except sdk.BadRequestError as problem:
+                return f"{problem.status_code} {problem.code}"
+        """,
+    )
+    server.count, server.max_model_len = lambda payload: len(prompt_of(payload).split()), 100
+    job.input([{"id": "long", "text": "some words " * 400}])
+
+    assert job.succeed(long_documents="fail").texts() == {"long": ["400 context_length_exceeded"]}
 
 
 INSTRUCTOR = """

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import pytest
-from fake_server import Answer, FakeServer, Status, prompt_of
+from fake_server import Answer, FakeServer, Hang, Status, prompt_of
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from running import Job, documents
+from running import Job, documents, wait_until
+from test_long_documents import answers_in
 from test_rollouts import check_replay
 
 import sdg
@@ -237,7 +239,7 @@ def test_a_refusal_that_has_another_cause_is_the_documents_own(shapes: Job, serv
     assert sum("response_format" in request.payload for request in server.requests) == 6
 
 
-def test_once_a_server_has_taken_response_format_a_refused_document_is_not_asked_twice(
+def test_once_response_format_has_been_taken_a_refused_document_is_asked_once_more_without_it(
     shapes: Job, server: FakeServer
 ) -> None:
     server.behave(lambda payload, n: Status(400) if "5" in prompt_of(payload) else json.dumps(WHOLE))
@@ -246,7 +248,43 @@ def test_once_a_server_has_taken_response_format_a_refused_document_is_not_asked
     output = shapes.succeed(max_concurrent_generations=1, max_concurrent_documents=1)
 
     assert list(output.failed()) == ["d5"]
-    assert len(server.requests) == 6
+    assert len(server.requests) == 7
+    assert sum("response_format" in request.payload for request in server.requests) == 6
+
+
+def refuses_formats(payload: dict[str, Any], n: int) -> Status | str:
+    return Status(400, message="no response_format") if "response_format" in payload else json.dumps(WHOLE)
+
+
+def test_of_two_servers_one_may_refuse_response_format(
+    shapes: Job, server: FakeServer, servers: Callable[[], FakeServer]
+) -> None:
+    other = servers()
+    server.behave(lambda payload, n: json.dumps(WHOLE))
+    other.behave(refuses_formats)
+    shapes.input(documents(20))
+
+    output = shapes.succeed(base_url=[server.url, other.url], max_concurrent_generations=2)
+
+    assert len(output.rows()) == 20
+
+
+def test_a_run_can_go_on_with_a_server_that_refuses_response_format(
+    shapes: Job, server: FakeServer, servers: Callable[[], FakeServer]
+) -> None:
+    other = servers()
+    server.behave(lambda payload, n: json.dumps(WHOLE) if "document 0" in prompt_of(payload) and n == 1 else Hang())
+    other.behave(refuses_formats)
+    shapes.input([{"id": f"d{number}", "text": f"document {number}"} for number in range(6)])
+    running = shapes.start(rollouts_per_document=2)
+    wait_until(lambda: len(server.requests) == 12 and len(server.answered) >= 1)
+    wait_until(lambda: answers_in(shapes.output.state) == len(server.answered))
+    running.process.kill()
+    running.finish()
+
+    output = shapes.succeed(rollouts_per_document=2, base_url=other.url)
+
+    assert len(output.rows()) == 6
 
 
 def test_answers_with_attempts_are_replayed(shapes: Job, server: FakeServer) -> None:
@@ -297,6 +335,24 @@ def test_json_is_found_in_whatever_stands_around_it(
 def test_what_is_no_json_object_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"no JSON|no object"):
         structured.read(text, as_object)
+
+
+NESTED = "[" * 100_000 + "]" * 100_000
+
+
+def test_json_that_is_nested_too_deeply_is_asked_for_again(shapes: Job, server: FakeServer) -> None:
+    server.behave(lambda payload, n: NESTED if len(payload["messages"]) == 1 else json.dumps(WHOLE))
+    shapes.documents("a text")
+
+    assert len(shapes.succeed().rows()) == 1
+    assert len(server.requests) == 2
+
+
+def test_a_value_that_is_too_deep_to_be_validated_is_wrong() -> None:
+    nests = {"$ref": "#/$defs/nest", "$defs": {"nest": {"type": "array", "items": {"$ref": "#/$defs/nest"}}}}
+
+    with pytest.raises(ValueError, match="nested too deeply"):
+        structured.read("[" * 400 + "]" * 400, structured.form_of(nests).parse)
 
 
 @dataclass
