@@ -136,11 +136,11 @@ class Output:
 
     def table(self) -> pa.Table:
         """All data files in the order of their names; it is an error if their schemas differ."""
-        tables = [pq.read_table(self.path / name) for name in sorted(self.data())]
+        tables = [pq.read_table(self.path / name) for name in self.written()]
         return pa.concat_tables(tables)
 
     def rows(self) -> list[dict[str, Any]]:
-        return self.table().to_pylist() if self.data() else []
+        return self.table().to_pylist() if self.written() else []
 
     def ids(self) -> list[str]:
         return [row["id"] for row in self.rows()]
