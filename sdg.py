@@ -3926,7 +3926,9 @@ async def progress(engine: Engine) -> AsyncIterator[None]:
     def show() -> None:
         bar.total = documents_expected(engine)
         words = eta(engine, bar.format_interval) + postfix(engine)
-        bar.set_postfix_str(words[: max(20, columns - 45)], refresh=False)  # what is left is the bar's
+        room = max(20, columns - 45)  # what is left is the bar's
+        words = words if len(words) <= room else words[:room].rpartition(", ")[0]
+        bar.set_postfix_str(words, refresh=False)
         bar.update(sum(engine.tally.values()) - bar.n)
         bar.refresh()
 
