@@ -3919,7 +3919,7 @@ async def progress(engine: Engine) -> AsyncIterator[None]:
     terminal = sys.stderr.isatty()
     began = sum(engine.tally.values())
     columns, lines = os.get_terminal_size(sys.stderr.fileno()) if terminal else (0, 0)
-    shape = "{n_fmt}/{total_fmt} {percentage:3.0f}%|{bar}|{postfix}"
+    shape = "{n_fmt}/{total_fmt} {percentage:3.0f}%|{bar}| {desc}"
     columns, lines = columns or 80, lines or 24  # some terminals report no size
     bar = tqdm(initial=began, disable=not terminal, bar_format=shape, ncols=columns, nrows=lines)
 
@@ -3928,7 +3928,7 @@ async def progress(engine: Engine) -> AsyncIterator[None]:
         words = eta(engine, bar.format_interval) + postfix(engine)
         room = max(20, columns - 45)  # what is left is the bar's
         words = words if len(words) <= room else words[:room].rpartition(", ")[0]
-        bar.set_postfix_str(words, refresh=False)
+        bar.set_description_str(words, refresh=False)
         bar.update(sum(engine.tally.values()) - bar.n)
         bar.refresh()
 
