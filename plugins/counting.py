@@ -302,7 +302,11 @@ class Tokens:
             raise Unusable(f"the model's files cannot be used: {sdg.describe(problem)}") from problem
 
     async def _estimate(self) -> Counter:
-        sdg.say(f"sdg: tokens are estimated, rather too many ({'; '.join(dict.fromkeys(self._reasons))})")
+        sdg.say(
+            "sdg: tokens are estimated, rather too many, so that up to half of the context is left free "
+            f"({'; '.join(dict.fromkeys(self._reasons))}); --model as a folder or a name on the Hub, with "
+            "pip install 'sdg[tokenizers]', has them counted"
+        )
         return Estimate()
 
 
