@@ -349,7 +349,7 @@ def grow(disk: Path) -> None:
 if os.geteuid() == 0:  # the others have test_a_full_disk_at_any_durable_step_loses_and_doubles_nothing
 
     def test_a_full_disk_stops_the_run_and_loses_nothing(job: Job, server: FakeServer, small_disk: Path) -> None:
-        rows = [{"id": f"d{number:04}", "text": os.urandom(20_000).hex()} for number in range(150)]
+        rows = [{"id": f"d{number:04}", "text": os.urandom(40_000).hex()} for number in range(150)]  # 6 MB in files
         job.input(rows)
         options = {"records_per_chunk": 5, "max_concurrent_generations": 4}
         expected = job.succeed(output="undisturbed", **options).data()
