@@ -3212,7 +3212,7 @@ class Engine:
         self.defaults = sampling(options, run.model)
         self.id_column = id_column_of(options, reader.schema)
         self.fields = recorded_fields(run.state) or settle_fields(run, annotated_fields(self.rollout))
-        self.stopping = False
+        self.stopping = self._broken_off = False
         self.began = time.monotonic()
         self.started = self.finished = self.failed = 0  # documents, in this process
         self.tally: Counter[str] = Counter()  # documents, ever
@@ -3239,10 +3239,14 @@ class Engine:
         self.store.on_durable = self._durable
         with self._reading, self._writing:
             async with asyncio.TaskGroup() as self._write_tasks, contextlib.aclosing(self._batches()) as batches:
-                async with asyncio.TaskGroup() as workers:
-                    for _ in range(self.run.options.max_concurrent_documents):
-                        self._workers.append(workers.create_task(self._work(batches)))
-                await self.store.flush()
+                try:
+                    async with asyncio.TaskGroup() as workers:
+                        for _ in range(self.run.options.max_concurrent_documents):
+                            self._workers.append(workers.create_task(self._work(batches)))
+                    await self.store.flush()
+                except BaseException:
+                    self._broken_off = True
+                    raise
             if self._deferred and not self.stopping:  # no document has a result: the files are empty
                 self.fields = recorded_fields(self.run.state) or base_fields()
                 async with asyncio.TaskGroup() as self._write_tasks:
@@ -3492,7 +3496,7 @@ class Engine:
         for document in documents:
             opened = self._open[document >> 32]
             opened.remaining -= 1
-            if not opened.remaining:
+            if not opened.remaining and not self._broken_off:  # else the next run writes it
                 self._write_tasks.create_task(self._write_chunk(opened))
 
     async def _settle(self, opened: OpenChunk) -> None:

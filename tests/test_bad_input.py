@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fake_server import FakeServer, Hang, free_port, prompt_of
-from running import Job, documents, wait_until
+from running import ECHO, Job, documents, wait_until
 
 
 @pytest.fixture
@@ -344,6 +344,44 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def grow(disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+
+
+FULL_WHILE_READING = (
+    ECHO
+    + """
+    import errno
+
+    sdg.COMMIT_INTERVAL = 2.0  # so that the last commit, on the way out, completes chunks
+
+    class Full(sdg.OpenChunk):
+        def __init__(self, chunk, *arguments):
+            if chunk.index == 3:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            super().__init__(chunk, *arguments)
+
+    sdg.OpenChunk = Full
+"""
+)
+
+
+def test_chunks_that_are_complete_when_the_disk_is_full_are_written_by_the_next_run(
+    job: Job, server: FakeServer
+) -> None:
+    job.input(documents(20))
+    echo = job.options["plugin"]
+    source = echo.read_text()
+    job.plugin(echo.stem, FULL_WHILE_READING)
+
+    finished = job(records_per_chunk=5, max_concurrent_documents=5)
+
+    assert finished.rc == 1
+    assert finished.says("disk is full")
+    answered = set(server.prompts)
+    echo.write_text(source)
+    server.forget()
+    output = job.succeed(records_per_chunk=5, retry_failed=True)
+    assert output.ids() == [row["id"] for row in documents(20)]
+    assert not answered & set(server.prompts)
 
 
 if os.geteuid() == 0:  # the others have test_a_full_disk_at_any_durable_step_loses_and_doubles_nothing
