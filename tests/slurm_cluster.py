@@ -6,7 +6,7 @@
         cluster.switch_off("node2")
 
 What is missing is installed by apt. It needs root on Linux, and the rights to make namespaces and a bridge. A second
-session on the machine waits for the first one; what a killed one left is cleared away. Nodes share `cluster.folder`
+run on the machine waits for the first one; what a killed one left is cleared away. Nodes share `cluster.folder`
 and all of this machine's disk but /tmp, of which they see what `visible` names.
 """
 
