@@ -15,7 +15,8 @@ documents are durable in SQLite within a fraction of a second; when all document
 written, recorded, and its part of the state dropped. Names of files and their content follow from the input and the
 answers alone, so that every step can be repeated after a crash.
 
-Reading order: types, errors, hooks, plugins, options, places, schema, store, client, engine, progress, commands.
+Reading order: types, errors, hooks, plugins, options, places, schema, store, client, engine, identity,
+progress, commands.
 """
 
 from __future__ import annotations
