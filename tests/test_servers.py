@@ -113,7 +113,7 @@ def test_launched_server_serves_the_run_and_is_gone_after_it(launch: Launch) -> 
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_no_process_outlives_the_engine(launch: Launch, ending: signal.Signals) -> None:
     launch.input(documents(50))
-    started = launch.start(faults="--children --seconds 5")
+    started = launch.start(faults="--children --seconds 60")
     wait_until(launch.requests)
     assert len(launch.processes()) >= 6  # the engine, the guard, the server, three children
 
@@ -736,7 +736,7 @@ def test_part_that_dies_on_another_machine_is_started_again_with_the_whole(
 
 
 def test_head_notices_that_a_machine_is_gone(launch: Launch, machines: Callable[..., list[Started]]) -> None:
-    head, other = machines("--seconds 3")
+    head, other = machines("--seconds 60")
     wait_until(launch.requests)
 
     other.send(signal.SIGKILL)
@@ -749,7 +749,7 @@ def test_head_notices_that_a_machine_is_gone(launch: Launch, machines: Callable[
 
 
 def test_other_machines_end_with_the_head(launch: Launch, machines: Callable[..., list[Started]]) -> None:
-    head, other = machines("--seconds 3")
+    head, other = machines("--seconds 60")
     wait_until(launch.requests)
 
     head.send(signal.SIGKILL)
