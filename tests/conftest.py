@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,9 @@ from huggingface_hub.utils import close_session
 from running import ROOT, Job, Sdg, Started
 
 sys.path.insert(0, str(ROOT))  # `import sdg` is the checkout's, installed or not
+
+# A script's background jobs ignore Ctrl-C, and so would all that is started here: some tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 collect_ignore = ["example_plugin"]  # a package of its own: test_example_plugin.py installs it, and runs its tests
 
