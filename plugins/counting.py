@@ -23,6 +23,7 @@ import sdg
 
 COUNTS_AT_ONCE = 16
 LONGEST_INLINE = 4096  # characters that are tokenized on the event loop: a thread would take longer
+CHARACTERS = 3.5  # of a token, as far as nothing is counted
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 CHAT_FIELDS = (  # of a payload, that vLLM's /tokenize takes
     *("model", "messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message"),
@@ -228,7 +229,6 @@ class Tokens:
         self._slots = asyncio.Semaphore(COUNTS_AT_ONCE)
         self._ways = [self._server_for_chats, self._local, self._server_for_texts, self._estimate]
         self._reasons: list[str] = []
-        self._characters = 3.5  # of a token, as seen lately
 
     @property
     def name(self) -> str:
@@ -237,29 +237,32 @@ class Tokens:
 
     async def count(self, text: str) -> int:
         """Tokens of a text by itself."""
-        tokens: int = await self._ask(lambda counter: counter.count(text))
-        self._note(len(text), tokens)
-        return tokens
+        return int(await self._ask(lambda counter: counter.count(text)))
 
     async def count_payload(self, payload: dict[str, Any], allowance: int) -> int:
         """Tokens of a payload's prompt; `allowance` is added for the template where the tokenizer does not know it."""
-        texts = "\n".join(texts_of(payload).values())
         tokens: int | None = await self._ask(lambda counter: counter.count_prompt(payload))
         if tokens is not None:
-            self._note(len(texts), tokens)
             return tokens
+        texts = "\n".join(texts_of(payload).values())
         if payload.get("tools"):
             texts += json.dumps(payload["tools"], indent=4)
         return await self.count(texts) + allowance
 
-    async def guess(self, text: str, tokens: int) -> int:
-        """About how many characters of a text's beginning have so many tokens."""
-        exact: int | None = await self._ask(lambda counter: counter.guess(text, tokens))
-        return int(tokens * self._characters) if exact is None else exact
+    async def guess(self, text: str, tokens: int, counted: float | None = None) -> int:
+        """About how many characters of a text's beginning have so many tokens.
 
-    def _note(self, characters: int, tokens: int) -> None:
-        if characters > 1000:
-            self._characters += 0.2 * (characters / max(1, tokens) - self._characters)
+        Nothing but the text may decide this, or it would be cut otherwise when it is run again.
+
+        Args:
+            text: the text.
+            tokens: how many are wanted.
+            counted: tokens of the whole text, if that is known.
+        """
+        exact: int | None = await self._ask(lambda counter: counter.guess(text, tokens))
+        if exact is not None:
+            return exact
+        return int(tokens * (len(text) / counted if counted else CHARACTERS))
 
     async def _ask(self, question: Callable[[Counter], Any]) -> Any:
         while True:

@@ -368,7 +368,8 @@ class Fitter:
         async def count(most: int) -> int:
             return await self._count(prompt.cut(most), limit)
 
-        if prompt.longest <= LOOSE * budget and await count(prompt.longest) <= budget:
+        whole = await count(prompt.longest) if prompt.longest <= LOOSE * budget else None
+        if whole is not None and whole <= budget:
             return payload
         base = await self._base(prompt, limit)
         parts = f"{base:,} tokens without the document, and the answer up to {output:,} of the {limit:,}"
@@ -379,7 +380,8 @@ class Fitter:
             trial.room = min(room, trial.room or room)
         if self.mode != "truncate":
             raise self._too_long(f"the document does not fit; the prompt has {parts} that the model takes")
-        guess = await self.tokens.guess(max(prompt.own, key=len), room)
+        share = prompt.longest / sum(map(len, prompt.own))
+        guess = await self.tokens.guess(max(prompt.own, key=len), room, whole and (whole - base) * share)
         most = await search(count, prompt.kept, prompt.longest, budget, (0, base), guess)
         if most >= prompt.longest:
             return payload
@@ -488,9 +490,10 @@ class Fitter:
             beginning = text[: kept(most)]
             return await self.tokens.count(beginning.rstrip() if strip else beginning)
 
-        if len(text) <= LOOSE * tokens and await count(len(text)) <= tokens:
+        whole = await count(len(text)) if len(text) <= LOOSE * tokens else None
+        if whole is not None and whole <= tokens:
             return len(text)
-        guess = await self.tokens.guess(text, tokens)
+        guess = await self.tokens.guess(text, tokens, whole)
         return kept(await search(count, kept, len(text), tokens, (0, 0), guess))
 
     async def part_ends(self, text: str, tokens: int) -> list[int]:

@@ -275,6 +275,28 @@ def test_prose_is_cut_at_the_end_of_a_sentence_and_fills_the_context(counters: C
     assert 0.95 * 1948 < tiny_tokenizer.count(sent) <= 1948
 
 
+@pytest.mark.parametrize("way", ["offsets", "counts", "no template", "estimate"])
+@pytest.mark.parametrize("words", [1500, 9000])
+def test_where_a_document_is_cut_depends_on_no_other_document(counters: Counters, way: str, words: int) -> None:
+    made, recorder = fitter(counters[way], 2048)
+
+    async def cut(text: str) -> dict[str, Any]:
+        document, payload = document_of(text), {"messages": [{"role": "user", "content": BEFORE + text + AFTER}]}
+        await made.post(SimpleNamespace(document=document, room=None), "/chat/completions", payload, b"x" * 9000)
+        return recorder.sent[-1]
+
+    async def before_and_after(text: str, others: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+        before = await cut(text)
+        for other in others:
+            await cut(other)
+        return before, await cut(text)
+
+    text = " ".join(f"number {number}" for number in range(words // 2))
+    before, after = asyncio.run(before_and_after(text, ["漢字。" * 3000, "word " * 5000] * 5))
+
+    assert before == after
+
+
 # ── Whole runs ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
