@@ -1382,7 +1382,7 @@ def _by_scheme_or_suffix(plugins: Plugins, kind: str, uri: str) -> str:
     scheme, path = split_uri(uri)
     if scheme in entries:
         return scheme
-    many = kind == "readers" and (not format_of(path) or any(mark in path for mark in "*?["))
+    many = kind == "readers" and (format_of(path) not in entries or any(mark in path for mark in "*?["))
     formats = sorted({format_of(name) for name in ([name for name, _ in list_files(uri)] if many else [path])})
     known = [name for name in formats if name in entries]
     if len(known) == 1:
@@ -1391,9 +1391,7 @@ def _by_scheme_or_suffix(plugins: Plugins, kind: str, uri: str) -> str:
         raise UsageError(
             f"{redact(uri)} has files of several formats, {' and '.join(known)}: name those of one by a glob"
         )
-    raise UsageError(
-        f"{redact(uri)}: no suffix that is known there ({', '.join('.' + name for name in sorted(entries))})"
-    )
+    raise UsageError(f"{redact(uri)}: no format that is known by suffix or scheme ({', '.join(sorted(entries))})")
 
 
 # ── Places ───────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -60,7 +60,7 @@ def test_an_unknown_suffix_is_named_with_those_that_are_known(silent_job: Job) -
     for letters in ("letters", "letters/a.docx"):
         finished = silent_job(input=letters)
         assert finished.rc in {1, 2}
-        assert finished.says("letters", ".parquet", ".jsonl", ".csv")
+        assert finished.says("letters", "parquet", "jsonl", "csv")
 
 
 def test_a_missing_column_names_those_that_exist(silent_job: Job) -> None:

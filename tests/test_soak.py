@@ -1,0 +1,13 @@
+"""Some of the scenarios of `soak.py`, such that each of its choices is among them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import soak
+
+
+@pytest.mark.parametrize("seed", [5, 18, 20, 42, 49, 52])
+def test_disturbances_of_any_kind_make_no_difference(seed: int, tmp_path: Path) -> None:
+    soak.check(seed, tmp_path)
