@@ -730,7 +730,7 @@ class Plugins:
             return spec, [spec]
         target, _, name = spec.rpartition(":") if ":" in spec else (spec, "", "")
         if target.endswith(".py"):
-            module, version = _import_file(Path(target))
+            module, version = _import_file(Path(target).expanduser())
             package = target
         elif re.fullmatch(r"\w+(\.\w+)*", target) and importlib.util.find_spec(target.partition(".")[0]):
             module = _import(f"plugin {target}", functools.partial(importlib.import_module, target))
@@ -956,7 +956,7 @@ def text_or_file(value: str) -> str:
     if not value.startswith("@"):
         return value
     try:
-        return Path(value[1:]).read_text(encoding="utf-8")
+        return Path(value[1:]).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as problem:
         raise argparse.ArgumentTypeError(f"cannot read {value[1:]}: {problem}") from problem
 
@@ -1278,7 +1278,7 @@ def _check_idle(
 def _read_toml(path: str) -> dict[str, Any]:
     """A TOML file's options; `configs` are its tables."""
     try:
-        return _dashed(tomllib.loads(Path(path).read_text(encoding="utf-8")))
+        return _dashed(tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8")))
     except (OSError, ValueError) as problem:
         raise UsageError(f"--config {path}: {problem}") from problem
 
@@ -1308,21 +1308,20 @@ def as_arguments(table: Mapping[str, Any], argv: list[str]) -> list[str]:
 def _derive(options: argparse.Namespace, plugins: Plugins) -> None:
     """Fill in the defaults that depend on other options or on the environment."""
     plugins.find("rollouts", options.rollout)
+    for name in ("input", "output", "state_dir"):
+        if getattr(options, name) == "":  # as of a shell's variable that was never set: no default is meant
+            raise UsageError(f"--{name.replace('_', '-')} is empty")
+    options.base_url = [re.sub(r"/(chat/)?completions/*$", "", url) for url in options.base_url or []]
     given = options.base_url or (options.input and os.environ.get("OPENAI_BASE_URL"))
     options.server = options.server or ("endpoint" if given else "demo")
     plugins.find("servers", options.server)
     if options.base_url and options.server != "endpoint":
         raise UsageError(f"--base-url goes with --server endpoint, not {options.server}")
     options.reader = _by_scheme_or_suffix(plugins, "readers", options.input) if options.input else "demo"
-    if "${chunk_index}" not in options.output_filename:
-        raise UsageError("--output-filename needs ${chunk_index}: chunks would overwrite each other")
-    try:
-        string.Template(options.output_filename).substitute(rank="", chunk_index="")
-    except (KeyError, ValueError) as problem:
-        raise UsageError("--output-filename: ${rank} and ${chunk_index} are all that it may hold") from problem
+    _check_filename(options.output_filename)
     if not re.fullmatch(r"[\w.-]+", options.output_config) or options.output_config in {"failed", ".", "..", ".sdg"}:
         raise UsageError(f"--output-config {options.output_config!r}: a plain folder name is wanted, and not `failed`")
-    options.output = options.output or f"output/{options.rollout}"
+    options.output = expanded(options.output or f"output/{options.rollout}")
     _check_uris(options)
     scheme, name = split_uri(options.output)[0], options.output_filename
     options.writer = scheme if scheme in plugins.writers else _by_scheme_or_suffix(plugins, "writers", name)
@@ -1330,10 +1329,21 @@ def _derive(options: argparse.Namespace, plugins: Plugins) -> None:
         raise UsageError("--fresh in a job that was requeued would delete what it has done: submit it without")
     if options.results_column == "id":
         raise UsageError("--results-column id: that is the column of the documents' names")
-    options.state_dir = options.state_dir or default_state_dir(options.output, options.output_config)
+    options.state_dir = expanded(options.state_dir or default_state_dir(options.output, options.output_config))
     if options.max_concurrent_documents is None:  # more than requests: some wait for a retry, or compute
         options.max_concurrent_documents = math.ceil(1.5 * options.max_concurrent_generations) + 16
     _derive_rank(options)
+
+
+def _check_filename(name: str) -> None:
+    if "${chunk_index}" not in name:
+        raise UsageError("--output-filename needs ${chunk_index}: chunks would overwrite each other")
+    try:
+        string.Template(name).substitute(rank="", chunk_index="")
+    except (KeyError, ValueError) as problem:
+        raise UsageError("--output-filename: ${rank} and ${chunk_index} are all that it may hold") from problem
+    if name.startswith("/") or ".." in name.split("/"):
+        raise UsageError(f"--output-filename {name}: files lie below the output, by relative names")
 
 
 def _check_uris(options: argparse.Namespace) -> None:
@@ -1363,6 +1373,11 @@ def default_state_dir(output: str, config: str) -> str:
     scheme, rest = split_uri(redact(output))
     base = Path(rest) / ".sdg" if scheme == "file" else Path(".sdg") / re.sub(r"[^\w.-]+", "-", rest.strip("/"))
     return str(base if config == "data" else base / config)
+
+
+def expanded(path: str) -> str:
+    """A path with the home folder in place of a leading `~`, which shells leave in `--output=~/x`; any other URI."""
+    return os.path.expanduser(path) if split_uri(path)[0] == "file" else path
 
 
 def split_uri(uri: str) -> tuple[str, str]:
@@ -1484,6 +1499,8 @@ def reaching(uri: str, kind: type[Error]) -> Iterator[None]:
 def list_files(uri: str) -> list[tuple[str, int]]:
     """Paths and sizes (bytes) of the files that a URI means, sorted: one file, a folder with all below it, or a glob.
 
+    Of a folder nothing is taken that is hidden (`.git`, `_temporary`), or the output of a run.
+
     Raises:
         InputError: there are none, or the place cannot be read.
     """
@@ -1493,15 +1510,22 @@ def list_files(uri: str) -> list[tuple[str, int]]:
 
     fs, path = filesystem(uri, quick=True)
     local = isinstance(fs, pyarrow.fs.LocalFileSystem)
+    root = re.split(r"[*?\[]", path)[0].rpartition("/")[0]
     with reaching(uri, InputError):
         if not any(mark in path for mark in "*?[") or (local and os.path.exists(path)):
-            infos = _files_below(uri, path)
+            infos, root = _files_below(uri, path), path
         elif local:
             infos = fs.get_file_info(glob.glob(path, recursive=True))
         else:
-            infos = _files_below(uri, re.split(r"[*?\[]", path)[0].rpartition("/")[0])
+            infos = _files_below(uri, root)
             infos = [info for info in infos if fnmatch.fnmatch(info.path, path)]
-    found = [(info.path, info.size) for info in infos if info.is_file and info.base_name[0] not in "._"]
+    names = {info.path: info.path[len(root) :].lstrip("/") for info in infos}
+    outputs = tuple({f"{name.partition('/.sdg')[0]}/" for name in names.values() if re.search(r"/\.sdg(/|$)", name)})
+    found = [
+        (info.path, info.size)
+        for info in infos
+        if info.is_file and not re.search(r"(^|/)(_|\.[^.])", name := names[info.path]) and not name.startswith(outputs)
+    ]
     if not found:
         raise InputError(f"--input {uri}: there are no files")
     return sorted(found)
@@ -3234,6 +3258,7 @@ class Engine:
         self._clear_leftovers()
         if self.run.options.retry_failed:
             await self.store.forget_failures()
+        await self._make_anew()
         self.tally = await self.store.tally()
         self.store.on_durable = self._durable
         with self._reading, self._writing:
@@ -3298,6 +3323,21 @@ class Engine:
         rank = f"{self.run.options.rank:05d}"
         for leftover in [*folder.glob(f"{rank}_*"), *self.run.state.glob(f".{rank}.*.tmp")]:
             leftover.unlink(missing_ok=True)  # a heartbeat may be at it
+
+    async def _make_anew(self) -> None:
+        """Open the chunks again whose files somebody has taken away: their rows are nowhere else."""
+        if not self.run.output.local or self.run.plugins.writers[self.run.options.writer].package != "sdg":
+            return  # looking at each object of a store would take minutes, and costs money
+        chunks = [chunk for chunk in (await self.store.chunks()).values() if chunk.written and chunk.rows]
+        folders = {os.path.dirname(self.run.path_of(chunk)) for chunk in chunks}
+        there = {file for folder in folders for file in await asyncio.to_thread(self.run.output.list, folder)}
+        gone = [chunk for chunk in chunks if self.run.path_of(chunk) not in there]
+        if not gone:
+            return
+        names = f"{self.run.output.path(self.run.path_of(gone[0]))}{f' and {len(gone) - 1:,} more' * (len(gone) > 1)}"
+        say(f"sdg: gone from the output, and made anew: {names}")
+        for chunk in gone:
+            await self.store.reopen(dataclasses.replace(chunk, written=False, filtered=(), failed=()), [])
 
     # Reading
 
@@ -3484,7 +3524,8 @@ class Engine:
             self.run.stop(
                 TooManyFailures(
                     f"{failed} of {documents} documents failed, more than --max-failure-rate {most:g} allows"
-                    f"{''.join(reasons)}. Mend the cause, then run again with --retry-failed"
+                    f"{''.join(reasons)}. Mend the cause, then run again with --retry-failed; "
+                    "or allow more, up to 1"
                 )
             )
 
@@ -3720,6 +3761,8 @@ def claim_state(run: Run, reader: Reader) -> None:
         "source_schema": base64.b64encode(reader.schema.serialize().to_pybytes()).decode(),
     }
     refuse_strangers(run)
+    if run.options.retry_failed and not path.exists():
+        raise StateError(f"there is no run in {run.state} that --retry-failed could complete: is --output right?")
     recorded = parse_run(path, publish_once(run, path.name, json.dumps(mine, indent=2).encode()))
     run.fingerprint = recorded["fingerprint"]
     changes = changes_since(run, reader, recorded)
@@ -3738,9 +3781,19 @@ def claim_state(run: Run, reader: Reader) -> None:
 def refuse_strangers(run: Run) -> None:
     """Raise OutputError if there is output, and no state of the run that made it."""
     if not (run.state / "run.json").exists() and (strangers := output_files(run)):
+        refuse_others(run, set(chunk_files(run, run.options.output_config, run.options.output_filename)))
         raise OutputError(
             f"{run.output.path(strangers[0])} is there, but no state of its run: "
             "choose another --output, or --fresh, which deletes an earlier run's files"
+        )
+
+
+def refuse_others(run: Run, ours: set[str]) -> None:
+    """Raise OutputError if there are files beside those of a run: `load_dataset` would take them for rows."""
+    if others := [file for file in output_files(run) if file not in ours]:
+        raise OutputError(
+            f"{run.output.path(others[0])} was written by no run: move it away, or choose another --output or "
+            "--output-config"
         )
 
 
@@ -3766,14 +3819,23 @@ def of_another_run(run: Run, changes: list[str]) -> StateError:
 
 
 def check_state_dir(run: Run) -> None:
-    """See that the state's default place was not taken by an output that is called alike: s3://a/b-c and s3://a-b/c."""
+    """See that the state is not that of another output.
+
+    Its default place may be taken by one that is called alike: s3://a/b-c and s3://a-b/c. A state that lies in its
+    output is moved and copied with it; any other may go on when the output was moved.
+    """
     options, path = run.options, run.state / "run.json"
-    default = default_state_dir(options.output, options.output_config)
-    if split_uri(options.output)[0] == "file" or options.state_dir != default:
+    default = options.state_dir == default_state_dir(options.output, options.output_config)
+    local = split_uri(options.output)[0] == "file"
+    if local == default:
         return
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # what is broken is said by who needs it
         theirs = str(json.loads(path.read_bytes())["options"]["output"])
-        if theirs.rstrip("/") != options.output.rstrip("/"):
+        moved = local and not os.path.exists(expanded(theirs))
+        here, there = (
+            (os.path.realpath if local else str)(expanded(uri).rstrip("/")) for uri in (options.output, theirs)
+        )
+        if here != there and not moved:
             raise StateError(f"state {run.state} is of the output {theirs}: give this run a --state-dir of its own")
 
 
@@ -3796,7 +3858,9 @@ def recordable_options(run: Run) -> dict[str, Any]:
     options["base_url"] = [redact(url) for url in run.options.base_url or []]
     if options["input"] and split_uri(options["input"])[0] == "file":
         options["input"] = os.path.abspath(options["input"])
-    options["plugin"] = [os.path.abspath(name) if name.endswith(".py") else name for name in options["plugin"] or []]
+    options["plugin"] = [
+        os.path.abspath(os.path.expanduser(name)) if name.endswith(".py") else name for name in options["plugin"] or []
+    ]
     return options
 
 
@@ -3874,9 +3938,10 @@ def start_over(run: Run) -> None:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # what is broken tells no names
             old = json.loads((run.state / "run.json").read_bytes())["options"]
             names.add((old["output_config"], old["output_filename"]))
-        for config, template in names:
-            for file in chunk_files(run, config, template):
-                run.output.delete(file)
+        doomed = {file for config, template in names for file in chunk_files(run, config, template)}
+        refuse_others(run, doomed)
+        for file in sorted(doomed):
+            run.output.delete(file)
         own = re.compile(r"(run|schema|stats|\d{5}\.stats)\.json|\d{5}\.sqlite3(-wal|-shm|-journal)?")
         for path in run.state.iterdir():
             if own.fullmatch(path.name):
@@ -4125,6 +4190,7 @@ def report(engine: Engine, figures: dict[str, Any]) -> str:
     run, place = engine.run, engine.run.output
     name = run.path_of(Chunk(0, 0))
     shown = os.path.relpath(place.root) if place.local else place.uri
+    shown = place.root if shown.startswith("../../") else shown
     kind = {"jsonl": "json"}.get(format_of(name), format_of(name))  # as pyarrow calls it
     folder = f"{shown}/{os.path.dirname(name)}"
     rate = engine.finished / max(engine.client.pool.seconds, 1e-9)
@@ -4141,6 +4207,9 @@ def report(engine: Engine, figures: dict[str, Any]) -> str:
         failed = f"{shown}/{os.path.dirname(run.failed_path_of(Chunk(0, 0)))}"
         lines.append(f"failed  {failed}; run them again: --retry-failed")
         lines += [f"        {times} × {reason[:150]}" for reason, times in engine.reasons.most_common(3)]
+        lines += [f"        and {len(engine.reasons) - 3:,} more reasons"] * (len(engine.reasons) > 3)
+    if run.options.rollouts_per_document > 1 and figures["failed_rollouts"]:
+        lines.append(f"lost    {figures['failed_rollouts']:,} rollouts failed; a document fails if all of its own do")
     lines.append(f"state   {run.state}: stats.json has the figures")
     if place.local:
         lines.append(

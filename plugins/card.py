@@ -44,6 +44,12 @@ MARK = re.compile(r"^<!-- sdg: (begin|end) ([\w.-]+) -->[ \t]*\r?$", re.MULTILIN
 FACTS = re.compile(r"^<!-- sdg: facts (\{.*\}) -->", re.MULTILINE)
 ON_THE_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/(\w+)/?$")  # where the Hub's client puts models
+WHEREABOUTS = re.compile(
+    r"\w+://[^\s'\")\]]+"
+    r"|\[?\b(?:\d{1,3}\.){3}\d{1,3}\b\]?(?::\d+)?|\[[0-9a-fA-F:]*::?[0-9a-fA-F:.]*\](?::\d+)?"
+    r"|(?<=host )[\w.-]+(?::\d+)?|\b[\w-]+(?:\.[\w-]+)*:\d{2,5}\b"
+    r"|(?<![\w/])~?/[^\s'\":;,()\[\]]+(?::\d+)?"
+)
 SAMPLES_HEADING = "\n### Sample rows\n"
 
 
@@ -65,12 +71,8 @@ def card(argv: list[str]) -> int:
     """Write the dataset card from what the run's state and files say."""
     parser = argparse.ArgumentParser(prog="sdg.py card", description=card.__doc__)
     recorded.add_options(parser)
-    from .monitor import look
-
     run = recorded.open_run(parser.parse_args(argv))
-    seen = look(run)
-    over = not (seen.finished or seen.states["running"] or seen.states["silent"])
-    ending = seen.markdown(seen.summary()) if over else ""  # what failed, and why
+    ending = ending_of(run)
     if spooled(run):
         from .publishing import Publisher
 
@@ -85,18 +87,28 @@ def card(argv: list[str]) -> int:
     return 0
 
 
+def ending_of(run: sdg.Run) -> str:
+    """A word on what failed, and why, if no rank is at work and not all is done."""
+    from .monitor import look
+
+    seen = look(run)
+    over = not (seen.finished or seen.states["running"] or seen.states["silent"])
+    return seen.markdown(seen.summary()) if over else ""
+
+
 @contextlib.asynccontextmanager
 async def written_at_the_end(run: sdg.Run) -> AsyncIterator[None]:
     """Write the card when the run has ended, however it did; whoever publishes an output writes its card, too."""
-    writable = not spooled(run)
+    writable, early = not spooled(run), True
     try:
         yield
+        early = False
     except sdg.OutputError:
         writable = False
         raise
     finally:
         if writable:
-            await asyncio.to_thread(write_or_say, run)
+            await asyncio.to_thread(write_or_say, run, early)
 
 
 def spooled(run: sdg.Run) -> bool:
@@ -104,11 +116,11 @@ def spooled(run: sdg.Run) -> bool:
     return bool(run.options.writer == sdg.split_uri(run.options.output)[0])
 
 
-def write_or_say(run: sdg.Run) -> None:
+def write_or_say(run: sdg.Run, early: bool) -> None:
     """Write the card of a run that has anything to show; a failure is said and changes nothing."""
     try:
         if sdg.sum_statistics(sdg.rank_statistics(run.state)).get("documents"):
-            write(run)
+            write(run, ending_of(run) if early else "")  # ranks that have not begun are no early end
     except Exception as problem:  # noqa: BLE001 the rows are there, and `sdg.py card` can be run again
         text = str(problem) if isinstance(problem, sdg.Error | OSError) else sdg.describe(problem)
         sdg.say(f"sdg: the dataset card was not written: {text}")
@@ -662,6 +674,11 @@ def inline(value: Any) -> str:
     """Text as part of a line or a table's cell: it reads the same, and has no other meaning."""
     text = line(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", text)
+
+
+def public(text: str) -> str:
+    """An error's text without what it tells of machines: URLs, hosts with ports, addresses, paths."""
+    return WHEREABOUTS.sub("…", text)
 
 
 def fence(text: str, language: str = "") -> str:

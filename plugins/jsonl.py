@@ -7,6 +7,7 @@ column, a value of another type) is kept as JSON in the column `source_extra`.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -38,10 +39,10 @@ class JsonlReader(LinesReader):
         import pyarrow.types
 
         super().__init__(run, "jsonl")
-        self.schema = run.source_schema or learn_schema(Lines(self.files), self.parse_line)
+        self._prompt = run.options.prompt_column
+        self.schema = run.source_schema or learn_schema(Lines(self.files), self.parse_line, self._prompt)
         self._checks = {field.name: sdg.checker(field.type) for field in self.schema}
         self._texts = {field.name for field in self.schema if pyarrow.types.is_string(field.type)}
-        self._prompt = run.options.prompt_column
 
     def rows_of_file(self) -> Iterator[bytes]:
         return (line for line in self.lines if not line.isspace())
@@ -65,10 +66,11 @@ class JsonlReader(LinesReader):
             check = self._checks.get(name)
             if check and check(value):
                 continue
+            if name == self._prompt and check:
+                wanted = "text" if name in self._texts else "as it is in most rows"
+                raise ValueError(f"column {name!r} is not {wanted}: {str(value)[:80]}")
             if name not in self._texts:
                 surprises[name] = values.pop(name)
-            elif name == self._prompt:
-                raise ValueError(f"column {name!r} is not text: {str(value)[:80]}")
             else:
                 values[name] = orjson.dumps(value).decode()
         if surprises:
@@ -78,12 +80,13 @@ class JsonlReader(LinesReader):
         return values
 
 
-def learn_schema(lines: Lines, parse: Any) -> pa.Schema:
-    """The columns of a sample of the input."""
+def learn_schema(lines: Lines, parse: Any, prompt: str) -> pa.Schema:
+    """The columns of a sample of the input. That of the prompts has the type of most, so that others fail alone."""
     import pyarrow as pa
 
     known: dict[str, pa.DataType | None] = {}  # None: of several types
     rows: list[dict[str, Any]] = []
+    prompts: list[Any] = []
     size = 0
     while lines.file < len(lines.files.names) and size < SAMPLE:
         for line in lines:
@@ -92,6 +95,7 @@ def learn_schema(lines: Lines, parse: Any) -> pa.Schema:
                 rows.append(parse(line))
             except ValueError:
                 continue  # a broken line says nothing about the columns; it fails when it is read
+            prompts.append(rows[-1].get(prompt))
             if len(rows) == 1000 or size >= SAMPLE:
                 learn(known, rows)
                 rows = []
@@ -100,6 +104,8 @@ def learn_schema(lines: Lines, parse: Any) -> pa.Schema:
         else:
             lines.go(lines.file + 1, 0, 0)
     learn(known, rows)
+    if prompt in known and known[prompt] is None:
+        known[prompt] = usual_type(prompts)
     if not known:
         raise sdg.InputError(f"--input: {lines.files.names[0]} has no line with a JSON object")
     fields = [(name, pa.string() if kind is None or sdg.has_null(kind) else kind) for name, kind in known.items()]
@@ -126,6 +132,25 @@ def learn(known: dict[str, pa.DataType | None], rows: list[dict[str, Any]]) -> N
             known[name] = kind
 
 
+def usual_type(values: list[Any]) -> pa.DataType | None:
+    """The type of most values, where they are of several; None if they are all null."""
+    import pyarrow as pa
+
+    found: list[tuple[pa.Schema, int]] = []  # a type, as that of a column, and how many values have it
+    for value in values:
+        try:
+            kind = pa.schema([("", pa.infer_type([value]))])
+        except (pa.ArrowException, OverflowError):
+            continue
+        for i, (known, count) in enumerate(found):
+            with contextlib.suppress(pa.ArrowException):
+                found[i] = pa.unify_schemas([known, kind], promote_options="permissive"), count + 1
+                break
+        else:
+            found.append((kind, 1))
+    return max(found, key=lambda item: item[1])[0].field(0).type if found else None
+
+
 class JsonlWriter:
     """Write each chunk as JSON lines."""
 
@@ -150,14 +175,20 @@ class JsonlWriter:
         self._run.output.write(path, compress if codec else produce)
 
     def read(self, chunk: sdg.Chunk) -> pa.Table | None:
+        """The ids and results of a chunk: types of the source's columns cannot always be told from their JSON."""
         import orjson
         import pyarrow as pa
 
-        path = self._run.path_of(chunk)
+        path, options = self._run.path_of(chunk), self._run.options
         codec = codec_of(path)
         try:
             with self._run.output.open(path) as file:
                 content = pa.CompressedInputStream(file, codec).read() if codec else file.read()
-                return pa.Table.from_pylist([orjson.loads(line) for line in content.splitlines()])
         except FileNotFoundError:
             return None
+        rows = [orjson.loads(line) for line in content.splitlines()]
+        named = {name for name in ("id", options.id_column) if name}
+        columns = {name: [row.get(name) for row in rows] for name in named if rows and name in rows[0]}
+        fields = sdg.recorded_fields(self._run.state) or sdg.base_fields()
+        results = pa.array([row[options.results_column] for row in rows], sdg.results_type(fields))
+        return pa.table({**columns, options.results_column: results})

@@ -222,7 +222,7 @@ class Seen(NamedTuple):
             return ""
         of = f" of {self.expected:,}" if self.expected else ""
         if ending:
-            return f"> **Ended early**, after {self.documents:,}{of} documents: {card.inline(ending)}\n"
+            return f"> **Ended early**, after {self.documents:,}{of} documents: {card.inline(card.public(ending))}\n"
         share = min(1.0, self.documents / self.expected) if self.expected else 0.0
         bar = "█" * int(BAR * share) + "░" * (BAR - int(BAR * share))  # full, and 100 %, when all is done
         lines = [
@@ -233,7 +233,7 @@ class Seen(NamedTuple):
             f"- ranks: {self.counted()}",
         ]
         if self.error:
-            lines.append(f"- last error: {card.inline(self.error)}")
+            lines.append(f"- last error: {card.inline(card.public(self.error))}")
         return "\n".join(lines) + "\n"
 
 

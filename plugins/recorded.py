@@ -11,9 +11,9 @@ import sdg
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options by which a command finds the run."""
-    parser.add_argument("--output", required=True, metavar="URI", help="the run's output")
+    parser.add_argument("--output", required=True, type=sdg.expanded, metavar="URI", help="the run's output")
     parser.add_argument("--output-config", default="data", metavar="NAME", help="as given to the run")
-    parser.add_argument("--state-dir", metavar="D", help="as given to the run")
+    parser.add_argument("--state-dir", type=sdg.expanded, metavar="D", help="as given to the run")
 
 
 def open_run(asked: argparse.Namespace) -> sdg.Run:

@@ -6,13 +6,14 @@ import gzip
 import json
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fake_server import FakeServer, Hang, Raw, Status, prompt_of
-from running import Job, documents
+from running import Job, documents, wait_until
 
 import sdg
 
@@ -202,3 +203,175 @@ def test_a_plugin_that_blocks_cannot_hold_up_the_end(job: Job, server: FakeServe
     started.send(signal.SIGTERM)
     assert started.finish().rc == 143
     assert time.monotonic() - began < 20
+
+
+# ── What a new user tried ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_fresh_deletes_nothing_where_a_file_is_not_a_runs(job: Job, server: FakeServer) -> None:
+    job.input(documents(5))
+    job.succeed()
+    before = job.output.files()
+    (job.output.path / "data" / "mine.parquet").write_bytes(b"mine")
+
+    refused = job(fresh=True)
+
+    assert refused.rc == 1
+    assert refused.says("mine.parquet", "move it away")
+    assert job.output.files() == before | {"data/mine.parquet": b"mine"}
+    assert len(server.requests) == 5
+
+
+def test_a_file_that_was_taken_away_is_made_anew(job: Job, server: FakeServer) -> None:
+    job.input(documents(30))
+    before = job.succeed(records_per_chunk=10).data()
+    (job.output.path / "data" / "00000_00001.parquet").unlink()
+    server.forget()
+
+    again = job(records_per_chunk=10)
+
+    assert again.rc == 0
+    assert "00000_00001.parquet" in again.stderr
+    assert job.output.data() == before
+    assert sorted(server.prompts) == [f"document {number}" for number in range(10, 20)]
+    assert job.output.stats()["rows"] == 30
+    assert job.verify().rc == 0
+
+
+def test_the_state_of_one_output_is_not_taken_for_another(job: Job, server: FakeServer) -> None:
+    job.input(documents(5))
+    job.succeed(state_dir="state")
+
+    other = job(state_dir="state", output="other")
+    job.output.path.rename(job.folder / "moved")
+    moved = job(state_dir="state", output="moved")
+
+    assert other.rc == 1
+    assert other.says("state", "is of the output output")
+    assert moved.rc == 0
+    assert len(server.requests) == 5
+
+
+def test_a_tilde_is_the_home_folder_wherever_a_path_is_given(job: Job, tmp_path: Path) -> None:
+    job.input(documents(3))
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "echo.py").write_text((job.folder / "echo.py").read_text())
+    env = {"HOME": str(home)}
+
+    finished = job(env=env, plugin="~/echo.py", output="~/out", state_dir="~/state")
+
+    assert finished.rc == 0, finished
+    assert (home / "out" / "data" / "00000_00000.parquet").exists()
+    assert (home / "state" / "run.json").exists()
+    assert not list(tmp_path.glob("*~*"))
+    assert job.sdg("verify", "--output", "~/out", "--state-dir", "~/state", **env).rc == 0
+
+
+def test_hidden_folders_and_outputs_of_runs_are_not_read(job: Job, server: FakeServer) -> None:
+    folder = job.folder / "project"
+    for name in ("", ".ipynb_checkpoints", "_temporary"):
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / "docs.jsonl").write_text('{"text": "document"}\n')
+    options = {"input": "project", "output": "project/output/x", "output_filename": "${chunk_index}.jsonl"}
+
+    job.succeed(**options)
+    again = job(**options)
+
+    assert again.rc == 0, again
+    assert server.prompts == ["document"]
+
+
+@pytest.mark.parametrize("option", ["input", "output", "state_dir"])
+def test_an_empty_option_is_no_default(job: Job, option: str) -> None:
+    job.input(documents(3))
+    finished = job(**{option: ""})
+    assert finished.rc == 2
+    assert finished.says(f"--{option.replace('_', '-')} is empty")
+
+
+def test_retry_failed_of_nothing_is_refused(job: Job, server: FakeServer) -> None:
+    job.input(documents(3))
+    finished = job(retry_failed=True)
+    assert finished.rc == 1
+    assert finished.says("there is no run", "--retry-failed", "--output")
+    assert not server.requests
+
+
+@pytest.mark.parametrize("name", ["../${chunk_index}.jsonl", "/tmp/${chunk_index}.jsonl"])
+def test_files_are_not_written_beside_the_output(job: Job, name: str) -> None:
+    job.input(documents(3))
+    finished = job(output_filename=name)
+    assert finished.rc == 2
+    assert finished.says("--output-filename", "below the output")
+
+
+@pytest.mark.parametrize("path", ["/chat/completions", "/completions/"])
+def test_a_base_url_may_be_that_of_an_endpoint(job: Job, server: FakeServer, path: str) -> None:
+    job.input(documents(3))
+    job.succeed(base_url=server.url + path)
+    assert len(server.answered) == 3
+
+
+@pytest.mark.parametrize("odd", ["plain text", [{"role": "user", "content": [{"type": "text", "text": "parts"}]}]])
+def test_an_odd_chat_among_others_fails_alone(job: Job, odd: object) -> None:
+    chats: list[object] = [[{"role": "user", "content": f"hello {number}"}] for number in range(20)]
+    chats[0], chats[7] = odd, [{"role": "user", "content": "hello", "name": 3}]
+    chats[8] = [{"role": "user", "content": "hello", "name": "x"}]
+    job.input([{"id": f"{number}", "messages": chat} for number, chat in enumerate(chats)], "chats.jsonl")
+
+    output = job.succeed(prompt_column="messages")
+
+    assert len(output.rows()) == 18
+    assert {record["document"]["row"] for record in output.failures()} <= {0, 7, 8}
+    assert all("messages" in record["error"] for record in output.failures())
+
+
+def test_columns_of_any_type_can_be_verified_and_completed_as_jsonl(job: Job, server: FakeServer) -> None:
+    maps = pa.array([[("k", 1)], [], None, [("a", 2)]], pa.map_(pa.string(), pa.int64()))
+    job.input(pa.table({"text": ["a", "b", "reject", "d"], "map": maps, "binary": [b"\xff", b"", None, b"x"]}))
+    server.behave(lambda payload, n: Status(400) if prompt_of(payload) == "reject" else None)
+    options = {"output_filename": "${chunk_index}.jsonl", "records_per_chunk": 2}
+    job.succeed(**options)
+    assert job.verify().rc == 0
+    server.behave(lambda payload, n: None)
+
+    job.succeed(retry_failed=True, **options)
+
+    assert job.verify().rc == 0
+    lines = [json.loads(line) for file in job.output.data().values() for line in file.splitlines()]
+    assert [line["text"] for line in lines] == ["a", "b", "reject", "d"]
+
+
+@pytest.mark.parametrize("how", ["failures", "signal"])
+def test_the_card_of_a_run_that_ended_early_says_so_and_names_no_machine(
+    job: Job, server: FakeServer, how: str
+) -> None:
+    job.options["plugin"] = job.plugin(
+        "broken",
+        """
+        import sdg
+
+        @sdg.hookimpl
+        def register_rollouts(register):
+            register("broken", broken)
+
+        async def broken(document, generate):
+            reply = await generate(document.text)
+            if document.text.endswith(("3", "7")):
+                raise ValueError("no http://gpu-7.cluster:8000/v1 for /scratch/me/data on host gpu-7:8000, 10.0.0.7")
+            return reply
+        """,
+    )
+    job.input(documents(300))
+    server.behave(lambda payload, n: Hang() if how == "signal" and prompt_of(payload) > "document 2" else None)
+    started = job.start(records_per_chunk=10, max_concurrent_documents=20)
+    if how == "signal":
+        wait_until(lambda: job.output.written())
+        started.send(signal.SIGTERM)
+
+    assert started.finish().rc == {"failures": 3, "signal": 143}[how]
+
+    card = (job.output.path / "README.md").read_text()
+    assert "**Ended early**" in card
+    assert not [word for word in ("gpu-7", "scratch", "10.0.0.7", str(job.folder)) if word in card]
