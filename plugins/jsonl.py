@@ -175,11 +175,11 @@ class JsonlWriter:
         self._run.output.write(path, compress if codec else produce)
 
     def read(self, chunk: sdg.Chunk) -> pa.Table | None:
-        """The ids and results of a chunk: types of the source's columns cannot always be told from their JSON."""
+        """A chunk's rows. JSON does not tell all types: what is of several there comes back as JSON."""
         import orjson
         import pyarrow as pa
 
-        path, options = self._run.path_of(chunk), self._run.options
+        path = self._run.path_of(chunk)
         codec = codec_of(path)
         try:
             with self._run.output.open(path) as file:
@@ -187,8 +187,18 @@ class JsonlWriter:
         except FileNotFoundError:
             return None
         rows = [orjson.loads(line) for line in content.splitlines()]
-        named = {name for name in ("id", options.id_column) if name}
-        columns = {name: [row.get(name) for row in rows] for name in named if rows and name in rows[0]}
-        fields = sdg.recorded_fields(self._run.state) or sdg.base_fields()
-        results = pa.array([row[options.results_column] for row in rows], sdg.results_type(fields))
-        return pa.table({**columns, options.results_column: results})
+        fields = sdg.recorded_fields(self._run.state)
+        kinds = {self._run.options.results_column: fields and sdg.results_type(fields)}
+        names = dict.fromkeys(name for row in rows for name in row)
+        return pa.table({name: column_of([row.get(name) for row in rows], kinds.get(name)) for name in names})
+
+
+def column_of(values: list[Any], kind: pa.DataType | None) -> pa.Array:
+    """Values from JSON as a column of the type that they have; as JSON, if they have no common one."""
+    import orjson
+    import pyarrow as pa
+
+    try:
+        return pa.array(values, kind)
+    except (pa.ArrowException, OverflowError):
+        return pa.array([None if value is None else orjson.dumps(value).decode() for value in values])

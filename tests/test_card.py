@@ -680,10 +680,12 @@ def test_a_run_that_is_interrupted_has_a_card_of_what_there_is(job: Job, server:
     started.send(signal.SIGTERM)
 
     assert started.finish().rc == 143
-    assert "Not finished" in readme_of(job.output)
+    assert "**Ended early**" in readme_of(job.output)
 
     server.behave(lambda payload, n: None)
-    assert "Not finished" not in readme_of(job.succeed(records_per_chunk=2))
+    card = readme_of(job.succeed(records_per_chunk=2))
+    assert "Ended early" not in card
+    assert "Not finished" not in card
 
 
 def test_a_run_that_got_nowhere_leaves_no_card(job: Job, server: FakeServer) -> None:
