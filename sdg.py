@@ -734,7 +734,7 @@ class Plugins:
             package = target
         elif re.fullmatch(r"\w+(\.\w+)*", target) and importlib.util.find_spec(target.partition(".")[0]):
             module = _import(f"plugin {target}", functools.partial(importlib.import_module, target))
-            version, package = str(getattr(module, "__version__", "")), target
+            version, package = str(getattr(module, "__version__", "")) or hash_of(module), target
         elif Path(f"{spec}.py").is_file():
             raise UsageError(f"no rollout is called {spec!r}; did you mean --plugin ./{spec}.py?")
         else:
@@ -751,7 +751,10 @@ class Plugins:
 
 def describe(problem: BaseException, file: str | None = None) -> str:
     """An exception in one line, with the place where it was raised: the deepest one in `file` if that is given."""
-    text = " ".join(str(problem).split()) or "no message"
+    try:
+        text = " ".join(str(problem).split()) or "no message"
+    except Exception:  # noqa: BLE001 - its own words fail, too
+        text = "no message"
     if isinstance(problem, SyntaxError):
         where = f" ({problem.filename}:{problem.lineno})" if problem.filename else ""
         return f"{type(problem).__name__}: {problem.msg}{where}"
@@ -759,6 +762,12 @@ def describe(problem: BaseException, file: str | None = None) -> str:
     inside = [frame for frame in frames if frame.filename == file] or frames
     where = f" ({inside[-1].filename}:{inside[-1].lineno})" if inside else ""
     return f"{type(problem).__name__}: {text}{where}"
+
+
+def hash_of(module: types.ModuleType) -> str:
+    """What stands for the version of a module that has none."""
+    file = getattr(module, "__file__", None)
+    return xxhash.xxh3_64_hexdigest(Path(file).read_bytes()) if file else ""
 
 
 def file_of(thing: Any) -> str | None:
@@ -881,6 +890,14 @@ def opened(entry: Entry, kind: str, name: str, run: Run) -> contextlib.AbstractA
     return typing.cast("contextlib.AbstractAsyncContextManager[Any]", manager)
 
 
+def made(factory: Callable[[Run], Any], run: Run) -> Any:
+    """What a plugin's factory makes; a StopIteration would get lost between threads, and nobody would wake up."""
+    try:
+        return factory(run)
+    except StopIteration as problem:
+        raise RuntimeError("StopIteration") from problem
+
+
 def _import(what: str, load: Callable[[], Any], file: str | None = None) -> types.ModuleType:
     """Import a plugin's module; whatever that raises is the plugin's fault."""
     try:
@@ -964,7 +981,7 @@ def text_or_file(value: str) -> str:
 def json_object(value: str) -> dict[str, Any]:
     """An option's JSON object, with sorted keys."""
     try:
-        parsed = json.loads(value)
+        parsed = orjson.loads(value)  # strict: json.loads takes NaN, which no server does
     except ValueError as problem:
         raise argparse.ArgumentTypeError(f"not JSON: {problem}") from problem
     if not isinstance(parsed, dict) or "stream" in parsed:
@@ -1338,12 +1355,12 @@ def _derive(options: argparse.Namespace, plugins: Plugins) -> None:
 def _check_filename(name: str) -> None:
     if "${chunk_index}" not in name:
         raise UsageError("--output-filename needs ${chunk_index}: chunks would overwrite each other")
-    try:
-        string.Template(name).substitute(rank="", chunk_index="")
-    except (KeyError, ValueError) as problem:
-        raise UsageError("--output-filename: ${rank} and ${chunk_index} are all that it may hold") from problem
-    if name.startswith("/") or ".." in name.split("/"):
-        raise UsageError(f"--output-filename {name}: files lie below the output, by relative names")
+    if "$" in name.replace("${chunk_index}", "").replace("${rank}", ""):
+        raise UsageError("--output-filename: ${rank} and ${chunk_index} are all that it may hold")
+    if "/" in name:
+        raise UsageError(
+            f"--output-filename {name}: a name without folders is wanted; --output-config names the folder"
+        )
 
 
 def _check_uris(options: argparse.Namespace) -> None:
@@ -1726,8 +1743,8 @@ def _write_temporary(run: Run, name: str, content: bytes) -> Path:
 
 
 def redact(url: str) -> str:
-    """A URL without the password that it may carry."""
-    return re.sub(r"//[^/]*@", "//***@", url)
+    """A URL without the password or key that it may carry."""
+    return re.sub(r"([?&][\w-]*(?:key|token)=)[^&\s]+", r"\1***", re.sub(r"//[^/]*@", "//***@", url))
 
 
 # ── Schema of results ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -2129,19 +2146,28 @@ class Store:
             return {row[0]: row[1] async for row in cursor}
 
     async def outcomes_of(self, chunk: Chunk) -> list[bytes]:
-        """A chunk's documents as JSON lists of [position, status, body], a thousand in each.
+        """A chunk's documents as JSON lists of [position, status, body], a thousand in each, or fewer if they are big.
 
-        SQLite makes each list in one step, without the GIL. Its limit for one is a gigabyte.
+        SQLite makes each list in one step, without the GIL.
         """
+        first = chunk.index << 32
+        lists = []
+        for start in range(first, first + chunk.count, 1000):
+            lists += await self._outcomes_between(start, min(start + 1000, first + chunk.count))
+        return lists
+
+    async def _outcomes_between(self, first: int, end: int) -> list[bytes]:
         sql = """SELECT '[' || group_concat('[' || (id & 0xffffffff) || ',"' || status || '",' || body || ']') || ']'
                  FROM (SELECT * FROM documents WHERE id >= ? AND id < ? ORDER BY id)"""
-        first, lists = chunk.index << 32, []
-        for start in range(0, chunk.count, 1000):
-            async with self._db.execute(sql, (first + start, first + start + 1000)) as cursor:
+        try:
+            async with self._db.execute(sql, (first, end)) as cursor:
                 ((text,),) = await cursor.fetchall()
-            if text:
-                lists.append(text if isinstance(text, bytes) else text.encode())
-        return lists
+        except sqlite3.DataError:  # longer than a gigabyte, the most that SQLite has in one piece
+            if end - first == 1:
+                raise
+            middle = (first + end) // 2
+            return await self._outcomes_between(first, middle) + await self._outcomes_between(middle, end)
+        return [text if isinstance(text, bytes) else text.encode()] if text else []
 
 
 @contextlib.asynccontextmanager
@@ -2590,7 +2616,8 @@ class Client:
         """Make an error of an answer that is not 200."""
         status = response.status
         retry = status in {408, 409, 425, 429} or status >= 500
-        message = f"{status} from {redact(upstream.url)}: {error_text(raw) or response.reason}"
+        said = (error_text(raw) or str(response.reason)).encode()  # decoded, it may have the key again
+        message = f"{status} from {redact(upstream.url)}: {without_key(said, self.key_name).decode()}"
         failure = RequestFailed(str(status), message, status=status, retry=retry)
         failure.retry_after, failure.body = retry_after(response.headers), raw
         if status == 401:
@@ -2619,7 +2646,7 @@ class Client:
         usage = answer.get("usage") if isinstance(answer, dict) else None
         if isinstance(usage, dict):
             for name in ("prompt_tokens", "completion_tokens"):
-                if isinstance(usage.get(name), int):
+                if is_count(usage.get(name)):
                     self.counts[name] += usage[name]
 
 
@@ -2635,8 +2662,7 @@ def parse_reply(answer: Any) -> Reply:
     if not isinstance(choices, list) or not choices or not all(isinstance(choice, dict) for choice in choices):
         raise RequestFailed("body", f"the answer has no choices: {_shown(json.dumps(answer).encode())}")
     usage = answer.get("usage")
-    if isinstance(usage, dict):
-        usage = {name: usage[name] for name in TOKENS if isinstance(usage.get(name), int)}
+    usage = {name: usage[name] for name in TOKENS if is_count(usage.get(name))} if isinstance(usage, dict) else None
     replies: list[Reply] = []
     for choice in choices:
         reply = _parse_choice(choice, usage if not replies else None, bool(answer.get("sdg_truncated")))
@@ -2649,6 +2675,11 @@ def parse_reply(answer: Any) -> Reply:
         message = f"the answer is empty (finish_reason {reason}){thought}{hint}"
         raise RequestFailed("empty", message, retry=reason != "length")
     return dataclasses.replace(replies[0], choices=tuple(replies)) if len(replies) > 1 else replies[0]
+
+
+def is_count(value: Any) -> bool:
+    """Whether a server's figure can be a number of tokens; sums of what it makes up would not fit into the state."""
+    return isinstance(value, int) and 0 <= value < 1 << 40
 
 
 def _parse_choice(choice: dict[str, Any], usage: Usage | None = None, truncated: bool = False) -> Reply:
@@ -2689,7 +2720,7 @@ def error_text(raw: bytes) -> str:
         inner = error if isinstance(error, dict) else body
         for name in ("message", "detail", "error"):
             if inner.get(name):
-                return _shown(str(inner[name]).encode())
+                return _shown(str(inner[name]).encode(errors="replace"))
     return _shown(raw)
 
 
@@ -3012,10 +3043,10 @@ class OpenChunk:
 
 
 def values_of(column: pa.ChunkedArray) -> list[Any]:
-    """A column's values as Python has them; text that is not UTF-8 as bytes, nanoseconds as text."""
+    """A column's values as Python has them; text that is not UTF-8 as bytes, nanoseconds and far years as text."""
     try:
         return typing.cast("list[Any]", column.to_pylist())
-    except ValueError:
+    except (ValueError, OverflowError):
         return [_value_of(scalar) for scalar in column]
 
 
@@ -3024,7 +3055,7 @@ def _value_of(scalar: Any) -> Any:
 
     try:
         return scalar.as_py()
-    except ValueError:
+    except (ValueError, OverflowError):
         if isinstance(scalar, pa.StructScalar):
             return {name: _value_of(value) for name, value in scalar.items()}
         if hasattr(scalar, "values"):
@@ -3628,7 +3659,7 @@ class Engine:
             arguments = {"run": self.run, "chunk": chunk}
             try:
                 impl.function(*[arguments[name] for name in impl.argnames])
-            except Exception as problem:  # noqa: BLE001 - the chunk is safe, whatever an observer does
+            except (Exception, SystemExit) as problem:  # noqa: BLE001 - the chunk is safe, whatever an observer does
                 say(f"plugin {impl.plugin_name}: chunk_written failed: {describe(problem)}")
 
 
@@ -3658,7 +3689,7 @@ def reading(uri: str | None, reader: object = None) -> Iterator[None]:
         raise
     except (OSError, pa.ArrowException) as problem:
         raise InputError(f"--input {uri} cannot be read: {' '.join(str(problem).split())}") from problem
-    except Exception as problem:
+    except (Exception, SystemExit) as problem:
         raise PluginError(f"the reader of --input {uri} failed: {describe(problem, file_of(reader))}") from problem
 
 
@@ -3669,7 +3700,7 @@ def at_work(what: str, plugin: object = None) -> Iterator[None]:
         yield
     except Error:
         raise
-    except Exception as problem:
+    except (Exception, SystemExit) as problem:
         raise PluginError(f"{what} failed: {describe(problem, file_of(plugin))}") from problem
 
 
@@ -3970,10 +4001,13 @@ def lock_rank(run: Run) -> Iterator[None]:
 def say(message: str) -> None:
     """Tell the user something, without tearing a progress bar."""
     # Not without a bar: its lock bears no signals, and plugins import it, too.
-    if "tqdm" in sys.modules and getattr(sys.modules["tqdm"].tqdm, "_instances", None):
-        sys.modules["tqdm"].tqdm.write(message, file=sys.stderr)
-    else:
-        print(message, file=sys.stderr)
+    try:
+        if "tqdm" in sys.modules and getattr(sys.modules["tqdm"].tqdm, "_instances", None):
+            sys.modules["tqdm"].tqdm.write(message, file=sys.stderr)
+        else:
+            print(message, file=sys.stderr)
+    except BrokenPipeError:  # as of `2>&1 | tee` after Ctrl-C: nobody reads it, but there is more to do
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 @contextlib.asynccontextmanager
@@ -4372,7 +4406,7 @@ class Attempt:
         options = self.run.options
         entry = self.run.plugins.writers[options.writer]
         with at_work(f"the writer of {redact(options.output)}", entry.factory):
-            self._writer = await asyncio.to_thread(entry.factory, self.run)
+            self._writer = await asyncio.to_thread(made, entry.factory, self.run)
         check_shape(self._writer, Writer, f"the writer {options.writer!r} of plugin {entry.plugin}")
 
     async def generate(self, servers: Sequence[str | Upstream], present: Present) -> None:
@@ -4442,7 +4476,7 @@ async def open_engine(
     options, entry = run.options, run.plugins.readers[run.options.reader]
     remember_source(run)
     with reading(options.input, entry.factory):
-        reader = await asyncio.to_thread(entry.factory, run)
+        reader = await asyncio.to_thread(made, entry.factory, run)
     check_reader(reader, f"the reader {options.reader!r} of plugin {entry.plugin}")
     check_columns(reader.schema, options)
     run.schema = reader.schema
@@ -4585,7 +4619,7 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("SDG_TRACEBACK") and problem.__cause__:
             traceback.print_exception(problem.__cause__)
         if not problem.said:
-            print(f"sdg: {problem}", file=sys.stderr)
+            say(f"sdg: {problem}")
         return problem.exit_code
     except BrokenPipeError:  # as with `| head`: who reads has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -4596,10 +4630,10 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("SDG_TRACEBACK"):
             raise
         if isinstance(problem, OSError) and problem.filename:
-            print(f"sdg: {problem.filename}: {reason_of(problem)}", file=sys.stderr)
+            say(f"sdg: {problem.filename}: {reason_of(problem)}")
         else:
             hint = "please report it (SDG_TRACEBACK=1 shows the traceback)"
-            print(f"sdg: unexpected {describe(problem)}: {hint}", file=sys.stderr)
+            say(f"sdg: unexpected {describe(problem)}: {hint}")
         return 1
 
 

@@ -74,7 +74,7 @@ class JsonlReader(LinesReader):
             else:
                 values[name] = orjson.dumps(value).decode()
         if surprises:
-            if EXTRA not in self._checks:
+            if EXTRA not in self._checks or values.get(EXTRA) is not None:  # the input may have such a column
                 raise ValueError(f"column {next(iter(surprises))!r} does not fit what this run recorded of its input")
             values[EXTRA] = orjson.dumps(surprises).decode()
         return values
@@ -109,7 +109,7 @@ def learn_schema(lines: Lines, parse: Any, prompt: str) -> pa.Schema:
     if not known:
         raise sdg.InputError(f"--input: {lines.files.names[0]} has no line with a JSON object")
     fields = [(name, pa.string() if kind is None or sdg.has_null(kind) else kind) for name, kind in known.items()]
-    complete = lines.file == len(lines.files.names)
+    complete = lines.file == len(lines.files.names) or EXTRA in known
     return pa.schema(fields if complete else [*fields, (EXTRA, pa.string())])
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 import signal
+import sqlite3
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fake_server import FakeServer, Hang, Raw, Status, prompt_of
+from fake_server import Delay, FakeServer, Hang, Raw, Status, prompt_of
 from running import Job, documents, wait_until
 
 import sdg
@@ -303,7 +306,7 @@ def test_files_are_not_written_beside_the_output(job: Job, name: str) -> None:
     job.input(documents(3))
     finished = job(output_filename=name)
     assert finished.rc == 2
-    assert finished.says("--output-filename", "below the output")
+    assert finished.says("--output-filename", "without folders")
 
 
 @pytest.mark.parametrize("path", ["/chat/completions", "/completions/"])
@@ -375,3 +378,155 @@ def test_the_card_of_a_run_that_ended_early_says_so_and_names_no_machine(
     card = (job.output.path / "README.md").read_text()
     assert "**Ended early**" in card
     assert not [word for word in ("gpu-7", "scratch", "10.0.0.7", str(job.folder)) if word in card]
+
+
+# ── What a hostile tester tried ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_an_interrupt_is_heeded_when_nobody_reads_standard_error(job: Job, server: FakeServer) -> None:
+    job.input(documents(30))
+    server.behave(lambda payload, n: Delay(0.5))
+    started = job.start(max_concurrent_generations=1)
+    wait_until(lambda: server.answered)
+    assert started.process.stderr is not None
+    started.process.stderr.close()
+    started.process.stderr = None
+
+    started.send(signal.SIGINT)
+
+    assert started.process.wait(20) == 130
+    assert len(server.requests) < 10
+
+
+@pytest.mark.parametrize(
+    "name", ["${rank}/${chunk_index}.parquet", "$rank-${chunk_index}.parquet", "a$$${chunk_index}"]
+)
+def test_names_of_files_that_would_not_be_found_again_are_refused(job: Job, name: str) -> None:
+    job.input(documents(3))
+    finished = job(output_filename=name)
+    assert finished.rc == 2
+    assert finished.says("--output-filename")
+
+
+@pytest.mark.parametrize("tokens", [2**64 - 1, 2**62, -5, True, None, "7", {}])
+def test_absurd_counts_of_tokens_are_not_taken(job: Job, server: FakeServer, tokens: object) -> None:
+    job.input(documents(5))
+    body = {"choices": [{"message": {"content": "fine"}}], "usage": {"prompt_tokens": tokens, "completion_tokens": 1}}
+    server.behave(lambda payload, n: Raw(json.dumps(body).encode()))
+    output = job.succeed()
+    assert output.stats()["completion_tokens"] == 5
+    assert output.stats()["prompt_tokens"] in {0, 5}
+
+
+def test_dates_beyond_pythons_do_not_hold_up_the_failed(job: Job) -> None:
+    far = pa.array([2**62, 0, -(2**62)], pa.timestamp("us", tz="Asia/Tokyo"))
+    job.input(pa.table({"text": ["a", None, "c"], "when": far, "day": pa.array([2**30, 1, 2], pa.date32())}))
+
+    for filename in ("${chunk_index}.parquet", "${chunk_index}.jsonl"):
+        output = job.succeed(output=filename[-5:], output_filename=filename)
+        assert output.stats()["rows"] == 2
+        assert len(output.failures()) == 1
+
+
+@pytest.mark.parametrize("form", ["slash", "unicode", "reason"])
+def test_a_key_that_comes_back_in_another_form_is_written_nowhere(job: Job, server: FakeServer, form: str) -> None:
+    key = "sk-se/cret-0123456789abcdef"
+    job.input(documents(3))
+    written = {"slash": key.replace("/", "\\/"), "unicode": "".join(f"\\u{ord(c):04x}" for c in key), "reason": key}[
+        form
+    ]
+    server.behave(lambda payload, n: Raw(f'{{"error": {{"message": "bad key {written}"}}}}'.encode(), 400))
+
+    finished = job(env={"OPENAI_API_KEY": key}, api_key_env="OPENAI_API_KEY")
+
+    everything = finished.stdout + finished.stderr + json.dumps(job.output.failures())
+    assert "bad key ***" in everything
+    assert key not in everything
+
+
+BREAKING = """
+    import contextlib
+    import sdg
+
+    @sdg.hookimpl
+    def register_readers(register):
+        register("stop", lambda run: next(iter(())))
+
+    @sdg.hookimpl
+    def register_resources(register):
+        register("leaving", leaving)
+
+    @sdg.hookimpl
+    def register_rollouts(register):
+        register("breaking", breaking)
+        register("with_resource", with_resource)
+
+    @contextlib.asynccontextmanager
+    async def leaving(run):
+        raise SystemExit(0)
+        yield
+
+    class Speechless(Exception):
+        def __str__(self):
+            raise ValueError("no words")
+
+    async def breaking(document, generate):
+        if document.text == "document 1":
+            raise Speechless
+        return await generate(document.text)
+
+    async def with_resource(document, generate, leaving):
+        return "never"
+
+    @sdg.hookimpl
+    def chunk_written(run, chunk):
+        raise SystemExit("bye")
+"""
+
+
+def test_what_ends_programs_in_plugins_is_said_and_ends_no_more_than_it_must(job: Job) -> None:
+    file = job.plugin("breaking", BREAKING)
+    job.input(documents(5))
+
+    output = job.succeed(plugin=f"{file}:breaking")
+    leaving = job(plugin=f"{file}:with_resource", output="leaving")
+    reader = job(plugin=f"{file}:breaking", input="stop://x", output="stop")
+
+    assert len(output.rows()) == 4
+    assert [record["error_type"] for record in output.failures()] == ["Speechless"]
+    assert leaving.rc == 1
+    assert "SystemExit" in leaving.message
+    assert reader.rc == 1
+    assert "StopIteration" in reader.message
+
+
+def test_an_error_with_half_a_character_is_retried(job: Job, server: FakeServer) -> None:
+    job.input(documents(2))
+    body = rb'{"error": {"message": "bad \ud800 x"}}'
+    server.behave(lambda payload, n: Raw(body, 503) if n == 1 else None)
+    assert len(job.succeed().rows()) == 2
+
+
+def test_results_of_more_than_a_gigabyte_are_written_in_pieces(tmp_path: Path) -> None:
+    async def outcomes() -> tuple[list[bytes], int]:
+        async with sdg.Store.open(tmp_path / "state.sqlite3", Counter()) as store:
+            limit = store._db._conn.setlimit  # to be called in the connection's thread
+            await store._db._execute(limit, sqlite3.SQLITE_LIMIT_LENGTH, 5000)  # the real one would take long to reach
+            chunk = sdg.Chunk(1, 0, 100)
+            for position in range(100):
+                store.finished(1 << 32 | position, "row", b'"%s"' % (b"x" * 500))
+            await store.flush()
+            lists = await store.outcomes_of(chunk)
+            return lists, len(await store.finished_in(chunk))
+
+    lists, count = asyncio.run(outcomes())
+
+    assert count == 100
+    assert [position for part in lists for position, _, _ in json.loads(part)] == list(range(100))
+
+
+def test_a_number_that_is_none_is_no_json(job: Job) -> None:
+    job.input(documents(2))
+    finished = job(generation='{"n": NaN}')
+    assert finished.rc == 2
+    assert finished.says("--generation", "not JSON")
