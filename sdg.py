@@ -4000,10 +4000,11 @@ def lock_rank(run: Run) -> Iterator[None]:
 
 def say(message: str) -> None:
     """Tell the user something, without tearing a progress bar."""
-    # Not without a bar: its lock bears no signals, and plugins import it, too.
+    # Not without a bar: its lock bears no signals, and plugins import it, too. A signal may come in the middle of that.
+    tqdm: Any = getattr(sys.modules.get("tqdm"), "tqdm", None)
     try:
-        if "tqdm" in sys.modules and getattr(sys.modules["tqdm"].tqdm, "_instances", None):
-            sys.modules["tqdm"].tqdm.write(message, file=sys.stderr)
+        if getattr(tqdm, "_instances", None):
+            tqdm.write(message, file=sys.stderr)
         else:
             print(message, file=sys.stderr)
     except BrokenPipeError:  # as of `2>&1 | tee` after Ctrl-C: nobody reads it, but there is more to do
