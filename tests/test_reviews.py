@@ -7,7 +7,9 @@ import gzip
 import json
 import signal
 import sqlite3
+import sys
 import time
+import types
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -530,3 +532,11 @@ def test_a_number_that_is_none_is_no_json(job: Job) -> None:
     finished = job(generation='{"n": NaN}')
     assert finished.rc == 2
     assert finished.says("--generation", "not JSON")
+
+
+def test_something_is_said_while_the_bars_library_is_being_imported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "tqdm", types.ModuleType("tqdm"))  # as a signal may find it
+    sdg.say("interrupted")
+    assert capsys.readouterr().err == "interrupted\n"
