@@ -3357,8 +3357,9 @@ class Engine:
 
     async def _make_anew(self) -> None:
         """Open the chunks again whose files somebody has taken away: their rows are nowhere else."""
-        if not self.run.output.local or self.run.plugins.writers[self.run.options.writer].package != "sdg":
-            return  # looking at each object of a store would take minutes, and costs money
+        options = self.run.options
+        if split_uri(options.output)[0] != "file" or self.run.plugins.writers[options.writer].package != "sdg":
+            return  # a store is asked by `verify` alone, for it takes long; what was published may leave the spool
         chunks = [chunk for chunk in (await self.store.chunks()).values() if chunk.written and chunk.rows]
         folders = {os.path.dirname(self.run.path_of(chunk)) for chunk in chunks}
         there = {file for folder in folders for file in await asyncio.to_thread(self.run.output.list, folder)}
