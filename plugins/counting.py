@@ -279,9 +279,12 @@ class Tokens:
         async with self._choosing:
             while self._counter is None:
                 try:
-                    self._counter = await self._ways.pop(0)()
+                    counter = await self._ways[0]()  # it stays the next one for others if this is cancelled
                 except Unusable as problem:
                     self._reasons.append(str(problem))
+                else:
+                    self._counter = counter
+                del self._ways[0]
             return self._counter
 
     async def _server_for_chats(self) -> Counter:

@@ -10,6 +10,7 @@ import json
 import re
 import sqlite3
 import threading
+import time
 import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -442,6 +443,38 @@ def test_without_any_tokenizer_tokens_are_estimated_and_that_is_said(long: Job, 
     assert long.output.rows()[0]["rollout_results"][0]["truncated"]
     assert "estimated" in finished.stderr
     assert len(server.requests) == 1
+
+
+IMPATIENT = """
+    import asyncio
+    import sdg
+
+    @sdg.hookimpl
+    def register_rollouts(register):
+        register("impatient", impatient)
+
+    async def impatient(document, generate):
+        try:
+            async with asyncio.timeout(0.5):
+                return await generate(document.text)
+        except TimeoutError:
+            return await generate(document.text)
+"""
+
+
+def test_a_tokenizer_is_not_lost_when_who_first_asks_for_it_gives_up(long: Job, server: FakeServer) -> None:
+    def count(payload: dict[str, Any]) -> int:
+        time.sleep(1.5 if len(server.tokenize_requests) == 1 else 0)
+        return tiny_tokenizer.count(payload)
+
+    server.count = count
+    long.documents(prose(2000))
+
+    finished = long(plugin=long.plugin("impatient", IMPATIENT))
+
+    assert "/tokenize" in finished.stderr
+    assert "estimate" not in finished.stderr
+    assert 0.9 * (CONTEXT - ANSWER) < tiny_tokenizer.count(server.requests[0].payload) <= CONTEXT - ANSWER
 
 
 def test_a_tokenizer_that_fails_in_the_middle_is_replaced(long: Job, server: FakeServer) -> None:
