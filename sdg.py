@@ -4639,8 +4639,21 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
+def script() -> typing.NoReturn:
+    """`main` as a program of its own: what a thread still waits for, far away, does not keep it from ending.
+
+    The interpreter would wait for some of these threads, and pull the libraries from under others: they crash.
+    """
+    code = main()
+    if any(thread.name.startswith("sdg-") for thread in threading.enumerate()):
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
     # Plugins import `sdg`. Without this detour they would get a second copy of every class.
-    from sdg import main as imported_main
+    from sdg import script as imported_script
 
-    sys.exit(imported_main())
+    imported_script()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import os
 import re
 import threading
 import time
@@ -21,7 +20,6 @@ import sdg
 from . import hub, monitor
 from .publishing import FILES, Publisher
 
-HANGING = 5.0  # s that an upload may keep a process alive that has failed
 LOOK = 5.0  # s between two looks at what has been written
 
 
@@ -100,15 +98,11 @@ async def publishing(run: sdg.Run) -> AsyncIterator[None]:
     worker.start()
     try:
         yield
-    except BaseException as problem:  # the thread is left behind: nothing is lost
-        # The client's own threads, which the interpreter waits for, may hang on an upload.
-        code = problem.exit_code if isinstance(problem, sdg.Error) else 1
-        hanging = threading.Timer(HANGING, os._exit, [code])
-        hanging.daemon = True
-        hanging.start()
+        published = await worker.finish()
+    except BaseException:  # the thread is left behind: nothing is lost
         sdg.say(f"sdg: what is not published yet waits in {run.output.root} for the next run of this command")
         raise
-    print(await worker.finish(), flush=True)
+    print(published, flush=True)
 
 
 class Worker(threading.Thread):

@@ -378,13 +378,19 @@ class FakeHub:
             except (web.RequestPayloadError, OSError):  # its client is gone
                 return self._answered(request, operation, None)
             call = Call(operation, request.method, path, params, request.query, request.headers, body)
-            await asyncio.sleep(0 if fault.landed else fault.delay)
+            await self._sleep(0 if fault.landed else fault.delay)
             if fault.landed or not (fault.status or fault.drop):
                 response = self._answer(call)
-            await asyncio.sleep(fault.delay if fault.landed else 0)
+            await self._sleep(fault.delay if fault.landed else 0)
             if fault.status and (response is None or response.status < 400):  # what was refused has not landed
                 response = fault.response()
         return self._answered(request, operation, None if fault.drop or self.down else response)
+
+    async def _sleep(self, seconds: float) -> None:
+        """Sleep, but not beyond the end of the server, which waits for those who are at work."""
+        until = time.monotonic() + seconds
+        while self._runner and (left := until - time.monotonic()) > 0:
+            await asyncio.sleep(min(left, 0.1))
 
     def _answered(self, request: web.Request, operation: str, response: web.Response | None) -> web.Response:
         status = response.status if response is not None else 0

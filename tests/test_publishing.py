@@ -80,6 +80,12 @@ class HubJob(Job):
     def card(self) -> str:
         return self.hub.files(REPO)["README.md"].decode()
 
+    @property
+    def finished(self) -> bool:
+        """Whether everything is generated."""
+        figures = self.state / "00000.stats.json"
+        return figures.exists() and json.loads(figures.read_text())["rank"]["status"] == "finished"
+
     def all_is_there(self) -> bool:
         assert self.there == self.spool
         return True
@@ -735,7 +741,7 @@ def test_ctrl_c_while_the_hub_is_away_leaves_everything_for_the_next_run(job: Hu
     job.hub.stop()
     started = job.start()
     wait_until(lambda: len(job.spool) == 5)
-    wait_until(lambda: json.loads((job.state / "00000.stats.json").read_text())["rank"]["status"] == "finished")
+    wait_until(lambda: job.finished)
     time.sleep(1)
     started.send(signal.SIGINT)
     finished = started.finish(timeout=20)
@@ -744,6 +750,22 @@ def test_ctrl_c_while_the_hub_is_away_leaves_everything_for_the_next_run(job: Hu
     requests = len(job.server.requests)
     assert job().rc == 0
     assert len(job.server.requests) == requests
+    assert job.all_is_there()
+
+
+@pytest.mark.parametrize("hanging", ["commit", "lfs_put"])
+def test_ctrl_c_does_not_wait_for_an_upload_that_hangs(job: HubJob, hanging: str) -> None:
+    fault = job.hub.fail(hanging, delay=300.0, status=500, times=100)
+    started = job.start()
+    wait_until(lambda: fault.times < 100 and job.finished)
+    started.send(signal.SIGINT)
+    began = time.monotonic()
+    finished = started.finish()
+    assert finished.rc == 130
+    assert "not published yet" in finished.stderr
+    assert time.monotonic() - began < sdg.LAST_RESORT  # else it did not end by itself
+    fault.times = 0
+    assert job().rc == 0
     assert job.all_is_there()
 
 
