@@ -105,6 +105,7 @@ OBJECT_STORES = {"s3", "gcs", "abfs"}  # have no folders: to make one leaves an 
 PUT_BYTES = 16 << 20  # handed over at a time: more than the smallest part of an upload, so that pyarrow copies nothing
 SHORTEST_KEY = 12  # characters
 LONGEST_PAUSE = 60.0  # s between two attempts, unless the server asks for more
+PUBLISHER = "sdg-publisher"  # the thread that publishes beside a run; see `script`
 
 
 # ── Types ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -4640,12 +4641,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def script() -> typing.NoReturn:
-    """`main` as a program of its own: what a thread still waits for, far away, does not keep it from ending.
+    """`main` as a program of its own: an upload that hangs does not keep it from ending.
 
-    The interpreter would wait for some of these threads, and pull the libraries from under others: they crash.
+    The interpreter would wait for some of the publisher's threads, and pull libraries from under others: they crash.
     """
     code = main()
-    if any(thread.name.startswith("sdg-") for thread in threading.enumerate()):
+    if any(thread.name == PUBLISHER for thread in threading.enumerate()):
+        import multiprocessing
+
+        for child in multiprocessing.active_children():  # of a plugin's pool
+            child.terminate()
         with contextlib.suppress(OSError):
             sys.stdout.flush()
         os._exit(code)

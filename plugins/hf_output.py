@@ -109,7 +109,7 @@ class Worker(threading.Thread):
     """Publishes in the background. A daemon: an upload that hangs must not keep a process from ending."""
 
     def __init__(self, run: sdg.Run, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(name="sdg-publisher", daemon=True)
+        super().__init__(name=sdg.PUBLISHER, daemon=True)
         self._run, self._loop = run, loop
         self._over = threading.Event()
         self._result: asyncio.Future[str] = loop.create_future()
