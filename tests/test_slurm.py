@@ -41,7 +41,7 @@ def shared_cluster() -> Iterator[Cluster]:
             real_engines.ROOT.mkdir(parents=True, exist_ok=True)
             cluster = stack.enter_context(Cluster([ROOT, Path(sys.prefix), real_engines.ROOT]))
         except Unavailable as reason:
-            if os.environ.get("CI"):  # there it is a failure
+            if os.environ.get("SDG_TEST_SKIPS") == "no":  # as in .ci/run: there it is a failure
                 raise
             pytest.skip(f"NO SLURM CLUSTER: {reason}")
         yield cluster
