@@ -1,15 +1,15 @@
-"""Helpers for the tests of plugins: a rollout is run by the engine itself, without a server.
+"""Helpers for the tests of plugins: the engine itself runs a rollout, without a server.
 
     from sdg_plugins.testing import try_rollout
 
-    def test_the_headline_is_asked_for():
+    def test_the_headline_is_requested():
         tried = try_rollout(headline, "A long text", answers="Short")
         assert tried.texts == ["Short"]
         assert "A long text" in tried.requests[0].prompt
 
-`check_reader`, `check_writer` and `check_server` see that a plugin keeps the contracts of `sdg.Reader`, `sdg.Writer`
-and `sdg.OpenServer`; what it breaks is an AssertionError or an `sdg.Error` that says so. All of these work within a
-running event loop, too. Nothing is left on the disk.
+`check_reader`, `check_writer` and `check_server` check that a plugin keeps the contracts of `sdg.Reader`, `sdg.Writer`
+and `sdg.OpenServer`; a violation is an AssertionError or an `sdg.Error` that describes it. All of these also work in a
+running event loop. Nothing is left on the disk.
 """
 
 from __future__ import annotations
@@ -25,9 +25,19 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mappin
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import sdg
+import aiohttp
 
-from .preview import Notes, Outcome, Request
+import sdg
+from sdg_plugins.commands.run import Job, Servers, Stop, open_run
+from sdg_plugins.common import checks
+from sdg_plugins.common.chunks import OpenChunk, rows_of
+from sdg_plugins.common.notes import Exchange, Notes, Outcome
+from sdg_plugins.common.options import Config, as_arguments, parse_with
+from sdg_plugins.common.results import base_fields, results_type
+from sdg_plugins.common.state import lock_rank
+from sdg_plugins.servers.client import Client
+from sdg_plugins.servers.connecting import connect
+from sdg_plugins.servers.pool import Pool
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -35,8 +45,9 @@ if TYPE_CHECKING:
 __all__ = ["Outcome", "Request", "Tried", "check_reader", "check_server", "check_writer", "document", "try_rollout"]
 
 MODEL = "test-model"
-PLACES = 8  # to go to in an input, for each size of pieces
+PLACES = 8  # places in an input that are visited, for each size of pieces
 
+Request = Exchange  # as tests call it
 Answer = str | dict[str, Any] | sdg.Reply | Exception
 Answers = Answer | Sequence[Answer] | Callable[[dict[str, Any]], Answer]
 T = TypeVar("T")
@@ -112,13 +123,24 @@ def try_rollout(
         plugins.resources |= {name: stand_in(thing) for name, thing in (resources or {}).items()}
         return name
 
-    async def attempt(config: sdg.Config) -> Tried:
+    async def attempt(config: Config) -> Tried:
         notes = Notes()
-        with running(config) as (run, stop):
-            writer = config.plugins.writers[config.options.writer].factory(run)
-            async with sdg.open_engine(run, writer, scripted(run, answers)) as engine, notes.taken(engine):
-                stop.gently = engine.stop
-                await engine.work()
+        notes.attach(config.plugins, config.options.rollout, config.options.writer)
+        config.plugins.manager.register(Script(answers), "script")
+        stop = Stop(lambda: None)
+
+        @contextlib.asynccontextmanager
+        async def noted(engine: sdg.Engine, _: Stop) -> AsyncIterator[None]:
+            yield
+            await notes.finish(engine)
+
+        job = Job(config, stop, present=noted, connecting=offline)
+        await job.prepare()
+        await job.work([])
+        if isinstance(job.problem, Unanswered):
+            raise AssertionError(str(job.problem))
+        if job.problem:
+            raise job.problem
         return Tried(notes.requests, notes.outcomes, config.options.results_column)
 
     return attempted(rollout, {"input": "rows://", **(options or {})}, attempt, prepare)
@@ -128,7 +150,7 @@ def document(source: str | Mapping[str, Any], prompt_column: str = "text") -> sd
     """The document of a text or of a row, as rollouts get it. Raises BadDocument if it has no usable prompt."""
     row = {prompt_column: source} if isinstance(source, str) else dict(source)
     reader = Rows([row])
-    chunk = sdg.OpenChunk(sdg.Chunk(0, 0), reader.read(1), reader.schema)
+    chunk = OpenChunk(sdg.Chunk(0, 0), reader.read(1), reader.schema)
     ((_, made),) = chunk.documents(prompt_column, "id" if "id" in row else None)
     if isinstance(made, str):
         raise sdg.BadDocument(made)
@@ -149,8 +171,8 @@ def check_reader(open_reader: sdg.OpenReader, options: Mapping[str, Any]) -> lis
         The rows.
     """
 
-    async def attempt(config: sdg.Config) -> list[dict[str, Any]]:
-        with running(config) as (run, _):
+    async def attempt(config: Config) -> list[dict[str, Any]]:
+        with running(config) as run:
             whole = Reading(open_reader, run)
             rows = whole.rows(10**6)
             assert not whole.reader.read(1), "read() gives rows after the end"
@@ -195,18 +217,18 @@ class Reading:
 
     def __init__(self, open_reader: sdg.OpenReader, run: sdg.Run) -> None:
         self.reader = open_reader(run)
-        sdg.check_reader(self.reader, "the reader")
+        checks.check_reader(self.reader, "the reader")
 
     def rows(self, count: int) -> list[tuple[str, dict[str, Any]]]:
         """The next rows; a row that cannot be read is a dict with its reason."""
         parts = self.reader.read(count)
-        sdg.check_blocks(parts, count, self.reader)
+        checks.check_blocks(parts, count, self.reader)
         found: list[tuple[str, dict[str, Any]]] = []
         for part in parts:
             if isinstance(part, sdg.BadRow):
                 found.append((f"{part.file}/{part.row}", {"reason": part.reason}))
                 continue
-            found += [(f"{part.file}/{part.row + i}", row) for i, row in enumerate(sdg.rows_of(part.batch))]
+            found += [(f"{part.file}/{part.row + i}", row) for i, row in enumerate(rows_of(part.batch))]
         return found
 
 
@@ -220,13 +242,13 @@ def check_writer(open_writer: sdg.OpenWriter, options: Mapping[str, Any]) -> Non
     """
     import pyarrow as pa
 
-    async def attempt(config: sdg.Config) -> None:
-        with running(config) as (run, _):
+    async def attempt(config: Config) -> None:
+        with running(config) as run:
             writer = open_writer(run)
-            sdg.check_shape(writer, sdg.Writer, "the writer")
+            checks.check_shape(writer, sdg.Writer, "the writer")
             first, second, empty = (sdg.Chunk(i, 3 * i, count=3 * (i < 2)) for i in range(3))
             assert writer.read(first) is None, "read() of a chunk that was never written should give None"
-            results = sdg.results_type(sdg.base_fields())
+            results = results_type(base_fields())
             kinds = [("id", pa.string()), ("text", pa.string()), (run.options.results_column, results)]
 
             def rows_of(chunk: sdg.Chunk) -> pa.Table:
@@ -267,17 +289,17 @@ def check_server(
         The text of its answer.
     """
 
-    async def attempt(config: sdg.Config) -> str:
-        with running(config) as (run, stop):
+    async def attempt(config: Config) -> str:
+        with running(config) as run:
             before = asyncio.all_tasks()
             async with open_server(run) as servers:
-                sdg.check_servers(servers, "the server")
-                async with sdg.connect(run, list(servers), stop) as client:
+                checks.check_servers(servers, "the server")
+                async with connect(run, list(servers)) as client:
                     payload = {
                         **sdg.sampling(run.options, run.model),
                         "messages": [{"role": "user", "content": prompt}],
                     }
-                    reply, _ = await client.post("/chat/completions", json.dumps(payload).encode())
+                    reply, _ = await client.send(sdg.Request("/chat/completions", payload))
             left = asyncio.all_tasks() - before
             assert not left, f"tasks are left when the server has been left: {left}"
             return reply.text
@@ -291,7 +313,7 @@ def check_server(
 def attempted(
     thing: Callable[..., Any],
     options: Mapping[str, Any],
-    attempt: Callable[[sdg.Config], Coroutine[Any, Any, T]],
+    attempt: Callable[[Config], Coroutine[Any, Any, T]],
     prepare: Callable[[sdg.Plugins], str] = lambda plugins: "summarize",
 ) -> T:
     """Do something with a config of some options, in a folder that is gone afterwards.
@@ -312,9 +334,9 @@ def attempted(
         plugins.readers["rows"] = sdg.Entry(lambda run: Rows([]), __name__, "")
         rollout = prepare(plugins)
         common = {"output": f"{folder}/output", "state-dir": f"{folder}/state", "max-concurrent-documents": 1}
-        argv = sdg.as_arguments({**common, "no-progress": True, **options}, [])
+        argv = as_arguments({**common, "no-progress": True, **options}, [])
         try:
-            config = sdg.parse_with(plugins, rollout, argv)
+            config = parse_with(plugins, rollout, argv)
         except SystemExit as problem:
             raise sdg.UsageError("the options cannot be as they are: see standard error") from problem
         # In a thread of its own: the test may be running in an event loop.
@@ -322,19 +344,17 @@ def attempted(
 
 
 @contextlib.contextmanager
-def running(config: sdg.Config) -> Iterator[tuple[sdg.Run, sdg.Stop]]:
-    """A run of a config, and what stops it; raises the reason if something did."""
+def running(config: Config) -> Iterator[sdg.Run]:
+    """A run of a config; raises what stopped it."""
     task = asyncio.current_task()
     assert task is not None
-    stop = sdg.Stop(task.cancel)
+    stop = Stop(task.cancel)
     try:
-        with sdg.lock_rank(run := sdg.open_run(config.options, config.plugins, stop)):
-            yield run, stop
+        with lock_rank(run := open_run(config, stop)):
+            yield run
     except asyncio.CancelledError:
         if stop.reason is None:
             raise
-    if isinstance(stop.reason, Unanswered):
-        raise AssertionError(str(stop.reason))
     if stop.reason:
         raise stop.reason
 
@@ -379,31 +399,41 @@ class Unanswered(sdg.Error):
 
 
 @contextlib.asynccontextmanager
-async def scripted(run: sdg.Run, answers: Answers) -> AsyncIterator[sdg.Client]:
-    """A client that sends nothing."""
-    import aiohttp
-
+async def offline(run: sdg.Run, servers: Servers) -> AsyncIterator[Client]:
+    """A client without servers."""
     run.model = run.options.model or MODEL
     async with aiohttp.ClientSession() as session:
-        client = sdg.Client(session, sdg.Pool([], 1), run, run.stop)
-        left = iter(answers) if isinstance(answers, Sequence) and not isinstance(answers, str) else None
+        yield Client(session, Pool([], 1), run)
 
-        async def post(path: str, body: bytes) -> tuple[sdg.Reply, bytes]:
-            payload = json.loads(body)
+
+class Script:
+    """A plugin that takes the place of the servers: it gives the answers of a test."""
+
+    def __init__(self, answers: Answers) -> None:
+        self._answers = answers
+        self._left = iter(answers) if isinstance(answers, Sequence) and not isinstance(answers, str) else None
+
+    @sdg.hookimpl(trylast=True)
+    def wrap_requests(self, run: sdg.Run) -> sdg.Send:
+        """See the hook. It never sends anything."""
+
+        async def scripted(request: sdg.Request) -> sdg.Response:
             run.counts["requests"] += 1
-            if left is not None:
-                answer = next(left, None)
-                if answer is None:
-                    raise Unanswered(f"request {run.counts['requests']} has no answer: there are fewer `answers`")
-            else:
-                answer = answers(payload) if callable(answers) else answers  # type: ignore[assignment]
+            answer = self._next(request.payload, run.counts["requests"])
             if isinstance(answer, Exception):
                 raise answer
-            said = json.dumps(body_of(answer, payload)).encode()
-            return sdg.parse_reply(json.loads(said)), said
+            body = json.dumps(body_of(answer, request.payload)).encode()
+            return sdg.Response(Client.parse(body), body)
 
-        client.post = post  # type: ignore[method-assign]
-        yield client
+        return scripted
+
+    def _next(self, payload: dict[str, Any], number: int) -> Any:
+        if self._left is None:
+            return self._answers(payload) if callable(self._answers) else self._answers
+        answer = next(self._left, None)
+        if answer is None:
+            raise Unanswered(f"request {number} has no answer: `answers` has fewer")
+        return answer
 
 
 def body_of(answer: Any, payload: Mapping[str, Any]) -> dict[str, Any]:

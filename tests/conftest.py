@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,9 +15,7 @@ os.environ |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_H
 from fake_hub import FakeHub
 from fake_server import FakeServer
 from huggingface_hub.utils import close_session
-from running import ROOT, Job, Sdg, Started
-
-sys.path.insert(0, str(ROOT))  # `import sdg` is the checkout's, installed or not
+from running import Job, Sdg, Started
 
 # A script's background jobs ignore Ctrl-C, and so would all that is started here: some tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -99,7 +99,7 @@ def serve(source: str, target: str, latency: str) -> None:
 
     import pyarrow.parquet as pq
 
-    sys.path.insert(0, str(HERE.parent))
+    sys.path.insert(0, str(HERE.parent / "support"))
     from fake_hub import FakeHub, Rights
 
     table = pq.read_table(source)

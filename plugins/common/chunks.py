@@ -1,0 +1,398 @@
+"""A chunk's way from the reader to its file: the intake reads chunks, the outlet writes them."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import functools
+import os
+import sys
+from collections.abc import AsyncGenerator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import orjson
+
+import sdg
+from sdg_plugins.common.checks import check_blocks, reading
+from sdg_plugins.common.files import split_uri
+from sdg_plugins.common.results import (
+    annotated_fields,
+    base_fields,
+    checker,
+    fit,
+    infer_fields,
+    results_type,
+    unfit,
+)
+from sdg_plugins.common.state import recorded_fields, settle_fields
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+STEP = 256  # documents that are converted to Python at a time
+
+
+class OpenChunk:
+    """A chunk between reading and writing. Its rows wait in an Arrow file, so memory does not grow with stragglers.
+
+    Attributes:
+        bad: the rows that could not be read, by position.
+        remaining: documents that are not final.
+        resumed: an earlier process has begun it.
+    """
+
+    def __init__(
+        self, chunk: sdg.Chunk, parts: list[sdg.Block | sdg.BadRow], schema: pa.Schema, spool: Path | None = None
+    ) -> None:
+        import pyarrow as pa
+
+        self.chunk = chunk
+        self.bad: dict[int, sdg.BadRow] = {}
+        self.remaining = 0
+        self.resumed = False
+        self._origins: list[tuple[int, str, int]] = []  # (position, file, row there)
+        self._spool = spool
+        batches = []
+        for part in parts:
+            self._origins.append((chunk.count, part.file, part.row))
+            if isinstance(part, sdg.BadRow):
+                self.bad[chunk.count] = part
+            batches.append(_null_row(schema) if isinstance(part, sdg.BadRow) else part.batch)
+            chunk.count += batches[-1].num_rows
+        self.table = pa.Table.from_batches(batches, schema).unify_dictionaries()
+        if spool:
+            with pa.OSFile(str(spool), "wb") as sink, pa.ipc.new_file(sink, schema) as file:
+                file.write_table(self.table)
+            self.table = pa.ipc.open_file(pa.memory_map(str(spool))).read_all()
+
+    def row(self, position: int) -> dict[str, Any]:
+        """One row as Python values."""
+        return rows_of(self.table.slice(position, 1))[0]
+
+    def ids(self, column: str | None) -> list[str]:
+        """The documents' ids: the column's values, or `<file>/<row>` where there is none."""
+        ends = [position for position, _, _ in self._origins[1:]] + [self.chunk.count]
+        names = [
+            f"{file}/{row + i}"
+            for (start, file, row), end in zip(self._origins, ends, strict=True)
+            for i in range(end - start)
+        ]
+        if column is None:
+            return names
+        own = values_of(self.table.column(column))
+        return [name if value is None else str(value) for name, value in zip(names, own, strict=True)]
+
+    def documents(self, prompt_column: str, id_column: str | None) -> Iterator[tuple[int, sdg.Document | str]]:
+        """Position and document of each row in order; instead of one without a usable prompt the reason."""
+        ids = self.ids(id_column)
+        prompts = self.table.column(prompt_column)
+        for start in range(0, self.chunk.count, STEP):
+            for position, value in enumerate(values_of(prompts.slice(start, STEP)), start):
+                if position in self.bad:
+                    yield position, self.bad[position].reason
+                    continue
+                try:
+                    text, messages = prompt_of(value)
+                except sdg.BadDocument as exc:
+                    yield position, f"column {prompt_column!r} {exc}"
+                    continue
+                index = self.chunk.start + position
+                yield (
+                    position,
+                    sdg.Document(ids[position], text, messages, index, functools.partial(self.row, position)),
+                )
+
+    def close(self) -> None:
+        """Drop the rows."""
+        del self.table
+        if self._spool:
+            self._spool.unlink(missing_ok=True)
+
+
+class Intake:
+    """Reads this rank's chunks, in a thread of its own and one chunk ahead."""
+
+    def __init__(self, run: sdg.Run, reader: sdg.Reader) -> None:
+        self._run, self.reader = run, reader
+        self.prompt_column: str = run.options.prompt_column
+        self.id_column = id_column_of(run.options, reader.schema)
+        self._thread = ThreadPoolExecutor(1, "sdg-reader")
+        self._clear_leftovers()
+
+    def __enter__(self) -> None:
+        self._thread.__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
+        self._clear_leftovers()
+
+    def _clear_leftovers(self) -> None:
+        """Delete what a killed process of this rank has left in the state."""
+        folder = self._run.state / "open"
+        folder.mkdir(exist_ok=True)
+        rank = f"{self._run.options.rank:05d}"
+        for leftover in [*folder.glob(f"{rank}_*"), *self._run.state.glob(f".{rank}.*.tmp")]:
+            leftover.unlink(missing_ok=True)  # a heartbeat may be using it
+
+    def expected(self) -> int | None:
+        """How many documents belong to this rank, as far as the reader knows."""
+        options, total = self._run.options, self.reader.total()
+        if total is None:
+            return None
+        full, rest = divmod(min(total, options.max_documents or total), options.records_per_chunk)
+        mine = len(range(options.rank, full, options.world_size)) * options.records_per_chunk
+        return int(mine + (rest if full % options.world_size == options.rank else 0))
+
+    async def chunks(self, known: dict[int, sdg.Chunk]) -> AsyncGenerator[OpenChunk, None]:
+        """This rank's chunks that are not written, and those that may have to be reopened.
+
+        Args:
+            known: the chunks that earlier processes have read, by index.
+        """
+        loop = asyncio.get_running_loop()
+        chunks = self._read(known)
+        ahead = loop.run_in_executor(self._thread, next, chunks, None)
+        try:
+            while opened := await ahead:
+                ahead = loop.run_in_executor(self._thread, next, chunks, None)
+                yield opened
+        finally:
+            ahead.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+    def _read(self, known: dict[int, sdg.Chunk]) -> Iterator[OpenChunk]:
+        options = self._run.options
+        size, most = options.records_per_chunk, options.max_documents or sys.maxsize
+        bookmark = None
+        for index in range(options.rank, sys.maxsize, options.world_size):
+            start = index * size
+            count = min(size, most - start)
+            chunk = known.get(index)
+            if chunk:
+                bookmark = chunk.bookmark or bookmark
+                count = max(count, chunk.count)  # what was begun with a larger --max-documents is finished
+            if count <= 0:
+                return
+            if chunk and chunk.written and chunk.count >= count and not (options.retry_failed and chunk.failed):
+                continue
+            with reading(options.input, self.reader):
+                self.reader.seek(start, bookmark)
+                bookmark = self.reader.tell()
+                parts = self.reader.read(count)
+                check_blocks(parts, count, self.reader)
+            if not parts:
+                return
+            spool = self._run.state / "open" / f"{options.rank:05d}_{index:05d}.arrow"
+            opened = OpenChunk(sdg.Chunk(index, start, bookmark=bookmark), parts, self.reader.schema, spool)
+            yield opened
+            if opened.chunk.count < count:
+                return
+
+
+class Outlet:
+    """Writes the rows and failures of complete chunks, and reads them back.
+
+    Attributes:
+        fields: Arrow types of the fields of results; None until they are settled for all ranks of the run.
+    """
+
+    def __init__(self, run: sdg.Run, writer: sdg.Writer) -> None:
+        self._run, self.writer = run, writer
+        rollout = run.plugins.rollouts[run.options.rollout].factory
+        self.fields = recorded_fields(run.state) or settle_fields(run, annotated_fields(rollout))
+
+    def settle(self, outcomes: list[bytes]) -> None:
+        """Learn the fields of results from a chunk's outcomes, if there are results in it."""
+        results = [result for _, status, body in _each(outcomes) if status == "row" for result in body]
+        own = settle_fields(self._run, infer_fields(results)) if results else None
+        self.fields = own or recorded_fields(self._run.state)  # another rank's
+
+    def settle_without_results(self) -> None:
+        """There is no result at all: the files are empty."""
+        self.fields = recorded_fields(self._run.state) or base_fields()
+
+    def write(self, opened: OpenChunk, outcomes: list[bytes], id_column: str | None) -> None:
+        """Write a chunk's rows and failures; sets which of its documents were filtered and failed."""
+        import pyarrow as pa
+
+        assert self.fields is not None
+        run, chunk = self._run, opened.chunk
+        statuses: dict[str, list[int]] = {"row": [], "filtered": [], "failed": []}
+        bodies: dict[str, list[Any]] = {"row": [], "filtered": [], "failed": []}
+        for position, status, body in _each(outcomes):
+            statuses[status].append(position)
+            bodies[status].append(body)
+        if sorted(position for positions in statuses.values() for position in positions) != list(range(chunk.count)):
+            raise sdg.StateError(f"state of chunk {chunk.index} does not match its input: start over with --fresh")
+        chunk.filtered, chunk.failed = tuple(statuses["filtered"]), tuple(statuses["failed"])
+        ids = opened.ids(id_column)
+        rows = pick(opened.table, statuses["row"])
+        if "id" not in rows.column_names:
+            rows = rows.append_column("id", pa.array([ids[position] for position in statuses["row"]], pa.string()))
+        checks = {name: checker(kind) for name, kind in self.fields.items()}
+        fitted = [[fit(result, checks) for result in row] for row in bodies["row"]]
+        rows = rows.append_column(run.options.results_column, pa.array(fitted, results_type(self.fields)))
+        self._write_failed(opened, ids, bodies["failed"])
+        with sdg.at_work(f"the writer of {run.output.path(run.path_of(chunk))}", self.writer):
+            self.writer.write(chunk, rows.replace_schema_metadata(provenance(run)))
+
+    def _write_failed(self, opened: OpenChunk, ids: list[str], failures: list[dict[str, Any]]) -> None:
+        path = self._run.failed_path_of(opened.chunk)
+        if not failures:
+            self._run.output.delete(path)
+            return
+        lines = []
+        for position, failure in zip(opened.chunk.failed, failures, strict=True):
+            bad = opened.bad.get(position)
+            row = bad._asdict() if bad else opened.row(position)
+            lines.append(orjson.dumps({"id": ids[position], **failure, "document": row}, default=plain))
+        self._run.output.write(path, lambda file: file.write(b"\n".join(lines) + b"\n"))
+
+    def outcomes(self, chunk: sdg.Chunk) -> list[tuple[int, str, bytes]]:
+        """The documents of a written chunk as the store would have them, from its files."""
+        run, gone = self._run, set(chunk.filtered) | set(chunk.failed)
+        table = self.writer.read(chunk)
+        if table is None or table.num_rows != chunk.rows:
+            path = run.output.path(run.path_of(chunk))
+            raise sdg.OutputError(f"{path} is not as it was written: restore it, or use --fresh")
+        rows = table.column(run.options.results_column).to_pylist() if chunk.rows else []
+        kept = [position for position in range(chunk.count) if position not in gone]
+        outcomes = [
+            (position, "row", orjson.dumps([unfit(result) for result in results]))
+            for position, results in zip(kept, rows, strict=True)
+        ]
+        outcomes += [(position, "filtered", b"null") for position in chunk.filtered]
+        if run.options.retry_failed:
+            return outcomes
+        failures = read_failed(run, chunk)
+        if len(failures) != len(chunk.failed):
+            raise sdg.OutputError(f"{run.output.path(run.failed_path_of(chunk))} is not as it was written")
+        for position, record in zip(chunk.failed, failures, strict=True):
+            body = {name: record[name] for name in ("error", "error_type", "attempts")}
+            outcomes.append((position, "failed", orjson.dumps(body)))
+        return outcomes
+
+    def lost(self, chunks: list[sdg.Chunk]) -> list[sdg.Chunk]:
+        """The written chunks whose files are gone from a local folder; reports them.
+
+        A store is only checked by `verify`, because that takes long, and published files may leave the spool.
+        """
+        run, options = self._run, self._run.options
+        if split_uri(options.output)[0] != "file" or run.plugins.writers[options.writer].package != "sdg":
+            return []
+        folders = {os.path.dirname(run.path_of(chunk)) for chunk in chunks}
+        there = {file for folder in folders for file in run.output.list(folder)}
+        gone = [chunk for chunk in chunks if run.path_of(chunk) not in there]
+        if gone:
+            others = f" and {len(gone) - 1:,} more" * (len(gone) > 1)
+            sdg.say(f"missing from the output, will be written again: {run.output.path(run.path_of(gone[0]))}{others}")
+        return gone
+
+
+def _each(outcomes: list[bytes]) -> Iterator[tuple[int, str, Any]]:
+    """Position, status and body of each document in lists from `Store.outcomes_of`."""
+    for text in outcomes:
+        yield from orjson.loads(text)
+
+
+def read_failed(run: sdg.Run, chunk: sdg.Chunk) -> list[dict[str, Any]]:
+    """The records of a chunk's failed documents, in order."""
+    try:
+        with run.output.open(run.failed_path_of(chunk)) as file:
+            return [orjson.loads(line) for line in file.read().splitlines()]
+    except FileNotFoundError:
+        return []
+
+
+def provenance(run: sdg.Run) -> dict[str, str]:
+    """Key-value metadata for the files of a run."""
+    names = {
+        "version": sdg.__version__,
+        "fingerprint": run.fingerprint,
+        "model": run.model,
+        "rollout": run.options.rollout,
+        "input_revision": run.input_revision,
+    }
+    return {f"sdg.{name}": value for name, value in names.items()}
+
+
+# ── Values ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def id_column_of(options: argparse.Namespace, schema: pa.Schema) -> str | None:
+    """The column that names the documents; None if they are named by file and row."""
+    return options.id_column or ("id" if "id" in schema.names else None)
+
+
+def prompt_of(value: Any) -> tuple[str, list[dict[str, Any]] | None]:
+    """Text and messages of a prompt column's value; BadDocument if it is not a prompt."""
+    if isinstance(value, str):
+        if not value.strip():
+            raise sdg.BadDocument("is empty")
+        return value, None
+    if value is None:
+        raise sdg.BadDocument("is null")
+    if isinstance(value, bytes):
+        raise sdg.BadDocument("is not UTF-8")
+    if not isinstance(value, list) or not value:
+        raise sdg.BadDocument(f"is neither text nor a list of messages: {str(value)[:80]}")
+    messages = []
+    for message in value:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise sdg.BadDocument(f"has a message without a role: {str(message)[:80]}")
+        if not isinstance(message.get("content"), (str, list)) and not message.get("tool_calls"):
+            raise sdg.BadDocument(f"has a message without content: {str(message)[:80]}")
+        messages.append({key: item for key, item in message.items() if item is not None})
+    return "\n\n".join(m["content"] for m in messages if isinstance(m.get("content"), str)), messages
+
+
+def values_of(column: pa.ChunkedArray) -> list[Any]:
+    """A column's values as Python has them; invalid UTF-8 as bytes, nanoseconds and far years as text."""
+    try:
+        return cast("list[Any]", column.to_pylist())
+    except (ValueError, OverflowError):
+        return [_value_of(scalar) for scalar in column]
+
+
+def _value_of(scalar: Any) -> Any:
+    import pyarrow as pa
+
+    try:
+        return scalar.as_py()
+    except (ValueError, OverflowError):
+        if isinstance(scalar, pa.StructScalar):
+            return {name: _value_of(value) for name, value in scalar.items()}
+        if hasattr(scalar, "values"):
+            return [_value_of(item) for item in scalar.values]
+        return scalar.as_buffer().to_pybytes() if hasattr(scalar, "as_buffer") else scalar.cast(pa.string()).as_py()
+
+
+def rows_of(table: pa.Table) -> list[dict[str, Any]]:
+    """A table's rows as Python values."""
+    columns = [values_of(column) for column in table.columns]
+    return [dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def plain(value: Any) -> str:
+    """The closest JSON text for a value that JSON cannot hold: times, decimals, bytes."""
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+
+
+def pick(table: pa.Table, positions: list[int]) -> pa.Table:
+    """Some rows of a table, in order, without copying them: `take` fails above 2 GiB, and for some types."""
+    import pyarrow as pa
+
+    runs: list[list[int]] = []
+    for position in positions:
+        if runs and position == sum(runs[-1]):
+            runs[-1][1] += 1
+        else:
+            runs.append([position, 1])
+    return pa.concat_tables([table.slice(*run) for run in runs]) if runs else table.slice(0, 0)
+
+
+def _null_row(schema: pa.Schema) -> pa.RecordBatch:
+    import pyarrow as pa
+
+    return pa.RecordBatch.from_arrays([pa.nulls(1, field.type) for field in schema], schema=schema)

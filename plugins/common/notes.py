@@ -1,0 +1,143 @@
+"""Notes of everything that an engine sends and writes: for `--preview` and for the tests of plugins."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+import sdg
+from sdg_plugins.common.chunks import read_failed, rows_of
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+@dataclasses.dataclass
+class Exchange:
+    """One request of a rollout: `path` below the API root, `payload` as sent, and the reply or the error."""
+
+    path: str
+    payload: dict[str, Any]
+    reply: sdg.Reply | None = None
+    error: str = ""
+
+    @property
+    def prompt(self) -> str:
+        """The text of the last message, or the prompt of a completion."""
+        if "prompt" in self.payload:
+            return str(self.payload["prompt"])
+        content = self.payload["messages"][-1].get("content")
+        return content if isinstance(content, str) else orjson.dumps(content).decode()
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What a document became: a row as written, a record as in `failed/`, or neither if it was filtered."""
+
+    id: str
+    status: str  # row, filtered, failed; "" if it was not finished
+    row: dict[str, Any] | None = None
+    failure: dict[str, Any] | None = None
+    rollouts: list[list[Exchange]] = dataclasses.field(default_factory=list)  # the requests of each rollout
+
+
+class Notes:
+    """A plugin that notes what happens in a run, and wraps the rollout and the writer in use to do so.
+
+    Attributes:
+        requests: all requests, in the order in which they were sent.
+        outcomes: of all documents, in order; filled by `finish`.
+        schema: of the rows.
+    """
+
+    def __init__(self) -> None:
+        self.requests: list[Exchange] = []
+        self.outcomes: list[Outcome] = []
+        self.schema: pa.Schema | None = None
+        self._documents: dict[int, tuple[str, list[list[Exchange]]]] = {}
+        self._rollouts: dict[object, list[Exchange]] = {}
+        self._tables: dict[int, pa.Table] = {}
+
+    def attach(self, plugins: sdg.Plugins, rollout: str, writer: str) -> None:
+        """Note what these plugins do: the rollout and the writer of these names, and all requests."""
+        plugins.manager.register(self, f"notes {id(self)}")
+        entry = plugins.rollouts[rollout]
+        plugins.rollouts[rollout] = entry._replace(factory=self._noting_rollout(entry.factory))
+        entry = plugins.writers[writer]
+        plugins.writers[writer] = entry._replace(factory=self._noting_writer(entry.factory))
+
+    @sdg.hookimpl(trylast=True)  # nearest to the server: payloads are noted as they are sent
+    def wrap_requests(self, run: sdg.Run, send: sdg.Send) -> sdg.Send:
+        """See the hook."""
+
+        async def noted(request: sdg.Request) -> sdg.Response:
+            exchange = Exchange(request.path, request.payload)
+            self.requests.append(exchange)
+            if request.rollout in self._rollouts:
+                self._rollouts[request.rollout].append(exchange)
+            try:
+                response = await send(request)
+            except sdg.RequestFailed as exc:
+                exchange.error = str(exc)
+                raise
+            exchange.reply = response.reply
+            return response
+
+        return noted
+
+    def _noting_rollout(self, rollout: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(rollout)
+        async def noted(document: sdg.Document, generate: sdg.Generate, **resources: Any) -> Any:
+            self._rollouts[generate] = []
+            self._documents.setdefault(document.index, (document.id, []))[1].append(self._rollouts[generate])
+            return await rollout(document, generate, **resources)
+
+        return noted
+
+    def _noting_writer(self, open_writer: sdg.OpenWriter) -> sdg.OpenWriter:
+        return lambda run: NotingWriter(open_writer(run), self._tables)
+
+    async def finish(self, engine: sdg.Engine) -> None:
+        """Collect the outcomes of an engine that has worked."""
+        for chunk in (await engine.store.chunks()).values():
+            self.outcomes.extend(self._of_chunk(engine, chunk))
+
+    def _of_chunk(self, engine: sdg.Engine, chunk: sdg.Chunk) -> Iterator[Outcome]:
+        rows: Iterator[dict[str, Any]] = iter(())
+        failures: Iterator[dict[str, Any]] = iter(())
+        if chunk.written:
+            table = engine.outlet.writer.read(chunk)  # as it can be read; None for writers that do not read
+            table = self._tables[chunk.index] if table is None else table
+            self.schema = table.schema if self.schema is None else self.schema
+            rows, failures = iter(rows_of(table)), iter(read_failed(engine.run, chunk))
+        for position in range(chunk.count):
+            name, rollouts = self._documents.get(chunk.start + position, ("", []))
+            if not chunk.written:
+                yield Outcome(name, "", rollouts=rollouts)
+            elif position in chunk.failed:
+                failure = next(failures)
+                yield Outcome(failure["id"], "failed", failure=failure, rollouts=rollouts)
+            elif position in chunk.filtered:
+                yield Outcome(name, "filtered", rollouts=rollouts)
+            else:
+                yield Outcome(name, "row", row=next(rows), rollouts=rollouts)
+
+
+class NotingWriter:
+    """A writer that keeps the tables that another one writes."""
+
+    def __init__(self, writer: sdg.Writer, tables: dict[int, pa.Table]) -> None:
+        self._writer, self._tables = writer, tables
+
+    def write(self, chunk: sdg.Chunk, rows: pa.Table) -> None:
+        """See `sdg.Writer`."""
+        self._writer.write(chunk, rows)
+        self._tables[chunk.index] = rows
+
+    def read(self, chunk: sdg.Chunk) -> pa.Table | None:
+        """See `sdg.Writer`."""
+        return self._writer.read(chunk)

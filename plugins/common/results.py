@@ -1,0 +1,171 @@
+"""The schema of results: which Arrow types the fields of a rollout's results have.
+
+Each row holds a list of structs: text, reasoning, finish_reason, usage, truncated, then the rollout's own fields, then
+`extra`, which keeps as JSON what does not fit the others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+import sdg
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+def base_fields() -> dict[str, pa.DataType]:
+    """The fields of every result."""
+    import pyarrow as pa
+
+    text = dict.fromkeys(("text", "reasoning", "finish_reason"), pa.string())
+    return {**text, "usage": pa.struct([(name, pa.int64()) for name in sdg.TOKENS]), "truncated": pa.bool_()}
+
+
+def results_type(fields: Mapping[str, pa.DataType]) -> pa.DataType:
+    """The Arrow type of the results column."""
+    import pyarrow as pa
+
+    return pa.list_(pa.struct([*fields.items(), ("extra", pa.string())]))
+
+
+# ── From annotations ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def annotated_fields(rollout: Callable[..., Any]) -> dict[str, pa.DataType] | None:
+    """Fields that a rollout's return annotation promises; None if it promises none."""
+    try:
+        return _promised(typing.get_type_hints(rollout).get("return"))
+    except Exception:  # noqa: BLE001 - an annotation may be anything; it is a promise only if it can be read
+        return None
+
+
+def _promised(annotation: Any) -> dict[str, pa.DataType] | None:
+    parts = [part for part in _alternatives(annotation) if part is not type(None)]
+    if len(parts) == 1 and typing.get_origin(parts[0]) is list:
+        parts = _alternatives(typing.get_args(parts[0])[0])
+    if not parts or not all(part in {str, sdg.Reply} or _members(part) for part in parts):
+        return None
+    members = {name: kind for part in parts if part not in {str, sdg.Reply} for name, kind in _members(part).items()}
+    return {name: kind for name, kind in ((n, arrow_type(k)) for n, k in members.items()) if kind is not None}
+
+
+def _alternatives(annotation: Any) -> list[Any]:
+    """The members of a union; any other type is its only one."""
+    is_union = typing.get_origin(annotation) in {typing.Union, types.UnionType}
+    return list(typing.get_args(annotation)) if is_union else [annotation]
+
+
+def _members(annotation: Any) -> dict[str, Any]:
+    """Names and types of the fields of a TypedDict, dataclass or pydantic model; empty for anything else."""
+    is_model = dataclasses.is_dataclass(annotation) or hasattr(annotation, "model_fields")
+    shaped = typing.is_typeddict(annotation) or is_model
+    return typing.get_type_hints(annotation) if shaped and annotation is not sdg.Reply else {}
+
+
+def arrow_type(annotation: Any) -> pa.DataType | None:
+    """The Arrow type of a Python type; None if there is none (its values are kept as JSON in `extra`)."""
+    import pyarrow as pa
+
+    plain = {str: pa.string(), bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation in plain:
+        return plain[annotation]
+    if origin in {typing.Required, typing.NotRequired, typing.Annotated}:
+        return arrow_type(arguments[0])
+    if origin is typing.Literal and len({type(value) for value in arguments}) == 1:
+        return arrow_type(type(arguments[0]))
+    parts = [part for part in _alternatives(annotation) if part is not type(None)]
+    if origin in {typing.Union, types.UnionType}:
+        return arrow_type(parts[0]) if len(parts) == 1 else None
+    if origin is list:
+        item = arrow_type(arguments[0])
+        return item and pa.list_(item)
+    members = [(name, arrow_type(kind)) for name, kind in _members(annotation).items()]
+    return pa.struct(members) if members and all(kind is not None for _, kind in members) else None
+
+
+# ── From values ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def infer_fields(results: Iterable[Mapping[str, Any]]) -> dict[str, pa.DataType]:
+    """Fields of results without an annotation: each key whose values all have one type."""
+    columns: dict[str, list[Any]] = {}
+    for result in results:
+        for key, value in result.items():
+            columns.setdefault(key, []).append(value)
+    kinds = {key: infer_type(values) for key, values in sorted(columns.items())}
+    return {key: kind for key, kind in kinds.items() if kind is not None}
+
+
+def infer_type(values: list[Any]) -> pa.DataType | None:
+    """The Arrow type that some JSON values have in common; None if there is no single one."""
+    import pyarrow as pa
+    import pyarrow.types
+
+    try:
+        kind = pa.infer_type(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+        return None
+    if (pyarrow.types.is_struct(kind) and not kind.num_fields) or has_null(kind):
+        return None
+    return kind if all(map(checker(kind), values)) else None
+
+
+def has_null(kind: pa.DataType) -> bool:
+    """True if some part of a type is Arrow's type of columns without values."""
+    import pyarrow.types
+
+    inner = [kind.field(i).type for i in range(kind.num_fields)]
+    return bool(pyarrow.types.is_null(kind)) or any(map(has_null, inner))
+
+
+def checker(kind: pa.DataType) -> Callable[[Any], bool]:
+    """Return a function that is True for JSON values that can be stored as this Arrow type without losing anything.
+
+    Built once per type: inspecting Arrow types for each value would cost more than writing the value.
+    """
+    import pyarrow.types as t
+
+    if t.is_struct(kind):
+        fields = {field.name: checker(field.type) for field in kind}
+        return lambda value: (
+            value is None
+            or (isinstance(value, dict) and all(key in fields and fields[key](item) for key, item in value.items()))
+        )
+    if t.is_list(kind):
+        inner = checker(kind.value_type)
+        return lambda value: value is None or (isinstance(value, list) and all(inner(item) for item in value))
+    if t.is_boolean(kind):
+        return lambda value: value is None or isinstance(value, bool)
+    if t.is_integer(kind):
+        return lambda value: value is None or (type(value) is int and -(2**63) <= value < 2**63)
+    if t.is_floating(kind):
+        return lambda value: value is None or type(value) is float or (type(value) is int and abs(value) <= 2**53)
+    return lambda value: value is None or (isinstance(value, str) and t.is_string(kind))
+
+
+def fit(result: Mapping[str, Any], checks: Mapping[str, Callable[[Any], bool]]) -> dict[str, Any]:
+    """A result as a struct of the fields that `checks` accepts; what does not fit becomes JSON in `extra`."""
+    good, rest = {}, {}
+    for key, value in result.items():
+        if key in checks and checks[key](value):
+            good[key] = value
+        else:
+            rest[key] = value
+    if rest:
+        good["extra"] = orjson.dumps(rest, option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS).decode()
+    return good
+
+
+def unfit(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The result that `fit` was given, from a row of the output."""
+    kept = {key: value for key, value in result.items() if value is not None and key != "extra"}
+    return {**kept, **json.loads(result.get("extra") or "{}")}

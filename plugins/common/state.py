@@ -1,0 +1,326 @@
+"""A run's state folder: its identity, its lock, the files that all ranks share, and how to start over."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import re
+import sqlite3
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import xxhash
+
+import sdg
+from sdg_plugins.common.files import expanded, split_uri, sync
+from sdg_plugins.common.options import default_state_dir
+from sdg_plugins.common.results import base_fields
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+# ── Shared files ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def publish_once(run: sdg.Run, name: str, content: bytes) -> bytes:
+    """Create a file of the state atomically unless it exists. Returns its content: the first of many ranks wins."""
+    temporary = _write_temporary(run, name, content)
+    with contextlib.suppress(FileExistsError):
+        os.link(temporary, run.state / name)
+    temporary.unlink()
+    sync(run.state)
+    return (run.state / name).read_bytes()
+
+
+def replace_file(run: sdg.Run, name: str, content: bytes) -> None:
+    """Write a file of the state, whole and durable."""
+    os.replace(_write_temporary(run, name, content), run.state / name)
+    sync(run.state)
+
+
+def _write_temporary(run: sdg.Run, name: str, content: bytes) -> Path:
+    # The rank's lock keeps the name from being used twice, and a rerun overwrites what a crash left.
+    temporary = run.state / f".{run.options.rank:05d}.{name}.tmp"
+    temporary.write_bytes(content)
+    sync(temporary)
+    return temporary
+
+
+@contextlib.contextmanager
+def lock_rank(run: sdg.Run) -> Iterator[None]:
+    """Keep other processes of this rank out, on this and on other hosts that share the file system."""
+    import filelock
+
+    path = run.state / f"{run.options.rank:05d}.lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(path, timeout=0):
+            yield
+    except filelock.Timeout as exc:
+        raise sdg.StateError(
+            f"another process is running rank {run.options.rank} in {run.state}: wait for it, or stop it"
+        ) from exc
+
+
+# ── Schema of results ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def as_text(schema: pa.Schema) -> str:
+    """An Arrow schema as text for JSON."""
+    return base64.b64encode(schema.serialize().to_pybytes()).decode()
+
+
+def schema_of(text: str) -> pa.Schema:
+    """The Arrow schema of a text from `as_text`."""
+    import pyarrow as pa
+
+    return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(text)))
+
+
+def recorded_fields(state: Path) -> dict[str, pa.DataType] | None:
+    """The fields of results that this run settled on; None if it has not yet."""
+    try:
+        recorded = json.loads((state / "schema.json").read_bytes())
+    except FileNotFoundError:
+        return None
+    return {field.name: field.type for field in schema_of(recorded["arrow"])}
+
+
+def settle_fields(run: sdg.Run, own: dict[str, pa.DataType] | None) -> dict[str, pa.DataType] | None:
+    """Record the fields of results for all ranks, unless another rank was first. Returns the recorded ones."""
+    import pyarrow as pa
+
+    if own is None:
+        return None
+    base = base_fields()
+    special = {*base, "extra", "tool_calls", "logprobs"}
+    fields = {**base, **{name: kind for name, kind in own.items() if name not in special}}
+    names = {name: str(kind) for name, kind in fields.items()}
+    content = {"fields": names, "arrow": as_text(pa.schema(list(fields.items())))}
+    publish_once(run, "schema.json", json.dumps(content, indent=2).encode())
+    return recorded_fields(run.state)
+
+
+# ── Identity ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def identity_of(run: sdg.Run, reader: sdg.Reader) -> dict[str, Any]:
+    """Everything that changes the data: input, rollout and the version of its plugin, model, sampling, slicing."""
+    entry = run.plugins.rollouts[run.options.rollout]
+    options = {name: getattr(run.options, name) for name in run.options.identity}
+    own = {"input": dict(reader.identity), "rollout": run.options.rollout, "plugin_version": entry.version}
+    identity: dict[str, Any] = json.loads(json.dumps({**own, **options, "model": run.model}))
+    return identity
+
+
+def claim_state(run: sdg.Run, reader: sdg.Reader) -> None:
+    """Make the state this run's, or check that it is; sets the fingerprint.
+
+    Raises:
+        StateError: the state belongs to a different run; each difference is named.
+        OutputError: there is output without a state.
+    """
+    path = run.state / "run.json"
+    identity = identity_of(run, reader)
+    run.source = getattr(reader, "source", {})
+    revision = xxhash.xxh3_64_hexdigest(json.dumps(identity["input"]).encode())
+    run.input_revision = str(run.source.get("revision", revision))
+    mine: dict[str, Any] = {
+        "sdg": sdg.__version__,
+        "state_version": sdg.STATE_VERSION,
+        "fingerprint": xxhash.xxh3_64_hexdigest(json.dumps(identity).encode()),
+        "run": uuid.uuid4().hex,
+        "identity": identity,
+        "options": recordable_options(run),
+        "source": dict(run.source),
+        "source_schema": as_text(reader.schema),
+    }
+    refuse_strangers(run)
+    if run.options.retry_failed and not path.exists():
+        raise sdg.StateError(f"there is no run in {run.state} that --retry-failed could complete: is --output correct?")
+    recorded = parse_run(path, publish_once(run, path.name, json.dumps(mine, indent=2).encode()))
+    run.fingerprint = recorded["fingerprint"]
+    changes = changes_since(run, reader, recorded)
+    if changes and untouched(run):  # for example after a mistyped model
+        start_over(run)
+        return claim_state(run, reader)
+    if changes:
+        raise different_run(run, changes)
+    most = (recorded["options"]["max_documents"], run.options.max_documents)
+    mine["options"]["max_documents"] = max(most) if all(most) else None
+    now = recorded | {"identity": identity, "options": mine["options"]}
+    if now != recorded:
+        replace_file(run, path.name, json.dumps(now, indent=2).encode())
+
+
+def changes_since(run: sdg.Run, reader: sdg.Reader, recorded: Mapping[str, Any]) -> list[str]:
+    """The options that differ from those of a recorded run and would change its data; a line each."""
+    identity = identity_of(run, reader)
+    earlier = dict(recorded["identity"])
+    if earlier["input"] != identity["input"] and reader.continues(earlier["input"]):
+        earlier["input"] = identity["input"]
+    if run.options.retry_failed and earlier["plugin_version"] != identity["plugin_version"]:
+        sdg.say("the plugin has changed since this run began: unfinished documents run with the new one")
+        earlier["plugin_version"] = identity["plugin_version"]
+    edited = earlier.pop("plugin_version") != identity.pop("plugin_version")
+    return [*["the plugin's code has changed"] * edited, *differences(earlier, identity)]
+
+
+def different_run(run: sdg.Run, changes: list[str]) -> sdg.StateError:
+    """The error for a state of a different run."""
+    return sdg.StateError(
+        f"state {run.state} belongs to a different run: {'; '.join(changes[:10])}. "
+        "Restore the original options, choose another --output, or start over with --fresh"
+    )
+
+
+def differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
+    """The differences between two JSON values, a line each."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(key for key in new if key not in old)]:
+            yield from differences(old.get(key), new.get(key), f"{name} {key}".strip())
+    elif old != new:
+        yield f"{name}: {_short(old)} → {_short(new)}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:60]}… ({len(text)} characters)"
+
+
+def recordable_options(run: sdg.Run) -> dict[str, Any]:
+    """The options as JSON, without secrets, and such that other commands can use them in another folder."""
+    options: dict[str, Any] = json.loads(json.dumps(vars(run.options), default=str))
+    options["base_url"] = [sdg.redact(url) for url in run.options.base_url or []]
+    if options["input"] and split_uri(options["input"])[0] == "file":
+        options["input"] = os.path.abspath(options["input"])
+    options["plugin"] = [
+        os.path.abspath(os.path.expanduser(name)) if name.endswith(".py") else name for name in options["plugin"] or []
+    ]
+    return options
+
+
+def parse_run(path: Path, content: bytes) -> dict[str, Any]:
+    """The content of a state's `run.json`. Raises StateError."""
+    try:
+        recorded = json.loads(content)
+        version = recorded["state_version"]
+        if version == sdg.STATE_VERSION and not (int(recorded["options"]["world_size"]) and recorded["identity"]):
+            raise ValueError("incomplete")
+    except (ValueError, KeyError, TypeError) as exc:
+        raise sdg.StateError(f"state {path} is broken: restore it from a backup, or start over with --fresh") from exc
+    if version != sdg.STATE_VERSION:
+        raise sdg.wrong_version(path, version)
+    return cast("dict[str, Any]", recorded)
+
+
+def remember_source(run: sdg.Run) -> None:
+    """Set what the first process of this run recorded of the input, if there was one."""
+    path = run.state / "run.json"
+    if path.exists():
+        recorded = parse_run(path, path.read_bytes())
+        run.source = recorded.get("source", {})
+        run.source_schema = schema_of(recorded["source_schema"])
+
+
+def check_state_dir(run: sdg.Run) -> None:
+    """Raise StateError if the state belongs to another output.
+
+    Outputs with similar names, such as s3://a/b-c and s3://a-b/c, have the same default place. A state inside its
+    output is moved and copied with it; any other may be used again if its output was moved.
+    """
+    options, path = run.options, run.state / "run.json"
+    default = options.state_dir == default_state_dir(options.output, options.output_config)
+    local = split_uri(options.output)[0] == "file"
+    if local == default:
+        return
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a broken file is reported by its readers
+        theirs = str(json.loads(path.read_bytes())["options"]["output"])
+        moved = local and not os.path.exists(expanded(theirs))
+        here, there = (
+            (os.path.realpath if local else str)(expanded(uri).rstrip("/")) for uri in (options.output, theirs)
+        )
+        if here != there and not moved:
+            raise sdg.StateError(f"state {run.state} belongs to the output {theirs}: choose another --state-dir")
+
+
+def untouched(run: sdg.Run) -> bool:
+    """True if the state holds nothing that was paid for, and no other rank has begun."""
+    mine = run.state / f"{run.options.rank:05d}.sqlite3"
+    ranks = {path.stem for pattern in ("*.lock", "*.sqlite3") for path in run.state.glob(f"[0-9]{pattern}")}
+    if ranks != {mine.stem} or output_files(run):
+        return False
+    if not mine.exists():
+        return True
+    with contextlib.closing(sqlite3.connect(f"file:{mine}?mode=ro", uri=True)) as db:
+        tables = ("documents", "requests", "chunks WHERE written")
+        return not any(db.execute(f"SELECT EXISTS (SELECT 1 FROM {table})").fetchone()[0] for table in tables)
+
+
+# ── Files of the output ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def output_files(run: sdg.Run) -> list[str]:
+    """All files in the folder of the run's chunks, except hidden ones."""
+    files = run.output.list(os.path.dirname(run.path_of(sdg.Chunk(0, 0))))
+    return [file for file in files if not os.path.basename(file).startswith(".")]
+
+
+def chunk_files(run: sdg.Run, config: str, template: str) -> list[str]:
+    """Files in the output, and in its `failed`, that a run with these options can have written."""
+    name = re.escape(f"{config}/{template}")
+    for key in ("rank", "chunk_index"):
+        name = name.replace(re.escape(f"${{{key}}}"), r"\d{5,}")
+    failed = "failed" if config == "data" else f"failed/{config}"
+    pattern = re.compile(name + "|" + re.escape(failed) + r"/\d{5,}_\d{5,}\.jsonl")
+    folders = [os.path.dirname(f"{config}/{template}"), failed]
+    return [file for folder in folders for file in run.output.list(folder) if pattern.fullmatch(file)]
+
+
+def refuse_strangers(run: sdg.Run) -> None:
+    """Raise OutputError if there is output, but no state of the run that wrote it."""
+    if not (run.state / "run.json").exists() and (strangers := output_files(run)):
+        refuse_others(run, set(chunk_files(run, run.options.output_config, run.options.output_filename)))
+        raise sdg.OutputError(
+            f"{run.output.path(strangers[0])} exists, but the state of its run does not: "
+            "choose another --output, or --fresh, which deletes an earlier run's files"
+        )
+
+
+def refuse_others(run: sdg.Run, ours: set[str]) -> None:
+    """Raise OutputError if there are files beside those of a run: `load_dataset` would take them for rows."""
+    if others := [file for file in output_files(run) if file not in ours]:
+        raise sdg.OutputError(
+            f"{run.output.path(others[0])} was not written by a run: move it away, or choose another --output or "
+            "--output-config"
+        )
+
+
+def start_over(run: sdg.Run) -> None:
+    """Delete what this run, or the run that the state belongs to, has written, and nothing else."""
+    import filelock
+
+    with contextlib.ExitStack() as locks:
+        for path in run.state.glob("*.lock"):
+            if path.name != f"{run.options.rank:05d}.lock":
+                try:
+                    locks.enter_context(filelock.FileLock(path, timeout=0))
+                except filelock.Timeout as exc:
+                    raise sdg.StateError(f"another process is using {run.state} ({path.name}): stop it") from exc
+        names = {(run.options.output_config, run.options.output_filename)}
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a broken file names nothing
+            old = json.loads((run.state / "run.json").read_bytes())["options"]
+            names.add((old["output_config"], old["output_filename"]))
+        doomed = {file for config, template in names for file in chunk_files(run, config, template)}
+        refuse_others(run, doomed)
+        for file in sorted(doomed):
+            run.output.delete(file)
+        own = re.compile(r"(run|schema|stats|\d{5}\.stats)\.json|\d{5}\.sqlite3(-wal|-shm|-journal)?")
+        for path in run.state.iterdir():
+            if own.fullmatch(path.name):
+                path.unlink()

@@ -1,0 +1,157 @@
+"""The figures of a rank, in the state while it runs and at its end, and their sum over all ranks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import json
+import os
+import platform
+import time
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import sdg
+from sdg_plugins.common.state import replace_file
+
+HEARTBEAT = 10.0  # s between two updates of a rank's figures in the state; less in its first minutes
+RECENT = 6  # heartbeats over which the current rate is taken
+
+
+async def statistics(engine: sdg.Engine, tally: Counter[str]) -> dict[str, Any]:
+    """The rank's figures over all its processes so far."""
+    run, totals = engine.run, engine.store.totals()
+    figures: dict[str, Any] = {"documents": sum(tally.values()), "rows": tally["row"]}
+    figures |= {name: tally[name] for name in ("filtered", "failed")}
+    figures |= {name: int(totals[name]) for name in ("truncated", "failed_rollouts", "requests", "cache_hits")}
+    for group in ("retries", "given_up"):
+        causes = {name.partition(".")[2]: int(n) for name, n in totals.items() if name.startswith(f"{group}.")}
+        figures[group] = dict(sorted(causes.items()))
+    figures |= {name: int(totals[name]) for name in ("prompt_tokens", "completion_tokens")}
+    figures["seconds"] = round(totals["seconds"], 3)
+    figures["tokens_per_second"] = round(totals["completion_tokens"] / max(totals["seconds"], 1e-9), 1)
+    figures["mean_in_flight"] = round(engine.client.pool.mean_in_flight, 1)
+    return figures | {"model": run.model, "fingerprint": run.fingerprint}
+
+
+def retries_in(counts: Mapping[str, float]) -> int:
+    """Requests that were sent again."""
+    return int(sum(value for name, value in counts.items() if name.startswith("retries.")))
+
+
+def status_of(reason: BaseException | None) -> str:
+    """The status of a rank that ended for a reason."""
+    stopped = isinstance(reason, sdg.Interrupted | asyncio.CancelledError)
+    return "finished" if reason is None else "stopped" if stopped else "failed"
+
+
+@contextlib.asynccontextmanager
+async def heartbeat(engine: sdg.Engine) -> AsyncIterator[None]:
+    """Keep the rank's figures in the state up to date: monitors see nothing else of a run."""
+    over = asyncio.Event()
+    began = time.monotonic()
+    looks = deque([(began, engine.finished)], maxlen=RECENT + 1)
+
+    async def beat() -> None:
+        while not over.is_set():
+            looks.append((time.monotonic(), engine.finished))
+            rate = (looks[-1][1] - looks[0][1]) / max(looks[-1][0] - looks[0][0], 1e-9)
+            figures = await statistics(engine, engine.tally)
+            with contextlib.suppress(OSError):  # the run itself will report a full disk
+                record = {"status": "running", "expected": engine.intake.expected(), "documents_per_second": rate}
+                await asyncio.to_thread(write_rank, engine.run, figures, record)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(over.wait(), min(HEARTBEAT, 1 + (looks[-1][0] - began) / 10))
+
+    beating = asyncio.create_task(beat())
+    try:
+        yield
+    finally:
+        over.set()
+        await beating
+
+
+@contextlib.contextmanager
+def recording_the_end(run: sdg.Run, reason: Callable[[], BaseException | None]) -> Iterator[None]:
+    """Record in the rank's figures why it ended, if it ended before it could do so itself.
+
+    Args:
+        run: whose rank.
+        reason: returns what stopped the run, if something did.
+    """
+    try:
+        yield
+    except (Exception, asyncio.CancelledError) as exc:
+        path = run.state / f"{run.options.rank:05d}.stats.json"
+        cause = reason() or sdg.first_cause(exc)
+        with contextlib.suppress(OSError, ValueError):  # a broken file or a full disk is reported elsewhere
+            figures = json.loads(path.read_bytes()) if path.exists() else {}
+            record = figures.get("rank", {})
+            # A rerun that was refused for a mistyped option does not change how the rank is doing.
+            if record.get("status") != "finished" and not isinstance(cause, sdg.StateError):
+                write_rank(run, figures, {**record, "status": status_of(cause)}, cause)
+        raise
+
+
+def write_rank(
+    run: sdg.Run, figures: dict[str, Any], record: dict[str, Any], reason: BaseException | None = None
+) -> None:
+    """Write the rank's figures, its status, and why it ended early."""
+    job = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID")
+    rank = {
+        **record,
+        "error": reason and str(reason),
+        "updated": round(time.time(), 3),
+        "host": platform.node(),
+        "slurm_job": job,
+    }
+    name = f"{run.options.rank:05d}.stats.json"
+    replace_file(run, name, json.dumps({**figures, "rank": rank}, indent=2).encode())
+
+
+def write_statistics(run: sdg.Run) -> None:
+    """Write the sum over all ranks that have written their figures."""
+    replace_file(run, "stats.json", json.dumps(sum_statistics(rank_statistics(run.state)), indent=2).encode())
+
+
+def rank_statistics(state: Path) -> list[dict[str, Any]]:
+    """The figures of all ranks that have begun. Raises StateError."""
+    return [figures for path in sorted(state.glob("[0-9]*.stats.json")) if (figures := statistics_of(path))]
+
+
+def statistics_of(path: Path) -> dict[str, Any]:
+    """The figures in a rank's file, {} if there is none. Raises StateError if it is broken."""
+    for _ in range(10):
+        try:
+            figures = json.loads(path.read_bytes())
+            if not isinstance(figures, dict) or not isinstance(figures.get("rank", {}), dict):
+                raise ValueError("not figures")
+            return figures
+        except FileNotFoundError:
+            break
+        except ValueError as exc:
+            message = f"{path} is broken ({exc}): delete it; the next process of its rank writes it again"
+            raise sdg.StateError(message) from exc
+        except OSError as exc:
+            if exc.errno != errno.ESTALE:  # on NFS: it was just replaced on another machine
+                raise sdg.StateError(f"{path}: {sdg.reason_of(exc)}") from exc
+    return {}
+
+
+def sum_statistics(ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """The figures of several ranks as those of one run."""
+    total: dict[str, Any] = {}
+    for rank in ranks:
+        for name, value in rank.items():
+            if name == "rank":
+                continue
+            if isinstance(value, dict):
+                total[name] = dict(Counter(total.get(name, {})) + Counter(value))
+            elif isinstance(value, str):
+                total[name] = value
+            else:
+                total[name] = round(total.get(name, 0) + value, 3)
+    return {"ranks": len(ranks), **total}

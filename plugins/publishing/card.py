@@ -1,0 +1,396 @@
+"""The dataset card: README.md in the output, with a section for each config that a run wrote.
+
+A section stands between `<!-- sdg: begin NAME -->` and `<!-- sdg: end NAME -->` and is written anew each time; all
+other text of the card is people's, and stays as it is. In the front matter only the keys that differ are written anew
+(comments within these go), and a licence, language or tag that is there is never taken away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import glob
+import io
+import itertools
+import json
+import math
+import os
+import posixpath
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import sdg
+from sdg_plugins.common.chunks import plain, rows_of
+from sdg_plugins.common.files import codec_of, format_of, split_uri
+from sdg_plugins.common.markdown import fence, inline, table, visible
+from sdg_plugins.common.options import default_state_dir
+from sdg_plugins.common.recorded import record_of
+from sdg_plugins.common.state import output_files, recorded_fields
+from sdg_plugins.common.statistics import rank_statistics, sum_statistics
+from sdg_plugins.publishing.front_matter import BrokenCard, edit, split, update, words
+from sdg_plugins.publishing.hub import ON_THE_HUB, hub_name, hub_source
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+NAME = "README.md"
+LONGEST_PROMPT = 4000  # characters: a card is read by people
+SAMPLES, COLUMNS = 2, 20
+SAMPLE_LIMITS = (600, 120, 30)  # characters of a string: less where a row has so many that the card gets long
+LONGEST_SAMPLE = 20_000  # characters
+FILES_TRIED = 100  # for sample rows: all documents of a chunk may be filtered
+LOCK_PATIENCE = 60.0  # s: ranks that end together write one after the other
+MARK = re.compile(r"^<!-- sdg: (begin|end) ([\w.-]+) -->[ \t]*\r?$", re.MULTILINE)
+FACTS = re.compile(r"^<!-- sdg: facts (\{.*\}) -->", re.MULTILINE)
+SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/(\w+)/?$")  # where the Hub's client puts models
+SAMPLES_HEADING = "\n### Sample rows\n"
+
+
+def spooled(run: sdg.Run) -> bool:
+    """Whether the output is a folder of the state, from which it is published."""
+    return bool(run.options.writer == split_uri(run.options.output)[0])
+
+
+def write(run: sdg.Run, progress: str = "") -> None:
+    """Bring the card in the output up to date. The rank that comes last sees the figures of all."""
+    import filelock
+
+    shared = Path(default_state_dir(run.options.output, "data"))  # all configs of an output have one card
+    with filelock.FileLock((shared if shared.is_dir() else run.state) / "card.lock", timeout=LOCK_PATIENCE):
+        before = read(run)
+        after = render(before, run, progress)
+        if after != before:
+            run.output.write(NAME, lambda file: file.write(after.encode()))
+
+
+def read(run: sdg.Run) -> str | None:
+    """The card that is in the output, None if there is none."""
+    try:
+        with run.output.open(NAME) as file:
+            return bytes(file.read()).decode()
+    except FileNotFoundError:
+        return None
+    except UnicodeDecodeError as problem:
+        raise BrokenCard(f"{run.output.path(NAME)} is not UTF-8 ({problem}): it is left as it is") from problem
+
+
+def render(readme: str | None, run: sdg.Run, progress: str = "", folder: str = "", dataset: str = "") -> str:
+    """The whole card anew. The same input gives the same text.
+
+    Args:
+        readme: the card that is there.
+        run: only its state is read, and two rows of its output.
+        progress: markdown for the top of the config's section.
+        folder: where in the repository the run's folders lie, "" for its root.
+        dataset: OWNER/NAME on the Hub, "" for an output elsewhere.
+
+    Raises:
+        BrokenCard: what is there has front matter that nobody can read.
+    """
+    text = (readme or "").removeprefix("\ufeff")
+    end = re.search(r"\r?\n", text)
+    newline = end[0] if end else "\n"
+    block, body = split(text, f"{dataset} {NAME}".strip() if dataset else run.output.path(NAME))
+    if not text.strip():
+        body = f"\n# {inline(dataset.rpartition('/')[2]) or 'Synthetic data'}\n"
+    name, record = run.options.output_config, record_of(run.state)
+    present = {section.name: section for section in sections(body)}
+    facts = facts_of(run, record, folder)
+    lines = Part(run, record, facts, dataset).lines(progress, present[name].text if name in present else "")
+    body = put(body, name, "\n".join(lines).replace("\n", newline), newline)
+    configs = {section.name: section.facts for section in sections(body)}
+    front = update(block.values, configs, record["source"])
+    return f"---{newline}{edit(block, front, newline)}---{newline}{body}"
+
+
+# ── Sections ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Section(NamedTuple):
+    """The part of a card's text that is written for one config."""
+
+    name: str
+    start: int
+    end: int
+    text: str
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What other runs need to know of this one."""
+        found = FACTS.search(self.text)
+        with contextlib.suppress(ValueError):  # mended by hand, and not well: the config's next run writes it anew
+            return {**NO_FACTS, **(json.loads(found[1]) if found else {})}
+        return NO_FACTS
+
+
+NO_FACTS: dict[str, Any] = {"rows": 0, "files": "", "columns": ""}
+
+
+def sections(body: str) -> Iterator[Section]:
+    """The complete sections in a card; a mark that has lost its partner is text like any other."""
+    opened: re.Match[str] | None = None
+    seen = set()
+    for mark in MARK.finditer(body):
+        if mark[1] == "begin":
+            opened = mark
+            continue
+        if opened and opened[2] == mark[2] and mark[2] not in seen:
+            seen.add(mark[2])
+            end = mark.start() + len(mark[0].rstrip())
+            yield Section(mark[2], opened.start(), end, body[opened.start() : end])
+        opened = None
+
+
+def put(body: str, name: str, text: str, newline: str) -> str:
+    """The card's text with a config's section in its place, else behind the last one, else at the end."""
+    text = text.removesuffix(newline)
+    present = list(sections(body))
+    for section in present:
+        if section.name == name:
+            return body[: section.start] + text + body[section.end :]
+    at = present[-1].end if present else len(body)
+    before, after = body[:at], body[at:]
+    gap = newline * (2 if present else 0 if not before else 1 if before.endswith("\n") else 2)
+    return f"{before}{gap}{text}{after if present else newline}"
+
+
+def facts_of(run: sdg.Run, record: dict[str, Any], folder: str) -> dict[str, Any]:
+    """What other runs need to know of this one: its rows, where they are, and of which columns."""
+    import pyarrow as pa
+    import xxhash
+
+    schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(record["source_schema"])))
+    results = recorded_fields(run.state) or {}
+    columns = [(field.name, str(field.type)) for field in schema] + [
+        (name, str(kind)) for name, kind in results.items()
+    ]
+    suffix = re.search(r"\.\w+(\.(gz|zst))?$", run.options.output_filename)
+    return {
+        "rows": sum_statistics(rank_statistics(run.state)).get("rows", 0),
+        "files": posixpath.join(glob.escape(folder), run.options.output_config, f"**/*{suffix[0] if suffix else ''}"),
+        "columns": xxhash.xxh3_64_hexdigest(json.dumps([*columns, run.options.results_column]).encode()),
+    }
+
+
+class Part(NamedTuple):
+    """The section of a config as markdown. All that comes from options or data goes through `inline` or `fence`."""
+
+    run: sdg.Run
+    record: dict[str, Any]
+    facts: dict[str, Any]
+    dataset: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options as the state has them."""
+        options: dict[str, Any] = self.record["options"]
+        return options
+
+    def lines(self, progress: str, earlier: str) -> Iterator[str]:
+        """The section; `earlier` is the one that is there."""
+        name = self.run.options.output_config
+        yield f"<!-- sdg: begin {name} -->"
+        facts = json.dumps(self.facts).replace("<", r"\u003c").replace(">", r"\u003e")
+        yield f"<!-- sdg: facts {facts} -->"
+        yield f"## Config `{name}`\n"
+        ranks = rank_statistics(self.run.state)
+        if progress:
+            yield visible(progress).replace("<!--", "&lt;!--").strip("\n") + "\n"
+        elif missing := self.unfinished(ranks):
+            yield missing
+        yield from table("How it was made", self.making())
+        yield from self.prompts()
+        yield from table("Statistics", self.statistics(sum_statistics(ranks)))
+        yield "### How to load it\n\n" + fence(self.loading(), "python")
+        yield from self.samples(earlier)
+        yield f"<!-- sdg: end {name} -->\n"
+
+    def unfinished(self, ranks: list[dict[str, Any]]) -> str:
+        """A note that there will be more, "" if there will not."""
+        of = self.options["world_size"]
+        finished = sum(rank.get("rank", {}).get("status") == "finished" for rank in ranks)
+        how = "the run has not ended" if of == 1 else f"{finished} of {of} ranks have"
+        return "" if finished >= of else f"> **Not finished**: {how}.\n"
+
+    def making(self) -> Iterator[tuple[str, str]]:
+        """How the rows came to be."""
+        options, source = self.options, self.record["source"]
+        model, revision = model_of(self.run.model, options)
+        linked = ON_THE_HUB.fullmatch(model) and not os.path.isdir(self.run.model)
+        yield "Model", f"[{inline(model)}](https://huggingface.co/{model})" if linked else inline(model)
+        if revision:
+            yield "Model revision", inline(revision)
+        yield "Source", self.source()
+        for key, title in (("license", "Licence of the source"), ("language", "Language of the source")):
+            value = words(source.get(key))
+            if value:
+                yield title, inline(", ".join(value) if isinstance(value, list) else value)
+        entry = self.run.plugins.rollouts.get(options["rollout"])
+        version = self.record["identity"]["plugin_version"]
+        yield "Rollout", inline(options["rollout"]) + (f": {inline(entry.help)}" if entry and entry.help else "")
+        yield "Version of its plugin", inline(version) or "unknown"
+        yield "Rollouts per document", f"{options['rollouts_per_document']:,}"
+        yield "Sampling", inline(sampling_of(options)) or "the model's own"
+        if options.get("long_documents") == "split":
+            yield "Long documents", "run in parts, whose results were joined"
+        yield "Server", inline(options["server"])
+        yield "Fingerprint of the run", inline(self.record["fingerprint"])
+        yield "`sdg` version", inline(self.record["sdg"])
+
+    def source(self) -> str:
+        """The input, if it is public: where files lie on some machine is nobody's business."""
+        source = self.record["source"]
+        hub = hub_source(source) or hub_source({"dataset": hub_name(self.options["input"])})
+        if not hub:
+            kind = "local files" if split_uri(self.options["input"] or "")[0] == "file" else "files in a private place"
+            return kind if self.options["input"] else "docstrings of Python's standard library"
+        details = [f"{key} {inline(source[key])}" for key in ("config", "split", "revision") if source.get(key)]
+        return ", ".join([f"[{inline(hub)}](https://huggingface.co/datasets/{hub})", *details])
+
+    def prompts(self) -> Iterator[str]:
+        """Prompt and system prompt, where the run had some of its own."""
+        for title, key in (("System prompt", "system_prompt"), ("Prompt", "prompt_template")):
+            text = self.options.get(key)
+            if isinstance(text, str) and text:
+                note = f"\nThe first {LONGEST_PROMPT:,} of {len(text):,} characters.\n"
+                yield f"### {title}\n\n{fence(text[:LONGEST_PROMPT])}{note if len(text) > LONGEST_PROMPT else ''}"
+
+    def statistics(self, total: dict[str, Any]) -> Iterator[tuple[str, str]]:
+        """The figures of all ranks and attempts."""
+        documents, seconds = total.get("documents", 0), total.get("seconds", 0.0)
+        failed, of = total.get("failed", 0), max(documents, 1)
+        for name in ("documents", "rows", "filtered", "failed"):
+            yield name.capitalize(), f"{total.get(name, 0):,}"
+        if truncated := total.get("truncated", 0):
+            yield "Truncated to the model's context", f"{truncated:,}"
+        # Rounded down: 100 % is said of complete runs only.
+        yield "Completion rate", f"{math.floor(10_000 * (documents - failed) / of) / 100:.2f} %"
+        prompt, completion = total.get("prompt_tokens", 0), total.get("completion_tokens", 0)
+        for kind, tokens in (("Prompt", prompt), ("Completion", completion), ("Total", prompt + completion)):
+            yield f"{kind} tokens", f"{tokens:,}; mean {tokens / of:,.1f} per document"
+        yield "Completion tokens per second", f"{total.get('tokens_per_second', 0.0):,.1f}"
+        gpus = gpus_of(self.options)
+        if gpus:
+            hours = gpus * seconds / 3600
+            yield "GPU hours, all ranks and attempts", f"{hours:,.2f}" if hours >= 0.1 else f"{hours:.2g}"
+        else:
+            yield "Wall time, all ranks and attempts", duration(seconds)
+
+    def loading(self) -> str:
+        """Python that loads the rows."""
+        name = json.dumps(self.run.options.output_config, ensure_ascii=False)
+        first = "from datasets import load_dataset\n\n"
+        if self.dataset or self.run.output.local:
+            place = json.dumps(self.dataset or "path/to/this/folder", ensure_ascii=False)
+            return f'{first}rows = load_dataset({place}, {name}, split="train")'
+        kind = "parquet" if format_of(self.facts["files"]) == "parquet" else "json"
+        files = json.dumps(f"s3://path/to/this/folder/{self.facts['files']}", ensure_ascii=False)
+        return f'{first}rows = load_dataset("{kind}", data_files={files}, split="train")'
+
+    def samples(self, earlier: str) -> Iterator[str]:
+        """The first rows; those that the card has already once the files have gone elsewhere."""
+        rows = first_rows(self.run)
+        if rows:
+            yield SAMPLES_HEADING.removeprefix("\n") + "\n" + fence(shown(rows), "json")
+        else:
+            kept = earlier.replace("\r\n", "\n").rpartition(SAMPLES_HEADING)[2]
+            if kept != earlier.replace("\r\n", "\n"):
+                yield SAMPLES_HEADING.removeprefix("\n") + kept.rpartition("<!-- sdg: end")[0].removesuffix("\n")
+
+
+def model_of(model: str, options: dict[str, Any]) -> tuple[str, str]:
+    """A model's name without the path that it may be, and its revision as far as it is known."""
+    revision = str(dict(options.get("server_arg") or []).get("revision", ""))
+    if snapshot := SNAPSHOT.search(model):
+        return f"{snapshot[1]}/{snapshot[2]}", snapshot[3]
+    if ON_THE_HUB.fullmatch(model) and not os.path.isdir(model):
+        return model, revision
+    return re.split(r"[/\\]", model.rstrip("/\\"))[-1], revision
+
+
+def sampling_of(options: dict[str, Any]) -> str:
+    """The sampling parameters that were given."""
+    given = sdg.sampling(argparse.Namespace(**options), "")
+    return ", ".join(f"{name} {json.dumps(value)}" for name, value in given.items() if name != "model")
+
+
+def gpus_of(options: dict[str, Any]) -> int:
+    """GPUs of one rank, 0 if the run has not started the server itself."""
+    if options["server"] not in {"vllm", "sglang"}:
+        return 0
+    return math.prod(int(options.get(name) or 1) for name in ("tp", "pp", "dp", "replicas"))
+
+
+def duration(seconds: float) -> str:
+    """Time in a unit that suits it."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} minutes" if seconds < 3600 else f"{seconds / 3600:,.1f} hours"
+
+
+# ── Sample rows ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def first_rows(run: sdg.Run) -> list[dict[str, Any]]:
+    """The first rows of the first file that has some."""
+    import pyarrow as pa
+
+    for file in output_files(run)[:FILES_TRIED]:
+        with contextlib.suppress(OSError, ValueError, pa.ArrowException):  # `verify` is there to name broken files
+            if rows := rows_in(run, file):
+                return rows
+    return []
+
+
+def rows_in(run: sdg.Run, file: str) -> list[dict[str, Any]]:
+    """The first rows of a file, without columns of bytes."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with run.output.open(file) as source:
+        if format_of(file) == "parquet":
+            parquet = pq.ParquetFile(source)
+            columns = [field.name for field in parquet.schema_arrow if not has_bytes(field.type)]
+            batch = next(parquet.iter_batches(SAMPLES, columns=columns[:COLUMNS]), None)
+            return rows_of(pa.Table.from_batches([batch])) if batch is not None else []
+        codec = codec_of(file)
+        stream = io.BufferedReader(pa.CompressedInputStream(source, codec) if codec else source)
+        rows = [json.loads(line) for line in itertools.islice(stream, SAMPLES)]
+    return [dict(itertools.islice(row.items(), COLUMNS)) for row in rows]
+
+
+def has_bytes(kind: pa.DataType) -> bool:
+    """Whether a type holds binary values, at any depth."""
+    import pyarrow.types as t
+
+    if t.is_binary(kind) or t.is_large_binary(kind) or t.is_fixed_size_binary(kind) or t.is_binary_view(kind):
+        return True
+    if t.is_dictionary(kind):
+        return has_bytes(kind.value_type)
+    return any(has_bytes(kind.field(i).type) for i in range(kind.num_fields))
+
+
+def shown(rows: list[dict[str, Any]]) -> str:
+    """Rows as JSON of a size that can be read."""
+    for limit in SAMPLE_LIMITS:
+        cut = [shortened(row, limit) for row in rows]
+        text = "\n".join(json.dumps(row, ensure_ascii=False, indent=2, default=plain) for row in cut)
+        if len(text) <= LONGEST_SAMPLE:
+            break
+    # Not an escape that JSON itself would make: it reads the same.
+    return text.replace("<!--", r"\u003c!--")
+
+
+def shortened(value: Any, limit: int) -> Any:
+    """A value with its long strings and lists cut."""
+    if isinstance(value, str):
+        return value if len(value) <= limit else value[:limit] + "…"
+    if isinstance(value, dict):
+        return {shortened(str(key), limit): shortened(item, limit) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        kept = [shortened(item, limit) for item in value[: limit // 20]]
+        return kept if len(kept) == len(value) else [*kept, f"… {len(value) - len(kept):,} more"]
+    return value

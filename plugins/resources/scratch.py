@@ -1,0 +1,47 @@
+"""Resources for rollouts that do more than ask: processes, a folder, and chance that can be repeated.
+
+A rollout has them by naming a parameter `process_pool`, `temp_dir` or `rng`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import sdg
+from sdg_plugins.resources.process_pool import process_pool
+
+if TYPE_CHECKING:
+    pass
+
+
+@sdg.hookimpl
+def register_resources(register: sdg.RegisterResources) -> None:
+    register("process_pool", process_pool)
+    register("temp_dir", temp_dir)
+    register("rng", rng)
+
+
+@contextlib.asynccontextmanager
+async def temp_dir(run: sdg.Run) -> AsyncIterator[Path]:
+    """A folder, as a Path, that is deleted when the run ends."""
+    folder = tempfile.TemporaryDirectory(prefix="sdg-", ignore_cleanup_errors=True)
+    try:
+        yield Path(folder.name)
+    finally:
+        await asyncio.to_thread(folder.cleanup)
+
+
+@contextlib.asynccontextmanager
+async def rng(run: sdg.Run) -> AsyncIterator[sdg.PerRollout]:
+    """A random.Random that each rollout begins anew from --seed, the document's id and the rollout's number."""
+
+    def make(document: sdg.Document, generate: sdg.Generate) -> random.Random:
+        return random.Random(f"{run.options.seed} {generate.index} {document.id}".encode(errors="surrogatepass"))
+
+    yield sdg.PerRollout(make)

@@ -1,0 +1,44 @@
+"""A score for each document, by a rubric, and a threshold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import sdg
+from sdg_plugins.common.options import number, text_or_file
+from sdg_plugins.resources.structured import Ask
+
+RUBRIC = """0 for spam, navigation or gibberish; 1 for little of use among much else; 2 for what is on a topic but \
+shallow or disordered; 3 for a coherent text that teaches something; 4 for one that explains well, at a steady level; \
+5 for one that could stand in a textbook."""
+PROMPT = """Judge the following text by this rubric: {rubric} First give your reason in one or two sentences that name \
+what decides, then the score.
+
+{text}"""
+
+
+@dataclass
+class Verdict:
+    reason: str  # first: a score that follows its reason is a better one
+    score: Literal[0, 1, 2, 3, 4, 5]
+
+
+@sdg.hookimpl
+def add_options(parser: sdg.Options) -> None:
+    text = "what the scores 0 to 5 stand for; or @FILE; default: educational value"
+    parser.add_argument("--rubric", metavar="TEXT", type=text_or_file, help=text)
+    text = "filter documents below it [0]"
+    parser.add_argument("--min-score", metavar="N", type=number(int, 0, 5), default=0, help=text)
+
+
+@sdg.hookimpl
+def register_rollouts(register: sdg.RegisterRollouts) -> None:
+    register("judge", judge)
+
+
+async def judge(document: sdg.Document, generate: sdg.Generate, ask: Ask, run: sdg.Run) -> Verdict | None:
+    """Score a document by --rubric, and keep it from --min-score on, with score and reason."""
+    rubric = (run.options.rubric or RUBRIC).strip()
+    verdict = await ask(PROMPT.format(rubric=rubric, text=document.text), Verdict)
+    return verdict if verdict.score >= run.options.min_score else None

@@ -1,0 +1,48 @@
+"""Three steps: a draft, a critique of it, and the text that heeds the critique (Self-Refine; Madaan et al. 2023)."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+import sdg
+from sdg_plugins.common.options import text_or_file
+
+TASK = "Explain what the following text says to a reader who does not know the subject."
+CRITIQUE = """Now be its strictest reader: what is wrong, missing, unclear or superfluous in that? Name the few points \
+that matter most, each with what to do about it."""
+REWRITE = "Write it once more, with all of these points mended. Answer with the text alone."
+
+
+class Refined(TypedDict):
+    text: str
+    draft: str
+    critique: str
+    finish_reason: str | None
+
+
+@sdg.hookimpl
+def add_options(parser: sdg.Options) -> None:
+    text = "what to write about a document; or @FILE; default: an explanation"
+    parser.add_argument("--task", metavar="TEXT", type=text_or_file, help=text)
+
+
+@sdg.hookimpl
+def register_rollouts(register: sdg.RegisterRollouts) -> None:
+    register("refine", refine)
+
+
+async def refine(document: sdg.Document, generate: sdg.Generate, run: sdg.Run) -> Refined:
+    """Write what --task asks for, have it criticised, and write it anew."""
+    task = (run.options.task or TASK).strip()
+    chat = [{"role": "user", "content": f"{task}\n\n{document.text}"}]
+    draft = await generate(chat)
+    chat += [{"role": "assistant", "content": draft.text}, {"role": "user", "content": CRITIQUE}]
+    critique = await generate(chat)
+    chat += [{"role": "assistant", "content": critique.text}, {"role": "user", "content": REWRITE}]
+    final = await generate(chat)
+    return {
+        "text": final.text,
+        "draft": draft.text,
+        "critique": critique.text,
+        "finish_reason": final.finish_reason,
+    }

@@ -1,0 +1,15 @@
+"""Summaries of one paragraph: the smallest useful plugin."""
+
+from __future__ import annotations
+
+import sdg
+
+
+@sdg.hookimpl
+def register_rollouts(register: sdg.RegisterRollouts) -> None:
+    register("summarize", summarize)
+
+
+async def summarize(document: sdg.Document, generate: sdg.Generate) -> sdg.Reply:
+    """Summarise a document in one paragraph."""
+    return await generate(f"Summarise the following text in one paragraph.\n\n{document.text}")

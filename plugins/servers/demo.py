@@ -1,0 +1,158 @@
+"""The demonstration: documents that every Python has, and a server whose "model" picks sentences."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+import sdg
+
+if TYPE_CHECKING:
+    from aiohttp import web
+
+MODEL = "demo-extractive"
+RATE = 100.0  # answers a second
+
+
+@sdg.hookimpl
+def register_servers(register: sdg.RegisterServers) -> None:
+    register("demo", demo)
+
+
+@contextlib.asynccontextmanager
+async def demo(run: sdg.Run) -> AsyncIterator[list[str]]:
+    """Answer with the most central sentences of the prompt: a demonstration without a language model."""
+    from aiohttp import web
+
+    if run.options.model not in {None, MODEL}:
+        raise sdg.UsageError(f"--model {run.options.model} needs a server: --base-url URL, or --server vllm")
+    files = "" if run.options.input else "--input YOUR_FILES "
+    sdg.say(
+        "This is a demonstration without a language model: its answers are sentences of the document. "
+        f"For a real one: {files}--base-url http://HOST:PORT"
+    )
+    app = web.Application(client_max_size=1 << 30, middlewares=[paced()])
+    app.add_routes(
+        [
+            web.get("/v1/models", models),
+            web.post("/v1/chat/completions", answer),
+            web.post("/v1/completions", answer),
+        ]
+    )
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        yield [f"http://127.0.0.1:{runner.addresses[0][1]}"]
+    finally:
+        await runner.cleanup()
+
+
+def paced() -> Any:
+    """A middleware that lets RATE answers begin in a second: so there is something to watch, to stop and to resume."""
+    from aiohttp import web
+
+    turn = 0.0
+
+    @web.middleware
+    async def wait(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> Any:
+        nonlocal turn
+        if request.method == "POST":
+            now = asyncio.get_running_loop().time()
+            turn = max(now, turn + 1 / RATE)
+            await asyncio.sleep(turn - now)
+        return await handler(request)
+
+    return wait
+
+
+async def models(request: web.Request) -> web.Response:
+    """GET /v1/models."""
+    from aiohttp import web
+
+    return web.json_response({"object": "list", "data": [{"id": MODEL, "object": "model", "owned_by": "sdg"}]})
+
+
+async def answer(request: web.Request) -> web.Response:
+    """POST /v1/chat/completions and /v1/completions."""
+    from aiohttp import web
+
+    payload = await request.json()
+    if payload.get("model") != MODEL:
+        return web.json_response({"error": {"message": f"the only model is {MODEL}", "code": 404}}, status=404)
+    chat = "messages" in payload
+    said = [message.get("content") for message in payload["messages"]] if chat else [payload.get("prompt")]
+    prompt = max(["", *(words for words in said if isinstance(words, str))], key=len)  # the one with the document
+    most = payload.get("max_tokens") or 100
+    # An instruction stands before the document, as `summarize` has it.
+    text = prompt.partition("\n\n")[2] or prompt
+    wanted = payload.get("response_format") or {}
+    if wanted.get("type") == "json_schema":
+        words = json.dumps(by_schema(wanted["json_schema"]["schema"], text))
+    else:
+        words = central_sentences(text, most)
+    finish = "stop"
+    choice = {"message": {"role": "assistant", "content": words}} if chat else {"text": words}
+    choices = [{"index": i, "finish_reason": finish, **choice} for i in range(payload.get("n") or 1)]
+    spent = {"prompt_tokens": len(prompt.split()), "completion_tokens": len(words.split()) * len(choices)}
+    body = {"id": "demo", "object": "chat.completion" if chat else "text_completion", "created": int(time.time())}
+    usage = {**spent, "total_tokens": sum(spent.values())}
+    return web.json_response({**body, "model": MODEL, "choices": choices, "usage": usage})
+
+
+def by_schema(schema: dict[str, Any], text: str) -> Any:
+    """A value that a JSON schema allows: its texts are sentences of `text`, its choices and numbers hang on its length.
+
+    Of schemas it knows what pydantic makes of dataclasses and models.
+    """
+    sentences, ranks = ranked_sentences(text)
+    central = itertools.cycle([sentences[i] for i in ranks] or [text])
+    number = len(text)
+
+    def value(part: dict[str, Any]) -> Any:
+        if "$ref" in part:
+            return value(schema["$defs"][part["$ref"].rpartition("/")[2]])
+        if choices := part.get("enum") or part.get("anyOf"):
+            return choices[number % len(choices)] if "enum" in part else value(choices[0])
+        match part.get("type"):
+            case "object":
+                return {name: value(inner) for name, inner in part.get("properties", {}).items()}
+            case "array":
+                return [value(part.get("items", {})) for _ in range(max(2, part.get("minItems", 0)))]
+            case "integer" | "number":
+                return min(part.get("minimum", 0) + number % 10, part.get("maximum", number))
+            case "boolean":
+                return number % 2 == 0
+        return part.get("const", next(central))
+
+    return value(schema)
+
+
+def ranked_sentences(text: str) -> tuple[list[str], list[int]]:
+    """A text's sentences, and their numbers, those that share most words with all others first.
+
+    A sentence's score is the mean frequency of its words in the text (SumBasic; Nenkova and Vanderwende 2005).
+    """
+    sentences = [" ".join(part.split()) for part in re.split(r"(?<=[.!?])\s+|\n\s*\n", text) if part.strip()]
+    words = [re.findall(r"[a-z]{4,}", sentence.lower()) for sentence in sentences]
+    frequency = Counter(word for some in words for word in some)
+    scores = [sum(frequency[word] for word in some) / (len(some) + 3) for some in words]
+    return sentences, sorted(range(len(sentences)), key=lambda i: -scores[i])
+
+
+def central_sentences(text: str, most: int) -> str:
+    """The most central sentences of a text, in their order, `most` words together at the most."""
+    sentences, ranks = ranked_sentences(text)
+    chosen: list[int] = []
+    for i in ranks[:3]:
+        if sum(len(sentences[j].split()) for j in [*chosen, i]) <= most:
+            chosen.append(i)
+    kept = " ".join(sentences[i] for i in sorted(chosen))
+    return kept or " ".join(text.split()[:most])

@@ -1,0 +1,329 @@
+"""Which request goes to which server, and when: a limit for each server, and quarantine for suspicious requests."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections import deque
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple
+
+import sdg
+
+if TYPE_CHECKING:
+    from sdg_plugins.servers.load import Load
+
+FIRST_LIMIT = 64  # requests in flight on a server whose load is unknown: doubled each second while it copes
+PATIENCE = 8  # failures in a row before a server is set aside
+LONGEST_ASIDE = 30.0  # s that a server is set aside for its failures
+CONVICTING = 3  # crashes after which a request that was alone with its server is to blame
+
+
+class Limit:
+    """How many requests one server may have in flight, adapted to what it bears.
+
+    A server that reports its load gets as many requests as keep a short queue in it. Any other that responds 429 or
+    503 gets half as many at a time, and one more for each limit's worth of responses in twenty (additive increase,
+    multiplicative decrease; Chiu and Jain 1989).
+
+    Attributes:
+        value: requests in flight, at most.
+        reports: whether the server reports its load; None until that is known.
+        load: its last report.
+        silent: looks at its load in a row that were not answered.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self.value: float = min(most, FIRST_LIMIT)
+        self.reports: bool | None = None
+        self.load: Load | None = None
+        self.silent = 0
+        self._growth = 2.0  # of the limit, each time that the server is found without a queue
+        self._halved_at = 0.0
+
+    def answered(self) -> None:
+        """A response came."""
+        if self.value < self._most and self.reports is False:
+            self.value = min(self._most, self.value + max(1.0, self._most / 20) / self.value)
+
+    def overloaded(self, active: int, sent: float, now: float) -> None:
+        """A 429 or 503 came: halve once for all requests that were sent before the last halving."""
+        if sent >= self._halved_at:
+            self.value = max(1.0, min(self.value, active) / 2)
+            self._halved_at = now
+
+    def adapt(self, load: Load | None, active: int) -> None:
+        """Take in a report of the server's load, about once a second; None if it does not report.
+
+        Without a queue the limit grows: twofold, or by an eighth once there was a queue, or if more requests were sent
+        than run (the address may stand for several servers). It shrinks when more requests wait than an eighth of those
+        that run. Requests of others count as well, so a server shared by many ranks is not flooded by all of them.
+        """
+        if load is None:
+            if self.reports is None:  # only 429 and 503 are left to go by
+                self.reports, self.value = False, self._most
+            return
+        self.reports, self.load = True, load
+        queue = max(4.0, load.running / 8)
+        if load.waiting:
+            self._growth = 1.125
+        if load.waiting > queue:
+            self.value = max(1.0, min(self.value, active) - (load.waiting - queue) / 2)
+        elif not load.waiting and active >= 0.8 * int(self.value):
+            growth = self._growth if load.running >= 0.5 * active else 1.125
+            self.value = min(self._most, max(self.value + 1, growth * self.value))
+
+
+class Suspicion(NamedTuple):
+    """A request was in flight when `upstream` crashed, `crashes` times; `share` requests may now be sent with it."""
+
+    upstream: sdg.Upstream
+    crashes: int
+    share: int
+    proved: bool = False
+
+
+class Quarantine:
+    """The requests that were in flight when one server crashed: its suspects.
+
+    They go back to that server and no other, before all other requests and separate from them. As many as a sixteenth
+    of those that were in flight, the share of each, are sent at a time, up to four times as many when they are
+    answered. So a request that crashes its server is soon alone with it and found out, and after a crash by chance the
+    server is soon full again.
+
+    Attributes:
+        waiting: suspects that wait for a slot, with their shares.
+        share: the smallest share of the suspects in flight; 0 if there are none.
+        cleared: suspects that were answered since the server rose.
+        together: the most requests in flight since there was none.
+        doubts: broken-off requests for which it is not known yet whether the server has crashed.
+    """
+
+    def __init__(self) -> None:
+        self.waiting: deque[tuple[int, asyncio.Future[sdg.Upstream]]] = deque()
+        self.share = self.cleared = self.together = self.doubts = 0
+
+    def enqueue(self, suspicion: Suspicion, slot: asyncio.Future[sdg.Upstream]) -> None:
+        """Add a suspect. One that was alone with the server goes first: what it is should be known soon."""
+        first = suspicion.crashes > 1 and suspicion.share == 1
+        (self.waiting.appendleft if first else self.waiting.append)((suspicion.share, slot))
+
+    def admits(self, share: int, active: int) -> bool:
+        """True if one more suspect of this share may be sent."""
+        return active < (share if share == 1 else min(4 * share, share + self.cleared))
+
+
+class Pool:
+    """Slots for requests: at most `limit` in flight in all, each on the least loaded server that is well.
+
+    A server that fails several times in a row is set aside for increasing times, and comes back with one request at a
+    time. `Limit` and `Quarantine` decide on the rest.
+
+    Attributes:
+        successes: responses so far.
+        lost: loop time since which no server could be reached; None if one can.
+        stopped: no further request begins.
+    """
+
+    def __init__(self, upstreams: Iterable[sdg.Upstream], limit: int) -> None:
+        self.limit = limit
+        self.upstreams = list(upstreams)
+        for upstream in self.upstreams:
+            upstream.limit, upstream.quarantine = Limit(limit), Quarantine()
+            upstream.changed = functools.partial(self._changed, upstream)
+        self.active = self.successes = 0
+        self.stopped = False
+        self.lost: float | None = None
+        self._waiting: deque[asyncio.Future[sdg.Upstream]] = deque()
+        self._alarm: tuple[float, asyncio.Handle] | None = None  # uvloop's handles of short delays have no `when`
+        self._loop = asyncio.get_running_loop()
+        self._area = 0.0  # integral of `active` over time
+        self._since = self._began = self._loop.time()
+
+    async def acquire(self, suspicion: Suspicion | None = None) -> sdg.Upstream:
+        """Wait for a slot; a suspect waits for the server that it saw crash. Canceled when the run stops."""
+        if self.stopped:
+            raise asyncio.CancelledError
+        if not suspicion and not self._waiting and (upstream := self._take(self._loop.time())):
+            return upstream
+        slot: asyncio.Future[sdg.Upstream] = self._loop.create_future()
+        if suspicion and not suspicion.upstream.gone:
+            suspicion.upstream.quarantine.enqueue(suspicion, slot)
+        else:
+            self._waiting.append(slot)
+        self._wake()
+        try:
+            return await slot
+        except asyncio.CancelledError:
+            if slot.done() and not slot.cancelled():
+                self.release(slot.result())
+            self._wake()
+            raise
+
+    def release(self, upstream: sdg.Upstream) -> None:
+        """Give a slot back."""
+        self._measure()
+        self.active -= 1
+        upstream.active -= 1
+        if not upstream.active:
+            upstream.quarantine.share = upstream.quarantine.together = 0
+        if self._waiting or self._suspects:
+            self._wake()
+
+    # What became of requests
+
+    def succeeded(self, upstream: sdg.Upstream) -> None:
+        """A response came."""
+        self.successes += 1
+        upstream.answers += 1
+        upstream.progressed = self._loop.time()
+        if upstream.failures:
+            upstream.failures = 0
+            upstream.until = 0.0
+        upstream.limit.answered()
+
+    def overloaded(self, upstream: sdg.Upstream, sent: float) -> None:
+        """A 429 or 503 came for a request that was sent at this loop time."""
+        upstream.limit.overloaded(upstream.active, sent, self._loop.time())
+
+    def set_aside(self, upstream: sdg.Upstream, seconds: float) -> None:
+        """Send nothing to a server for some time."""
+        if seconds:
+            upstream.until = max(upstream.until, self._loop.time() + seconds)
+
+    def failed(self, upstream: sdg.Upstream, sent: float, patience: int = PATIENCE) -> None:
+        """No usable response came. After `patience` failures in a row the server is set aside."""
+        if sent < upstream.failed_at:
+            return  # one crash breaks all requests in flight, and is one failure
+        upstream.failures += 1
+        upstream.failed_at = self._loop.time()
+        if upstream.failures >= patience:
+            self.set_aside(upstream, min(LONGEST_ASIDE, 0.5 * 2 ** min(upstream.failures - patience, 10)))
+
+    def suspect(self, upstream: sdg.Upstream, earlier: Suspicion | None, together: int) -> Suspicion:
+        """Suspect a request whose server has crashed with `together` requests in flight."""
+        crashes = earlier.crashes + 1 if earlier else 1
+        return Suspicion(upstream, crashes, max(1, together // 16), crashes >= CONVICTING and together <= 1)
+
+    async def examine(self, upstream: sdg.Upstream, crashes: int) -> bool:
+        """Find out whether a server has crashed. Suspects wait for that; otherwise they would be sent to a dead one."""
+        assert upstream.examine
+        try:
+            return await upstream.examine(crashes)
+        finally:
+            upstream.quarantine.doubts -= 1
+            self._wake()
+
+    def adapt(self, upstream: sdg.Upstream, load: Load | None) -> None:
+        """Take in a server's report of its load; None if it does not report."""
+        known = upstream.limit.load
+        if load and load.tokens and known and load.tokens > (known.tokens or 0):
+            upstream.progressed = self._loop.time()
+        upstream.limit.adapt(load, upstream.active)
+        self._wake()
+
+    def stop(self) -> None:
+        """Let no further request begin."""
+        self.stopped = True
+        for upstream in self.upstreams:
+            self._waiting.extend(slot for _, slot in upstream.quarantine.waiting)
+            upstream.quarantine.waiting.clear()
+        while self._waiting:
+            self._waiting.popleft().cancel()
+
+    # Figures
+
+    @property
+    def seconds(self) -> float:
+        """Since the first request: a launched server may load for a long time before that."""
+        return self._loop.time() - self._began
+
+    @property
+    def mean_in_flight(self) -> float:
+        """Requests in flight, averaged over the time since the first one."""
+        self._measure()
+        return self._area / max(self._since - self._began, 1e-9)
+
+    def _measure(self) -> None:
+        now = self._loop.time()
+        self._area += self.active * (now - self._since)
+        self._since = now
+
+    # Slots
+
+    @property
+    def _suspects(self) -> bool:
+        return any(upstream.quarantine.waiting for upstream in self.upstreams)
+
+    def _take(self, now: float) -> sdg.Upstream | None:
+        """Occupy a slot on the least loaded server that is well; None if there is no free one."""
+        if self.active >= self.limit:
+            return None
+        best: sdg.Upstream | None = None
+        for upstream in self.upstreams:
+            quarantine = upstream.quarantine
+            if upstream.until > now or not upstream.up.is_set() or quarantine.waiting or quarantine.share:
+                continue
+            allowed = 1 if upstream.failures >= 3 else upstream.limit.value
+            if upstream.active + 1 <= allowed and (not best or upstream.active < best.active):
+                best = upstream
+        if best:
+            self._occupy(best, now)
+        return best
+
+    def _occupy(self, upstream: sdg.Upstream, now: float) -> None:
+        if not self._area and not self.active:
+            self._began = self._since = now
+        self._measure()
+        if not upstream.active and not upstream.failures:
+            upstream.progressed = now
+        self.active += 1
+        upstream.active += 1
+        upstream.quarantine.together = max(upstream.quarantine.together, upstream.active)
+
+    def _admit_suspects(self, upstream: sdg.Upstream, now: float) -> None:
+        quarantine = upstream.quarantine
+        if upstream.gone:
+            self._waiting.extendleft(slot for _, slot in reversed(quarantine.waiting))
+            quarantine.waiting.clear()
+        while quarantine.waiting:
+            share, slot = quarantine.waiting[0]
+            share = min(share, quarantine.share or share)
+            if not slot.done():
+                ready = upstream.up.is_set() and not quarantine.doubts and upstream.until <= now
+                if not ready or self.active >= self.limit or not quarantine.admits(share, upstream.active):
+                    break
+                quarantine.share = share
+                self._occupy(upstream, now)
+                slot.set_result(upstream)
+            quarantine.waiting.popleft()
+
+    def _changed(self, upstream: sdg.Upstream, risen: bool) -> None:
+        """A server is ready, or will not come back."""
+        if risen:
+            upstream.limit, upstream.quarantine.cleared = Limit(self.limit), 0
+        self._wake()
+
+    def _wake(self) -> None:
+        """Hand out free slots, and set the alarm for the first server that has been set aside."""
+        now = self._loop.time()  # once: what is set aside for `_take` must be so for the alarm, too
+        if self._suspects:
+            for upstream in self.upstreams:
+                self._admit_suspects(upstream, now)
+        while self._waiting:
+            if self._waiting[0].done():
+                self._waiting.popleft()
+            elif free := self._take(now):
+                self._waiting.popleft().set_result(free)
+            else:
+                break
+        aside = min((upstream.until for upstream in self.upstreams if upstream.until > now), default=None)
+        if (self._waiting or self._suspects) and aside and (not self._alarm or self._alarm[0] > aside):
+            if self._alarm:
+                self._alarm[1].cancel()
+            self._alarm = aside, self._loop.call_at(aside, self._ring)
+
+    def _ring(self) -> None:
+        self._alarm = None
+        self._wake()

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import sdg
+from sdg_plugins.common.chunks import plain, rows_of
+from sdg_plugins.common.files import codec_of
+from sdg_plugins.common.results import results_type
+from sdg_plugins.common.state import recorded_fields
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+@sdg.hookimpl
+def register_writers(register: sdg.RegisterWriters) -> None:
+    register("jsonl", JsonlWriter)
+
+
+class JsonlWriter:
+    """Write each chunk as JSON lines."""
+
+    def __init__(self, run: sdg.Run) -> None:
+        self._run = run
+
+    def write(self, chunk: sdg.Chunk, rows: pa.Table) -> None:
+        import orjson
+        import pyarrow as pa
+
+        path = self._run.path_of(chunk)
+        codec = codec_of(path)
+
+        def produce(file: Any) -> None:
+            for batch in rows.to_batches(1000):
+                file.write(b"".join(orjson.dumps(row, default=plain) + b"\n" for row in rows_of(batch)))
+
+        def compress(file: Any) -> None:
+            with pa.CompressedOutputStream(file, codec) as packed:
+                produce(packed)
+
+        self._run.output.write(path, compress if codec else produce)
+
+    def read(self, chunk: sdg.Chunk) -> pa.Table | None:
+        """A chunk's rows. JSON does not tell all types: what is of several there comes back as JSON."""
+        import orjson
+        import pyarrow as pa
+
+        path = self._run.path_of(chunk)
+        codec = codec_of(path)
+        try:
+            with self._run.output.open(path) as file:
+                content = pa.CompressedInputStream(file, codec).read() if codec else file.read()
+        except FileNotFoundError:
+            return None
+        rows = [orjson.loads(line) for line in content.splitlines()]
+        fields = recorded_fields(self._run.state)
+        kinds = {self._run.options.results_column: fields and results_type(fields)}
+        names = dict.fromkeys(name for row in rows for name in row)
+        return pa.table({name: column_of([row.get(name) for row in rows], kinds.get(name)) for name in names})
+
+
+def column_of(values: list[Any], kind: pa.DataType | None) -> pa.Array:
+    """Values from JSON as a column of the type that they have; as JSON, if they have no common one."""
+    import orjson
+    import pyarrow as pa
+
+    try:
+        return pa.array(values, kind)
+    except (pa.ArrowException, OverflowError):
+        return pa.array([None if value is None else orjson.dumps(value).decode() for value in values])

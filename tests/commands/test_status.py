@@ -1,0 +1,338 @@
+"""The commands for runs of many ranks: `status`, `check`, and what submit.sh makes of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_hub import FakeHub, Rights
+from fake_server import FakeServer
+from running import ROOT, Finished, Job, Sdg, documents
+
+from sdg_plugins.commands.status import ranges  # type: ignore[import-not-found]
+
+SUBMIT = ROOT / "slurm" / "submit.sh"
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The state of a small run that has finished."""
+    folder = tmp_path_factory.mktemp("template")
+    with FakeServer() as server:
+        job = Job(folder, server)
+        job.input(documents(3))
+        yield job.succeed().state
+        job.sdg.close()
+
+
+class State:
+    """A state of which a test says how the ranks are doing."""
+
+    def __init__(self, folder: Path, template: Path, ranks: int) -> None:
+        self.folder, self.sdg = folder, Sdg(folder)
+        self.path = folder / "out" / ".sdg"
+        shutil.copytree(template, self.path)
+        for path in self.path.glob("0*.stats.json"):
+            path.unlink()
+        record = json.loads((self.path / "run.json").read_text())
+        record["options"]["world_size"] = ranks
+        (self.path / "run.json").write_text(json.dumps(record))
+
+    def rank(self, number: int, status: str, documents: int = 40, ago: float = 0.0, **record: Any) -> None:
+        """Say how a rank is doing, and when it was heard of last."""
+        usual = {"expected": 100, "documents_per_second": 2.0, "error": None, "slurm_job": None, "host": "node7"}
+        rank = {"status": status, "updated": time.time() - ago, **usual, **record}
+        figures = {"documents": documents, "rows": documents, "completion_tokens": 10 * documents, "rank": rank}
+        (self.path / f"{number:05d}.stats.json").write_text(json.dumps(figures))
+
+    def __call__(self, *arguments: object, squeue: str = "exit 1") -> Finished:
+        programs = self.folder / "bin"
+        programs.mkdir(exist_ok=True)
+        (programs / "squeue").write_text(f"#!/bin/sh\n{squeue}\n")
+        (programs / "squeue").chmod(0o755)
+        return self.sdg("status", "--output", "out", *arguments, PATH=f"{programs}:{os.environ['PATH']}")
+
+
+@pytest.fixture
+def state(tmp_path: Path, template: Path) -> State:
+    return State(tmp_path, template, 4)
+
+
+# ── status ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_run_that_goes_on_is_told_in_two_lines(state: State) -> None:
+    for number in range(3):
+        state.rank(number, "running")
+
+    told = state()
+
+    assert told.rc == 0
+    first, second = told.stdout.splitlines()
+    assert first.startswith("120 of 400 documents (30 %), 6.0 documents/s, 60 tokens/s, 47 s to go")
+    assert second == "4 ranks: 3 running, 1 waiting"
+
+
+def test_a_finished_run_needs_nobody(state: State) -> None:
+    for number in range(4):
+        state.rank(number, "finished", documents=100, documents_per_second=0.0)
+
+    told = state()
+
+    assert told.rc == 0
+    assert told.stdout.splitlines() == ["400 of 400 documents (100 %)", "4 ranks: 4 finished"]
+
+
+def test_ranks_that_need_somebody_are_named_with_their_last_error(state: State) -> None:
+    state.rank(0, "finished", documents=100)
+    state.rank(1, "failed", error="no server answers at http://node9:1", ago=300, slurm_job="77")
+    state.rank(2, "running", ago=600)
+    (state.path / "00003.stats.json").write_text("{")
+
+    told = state()
+
+    assert told.rc == 1
+    assert "4 ranks: 1 finished, 1 failed, 1 silent, 1 broken" in told.stdout
+    assert re.search(
+        r"^failed +rank 1: no server answers at http://node9:1 \(5 min ago, node7, job 77\)$", told.stdout, re.M
+    )
+    assert re.search(r"^silent +rank 2: no word of an error \(10 min ago, node7\)$", told.stdout, re.M)
+    assert re.search(r"^broken +rank 3: .*00003.stats.json is broken", told.stdout, re.M)
+    assert told.stdout.rstrip().endswith("ranks 1-3")
+
+
+def test_ranks_whose_job_is_in_the_queue_go_on_by_themselves(state: State) -> None:
+    state.rank(0, "stopped", slurm_job="77")
+    state.rank(1, "running", ago=600, slurm_job="77")
+
+    queued, gone, failed = state(squeue="echo 77 78"), state(squeue="echo 9 9"), state
+
+    assert queued.rc == 0
+    assert "Slurm job 77 in the queue" in queued.stdout
+    assert gone.rc == 1
+    assert "Slurm job 77 no longer in the queue" in gone.stdout
+    assert gone.stdout.rstrip().endswith("ranks 0-3")
+    failed.rank(2, "failed", error="a word", slurm_job="77")
+    assert failed(squeue="echo 77 78").rc == 1
+
+
+def test_a_line_for_each_rank_on_demand(state: State) -> None:
+    state.rank(0, "running", slurm_job="77")
+
+    lines = state("--ranks", squeue="echo 77 1").stdout.splitlines()
+
+    assert [line.split()[:2] for line in lines[-4:]] == [["0", "running"], *([n, "waiting"] for n in "123")]
+    assert "40 of 100" in lines[-4]
+    assert "node7, job 77" in lines[-4]
+
+
+def test_programs_get_json(state: State) -> None:
+    state.rank(0, "running")
+    state.rank(1, "failed", error="a word")
+
+    told = state("--json")
+
+    found = json.loads(told.stdout)
+    assert told.rc == 1
+    assert found["states"] == {"running": 1, "failed": 1, "waiting": 2}
+    assert found["need_somebody"] == [1]
+    assert (found["documents"], found["expected"], found["seconds_to_go"]) == (80, 400, 160)
+    assert [rank["state"] for rank in found["ranks"]] == ["running", "failed", "waiting", "waiting"]
+    assert found["ranks"][1]["error"] == "a word"
+
+
+def test_what_cannot_be_told_is_one_clear_message(state: State, run_sdg: Sdg) -> None:
+    assert state.sdg("status", "--output", "nowhere").says("nowhere", "is --output right")
+    (state.path / "run.json").write_text("{")
+    assert state().says("run.json", "broken")
+    (state.path / "run.json").unlink()
+    begun = state()
+    assert begun.rc == 1
+    assert begun.says("no rank has begun yet in out/.sdg")
+
+
+def test_an_error_of_any_text_stays_in_its_line(state: State) -> None:
+    state.rank(0, "failed", error="first\nsecond \x1b[31m" + "long " * 1000)
+
+    (line,) = [line for line in state().stdout.splitlines() if line.startswith("failed")]
+
+    assert "\x1b" not in line
+    assert len(line) < 400
+
+
+def test_a_thousand_ranks_are_readable_within_seconds_and_little_memory(tmp_path: Path, template: Path) -> None:
+    state = State(tmp_path, template, 1000)
+    for number in range(990):
+        status = "failed" if number % 10 == 3 else "running"
+        error = f"node{number} is gone" if number % 20 == 3 else "no server answers"
+        state.rank(number, status, error=error if status == "failed" else None, slurm_job="77")
+
+    told = state(squeue="echo 77 1")
+
+    assert told.rc == 1
+    lines = told.stdout.splitlines()
+    assert len(lines) < 20
+    assert "1,000 ranks: 891 running, 99 failed, 10 waiting" in lines
+    assert any(line.startswith("failed    rank 13,33,53") for line in lines)
+    assert any(line.strip() == "and 41 more: see --ranks" for line in lines)
+    assert len(state("--ranks", squeue="echo 77 1").stdout.splitlines()) > 1000
+
+    for number in range(1000):
+        state.rank(number, "finished", documents=100, slurm_job="77")
+    monitored = state.sdg("monitor", "--output", "out", "--interval", "0.5")
+
+    assert monitored.rc == 0, monitored
+    assert "100,000 of 100,000 documents" in monitored.stderr
+    assert state().rc == 0
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 1 << 20  # KiB
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"), [([], ""), ([4], "4"), ([0, 1, 2, 3], "0-3"), ([0, 2, 3, 7, 8, 9], "0,2-3,7-9")]
+)
+def test_numbers_are_written_as_sbatch_reads_them(numbers: list[int], text: str) -> None:
+    assert ranges(numbers) == text
+
+
+# ── check ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def check(job: Job, **options: Any) -> Finished:
+    return job.sdg("check", *job.command_line(options), **job.env)
+
+
+def test_check_finds_places_of_a_template_and_folders_that_cannot_be(job: Job) -> None:
+    job.documents("one")
+    assert check(job, plugin="prompt", prompt_template="[[DOCUMENT]] [[unknown]]").says("[[unknown]]", "[[id]]")
+    (job.folder / "taken").write_text("")
+    assert check(job, output="taken").says("taken is a file")
+
+
+def test_a_job_that_was_requeued_does_not_start_over(job: Job) -> None:
+    job.documents("one")
+    assert job(fresh=True).rc == 0
+
+    finished = job(fresh=True, env={"SLURM_RESTART_COUNT": "1"})
+
+    assert finished.rc == 2
+    assert "--fresh" in finished.message
+    assert job.output.ids() == ["one"]
+
+
+def test_options_that_fit_are_told_and_nothing_is_written(job: Job, server: FakeServer) -> None:
+    job.input(documents(30))
+    before = sorted(job.folder.rglob("*"))
+
+    checked = check(job, records_per_chunk=10, world_size=2, rank=0)
+
+    assert checked.rc == 0, checked
+    assert f"documents 30\noutput {job.output.path}\n" in checked.stdout
+    assert f"state-dir {job.output.state}" in checked.stdout
+    assert not server.requests
+    after = [path for path in sorted(job.folder.rglob("*")) if "__pycache__" not in path.parts]
+    assert after == before
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"temperature": "hot"}, ["--temperature"]),
+        ({"fresh": True}, ["--fresh", "by hand"]),
+        ({"input": "nowhere.parquet"}, ["nowhere.parquet"]),
+        ({"prompt_column": "no-such"}, ["--prompt-column", "no-such"]),
+        ({"base_url": None, "server": "vllm"}, ["--model"]),
+        ({"base_url": None, "server": "command"}, ["--server-command"]),
+        ({"base_url": None, "server": "vllm", "model": "m", "nodes": 2, "replicas": 2}, ["--replicas"]),
+        ({"base_url": None, "server": "vllm", "model": "m", "nodes": 2, "tp": 3}, ["--tp 3"]),
+        ({"base_url": None, "server": "sglang", "model": "m", "nodes": 2, "node_backend": "ray"}, ["--node-backend"]),
+    ],
+)
+def test_options_that_a_run_would_refuse_are_refused(job: Job, options: dict[str, Any], words: list[str]) -> None:
+    job.input(documents(3))
+
+    refused = check(job, **options)
+
+    assert refused.rc in {1, 2}
+    assert refused.says(*words)
+
+
+def test_a_run_of_other_options_is_found(job: Job) -> None:
+    job.input(documents(3))
+    job.succeed()
+
+    assert check(job).rc == 0
+    assert check(job, max_concurrent_generations=7).rc == 0
+    assert check(job, temperature=0.5).says("another run", "temperature")
+    assert check(job, model="another").says("another run", "model")
+    assert check(job, world_size=2, rank=0).says("another run", "world_size")
+    (job.output.state / "run.json").unlink()
+    assert check(job).says("no state of its run")
+
+
+@pytest.mark.parametrize(("token", "words"), [("hf_read", "may only read"), (None, "no token"), ("hf_bob", "alice")])
+def test_a_repository_that_cannot_be_written_is_found(job: Job, hub: FakeHub, token: str | None, words: str) -> None:
+    hub.tokens |= {"hf_read": Rights("alice", write=False), "hf_bob": Rights("bob"), "hf_alice": Rights("alice")}
+    job.input(documents(30))
+    many = {"output": "hf://datasets/alice/out", "world_size": 3, "rank": 0, "records_per_chunk": 5}
+
+    job.env |= hub.environment(job.folder, token)
+    assert words in check(job, **many).message
+    job.env |= hub.environment(job.folder, "hf_alice")
+    assert check(job, **many).rc == 0
+
+    assert "alice/out" not in hub.repos
+    assert not (job.folder / ".sdg").exists()
+
+
+def test_ranks_without_work_are_told(job: Job) -> None:
+    job.input(documents(30))
+
+    checked = check(job, records_per_chunk=10, world_size=8, rank=0)
+
+    assert checked.rc == 0
+    assert checked.says("8 ranks share 3 chunks")
+
+
+# ── submit.sh ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def submit(job: Job, *arguments: str) -> subprocess.CompletedProcess[str]:
+    env = job.sdg.environment(PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    words = [str(SUBMIT), *arguments, "--", *job.command_line({"no_progress": None})]
+    return subprocess.run(words, cwd=job.folder, env=env, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_dry_run_prints_the_three_commands(job: Job) -> None:
+    job.input(documents(30))
+
+    done = submit(job, "--dry-run", "--ranks=8", "--at-once", "3", "--time", "1:00:00", "--beside=-p cpu", "--nodes=2")
+
+    assert done.returncode == 2  # an endpoint is not of several nodes
+    assert "--nodes" in done.stderr
+    done = submit(job, "--dry-run", "--ranks=8", "--at-once", "3", "--time", "1:00:00", "--beside=-p cpu")
+    assert done.returncode == 0, done.stderr
+    ranks, monitor, card = done.stdout.splitlines()
+    assert all(line.startswith("sbatch --parsable ") for line in (ranks, monitor, card))
+    for word in ("--array=0-7%3", "--nodes=1", "--time 1:00:00", "generate.sbatch", "--world-size 8"):
+        assert word in ranks
+    assert "-p cpu" not in ranks
+    assert "-p cpu" in monitor
+    assert "--dependency=after:RANKS_0" in monitor
+    assert f"--output {job.output.path}" in monitor
+    assert "--dependency=afterany:RANKS:MONITOR" in card
+    assert not job.output.path.exists()
+
+
+@pytest.mark.parametrize("path", [*sorted((ROOT / "slurm").iterdir())], ids=lambda path: path.name)
+def test_scripts_are_bash(path: Path) -> None:
+    subprocess.run(["bash", "-n", path], check=True)

@@ -1,0 +1,549 @@
+"""Crashes, interruptions and reruns: nothing is lost, doubled or bought again, and nothing is mixed in silence."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import threading
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_server import FakeServer, Hang, Status, prompt_of
+from running import ROOT, Job, Started, documents, wait_until
+
+FAULTS = ROOT / "tests" / "support" / "faults.py"
+
+TWO_STEPS = """
+    import sdg
+
+    @sdg.hookimpl
+    def register_rollouts(register):
+        register("two_steps", two_steps)
+
+    async def two_steps(document, generate):
+        draft = await generate(f"draft {document.text}")
+        return await generate(f"refine {document.text}: {draft}")
+"""
+
+FILTERING = """
+    import sdg
+
+    @sdg.hookimpl
+    def register_rollouts(register):
+        register("filtering", filtering)
+
+    async def filtering(document, generate):
+        reply = await generate(document.text)
+        return None if "filter" in document.text else reply
+"""
+
+
+# ── kill -9 ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+TEXTS = ["one", "reject two", "filter three", "filter four", "five"]  # three chunks, all fates
+
+# What a crash may hit: options of a run that went well, and of the one that is disturbed after it.
+SCENARIOS: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
+    "first run": (None, {}),
+    "more documents": ({"max_documents": 3}, {}),
+    "retry failed": ({}, {"retry_failed": True}),
+}
+
+
+class Crashes:
+    """Runs over five documents in chunks of two, each in a folder and against a server of its own."""
+
+    def __init__(self, folder: Path, scenario: str) -> None:
+        self.folder, self.scenario = folder, scenario
+        self.before, self.options = SCENARIOS[scenario]
+        if self.before is not None:
+            with FakeServer() as server:
+                self.job("before", server).succeed(**self.before)
+        with FakeServer() as server:
+            self.undisturbed = self.continued("undisturbed", server).succeed(**self.options)
+
+    def job(self, name: str, server: FakeServer) -> Job:
+        folder = self.folder / name
+        folder.mkdir()
+        server.behave(lambda payload, n: Status(400) if "reject" in prompt_of(payload) else None)
+        job = Job(folder, server)
+        job.options |= {"records_per_chunk": 2, "max_concurrent_documents": 2}
+        job.options["plugin"] = [FAULTS, job.plugin("filtering", FILTERING)]
+        job.documents(*TEXTS)
+        return job
+
+    def continued(self, name: str, server: FakeServer) -> Job:
+        """A job that goes on with what the run before left."""
+        job = self.job(name, server)
+        if self.before is not None:
+            shutil.copytree(self.folder / "before" / "output", job.output.path)
+        if self.scenario == "retry failed":
+            server.behave(lambda payload, n: None)
+        return job
+
+    def fault_then_resume(self, fault: str, number: int) -> int:
+        """Run with a fault, rerun without, and compare with the undisturbed run. Returns the first run's exit code."""
+        with FakeServer() as server:
+            job = self.continued(f"{fault}-{number}", server)
+            steps = str(job.folder / "steps.txt")
+            first = job(env={"SDG_TEST_FAULT": f"{fault}:{number}", "SDG_TEST_STEPS": steps}, **self.options)
+            assert first.rc in {0, 1, -signal.SIGKILL}, first
+            where = f"{fault} {number}: {Path(steps).read_text().splitlines()[number - 1 : number]}"
+            state = job.output.state / "00000.sqlite3"
+            durable = {TEXTS[row] for row in job.output.durable()} if state.exists() else set()
+            server.forget()
+            output = job.succeed(**self.options)
+        assert output.data() == self.undisturbed.data(), where
+        assert list(output.failed()) == list(self.undisturbed.failed()), where
+        assert set(output.files()) == set(self.undisturbed.files()), where
+        assert _names(output.state) == _names(self.undisturbed.state), where
+        assert set(Counter(server.prompts).values()) <= {1}, where
+        again = durable & set(server.prompts)
+        assert not again or (self.scenario == "retry failed" and again == {"reject two"}), where
+        assert output.durable() == set(range(len(TEXTS))), where
+        counted = ("documents", "rows", "filtered", "failed")
+        expected = self.undisturbed.stats()
+        assert {name: output.stats()[name] for name in counted} == {name: expected[name] for name in counted}, where
+        if first.rc == 0:
+            assert not server.requests, where
+        if first.rc == 1:
+            assert "full" in first.message or "No space" in first.message, first
+        return first.rc
+
+
+def _names(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+# Before each odd step and after each odd step: that is once between any two steps.
+@pytest.mark.parametrize(
+    ("scenario", "fault", "every"),
+    [
+        ("first run", "kill-before", 2),
+        ("first run", "kill-after", 2),
+        ("more documents", "kill-before", 3),
+        ("retry failed", "kill-before", 3),
+    ],
+)
+def test_a_kill_at_any_durable_step_loses_and_doubles_nothing(
+    scenario: str, fault: str, every: int, tmp_path: Path
+) -> None:
+    crashes = Crashes(tmp_path, scenario)
+    finished = threading.Event()
+
+    def fault_at(number: int) -> int | AssertionError:
+        try:
+            rc = 0 if finished.is_set() else crashes.fault_then_resume(fault, number)
+        except AssertionError as problem:
+            return problem
+        if rc == 0:
+            finished.set()  # the run has fewer steps
+        return rc
+
+    with ThreadPoolExecutor(3) as pool:
+        codes = list(pool.map(fault_at, range(1, 200, every)))
+
+    assert [code for code in codes if isinstance(code, AssertionError)] == []
+    assert codes.count(-signal.SIGKILL) >= 5
+    assert codes[-1] == 0
+
+
+def test_a_full_disk_at_any_durable_step_loses_and_doubles_nothing(tmp_path: Path) -> None:
+    crashes = Crashes(tmp_path, "first run")
+
+    with ThreadPoolExecutor(3) as pool:
+        codes = list(pool.map(lambda number: crashes.fault_then_resume("full", number), [1, 2, 3, 5, 8, 13]))
+
+    assert set(codes) == {1}
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_kills_at_random_moments_lose_and_double_nothing(
+    seed: int, job: Job, server: FakeServer, servers: Callable[[], FakeServer]
+) -> None:
+    chance = random.Random(seed)
+    count = 200
+    job.input(documents(count))
+    options = {"records_per_chunk": 7, "max_concurrent_documents": 5}
+    expected = job.succeed(base_url=servers().url, output="undisturbed", **options).data()
+    victim: list[Started] = []
+    fatal = 0
+
+    def maybe_kill(payload: dict[str, Any], n: int) -> Any:
+        nonlocal fatal
+        fatal -= 1
+        if fatal == 0:
+            victim[-1].process.kill()
+        return None
+
+    server.behave(maybe_kill)
+    codes = []
+    durable: set[str] = set()
+    for round_ in range(7):
+        fatal = chance.randrange(2, count // 4) if round_ < 6 else 0
+        sent = len(server.requests)
+        victim.append(job.start(**options))
+        codes.append(victim[-1].finish().rc)
+        assert not durable & set(server.prompts[sent:])
+        durable = {f"document {row}" for row in job.output.durable()}
+        on_the_way = job.output.ids()
+        assert len(on_the_way) == len(set(on_the_way))
+    output = job.output
+
+    assert codes[-1] == 0
+    assert codes.count(-signal.SIGKILL) >= 4
+    assert output.data() == expected
+    assert output.ids() == [row["id"] for row in documents(count)]
+    assert output.stats()["documents"] == count
+    assert job.verify().rc == 0
+
+
+def test_a_kill_during_two_steps_sends_no_durable_step_again(job: Job, server: FakeServer) -> None:
+    job.options["plugin"] = job.plugin("two_steps", TWO_STEPS)
+    job.input(documents(30))
+    server.behave(lambda payload, n: Hang() if prompt_of(payload).startswith("refine") else None)
+    running = job.start(max_concurrent_generations=100)
+    wait_until(lambda: len(server.requests) == 60)
+    wait_until(lambda: len(job.output.durable()) == 30)
+    running.process.kill()
+    running.finish()
+
+    server.release()
+    server.forget()
+    output = job.succeed()
+
+    assert len(output.rows()) == 30
+    assert [prompt for prompt in server.prompts if prompt.startswith("draft")] == []
+    assert output.stats()["cache_hits"] == 30
+
+
+# ── Interruptions ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_signals_end_the_run_within_20_seconds_and_answers_are_kept(tmp_path: Path) -> None:
+    codes = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 143}
+
+    def interrupt(signum: signal.Signals) -> None:
+        folder = tmp_path / signum.name
+        folder.mkdir()
+        with FakeServer() as server:
+            job = Job(folder, server)
+            job.options["plugin"] = job.plugin("two_steps", TWO_STEPS)
+            job.input(documents(20))
+            server.behave(lambda payload, n: Hang() if prompt_of(payload).startswith("refine") else None)
+            running = job.start(max_concurrent_generations=50)
+            wait_until(lambda: len(server.requests) == 40)
+            running.send(signum)
+            finished = running.finish(timeout=20)
+            assert finished.rc == codes[signum], finished
+            assert finished.says("interrupted"), finished
+            assert not job.output.data()
+
+            server.release()
+            server.forget()
+            output = job.succeed()
+            assert len(output.rows()) == 20
+            assert len(server.requests) == 20
+            assert {prompt.split()[0] for prompt in server.prompts} == {"refine"}
+            stats = output.stats()
+            assert (stats["documents"], stats["cache_hits"]) == (20, 20)
+            assert job.verify().rc == 0
+
+    with ThreadPoolExecutor(len(codes)) as pool:
+        list(pool.map(interrupt, codes))
+
+
+def test_answers_that_come_after_the_signal_are_kept(job: Job, server: FakeServer) -> None:
+    job.input(documents(50))
+    server.behave(lambda payload, n: Hang())
+
+    running = job.start(max_concurrent_generations=10)
+    wait_until(lambda: len(server.requests) == 10)
+    running.send(signal.SIGTERM)
+    server.release()
+    finished = running.finish()
+    assert finished.rc == 143
+    bought = {request.prompt for request in server.answered}
+
+    server.forget()
+    output = job.succeed()
+    assert len(output.rows()) == 50
+    assert not bought & set(server.prompts)
+
+
+def test_a_signal_before_the_first_answer_is_clean(job: Job, server: FakeServer) -> None:
+    job.input(documents(5))
+    server.stop()
+    server.behave(lambda payload, n: Status(503, {"Retry-After": "3600"}))
+    server.start()
+
+    running = job.start()
+    wait_until(lambda: server.requests)
+    running.send(signal.SIGTERM)
+
+    assert running.finish(timeout=20).rc == 143
+
+
+# ── Reruns ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_rerun_of_a_finished_run_sends_nothing_and_changes_no_byte(job: Job, server: FakeServer) -> None:
+    job.input(documents(10))
+    output = job.succeed(records_per_chunk=3)
+    before = output.files()
+    touched = {path: path.stat().st_mtime_ns for path in (output.path / "data").iterdir()}
+    stats = output.stats()
+    server.forget()
+
+    job.succeed(records_per_chunk=3)
+
+    assert not server.requests
+    assert output.files() == before
+    assert {path: path.stat().st_mtime_ns for path in (output.path / "data").iterdir()} == touched
+    counted = ("documents", "rows", "requests", "prompt_tokens", "completion_tokens", "cache_hits")
+    assert {name: output.stats()[name] for name in counted} == {name: stats[name] for name in counted}
+
+
+def test_concurrency_and_address_may_change(job: Job, server: FakeServer, servers: Callable[[], FakeServer]) -> None:
+    job.input(documents(40))
+    server.behave(lambda payload, n: Hang() if int(prompt_of(payload).split()[1]) >= 20 else None)
+    running = job.start(records_per_chunk=50, max_concurrent_generations=40)
+    wait_until(lambda: len(server.requests) == 40 and len(job.output.durable()) == 20)
+    running.send(signal.SIGTERM)
+    server.stop()
+    assert running.finish().rc == 143
+    bought = {request.prompt for request in server.answered}
+    assert len(bought) == 20
+
+    other = servers()
+    output = job.succeed(
+        base_url=other.url, records_per_chunk=50, max_concurrent_generations=9, max_retries=1, request_timeout=30
+    )
+
+    assert output.ids() == [row["id"] for row in documents(40)]
+    assert not bought & set(other.prompts)
+    assert output.data() == job.succeed(records_per_chunk=50, output="undisturbed", base_url=other.url).data()
+
+
+def test_a_rerun_that_would_mix_runs_is_refused_with_each_difference(job: Job, server: FakeServer) -> None:
+    server.models = ["small-model", "large-model"]
+    job.input(documents(10))
+    job.options |= {"plugin": "prompt", "prompt_template": "Echo [[DOCUMENT]]", "model": "small-model"}
+    job.options |= {"temperature": 0.5, "records_per_chunk": 4}
+    before = job.succeed().files()
+    server.forget()
+
+    changes = {"model": "large-model", "temperature": 0.7, "prompt_template": "Say [[DOCUMENT]]"}
+    other = job.input(documents(11), "other.parquet")
+    finished = job(**changes, records_per_chunk=5, rollouts_per_document=2, input=other)
+
+    assert finished.rc == 1
+    words = ["model", "temperature", "template", "records-per-chunk", "rollouts-per-document", "input", "--fresh"]
+    said = finished.message.replace("_", "-")
+    assert [word for word in words if word not in said] == [], finished
+    assert finished.says("large-model", "small-model", "0.5", "0.7")
+    assert job.output.files() == before
+    assert not server.requests
+
+
+def test_an_edited_input_is_refused(job: Job, server: FakeServer) -> None:
+    job.input(documents(10), "input.jsonl")
+    before = job.succeed(records_per_chunk=4).files()
+    job.input([{**row, "text": f"edited {row['text']}"} for row in documents(10)], "input.jsonl")
+    server.forget()
+
+    finished = job(records_per_chunk=4)
+
+    assert finished.rc == 1
+    assert finished.says("input", "--fresh")
+    assert job.output.files() == before
+    assert not server.requests
+
+
+def test_an_edited_rollout_is_refused(job: Job, server: FakeServer) -> None:
+    job.input(documents(3))
+    job.succeed()
+    rollout = job.options["plugin"]
+    rollout.write_text(rollout.read_text().replace("document.text)", "document.text + '!')"))
+    server.forget()
+
+    finished = job()
+
+    assert finished.rc == 1
+    assert finished.says("plugin", "--fresh")
+    assert not server.requests
+
+
+def test_another_world_size_is_refused(job: Job) -> None:
+    job.input(documents(10))
+    job.succeed(records_per_chunk=2)
+
+    finished = job(records_per_chunk=2, rank=0, world_size=2)
+
+    assert finished.rc == 1
+    assert finished.says("world", "--fresh")
+
+
+def test_fresh_starts_over(job: Job, server: FakeServer) -> None:
+    job.input(documents(10))
+    job.succeed(records_per_chunk=2, temperature=0)
+    server.forget()
+
+    output = job.succeed(records_per_chunk=4, temperature=1, fresh=True)
+
+    assert len(server.requests) == 10
+    assert sorted(output.data()) == [f"data/00000_{chunk:05}.parquet" for chunk in range(3)]
+    assert output.ids() == [row["id"] for row in documents(10)]
+    assert output.stats()["requests"] == 10
+    assert job.verify().rc == 0
+
+
+def test_output_without_its_state_is_refused(job: Job, server: FakeServer) -> None:
+    job.input(documents(4))
+    job.succeed(state_dir="state")
+    server.forget()
+
+    finished = job(state_dir="elsewhere")
+
+    assert finished.rc == 1
+    assert finished.says("output", "--fresh")
+    assert not server.requests
+
+
+def test_more_documents_complete_the_partial_chunk(job: Job, server: FakeServer) -> None:
+    job.input(documents(20))
+    job.succeed(records_per_chunk=4, max_documents=6)
+    first = job.output.data()
+    assert len(job.output.rows()) == 6
+    assert job.verify().rc == 0
+    server.forget()
+
+    job.succeed(records_per_chunk=4, max_documents=11)
+    assert sorted(server.prompts) == sorted(row["text"] for row in documents(11)[6:])
+    grown = job.succeed(records_per_chunk=4, max_documents=None)
+
+    assert len(server.requests) == 14
+    assert grown.data() == job.succeed(records_per_chunk=4, output="at-once").data()
+    assert grown.data()["data/00000_00000.parquet"] == first["data/00000_00000.parquet"]
+    assert grown.stats()["documents"] == 20
+    assert job.verify().rc == 0
+
+
+def test_state_may_lie_elsewhere(job: Job, server: FakeServer) -> None:
+    job.input(documents(4))
+    job.succeed(state_dir="state")
+    server.forget()
+
+    job.succeed(state_dir="state")
+
+    assert not server.requests
+    assert not job.output.state.exists()
+    assert (job.folder / "state" / "run.json").exists()
+    assert job.sdg("verify", "--output", "output", "--state-dir", "state").rc == 0
+
+
+# ── Ranks, stragglers, locks ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_ranks_share_the_input_without_gap_or_overlap(job: Job, server: FakeServer) -> None:
+    job.input(documents(50))
+    job.options |= {"records_per_chunk": 4, "world_size": 3, "max_documents": 45}
+
+    ranks = [job.start(rank=rank) for rank in range(3)]
+    assert [rank.finish().rc for rank in ranks] == [0, 0, 0]
+
+    assert sorted(job.output.data()) == sorted(f"data/{chunk % 3:05}_{chunk:05}.parquet" for chunk in range(12))
+    assert sorted(job.output.ids()) == [row["id"] for row in documents(45)]
+    assert Counter(server.prompts) == {row["text"]: 1 for row in documents(45)}
+    assert job.output.stats()["documents"] == 45
+    assert job.verify().rc == 0
+
+
+def test_slurm_gives_rank_and_world_size(job: Job, server: FakeServer) -> None:
+    job.input(documents(12))
+    array = {"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_COUNT": "2"}
+    array |= {"SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "2"}
+
+    assert job(env=array, records_per_chunk=3).rc == 0
+
+    assert sorted(job.output.data()) == ["data/00001_00001.parquet", "data/00001_00003.parquet"]
+
+
+def test_verify_misses_a_rank_that_has_not_run(job: Job) -> None:
+    job.input(documents(20))
+    assert job(records_per_chunk=4, rank=0, world_size=2).rc == 0
+
+    assert job.verify().rc == 1
+
+
+def test_a_second_process_of_the_same_rank_is_refused(job: Job, server: FakeServer) -> None:
+    job.input(documents(5))
+    server.behave(lambda payload, n: Hang())
+    first = job.start()
+    wait_until(lambda: len(server.requests) == 5)
+
+    second = job()
+    server.release()
+
+    assert second.rc == 1
+    assert second.says(".sdg")
+    assert first.finish().rc == 0
+    assert len(server.requests) == 5
+    assert job.output.ids() == [row["id"] for row in documents(5)]
+
+
+def test_the_lock_of_a_killed_process_does_not_hold(job: Job, server: FakeServer) -> None:
+    job.input(documents(5))
+    server.behave(lambda payload, n: Hang())
+    first = job.start()
+    wait_until(lambda: len(server.requests) == 5)
+    os.kill(first.process.pid, signal.SIGKILL)
+    first.finish()
+    server.release()
+
+    assert len(job.succeed().rows()) == 5
+
+
+def test_a_straggler_does_not_hold_up_later_chunks(job: Job, server: FakeServer) -> None:
+    job.input(documents(40))
+    server.behave(lambda payload, n: Hang() if prompt_of(payload) == "document 0" else None)
+
+    running = job.start(records_per_chunk=2, max_concurrent_generations=3)
+    wait_until(lambda: len(server.answered) == 39)
+    wait_until(lambda: len(list(job.output.path.glob("data/0*.parquet"))) == 19)
+    server.release()
+
+    assert running.finish().rc == 0
+    assert job.output.ids() == [row["id"] for row in documents(40)]
+
+
+def test_run_that_got_nowhere_does_not_stand_in_the_way_of_a_corrected_one(job: Job, server: FakeServer) -> None:
+    job.documents("a", "b")
+    server.stop()
+    job.sdg("--base-url", server.url, "--input", job.options["input"], "--output", "output", "--model", "typo")
+    server.start()
+
+    job.succeed(model=None, max_tokens=7)
+    refused = job(max_tokens=8)
+
+    assert job.output.ids() == ["a", "b"]
+    assert refused.rc == 1
+    assert refused.says("max_tokens: 7 → 8")
+
+
+def test_run_whose_documents_got_no_answer_may_begin_anew_with_other_options(job: Job, server: FakeServer) -> None:
+    job.documents("a", "b")
+    server.behave(lambda payload, n: Hang())
+    first = job.start(max_tokens=7)
+    wait_until(lambda: len(server.requests) == 2)
+    first.send(signal.SIGKILL)
+    first.finish(bugs=True)
+    server.behave(lambda payload, n: None)
+
+    assert job.succeed(max_tokens=8).ids() == ["a", "b"]

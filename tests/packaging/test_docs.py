@@ -1,0 +1,254 @@
+"""The README's generated parts are up to date, and its snippets work.
+
+`python tests/packaging/test_docs.py` writes the generated parts anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow.orc
+import pytest
+
+if TYPE_CHECKING:
+    from running import Job
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import sdg
+from sdg_plugins.common.options import build_parser
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def hooks() -> str:
+    """A list of the hooks with their docstrings."""
+    items = []
+    for name, hook in vars(sdg.Hooks).items():
+        if not name.startswith("_"):
+            parameters = ", ".join(list(inspect.signature(hook).parameters)[1:])
+            items.append(f"- **`{name}({parameters})`**: {' '.join((inspect.getdoc(hook) or '').split())}")
+    return "\n".join(items)
+
+
+def plugins() -> str:
+    """A table of what the bundled plugins register."""
+    loaded, _ = sdg.Plugins.load([])
+    rows = [
+        f"| {kind[:-1]} | `{name}` | {entry.help} |"
+        for kind in sdg.Plugins.kinds
+        for name, entry in sorted(getattr(loaded, kind).items())
+        if entry.plugin.partition(".")[0] in {"sdg", "sdg_plugins"}
+    ]
+    return "\n".join(["| kind | name | what it does |", "|---|---|---|", *rows])
+
+
+def options() -> str:
+    """A table of all options, those of the bundled plugins included."""
+    loaded, _ = sdg.Plugins.load([])
+    parser, _ = build_parser(loaded)
+    rows = []
+    for group in parser._action_groups[2:]:
+        for action in group._group_actions:
+            default = "" if action.default is None or action.default is False else f"`{action.default}`"
+            name = f"{action.option_strings[0]} {action.metavar or ''}".strip()
+            text = (action.help or "").replace("|", "\\|")
+            rows.append(f"| {group.title} | `{name}` | {default} | {text} |")
+    return "\n".join(["| group | option | default | meaning |", "|---|---|---|---|", *rows])
+
+
+def protocols() -> str:
+    """A list of what plugins register and what that makes, with the members' docstrings."""
+    items = []
+    for name in PROTOCOLS:
+        protocol = getattr(sdg, name)
+        items.append(f"- **`{name}`**: {' '.join((inspect.getdoc(protocol) or '').split())}")
+        for member, thing in vars(protocol).items():
+            if member.startswith("_") and member != "__call__":
+                continue
+            text = " ".join((inspect.getdoc(thing) or "").partition("\n\nArgs:")[0].split())
+            items.append(f"  - `{signature(member, thing)}`: {text}")
+    return "\n".join(items)
+
+
+PROTOCOLS = (
+    *("Rollout", "Generate", "OpenReader", "Reader", "OpenWriter", "Writer", "OpenServer", "OpenResource", "Command"),
+)
+
+
+def signature(name: str, member: object) -> str:
+    """How a member of a protocol is used: `seek(row, bookmark)`."""
+    if not inspect.isfunction(member):
+        return name
+    parameters = list(inspect.signature(member).parameters.values())[1:]
+    words = [f"{'**' if p.kind is p.VAR_KEYWORD else ''}{p.name}" for p in parameters if p.name != "args"]
+    return f"{'' if name == '__call__' else name}({', '.join(words)})"
+
+
+PARTS = {"hooks": hooks, "protocols": protocols, "plugins": plugins, "options": options}
+
+
+def generated(text: str) -> str:
+    """The README with its generated parts made anew."""
+    for name, make in PARTS.items():
+        pattern = re.compile(rf"(<!-- {name}: .*? -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
+        text, found = pattern.subn(lambda match, make=make: f"{match[1]}{make()}\n{match[2]}", text)
+        assert found == 1, name
+    return text
+
+
+def test_generated_parts_are_up_to_date() -> None:
+    assert generated(README.read_text()) == README.read_text(), "run: python tests/packaging/test_docs.py"
+
+
+def test_every_hook_is_documented() -> None:
+    for name, hook in vars(sdg.Hooks).items():
+        if not name.startswith("_"):
+            assert len((inspect.getdoc(hook) or "").split()) > 8, name
+
+
+def test_every_registered_name_has_one_line_of_help() -> None:
+    loaded, _ = sdg.Plugins.load([])
+    for kind in sdg.Plugins.kinds:
+        for name, entry in getattr(loaded, kind).items():
+            assert entry.help.endswith((".", "?")), (kind, name)
+
+
+def test_every_public_function_and_class_is_documented() -> None:
+    for name, thing in vars(sdg).items():
+        own = getattr(thing, "__module__", None) == "sdg" and not name.startswith("_")
+        if own and (inspect.isfunction(thing) or inspect.isclass(thing)) and not issubclass_of_error(thing):
+            assert inspect.getdoc(thing), name
+
+
+def issubclass_of_error(thing: object) -> bool:
+    """Errors are documented as a tree, in their base."""
+    return inspect.isclass(thing) and issubclass(thing, sdg.Error)
+
+
+def test_the_options_of_every_command_in_the_readme_exist() -> None:
+    loaded, _ = sdg.Plugins.load([])
+    parser, _ = build_parser(loaded)
+    known = set(parser.flags) | {"--output"}
+    joined = README.read_text().replace("\\\n", " ")
+    commands = [line for line in joined.splitlines() if re.search(r"(python|sdg) ?(sdg)?\.py ", line) and "--" in line]
+    assert len(commands) >= 5
+    for line in commands:
+        words = shlex.split(line.partition("#")[0].replace("`", " "), posix=False)
+        unknown = [word for word in words if word.startswith("--") and word not in known]
+        assert not [word for word in unknown if word not in {"--check", "--fleet"}], line
+
+
+@pytest.fixture
+def plugin_files(job: Job) -> dict[str, str]:
+    """The files of the README, in the job's folder: each block of code begins with its name."""
+    files = {}
+    for language in ("python", "toml"):
+        for code in snippets(language):
+            if name := re.match(r"# ([\w.]+)\n", code):
+                files[name[1]] = code
+                (job.folder / name[1]).write_text(code)
+    return files
+
+
+def test_the_readmes_rollout_runs(job: Job, plugin_files: dict[str, str]) -> None:
+    job.documents("one", "two")
+    output = job.succeed(plugin="./headline.py")
+    assert len(output.rows()) == 2
+    assert all("Write a headline" in prompt for prompt in job.server.prompts)
+
+
+def test_the_readmes_options_and_resource_run(job: Job, plugin_files: dict[str, str]) -> None:
+    (job.folder / "terms.json").write_text('{"dog": "Hund", "cat": "Katze"}')
+    job.server.behave(lambda payload, n: "Der Hund bellt.")
+    job.documents("the dog barks", "the cat sleeps")
+    output = job.succeed(plugin="glossary.py", glossary="terms.json")
+    assert [(row["id"], row["rollout_results"][0]["terms"]) for row in output.rows()] == [("the dog barks", 1)]
+
+
+def test_the_readmes_reader_writer_server_and_observer_run(job: Job, plugin_files: dict[str, str]) -> None:
+    make_texts(job.folder / "texts.db")
+    (job.folder / "urls.txt").write_text(job.server.url + "\n")
+    names = ["sqlite_rows.py", "orc_files.py", "fleet.py", job.options["plugin"]]
+    options = {"input": "sqlite://texts.db", "server": "fleet", "fleet": "urls.txt", "base_url": None}
+    finished = job(plugin=names, output_filename="${rank}_${chunk_index}.orc", **options)
+    assert finished.rc == 0, finished
+    table = pyarrow.orc.read_table(job.folder / "output" / "data" / "00000_00000.orc")
+    assert table.column("text").to_pylist() == ["one", "two", "three"]
+    assert "data/00000_00000.orc: 3 rows" in finished.stderr
+    assert json.loads((job.folder / "facts.json").read_text())["requests"] == 3
+
+
+def test_the_readmes_tests_pass(job: Job, plugin_files: dict[str, str]) -> None:
+    make_texts(job.folder / "texts.db")
+    path = os.pathsep.join([str(README.parent / ".packages"), str(job.folder)])
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_plugins.py"]
+    env = job.sdg.environment(PYTHONPATH=path)
+    done = subprocess.run(command, cwd=job.folder, env=env, capture_output=True, text=True, check=False)
+    assert "3 passed" in done.stdout, done.stdout
+
+
+def test_the_readmes_configs_run(job: Job, plugin_files: dict[str, str]) -> None:
+    job.input([{"text": "one"}, {"text": "two"}], "docs.jsonl")
+    finished = job.sdg("--config", "prompts.toml", "--base-url", job.server.url)
+    assert finished.rc == 0, finished
+    assert len(job.server.requests) == 2 + 4
+    assert job.sdg("verify", "--output", "./lessons", "--output-config", "math").rc == 0
+
+
+def test_the_readmes_preview_runs(job: Job, plugin_files: dict[str, str]) -> None:
+    job.input([{"text": "one"}], "docs.jsonl")
+    shown = job.sdg("--plugin", "./headline.py", "--input", "docs.jsonl", "--base-url", job.server.url, "--preview", 3)
+    assert shown.rc == 0, shown
+    assert "Write a headline for this text" in shown.stdout
+
+
+def make_texts(path: Path) -> None:
+    """The database of the README's reader, made as it is told there."""
+    (code,) = re.findall(r"^python -c '(.*?)'$", README.read_text(), re.DOTALL | re.MULTILINE)
+    subprocess.run([sys.executable, "-c", code], cwd=path.parent, check=True)
+    assert path.exists()
+
+
+def test_the_readmes_first_plugin_has_ten_lines_at_most(plugin_files: dict[str, str]) -> None:
+    assert len([line for line in plugin_files["headline.py"].splitlines() if line.strip()]) <= 10
+
+
+def test_the_readmes_plugin_for_json_runs(job: Job, plugin_files: dict[str, str]) -> None:
+    job.server.behave(lambda payload, n: '{"people": ["Ada"], "places": []}')
+    job.documents("one")
+    (result,) = job.succeed(plugin="./names.py").rows()[0]["rollout_results"]
+    assert (result["people"], result["places"]) == (["Ada"], [])
+
+
+def test_every_resource_is_in_the_readme() -> None:
+    loaded, _ = sdg.Plugins.load([])
+    rows = README.read_text().partition("### Options and resources")[2].partition("###")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", rows, re.MULTILINE)) >= {*loaded.resources} - {"prompt_of"}
+
+
+def snippets(language: str) -> list[str]:
+    """The README's code in one language."""
+    return re.findall(rf"```{language}\n(.*?)```", README.read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("command", ["run", "verify", "card", "check", "monitor", "plugins", "status"])
+def test_every_command_has_help(run_sdg, command: str) -> None:  # type: ignore[no-untyped-def]
+    finished = run_sdg(command, "--help")
+    assert finished.rc == 0
+    assert "usage" in finished.stdout
+
+
+if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    README.write_text(generated(README.read_text()))

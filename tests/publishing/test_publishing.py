@@ -1,0 +1,804 @@
+"""Publishing to the Hub: the real client against a Hub on loopback, with all that goes wrong between them."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fake_hub import FakeHub, Rights
+from fake_server import Delay, Status
+from hypothesis import given, strategies as st
+from running import Finished, Job, Output, documents, wait_until
+
+import sdg
+from sdg_plugins.common.files import output_place
+from sdg_plugins.common.options import FILENAME
+from sdg_plugins.publishing import hub as hub_plugin, publisher as publisher_plugin, spool as spool_plugin
+from sdg_plugins.publishing.ledger import Ledger
+from sdg_plugins.publishing.spool import Spool
+
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+REPO = "alice/out"
+URI = f"hf://datasets/{REPO}"
+TOKEN = "hf_write_aaaabbbbccccdddd"
+
+
+@pytest.fixture
+def hub(hub: FakeHub) -> FakeHub:
+    hub.tokens = {TOKEN: Rights("alice"), "hf_read": Rights("alice", write=False), "hf_bob": Rights("bob")}
+    return hub
+
+
+class HubJob(Job):
+    """A run that publishes to the Hub; `publish_interval` is short."""
+
+    def __init__(self, folder: Path, server: Any, hub: FakeHub) -> None:
+        super().__init__(folder, server)
+        self.hub = hub
+        self.options |= {"output": URI, "publish_interval": 0.5, "records_per_chunk": 5}
+        self.env = hub.environment(folder, TOKEN)
+
+    def command(self, name: str, *arguments: str, env: dict[str, str] | None = None) -> Finished:
+        """Another command on the run."""
+        return self.sdg(name, "--output", URI, *arguments, **{**self.env, **(env or {})})
+
+    @property
+    def state(self) -> Path:
+        return self.folder / ".sdg" / "datasets-alice-out"
+
+    @property
+    def spool(self) -> dict[str, bytes]:
+        """What the run has written, by name."""
+        files = (self.state / "spool").rglob("[!.]*.*")
+        return {str(path.relative_to(self.state / "spool")): path.read_bytes() for path in files if path.is_file()}
+
+    @property
+    def there(self) -> dict[str, bytes]:
+        """What is on the Hub, by name, aside from what is not data."""
+        files = self.hub.files(REPO) if REPO in self.hub.repos else {}
+        return {name: content for name, content in files.items() if name not in {".gitattributes", "README.md"}}
+
+    @property
+    def card(self) -> str:
+        return self.hub.files(REPO)["README.md"].decode()
+
+    @property
+    def finished(self) -> bool:
+        """Whether everything is generated."""
+        figures = self.state / "00000.stats.json"
+        return figures.exists() and json.loads(figures.read_text())["rank"]["status"] == "finished"
+
+    def all_is_there(self) -> bool:
+        assert self.there == self.spool
+        return True
+
+
+@pytest.fixture
+def job(tmp_path: Path, server: Any, hub: FakeHub) -> Iterator[HubJob]:
+    job = HubJob(tmp_path, server, hub)
+    job.input(documents(23))
+    yield job
+    job.sdg.close()
+
+
+def ids(files: dict[str, bytes]) -> list[str]:
+    """The documents of all data files, in the order of the files' names."""
+    tables = [pq.read_table(io.BytesIO(files[name])) for name in sorted(files) if name.endswith(".parquet")]
+    return [row["id"] for table in tables for row in table.to_pylist()]
+
+
+def changes(hub: FakeHub) -> Counter[str]:
+    """How often each file was added or changed in the history of the repository."""
+    counted: Counter[str] = Counter()
+    before: dict[str, Any] = {}
+    for commit in hub.commits(REPO):
+        counted.update(
+            path for path, blob in commit.files.items() if path not in before or before[path].oid != blob.oid
+        )
+        before = commit.files
+    return counted
+
+
+# ── Runs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_chunks_failures_and_the_card_are_published_and_datasets_reads_them(job: HubJob) -> None:
+    job.server.behave(lambda payload, n: Status(400) if "document 7" in str(payload) else None)
+    finished = job(max_failure_rate=1)
+    assert finished.rc == 0, finished
+    assert finished.stdout.splitlines()[-1] == f"published {job.hub.url}/datasets/{REPO}"
+    assert job.all_is_there()
+    assert sorted(job.there) == [f"data/00000_{i:05}.parquet" for i in range(5)] + ["failed/00000_00001.jsonl"]
+    assert job.hub.repos[REPO].private
+    script = f"""
+        import datasets
+        for rows in (datasets.load_dataset({REPO!r}, split="train"), datasets.load_dataset({REPO!r}, "data")["train"]):
+            print(*sorted(rows["id"]))
+    """
+    environment = {**os.environ, **job.env, "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
+    answer = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], env=environment, capture_output=True)
+    expected = " ".join(f"d{i:04}" for i in range(23) if i != 7)
+    assert answer.stdout.decode().splitlines() == [expected, expected], answer.stderr.decode()
+
+
+def test_a_rerun_of_a_finished_run_commits_nothing(job: HubJob) -> None:
+    assert job().rc == 0
+    commits = len(job.hub.commits(REPO))
+    assert job().rc == 0
+    assert job.command("card").rc == 0
+    (job.state / "published.sqlite3").unlink()  # it only remembers
+    assert job().rc == 0
+    assert len(job.hub.commits(REPO)) == commits
+
+
+def test_the_token_stands_nowhere(job: HubJob) -> None:
+    finished = job()
+    written = [path.read_bytes() for path in job.folder.rglob("*") if path.is_file()]
+    said = [finished.stdout.encode(), finished.stderr.encode(), *job.hub.files(REPO).values(), *written]
+    assert not any(TOKEN.encode() in text for text in said)
+
+
+def test_data_and_progress_are_there_while_the_run_goes_on(job: HubJob) -> None:
+    job.input(documents(60))
+    job.server.behave(lambda payload, n: Delay(0.3))
+    started = job.start(max_concurrent_generations=2)
+    wait_until(lambda: len(job.there) >= 2)
+    assert started.running
+    assert "This dataset is being generated" in job.card
+    assert "of 60" in job.card
+    finished = started.finish()
+    assert finished.rc == 0
+    assert "being generated" not in job.card
+    assert job.all_is_there()
+    assert all(times == 1 for path, times in changes(job.hub).items() if path.startswith("data/"))
+
+
+def test_a_public_repository_is_made_only_if_asked_for(job: HubJob) -> None:
+    assert job(output_public=True).rc == 0
+    assert not job.hub.repos[REPO].private
+
+
+def test_a_repository_that_is_there_keeps_its_other_files_and_its_visibility(job: HubJob) -> None:
+    job.hub.create(REPO)
+    theirs = {"data/notes.txt": b"mine", "train.parquet": b"?", "other/00000_00000.parquet": b"?"}
+    job.hub.push(REPO, {**theirs, "README.md": b"---\nlicense: mit\n---\n# My own words\n"})
+    assert job().rc == 0
+    assert job.there == {**job.spool, **theirs}
+    assert not job.hub.repos[REPO].private
+    assert "# My own words" in job.card
+    assert "license: mit" in job.card
+
+
+def test_rows_of_others_are_not_mixed_with(job: HubJob) -> None:
+    job.hub.create(REPO)
+    job.hub.push(REPO, {"data/train-0.parquet": b"?"})
+    for more in ({}, {"fresh": True}):
+        finished = job(**more)
+        assert finished.rc == 1
+        assert finished.says("data/train-0.parquet", "--output-config")
+        assert not job.server.requests
+    assert job(output_config="mine").rc == 0
+
+
+def test_a_run_that_fails_at_once_leaves_no_repository(job: HubJob) -> None:
+    finished = job(prompt_column="nope")
+    assert finished.rc == 1
+    assert REPO not in job.hub.repos
+
+
+def test_outputs_in_a_sub_folder(job: HubJob) -> None:
+    assert job(output=f"{URI}/some/folder").rc == 0
+    assert sorted(job.there) == [f"some/folder/data/00000_{i:05}.parquet" for i in range(5)]
+    assert "path: some/folder/data/**/*.parquet" in job.card
+
+
+def test_two_configs_share_the_card(job: HubJob) -> None:
+    assert job().rc == 0
+    assert job(output_config="other").rc == 0
+    assert sum(name.startswith("other/") for name in job.there) == 5
+    assert job.card.count("config_name: all") == 1
+    assert ids(job.there) == [f"d{i:04}" for i in range(23)] * 2
+
+
+def test_ranks_do_not_touch_the_hub(job: HubJob) -> None:
+    finished = [job(rank=rank, world_size=2) for rank in (0, 1)]
+    assert not job.hub.requests
+    assert all("sdg.py monitor --output" in one.stderr for one in finished)
+    assert job.command("monitor", "--interval", "0.2").rc == 0
+    assert job.all_is_there()
+    assert len(job.there) == 5
+
+
+def test_more_documents_replace_the_chunk_that_was_not_full(job: HubJob) -> None:
+    assert job(max_documents=7).rc == 0
+    assert ids(job.there) == [f"d{i:04}" for i in range(7)]
+    assert job(max_documents=12).rc == 0
+    assert job.all_is_there()
+    assert ids(job.there) == [f"d{i:04}" for i in range(12)]
+
+
+def test_failures_that_were_retried_are_gone(job: HubJob) -> None:
+    job.server.behave(lambda payload, n: Status(400) if "document 7" in str(payload) else None)
+    assert job(max_failure_rate=1).rc == 0
+    job.server.behave(lambda payload, n: None)
+    assert job(retry_failed=True).rc == 0
+    assert not any(name.startswith("failed/") for name in job.there)
+    assert job.all_is_there()
+    assert ids(job.there) == [f"d{i:04}" for i in range(23)]
+
+
+def test_a_chunk_that_was_deleted_on_the_hub_is_published_again(job: HubJob) -> None:
+    assert job().rc == 0
+    job.hub.push(REPO, {"data/00000_00002.parquet": None})
+    assert job().rc == 0
+    assert job.all_is_there()
+
+
+def test_verify_looks_at_the_hub_too(job: HubJob) -> None:
+    assert job().rc == 0
+    assert job.command("verify").rc == 0
+    job.hub.push(REPO, {"data/00000_00002.parquet": None, "data/00000_00003.parquet": b"?"})
+    job.hub.push(REPO, {"data/00000_00099.parquet": b"?", "data/notes.txt": b"mine"})
+    finished = job.command("verify")
+    assert finished.rc == 1
+    assert [line.split()[2] for line in finished.lines] == [f"data/00000_000{i}.parquet" for i in ("02", "03", "99")]
+    assert "somebody else" in finished.lines[1]
+
+
+def test_fresh_deletes_what_the_earlier_run_has_published_and_nothing_else(job: HubJob) -> None:
+    assert job().rc == 0
+    job.hub.push(REPO, {"data/notes.txt": b"mine"})
+    assert job(fresh=True, max_documents=8).rc == 0
+    assert job.there == {**job.spool, "data/notes.txt": b"mine"}
+    assert len(job.spool) == 2
+
+
+def test_output_of_an_unknown_run_is_refused_and_deleted_with_fresh(job: HubJob) -> None:
+    assert job().rc == 0
+    for path in sorted(job.state.rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    refused = job(max_documents=8)
+    assert refused.rc == 1
+    assert refused.says("data/00000_00000.parquet", "no state of its run", "--fresh")
+    assert job(fresh=True, max_documents=8).rc == 0
+    assert job.all_is_there()
+    assert len(job.there) == 2
+
+
+def test_an_output_that_is_called_alike_gets_no_state_of_another(job: HubJob) -> None:
+    assert job(output="hf://datasets/alice/a-b").rc == 0
+    refused = job(output="hf://datasets/alice-a/b", no_publish=True)
+    assert refused.rc == 1
+    assert refused.says("hf://datasets/alice/a-b", "--state-dir")
+    assert job(output="hf://datasets/alice-a/b", no_publish=True, fresh=True).rc == 1
+
+
+# ── Merging ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_small_chunks_are_merged_in_order(job: HubJob) -> None:
+    job.input(documents(200))
+    assert job(max_file_size="20kB").rc == 0
+    assert len(job.spool) == 40
+    assert 2 < len(job.there) < 20
+    assert all(len(content) <= 22_000 for content in job.there.values())
+    assert ids(job.there) == [f"d{i:04}" for i in range(200)]
+    commits = len(job.hub.commits(REPO))
+    (job.state / "published.sqlite3").rename(job.folder / "remembered")
+    assert job(max_file_size="20kB").rc in {0, 1}
+    (job.folder / "remembered").replace(job.state / "published.sqlite3")
+    assert job(max_file_size="20kB").rc == 0
+    assert len(job.hub.commits(REPO)) == commits
+    other = job(max_file_size="40kB")
+    assert other.rc == 2
+    assert other.says("--max-file-size", "20000", "--fresh")
+
+
+def test_merged_files_follow_when_the_input_grows(job: HubJob) -> None:
+    job.input(documents(100))
+    assert job(max_file_size="20kB", max_documents=47).rc == 0
+    assert ids(job.there) == [f"d{i:04}" for i in range(47)]
+    assert job(max_file_size="20kB", max_documents=93).rc == 0
+    assert ids(job.there) == [f"d{i:04}" for i in range(93)]
+
+
+def test_what_is_merged_stays_on_the_hub_while_a_run_grows_again(job: HubJob) -> None:
+    job.input(documents(100))
+    assert job(max_file_size="20kB", max_documents=23).rc == 0
+    assert ids(job.there) == [f"d{i:04}" for i in range(23)]
+    job.server.behave(lambda payload, n: Delay(0.5))
+    started = job.start(max_file_size="20kB", max_concurrent_generations=1)
+    wait_until(lambda: len(job.server.requests) > 25)
+    time.sleep(1.5)
+    assert ids(job.there)[:23] == [f"d{i:04}" for i in range(23)]
+    started.close()  # kill -9
+    assert job.command("card").rc == 0
+    assert ids(job.there)[:23] == [f"d{i:04}" for i in range(23)]
+
+
+def test_files_that_are_merged_anew_are_replaced_in_one_commit(bench: Callable[..., Bench], hub: FakeHub) -> None:
+    made = bench(max_file_size=12_000)
+    hub.create(REPO)
+    (made.run.state / "00000.stats.json").write_text(json.dumps({"rank": {"status": "finished"}}))
+    made.write(*range(40))
+    with contextlib.closing(made.publisher()) as publisher:
+        publisher.publish_all()
+        files = len(made.there())
+        made.write(*range(0, 40, 2), text="x" * 3000)
+        publisher._files = 3
+        while publisher.publish():
+            pass
+    assert len(made.there()) > files
+    for commit in hub.commits(REPO)[2:]:
+        there = hub.files(REPO, commit.oid)
+        assert sorted(map(int, ids(there))) == list(range(40)), commit.title
+
+
+def test_a_failed_fresh_run_is_no_leave_to_delete_later(job: HubJob) -> None:
+    job.hub.create(REPO)
+    job.hub.push(REPO, {"data/00000_00777.parquet": b"?"})
+    assert job().rc == 1
+    assert job(fresh=True, prompt_column="nope").rc == 1
+    assert job().rc == 1
+    assert "data/00000_00777.parquet" in job.hub.files(REPO)
+
+
+def test_two_runs_to_one_config_do_not_overwrite_each_other(job: HubJob) -> None:
+    assert job().rc == 0
+    before = dict(job.there)
+    (job.state / "published.sqlite3").unlink()
+    job.hub.push(REPO, {"data/00000_00001.parquet": b"of another run"})
+    finished = job()
+    assert finished.rc == 1
+    assert "data/00000_00001.parquet was written by somebody else" in finished.message
+    assert job.there == {**before, "data/00000_00001.parquet": b"of another run"}
+
+
+def test_a_config_may_be_called_like_a_part_of_a_folder(job: HubJob) -> None:
+    job.server.behave(lambda payload, n: Status(400) if "document 7" in str(payload) else None)
+    assert job(max_failure_rate=1, output_config="20241").rc == 0
+    assert job(max_failure_rate=1).rc == 0
+    assert "failed/20241/00000_00001.jsonl" in job.there
+    assert "failed/00000_00001.jsonl" in job.there
+
+
+def test_a_lost_ledger_costs_nothing_after_failures_were_retried(job: HubJob) -> None:
+    job.server.behave(lambda payload, n: Status(400) if "document 7" in str(payload) else None)
+    assert job(max_failure_rate=1).rc == 0
+    job.server.behave(lambda payload, n: None)
+    assert job(retry_failed=True, no_publish=True).rc == 0
+    (job.state / "published.sqlite3").unlink()
+    (job.state / "published.sqlite3").write_bytes(b"")
+    job.hub.push(REPO, {"data/00000_00001.parquet": None})
+    assert job().rc == 0
+    assert job.all_is_there()
+
+
+def test_a_broken_ledger_is_named(job: HubJob) -> None:
+    assert job().rc == 0
+    (job.state / "published.sqlite3").write_bytes(b"no database at all" * 100)
+    finished = job()
+    assert finished.rc == 1
+    assert finished.says("published.sqlite3", "delete it")
+
+
+def test_a_hub_that_cannot_be_asked_is_no_outage(job: HubJob) -> None:
+    for env, word in (
+        ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE"),
+        ({"HF_ENDPOINT": "huggingface.example"}, "HF_ENDPOINT"),
+    ):
+        finished = job(env=env)
+        assert finished.rc == 1
+        assert finished.says(word)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 60), min_size=1, max_size=60),
+    world=st.integers(1, 3),
+    limit=st.integers(10, 200),
+    finished=st.booleans(),
+)
+def test_merging_keeps_each_chunk_once_and_in_order(
+    sizes: list[int], world: int, limit: int, finished: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("merging")
+    ledger = Ledger(folder / "ledger")
+    options = {"output_filename": FILENAME, "output_config": "data", "world_size": world, "max_file_size": limit}
+    run = make_run(folder, **options)
+    for rank in range(world):
+        record = {"rank": {"status": "finished" if finished else "running"}}
+        (run.state / f"{rank:05}.stats.json").write_text(json.dumps(record))
+    spool = Spool(run, "", ledger)
+    data = {index: run.path_of(sdg.Chunk(index, 0)) for index in range(len(sizes))}
+    marks = {name: f"{sizes[index]} 0" for index, name in data.items()}
+    files = [parts for _, parts in spool._merged(data, marks)]
+    assert files == [parts for _, parts in spool._merged(data, marks)]
+    merged = [name for file in files for name in file]
+    assert len(merged) == len(set(merged))
+    assert all(list(file) == sorted(file) and len({name[:10] for name in file}) == 1 for file in files)
+    by_name = {name: sizes[index] for index, name in data.items()}
+    assert all(len(file) == 1 or sum(by_name[name] for name in file) <= limit for file in files)
+    if finished:
+        assert set(merged) == set(data.values())
+    ledger.close()
+
+
+# ── One publisher, in this process ───────────────────────────────────────────────────────────────────────────────────
+
+
+def make_run(folder: Path, **options: Any) -> sdg.Run:
+    """A run as its state remembers it, with nothing written."""
+    import argparse
+
+    plugins, _ = sdg.Plugins.load([])
+    defaults = {
+        **{name: None for name in ("input", "prompt_template", "system_prompt", "generation", "max_file_size", "seed")},
+        **{name: None for name in ("max_tokens", "temperature", "top_p", "top_k", "max_documents", "base_url")},
+        **{"output": URI, "output_config": "data", "output_filename": FILENAME, "world_size": 1, "rank": 0},
+        **{"writer": "hf", "output_public": False, "fresh": False, "plugin": [], "rollout": "summarize"},
+        **{"results_column": "rollout_results", "rollouts_per_document": 1, "records_per_chunk": 1, "server": "demo"},
+    }
+    namespace = argparse.Namespace(**{**defaults, **options})
+    state = folder / "state"
+    state.mkdir()
+    run = sdg.Run(namespace, plugins, output_place(namespace, state), state, lambda reason: None)
+    record = {
+        "sdg": sdg.__version__,
+        "state_version": sdg.STATE_VERSION,
+        "fingerprint": "f00d",
+        "run": "abc",
+        "identity": {"model": "some-model", "rollout": "summarize", "plugin_version": "1"},
+        "options": vars(namespace),
+        "source": {},
+        "source_schema": base64.b64encode(pa.schema({"id": pa.string()}).serialize().to_pybytes()).decode(),
+    }
+    (state / "run.json").write_text(json.dumps(record))
+    return run
+
+
+class Bench:
+    """A publisher in this process, and the spool that it publishes."""
+
+    def __init__(self, folder: Path, hub: FakeHub, **options: Any) -> None:
+        self.hub, self.run = hub, make_run(folder, **options)
+        self.spool = Path(self.run.output.root)
+
+    def write(self, *indices: int, text: str = "") -> None:
+        """Write chunks."""
+        for index in indices:
+            table = pa.table({"id": [str(index)], "rollout_results": pa.array([[]], pa.list_(pa.string()))})
+            path = self.spool / self.run.path_of(sdg.Chunk(index, 0))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pq.write_table(table.replace_schema_metadata({"chunk": f"{index} {text}"}), path)
+
+    def publisher(self) -> publisher_plugin.Publisher:
+        return publisher_plugin.Publisher(self.run)
+
+    def files(self) -> dict[str, bytes]:
+        return Output(self.spool).files()
+
+    def there(self) -> dict[str, bytes]:
+        return {name: content for name, content in self.hub.files(REPO).items() if name.startswith("data/")}
+
+
+@pytest.fixture
+def bench(tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Bench]:
+    """Makes a `Bench`, with pauses a hundred times shorter."""
+    from huggingface_hub import HfApi
+
+    hub_plugin.connect()  # keeps the client quiet
+    monkeypatch.setattr(hub_plugin, "connect", lambda: HfApi(endpoint=hub.url, token=TOKEN))
+    monkeypatch.setattr(hub_plugin, "has_token", lambda: True)
+    true_pause = hub_plugin.pause_after
+    monkeypatch.setattr(hub_plugin, "pause_after", lambda *a, **k: true_pause(*a, **k) / 100)
+    for variable, value in {"HF_TOKEN": TOKEN, "HF_ENDPOINT": hub.url}.items():
+        monkeypatch.setenv(variable, value)
+    return lambda **options: Bench(tmp_path, hub, **options)
+
+
+def test_a_thousand_chunks_through_faults_land_once_in_few_commits(bench: Callable[..., Bench], hub: FakeHub) -> None:
+    made = bench()
+    made.write(*range(1000))
+    hub.create(REPO)
+    for at, fault in enumerate(
+        (
+            {"status": 500},
+            {"status": 504, "landed": True},
+            {"drop": True, "landed": True},
+            {"drop": True},
+            {"status": 429, "headers": {"Retry-After": "1"}},
+            {"status": 409},
+            {"status": 500, "landed": True},
+            {"status": 502, "text": "<html>bad gateway</html>"},
+            {"drop": True, "landed": True},
+        )
+    ):
+        hub.fail("commit", after=2 * at, **fault)
+    hub.fail("lfs_put", status=500, times=3, after=50)
+    hub.fail("preupload", status=503, times=2)
+    hub.fail("info", status=500, times=3, after=4)
+    hub.fail("tree", drop=True, after=3)
+    rival = iter(range(3))
+    hub.before_commit = lambda repo: next(rival, None) is not None and hub.push(repo, {f"notes{time.time()}.txt": b"x"})
+    with contextlib.closing(made.publisher()) as publisher:
+        publisher.publish_all()
+    assert made.there() == made.files()
+    assert len(made.files()) == 1000
+    ours = [commit for commit in hub.commits(REPO) if any(path.startswith("data/") for path in commit.files)]
+    assert len(ours) <= 40
+    assert hub.counts["commit"] <= 40
+    assert {times for path, times in changes(hub).items() if path.startswith("data/")} == {1}
+
+
+def test_two_publishers_at_once_do_no_harm(bench: Callable[..., Bench], hub: FakeHub) -> None:
+    made = bench()
+    made.write(*range(300))
+    hub.create(REPO)
+    problems: list[BaseException] = []
+
+    def publish() -> None:
+        try:
+            with contextlib.closing(made.publisher()) as publisher:
+                publisher.publish_all()
+        except BaseException as problem:
+            problems.append(problem)
+
+    threads = [threading.Thread(target=publish) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not problems
+    assert made.there() == made.files()
+    assert {times for path, times in changes(hub).items() if path.startswith("data/")} == {1}
+
+
+def test_a_replica_that_lags_behind_costs_nothing(bench: Callable[..., Bench], hub: FakeHub) -> None:
+    made = bench()
+    hub.create(REPO)
+    made.write(*range(250))
+    hub.lag = 0.5
+    with contextlib.closing(made.publisher()) as publisher:
+        publisher.publish_all()
+    assert made.there() == made.files()
+    assert hub.statuses("commit") == [200, 200, 200]
+
+
+def test_an_hour_has_no_more_commits_than_the_hub_takes(
+    bench: Callable[..., Bench], hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher_plugin, "HOUR", 3.0)
+    monkeypatch.setattr(publisher_plugin, "COMMITS", 10)
+    hub.commits_per_hour, hub.hour = 12, 3.0
+    made = bench()
+    hub.create(REPO)
+    with contextlib.closing(made.publisher()) as publisher:
+        for index in range(25):  # as a run writes them
+            made.write(index)
+            publisher.publish_all()
+    assert made.there() == made.files()
+    assert 429 not in hub.statuses("commit")
+
+
+def test_a_backlog_takes_more_files_a_commit_when_commits_get_scarce(bench: Callable[..., Bench], hub: FakeHub) -> None:
+    publisher = bench().publisher()
+    with contextlib.closing(publisher):
+        assert publisher._most(1000) == 100
+        publisher._commits.extend([time.monotonic()] * 96)
+        assert publisher._most(1000) == 250
+        publisher._commits.extend([time.monotonic()] * 4)
+        assert publisher._most(5000) == 1000
+        assert publisher.quota_pause() > 3000
+
+
+def test_a_commit_that_is_too_large_is_halved(bench: Callable[..., Bench], hub: FakeHub) -> None:
+    made = bench()
+    hub.create(REPO)
+    hub.max_operations = 30
+    made.write(*range(60))
+    with contextlib.closing(made.publisher()) as publisher:
+        publisher.publish_all()
+    assert made.there() == made.files()
+
+
+def test_no_folder_gets_too_many_files(
+    bench: Callable[..., Bench], hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spool_plugin, "FOLDER", 10)
+    made = bench()
+    hub.create(REPO)
+    made.write(*range(25))
+    with contextlib.closing(made.publisher()) as publisher:
+        publisher.publish_all()
+        there = made.there()
+        assert "data/00000_00009.parquet" in there
+        assert "data/00001/00000_00010.parquet" in there
+        assert "data/00002/00000_00024.parquet" in there
+        assert len(there) == 25
+        made.write(15, text="anew")
+        publisher.publish_all()
+    assert made.there()["data/00001/00000_00015.parquet"] == made.files()["data/00000_00015.parquet"]
+
+
+def test_more_files_than_the_hub_takes_are_foretold(
+    bench: Callable[..., Bench], hub: FakeHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = bench(records_per_chunk=10)
+    hub.create(REPO)
+    (made.run.state / "00000.stats.json").write_text(json.dumps({"rank": {"status": "running", "expected": 1_000_000}}))
+    with contextlib.closing(made.publisher()) as publisher:
+        publisher.prepare()
+    assert "100,000 files, and" in capsys.readouterr().err
+
+
+# ── Trouble ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_publisher_that_is_killed_at_any_time_publishes_every_file_once(job: HubJob) -> None:
+    job.input(documents(240))
+    assert job(records_per_chunk=1, no_publish=True).rc == 0
+    assert not job.hub.requests
+    job.hub.create(REPO)
+    chance = random.Random(7)
+    for _ in range(10):
+        started = job.sdg.start("card", "--output", URI, **job.env)
+        time.sleep(chance.uniform(0.5, 2.5))
+        started.close()  # kill -9
+    assert job.command("card").rc == 0
+    assert job.all_is_there()
+    assert {times for path, times in changes(job.hub).items() if path.startswith("data/")} == {1}
+    assert len(job.hub.commits(REPO)) <= 40
+    assert not list(job.state.glob("publishing-*"))
+
+
+def test_no_token(job: HubJob) -> None:
+    finished = job(env={"HF_TOKEN": ""})
+    assert finished.rc == 2
+    assert finished.says("no token", "HF_TOKEN")
+
+
+def test_a_token_that_may_only_read(job: HubJob) -> None:
+    finished = job(env={"HF_TOKEN": "hf_read"})
+    assert finished.rc == 1
+    assert finished.says("only read", URI)
+    assert not job.server.requests
+
+
+def test_a_token_that_nobody_knows(job: HubJob) -> None:
+    finished = job(env={"HF_TOKEN": "hf_mistyped_secret"})
+    assert finished.rc == 1
+    assert finished.says("HF_TOKEN", REPO)
+    assert "hf_mistyped_secret" not in finished.stderr
+    assert not job.server.requests
+
+
+def test_a_repository_of_somebody_else(job: HubJob) -> None:
+    job.hub.create(REPO)
+    for private in (False, True):
+        job.hub.repos[REPO].private = private
+        finished = job(env={"HF_TOKEN": "hf_bob"})
+        assert finished.rc == 1
+        assert finished.says(REPO)
+        assert not job.server.requests
+
+
+@pytest.mark.parametrize("uri", ["hf://datasets/alice", "hf://alice/out", "hf://models/alice/out", URI + "@main"])
+def test_an_address_that_is_none(job: HubJob, uri: str) -> None:
+    finished = job(output=uri)
+    assert finished.rc == 2
+    assert finished.says("hf://")
+
+
+def test_a_token_that_is_revoked_in_the_middle_costs_nothing_but_the_delay(job: HubJob) -> None:
+    job.input(documents(40))
+    job.server.behave(lambda payload, n: Delay(0.4))
+    started = job.start(max_concurrent_generations=2)
+    wait_until(lambda: len(job.there) >= 2)
+    rights = job.hub.tokens.pop(TOKEN)
+    finished = started.finish()
+    assert finished.rc == 1
+    assert len(job.spool) == 8
+    assert finished.stderr.count("The run goes on") == 1
+    assert "HF_TOKEN" in finished.message
+    requests = len(job.server.requests)
+    job.hub.tokens[TOKEN] = rights
+    assert job().rc == 0
+    assert len(job.server.requests) == requests
+    assert job.all_is_there()
+
+
+def test_the_hub_is_away_at_the_start_and_comes_back_at_the_end(job: HubJob) -> None:
+    job.hub.stop()
+    started = job.start()
+    wait_until(lambda: len(job.spool) == 5)
+    time.sleep(2)
+    assert started.running
+    job.hub.start()
+    finished = started.finish()
+    assert finished.rc == 0, finished
+    assert job.all_is_there()
+
+
+def test_ctrl_c_while_the_hub_is_away_leaves_everything_for_the_next_run(job: HubJob) -> None:
+    job.hub.stop()
+    started = job.start()
+    wait_until(lambda: len(job.spool) == 5)
+    wait_until(lambda: job.finished)
+    time.sleep(1)
+    started.send(signal.SIGINT)
+    finished = started.finish(timeout=20)
+    assert finished.rc == 130
+    job.hub.start()
+    requests = len(job.server.requests)
+    assert job().rc == 0
+    assert len(job.server.requests) == requests
+    assert job.all_is_there()
+
+
+@pytest.mark.parametrize("hanging", ["commit", "lfs_put"])
+def test_ctrl_c_does_not_wait_for_an_upload_that_hangs(job: HubJob, hanging: str) -> None:
+    fault = job.hub.fail(hanging, delay=300.0, status=500, times=100)
+    started = job.start()
+    wait_until(lambda: fault.times < 100 and job.finished)
+    started.send(signal.SIGINT)
+    began = time.monotonic()
+    finished = started.finish()
+    assert finished.rc == 130
+    assert "not published yet" in finished.stderr
+    assert time.monotonic() - began < sdg.LAST_RESORT  # else it did not end by itself
+    fault.times = 0
+    assert job().rc == 0
+    assert job.all_is_there()
+
+
+def test_a_storage_quota_that_is_used_up_is_said(job: HubJob) -> None:
+    job.hub.quota_bytes = 10
+    finished = job()
+    assert finished.rc == 1
+    assert "refuses" in finished.message
+    assert len(job.spool) == 5
+    job.hub.quota_bytes = None
+    assert job().rc == 0
+    assert job.all_is_there()
+
+
+def test_a_card_with_broken_front_matter_is_kept_and_everything_else_published(job: HubJob) -> None:
+    job.hub.create(REPO)
+    broken = b"---\nlicense: [mit\n---\nmine\n"
+    job.hub.push(REPO, {"README.md": broken})
+    finished = job()
+    assert finished.rc == 1
+    assert finished.stderr.count("front matter is no YAML") == 1
+    assert "not the card" in finished.message
+    assert job.all_is_there()
+    assert job.hub.files(REPO)["README.md"] == broken
+    job.hub.push(REPO, {"README.md": b"---\nlicense: mit\n---\nmine\n"})
+    assert job().rc == 0
+    assert "mine" in job.card
+    assert "config_name: data" in job.card
+
+
+def test_a_card_that_the_hub_refuses_does_not_hold_up_the_files(job: HubJob) -> None:
+    job.hub.fail("validate", status=400, times=100, text='{"errors": [{"message": "bad licence"}], "warnings": []}')
+    finished = job()
+    assert finished.rc == 1
+    assert "bad licence" in finished.stderr
+    assert job.all_is_there()

@@ -1,0 +1,508 @@
+"""The templates in slurm/, through the real sbatch of a real cluster on this machine: `pytest -m real`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import real_engines
+from fake_hub import FakeHub, Rights
+from fake_server import Delay, FakeServer, prompt_of
+from running import ECHO, ROOT, SIGNS_OF_A_BUG, Finished, Output, documents
+from slurm_cluster import ADDRESS, Cluster, Unavailable, wait_for
+
+pytestmark = pytest.mark.real
+
+SLURM = ROOT / "slurm"
+QUICK_HEARTBEAT = "\n    from sdg_plugins.common import statistics\n    statistics.HEARTBEAT = 0.5\n"
+ENGINE = ROOT / "tests" / "support" / "fake_engine.py"
+AT_ONCE = 4  # requests of a rank in flight
+LOST = 2 * AT_ONCE  # what a kill may cost: these, and those whose answer came in the last tenth of a second
+
+
+@pytest.fixture(scope="session")
+def shared_cluster() -> Iterator[Cluster]:
+    with contextlib.ExitStack() as stack:
+        try:
+            real_engines.ROOT.mkdir(parents=True, exist_ok=True)
+            cluster = stack.enter_context(Cluster([ROOT, Path(sys.prefix), real_engines.ROOT]))
+        except Unavailable as reason:
+            if os.environ.get("SDG_TEST_SKIPS") == "no":  # as in .ci/run: there it is a failure
+                raise
+            pytest.skip(f"NO SLURM CLUSTER: {reason}")
+        yield cluster
+
+
+@pytest.fixture
+def cluster(shared_cluster: Cluster) -> Iterator[Cluster]:
+    """The cluster, with all nodes up; afterwards nothing may run on any of them."""
+    shared_cluster.restore()
+    yield shared_cluster
+    shared_cluster.slurm("scancel", "--user=root", check=False)
+    wait_for(lambda: not shared_cluster.processes(), 30, shared_cluster.processes)
+
+
+@pytest.fixture
+def slow() -> Iterator[FakeServer]:
+    """A server that nodes reach, and that takes half a second for an answer."""
+    with FakeServer(ADDRESS) as server:
+        server.behave(lambda payload, n: Delay(0.5))
+        yield server
+    assert not server.errors
+
+
+@dataclass
+class Campaign:
+    """A run on the cluster, in a folder of its own."""
+
+    cluster: Cluster
+    folder: Path
+    options: dict[str, Any]
+    env: dict[str, str]
+
+    @property
+    def output(self) -> Output:
+        return Output(self.folder / "out")
+
+    @property
+    def logs(self) -> dict[str, str]:
+        return {path.name: path.read_text() for path in sorted((self.output.state / "logs").iterdir())}
+
+    def environment(self) -> dict[str, str]:
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        return self.cluster.environment(
+            **{"PATH": path, "PYTHONPATH": str(ROOT / "tests/support/without_pandas"), **self.env}
+        )
+
+    def words(self, **options: Any) -> list[str]:
+        words: list[str] = []
+        for name, value in {**self.options, **options}.items():
+            for item in value if isinstance(value, list) else [value]:
+                words += [] if item is None else [f"--{name.replace('_', '-')}={item}"]
+        return words
+
+    def call(self, *command: object) -> Finished:
+        began = time.monotonic()
+        words = [str(word) for word in command]
+        done = subprocess.run(
+            words, cwd=self.folder, env=self.environment(), capture_output=True, text=True, timeout=120, check=False
+        )
+        return Finished(done.returncode, done.stdout, done.stderr, time.monotonic() - began)
+
+    def sdg(self, command: str, *arguments: object) -> Finished:
+        return self.call(sys.executable, ROOT / "sdg.py", command, "--output", self.output.path, *arguments)
+
+    def submit(self, *flags: object, **options: Any) -> tuple[str, str, str]:
+        """Call submit.sh; the numbers of the jobs of ranks, monitor and card."""
+        done = self.call(SLURM / "submit.sh", "--monitor", "--interval 1", *flags, "--", *self.words(**options))
+        assert done.rc == 0, done
+        ranks, monitor, card = re.findall(r"^\w+ +job (\d+)", done.stdout, re.MULTILINE)
+        return ranks, monitor, card
+
+    def sbatch(self, *arguments: object, **options: Any) -> str:
+        """Call sbatch with a template; the job's number."""
+        done = self.call("sbatch", "--parsable", *arguments, *self.words(**options))
+        assert done.rc == 0, done
+        return done.stdout.strip()
+
+    def done(self, job: str, seconds: float = 120) -> None:
+        """Wait until all of a job has succeeded."""
+        ended = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"}
+        self.cluster.wait_for(job, *ended, seconds=seconds)
+        assert set(self.cluster.states(job)) == {"COMPLETED"}, self.cluster.told(job)
+
+    def answers(self, rank: int) -> int:
+        """Documents of a rank that have an answer in a state or a file."""
+        with contextlib.suppress(OSError, ValueError):
+            figures = json.loads((self.output.state / f"{rank:05d}.stats.json").read_text())
+            return int(figures["documents"])
+        return 0
+
+    def everything(self, count: int) -> None:
+        """See that each document has its row, once, and that nobody complained."""
+        assert sorted(self.output.ids()) == [row["id"] for row in documents(count)]
+        verified = self.sdg("verify")
+        assert verified.rc == 0, verified
+        for name, text in self.logs.items():
+            theirs = name.startswith("vllm-")  # vLLM itself has much to say
+            assert theirs or not [sign for sign in SIGNS_OF_A_BUG if sign in text], (name, text)
+
+
+@pytest.fixture
+def campaign(cluster: Cluster, slow: FakeServer, request: pytest.FixtureRequest) -> Campaign:
+    """A run of an echo rollout against the slow server."""
+    folder = cluster.shared / request.node.name
+    folder.mkdir()
+    (folder / "echo.py").write_text(textwrap.dedent(ECHO + QUICK_HEARTBEAT))
+    options = {"plugin": "./echo.py", "input": "input.parquet", "output": "out", "base_url": slow.url}
+    options |= {"records_per_chunk": 10, "max_concurrent_generations": AT_ONCE}
+    return Campaign(cluster, folder, options, {})
+
+
+def write(campaign: Campaign, count: int) -> list[str]:
+    """Write the input; the documents' texts."""
+    rows = documents(count)
+    pq.write_table(pa.Table.from_pylist(rows), campaign.folder / "input.parquet")
+    return [row["text"] for row in rows]
+
+
+def answer_slowly(server: FakeServer, texts: list[str], ranks: int, waiting: set[int]) -> None:
+    """Have those ranks wait for their answers that are yet to be interrupted."""
+    rank_of = {text: i // 10 % ranks for i, text in enumerate(texts)}
+    server.behave(lambda payload, n: Delay(1.0 if rank_of[prompt_of(payload)] in waiting else 0.2))
+
+
+def sent_again(server: FakeServer, texts: list[str], rank: int, world: int, chunk: int = 10) -> int:
+    """Requests beyond one for each document of a rank."""
+    mine = {text for i, text in enumerate(texts) if i // chunk % world == rank}
+    asked = Counter(request.prompt for request in server.requests if request.prompt in mine)
+    assert set(asked) == mine
+    return sum(asked.values()) - len(mine)
+
+
+# ── Arrays ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_an_array_with_monitor_and_card_fills_a_repository(campaign: Campaign, slow: FakeServer) -> None:
+    texts = write(campaign, 160)
+    with FakeHub(ADDRESS) as hub:
+        hub.tokens["hf_write"] = Rights("alice")
+        campaign.env |= hub.environment(campaign.folder, "hf_write")
+        options = {"output": "hf://datasets/alice/out", "state_dir": "out/.sdg"}
+
+        ranks, monitor, card = campaign.submit("--ranks=8", "--at-once=3", **options)
+        most = 0
+
+        def over() -> bool:
+            nonlocal most
+            most = max(most, campaign.cluster.states(ranks).count("RUNNING"))
+            return set(campaign.cluster.states(card)) == {"COMPLETED"}
+
+        wait_for(over, 150, lambda: campaign.logs)
+        files = hub.files("alice/out")
+        errors, writers = hub.errors, [commit.author for commit in hub.commits("alice/out")]
+
+    assert most == 3
+    assert campaign.cluster.states(monitor) == ["COMPLETED"]
+    rows = [row["id"] for name in files if name.startswith("data/") for row in rows_in(files[name])]
+    assert sorted(rows) == [row["id"] for row in documents(160)]
+    assert len(slow.requests) == 160 == len({*texts})
+    readme = files["README.md"].decode()
+    assert "| Documents | 160 |" in readme
+    assert "being generated" not in readme
+    assert "Not finished" not in readme
+    assert not errors
+    assert writers
+    assert "160 of 160" in campaign.logs[f"card-{card}.log"]
+    assert {f"rank-{rank}-{ranks}.log" for rank in range(8)} <= {*campaign.logs}
+
+
+def rows_in(content: bytes) -> list[dict[str, Any]]:
+    return pq.read_table(pa.BufferReader(content)).to_pylist()  # type: ignore[no-any-return]
+
+
+def test_whatever_interrupts_a_rank_costs_only_what_was_in_flight(campaign: Campaign, slow: FakeServer) -> None:
+    """A kill, a signal, a requeue by hand, the time limit, a preemption, and one for the monitor: a rank each."""
+    cluster, texts = campaign.cluster, write(campaign, 5 * 100)
+    waiting = {*range(5)}
+    answer_slowly(slow, texts, 5, waiting)
+    ranks, monitor, card = campaign.submit("--ranks=5", "--cpus-per-task=4", "--signal=B:USR1@50")
+    wait_for(lambda: all(campaign.answers(rank) > 3 for rank in range(5)), 90, lambda: campaign.logs)
+
+    node = cluster.task(ranks, 4).node
+    kill_engine(campaign, 0)
+    cluster.slurm("scancel", "--signal=USR1", f"{ranks}_1")
+    cluster.slurm("scontrol", "requeue", f"{ranks}_2")
+    cluster.slurm("scontrol", "update", f"jobid={ranks}_3", "timelimit=1")
+    urgent = cluster.submit("-p", "urgent", "-w", node, "--exclusive", "--wrap", "sleep 5", "--output=/dev/null")
+    cluster.slurm("scancel", "--batch", "--signal=USR1", monitor)
+    for rank in (0, 1, 2, 4, 3):  # Slurm looks at time limits every half minute
+        wait_for(lambda rank=rank: cluster.task(ranks, rank).restarts, 90, lambda: campaign.logs)  # type: ignore[misc]
+        waiting.remove(rank)
+
+    campaign.done(ranks, 150)
+    campaign.done(card)
+    campaign.done(urgent)
+    assert cluster.job(monitor).restarts >= 1
+    campaign.everything(500)
+    again = {rank: sent_again(slow, texts, rank, 5) for rank in range(5)}
+    print("sent again:", again)
+    assert all(count <= LOST * cluster.task(ranks, rank).restarts for rank, count in again.items()), again
+
+
+def kill_engine(campaign: Campaign, rank: int) -> None:
+    """Kill a rank's engine, as the kernel does when memory ends."""
+    for pid, line in campaign.cluster.processes().items():
+        if "sdg.py" in line and line.endswith(f"--rank {rank}") and not line.startswith(("srun", "/bin/bash")):
+            os.kill(pid, 9)
+            return
+    raise AssertionError(campaign.cluster.processes())
+
+
+def test_a_node_that_is_switched_off_loses_nothing(campaign: Campaign, slow: FakeServer) -> None:
+    cluster, texts = campaign.cluster, write(campaign, 3 * 60)
+    waiting = {*range(3)}
+    answer_slowly(slow, texts, 3, waiting)
+    ranks, _, card = campaign.submit("--ranks=3", "--cpus-per-task=8")
+    wait_for(lambda: all(campaign.answers(rank) > 3 for rank in range(3)), 90, lambda: campaign.logs)
+
+    lost = next(job for job in cluster.jobs(ranks) if job.node == "node2")
+    cluster.switch_off("node2")
+    waiting.clear()
+
+    campaign.done(ranks)
+    campaign.done(card)
+    assert cluster.job(lost.id).restarts == 1
+    assert cluster.job(lost.id).node in {"node1", "node3"}
+    campaign.everything(180)
+    assert sum(sent_again(slow, texts, rank, 3) for rank in range(3)) <= LOST
+
+
+def test_ranks_that_were_cancelled_are_told_and_run_again_alone(campaign: Campaign, slow: FakeServer) -> None:
+    cluster, texts = campaign.cluster, write(campaign, 4 * 40)
+    waiting = {1, 3}
+    answer_slowly(slow, texts, 4, waiting)
+    ranks, monitor, card = campaign.submit("--ranks=4", "--monitor=--interval 1 --patience 2")
+    wait_for(lambda: all(campaign.answers(rank) > 3 for rank in range(4)), 90, lambda: campaign.logs)
+
+    cluster.slurm("scancel", f"{ranks}_1", f"{ranks}_3")
+
+    wait_for(lambda: cluster.states(card) == ["FAILED"], 90, lambda: campaign.logs)
+    assert cluster.states(ranks) == ["CANCELLED", "CANCELLED", "COMPLETED", "COMPLETED"]
+    assert "ended early" in campaign.logs[f"monitor-{monitor}.log"]
+    told = campaign.sdg("status")
+    assert told.rc == 1
+    assert "ranks 1,3" in told.stdout
+    assert "Ended early" in (campaign.output.path / "README.md").read_text()
+    assert "stopped" in campaign.logs[f"card-{card}.log"]
+    before = len(slow.requests)
+    waiting.clear()
+
+    again, _, card = campaign.submit("--ranks=4", "--array=1,3")
+    campaign.done(again)
+    campaign.done(card)
+
+    assert len(cluster.jobs(again)) == 2
+    campaign.everything(160)
+    assert "Ended early" not in (campaign.output.path / "README.md").read_text()
+    assert campaign.sdg("status").rc == 0
+    assert len(slow.requests) - before < 80
+    assert sum(sent_again(slow, texts, rank, 4) for rank in range(4)) <= 2 * LOST
+
+
+def test_requeues_are_bounded_and_errors_of_options_get_none(campaign: Campaign) -> None:
+    write(campaign, 20)
+    deadly = "import os, signal\n" + textwrap.dedent(ECHO).replace(
+        "    return await", "    os.kill(os.getpid(), signal.SIGKILL)\n    return await"
+    )
+    (campaign.folder / "deadly.py").write_text(deadly)
+    campaign.env |= {"SDG_REQUEUES": "1", "SDG_SLURM": str(SLURM)}
+    script, log = SLURM / "generate.sbatch", "--output=%j.log"
+
+    killed = campaign.sbatch(log, script, plugin="./deadly.py", output="killed")
+    nobody = campaign.sbatch(log, script, output="nobody", base_url=f"http://{ADDRESS}:1")
+    mistyped = campaign.sbatch(log, script, output="mistyped", prompt_column="no-such")
+    fresh = campaign.sbatch(log, script, "--fresh", output="fresh")
+
+    for job, restarts, code in ((killed, 1, "137:0"), (nobody, 0, "1:0"), (mistyped, 0, "1:0"), (fresh, 0, "2:0")):
+        campaign.cluster.wait_for(job, "FAILED")
+        found = campaign.cluster.job(job)
+        assert (found.restarts, found.fields["ExitCode"]) == (restarts, code), campaign.cluster.told(job)
+    assert "SDG_REQUEUES" in campaign.cluster.told(killed)
+
+
+def test_templates_work_from_any_folder_and_with_an_installed_sdg(campaign: Campaign) -> None:
+    """With spaces in its name, away from the checkout, and without the submission's environment."""
+    write(campaign, 80)
+    copied = campaign.folder / "my scripts"
+    shutil.copytree(SLURM, copied)
+    bin_folder = Path(sys.executable).parent
+    assert (bin_folder / "sdg").exists()
+    keep = f"--export=PATH={bin_folder}:/usr/bin:/bin,SLURM_CONF={campaign.environment()['SLURM_CONF']}"
+
+    installed = campaign.sbatch(keep, "--array=3,7", copied / "generate.sbatch", "--world-size", 8)
+    beside = campaign.sbatch("--array=0-2,4-6", SLURM / "generate.sbatch", "--world-size", 8)
+    campaign.done(installed)
+    campaign.done(beside)
+
+    assert sorted(campaign.output.ids()) == [row["id"] for row in documents(80)]
+    assert campaign.sdg("verify").rc == 0
+    assert len(list(campaign.folder.glob("sdg-*.log"))) == 8
+
+
+@pytest.mark.parametrize(
+    ("flags", "options", "words"),
+    [
+        (["--partition=no-such"], {}, "Invalid partition"),
+        (["--beside=--partition=no-such"], {}, "is cancelled again"),
+        ([], {"temperature": "hot"}, "--temperature"),
+        ([], {"prompt_column": "no-such"}, "no such column"),
+        ([], {"plugin": "./no-such.py"}, "no such file"),
+        ([], {"base_url": None, "server": "vllm"}, "--model"),
+        (["--nodes=3"], {"base_url": None, "server": "vllm", "model": "m", "tp": 2}, "evenly"),
+        (["--array=9"], {}, "0 to 1"),
+        ([], {"world_size": 3}, "--ranks"),
+    ],
+)
+def test_what_cannot_be_is_refused_at_once(
+    campaign: Campaign, flags: list[str], options: dict[str, Any], words: str
+) -> None:
+    write(campaign, 20)
+
+    done = campaign.call(SLURM / "submit.sh", "--ranks=2", *flags, "--", *campaign.words(**options))
+
+    assert done.rc in {1, 2}
+    assert words in done.stderr, done
+    wait_for(lambda: not campaign.cluster.slurm("squeue", "--noheader").strip(), 30)
+    assert not campaign.output.path.exists() or not campaign.output.data()
+
+
+def test_a_thousand_ranks_are_submitted_as_one_array(campaign: Campaign) -> None:
+    write(campaign, 20)
+
+    ranks, _, _ = campaign.submit("--ranks=1000", "--at-once=50", "--hold", records_per_chunk=1)
+
+    assert len(campaign.cluster.slurm("squeue", "--noheader", "--array", "--jobs", ranks).splitlines()) == 1000
+
+
+def test_scripts_have_nothing_that_shellcheck_finds(cluster: Cluster) -> None:
+    done = subprocess.run(
+        ["shellcheck", "-x", *sorted(SLURM.iterdir())], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+
+
+# ── Models on several nodes ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def played(campaign: Campaign, script: str = "", seconds: float = 0.5) -> None:
+    """Have a program that plays vLLM in the path, after some words of shell; an answer takes it some seconds."""
+    programs = campaign.folder / "bin"
+    programs.mkdir()
+    engine = f'exec python3 {ENGINE} --folder {campaign.folder}/engine --seconds {seconds} "$@"'
+    (programs / "vllm").write_text(f"#!/bin/sh\n{script}\n{engine}\n")
+    (programs / "vllm").chmod(0o755)
+    campaign.options |= {"base_url": None, "server": "vllm", "model": "played"}
+    campaign.env["PATH"] = f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+
+
+def starts(campaign: Campaign) -> list[dict[str, Any]]:
+    path = campaign.folder / "engine" / "starts.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def asked(campaign: Campaign) -> Counter[str]:
+    """How often each prompt came to the played engine."""
+    lines = (campaign.folder / "engine" / "requests.jsonl").read_text().splitlines()
+    return Counter(line["prompt"] for line in map(json.loads, lines) if line["event"] == "came")
+
+
+def pid_on(campaign: Campaign, node: str, *words: str) -> int:
+    """The first process on a node whose command line has all these words, the shells and srun around it aside."""
+    found = [
+        pid
+        for pid, line in campaign.cluster.processes(node).items()
+        if all(word in line for word in words) and not line.startswith(("srun", "/bin/bash", "bash"))
+    ]
+    assert found, (words, campaign.cluster.processes(node))
+    return min(found)
+
+
+def nodes_of(campaign: Campaign, job: str) -> list[str]:
+    return campaign.cluster.slurm("scontrol", "show", "hostnames", campaign.cluster.job(job).fields["NodeList"]).split()
+
+
+def test_ranks_on_two_nodes_outlive_the_death_of_a_head_and_of_a_worker(campaign: Campaign) -> None:
+    write(campaign, 2 * 60)
+    played(campaign, seconds=1.0)
+    ranks, _, card = campaign.submit("--ranks=2", "--nodes=2", "--gpus-per-node=1", tp=2)
+    wait_for(lambda: all(campaign.answers(rank) > 3 for rank in range(2)), 90, lambda: campaign.logs)
+
+    head, worker = nodes_of(campaign, f"{ranks}_0")[0], nodes_of(campaign, f"{ranks}_1")[1]
+    os.kill(pid_on(campaign, head, "sdg.py", "--rank 0"), 9)
+    os.kill(pid_on(campaign, worker, "sdg.py", "--rank 1"), 9)
+
+    campaign.done(ranks)
+    campaign.done(card)
+    assert [job.restarts for job in campaign.cluster.jobs(ranks)] == [1, 1]
+    campaign.everything(120)
+    assert sum(asked(campaign).values()) - 120 <= 2 * LOST
+
+
+def test_a_rank_whose_other_node_is_lost_goes_on_elsewhere(campaign: Campaign) -> None:
+    write(campaign, 60)
+    played(campaign)
+    rank, _, card = campaign.submit("--nodes=2", "--gpus-per-node=2", tp=4)
+    wait_for(lambda: campaign.answers(0) > 8, 60, lambda: campaign.logs)
+
+    _, worker = nodes_of(campaign, rank)
+    campaign.cluster.lose(worker)
+
+    campaign.done(rank, 180)
+    campaign.done(card)
+    assert worker not in nodes_of(campaign, rank)
+    campaign.everything(60)
+    assert sum(asked(campaign).values()) - 60 <= LOST
+
+
+def test_ray_joins_two_nodes_and_is_joined_again_when_a_part_of_it_dies(campaign: Campaign) -> None:
+    """Ray is real; vLLM is played, because its CPU build has no use for Ray's GPUs."""
+    ray, count = real_engines.vllm(), 100
+    write(campaign, count)
+    see = "import ray; ray.init(log_to_driver=False); print('GPUs', ray.cluster_resources()['GPU'], len(ray.nodes()))"
+    played(campaign, f'{ray}/python -c "{see}" >> {campaign.folder}/seen.txt 2>&1')
+    (campaign.folder / "bin" / "python").write_text(f'#!/bin/sh\nexec {ray}/python "$@"\n')
+    (campaign.folder / "bin" / "python").chmod(0o755)
+    campaign.env["PATH"] += f":{ray}"
+    campaign.env |= {"RAY_OVERRIDE_RESOURCES": '{"GPU": 2}', "RAY_TMPDIR": "/tmp", "PYTHONWARNINGS": "ignore"}
+    rank, _, card = campaign.submit("--nodes=2", "--gpus-per-node=2", tp=4, node_backend="ray")
+    wait_for(lambda: campaign.answers(0) > 8, 120, lambda: campaign.logs)
+
+    head, worker = nodes_of(campaign, rank)
+    os.kill(pid_on(campaign, head, "fake_engine.py"), 9)
+    wait_for(lambda: len(starts(campaign)) == 2, 60, lambda: campaign.logs)
+    before = campaign.answers(0)
+    wait_for(lambda: campaign.answers(0) > before + 4, 60, lambda: campaign.logs)
+    os.kill(pid_on(campaign, worker, "raylet"), 9)
+
+    campaign.done(rank)
+    campaign.done(card)
+    assert len(starts(campaign)) == 3
+    assert (campaign.folder / "seen.txt").read_text().count("GPUs 4.0 2") == 3
+    campaign.everything(count)
+    assert sum(asked(campaign).values()) - count <= 2 * LOST
+
+
+def test_vllm_itself_answers_from_two_nodes(campaign: Campaign) -> None:
+    vllm, model, count = real_engines.vllm(), real_engines.tiny_model(), 40
+    write(campaign, count)
+    campaign.env |= {
+        "PATH": f"{Path(sys.executable).parent}:{vllm}:{os.environ['PATH']}",
+        **{"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"},
+        **{"VLLM_CACHE_ROOT": str(campaign.folder / "cache"), "HF_HOME": str(campaign.folder), "HF_HUB_OFFLINE": "1"},
+        "PYTHONWARNINGS": "ignore",
+    }
+    options = {"base_url": None, "server": "vllm", "model": model, "max_tokens": 16, "tp": 2}
+
+    rank, _, card = campaign.submit("--nodes=2", "--gpus-per-node=1", server_arg="enforce-eager", **options)
+
+    campaign.done(rank, 240)
+    campaign.done(card)
+    campaign.everything(count)
+    assert all(row["rollout_results"][0]["text"] for row in campaign.output.rows())
+    assert {"vllm-00000-0-node0.log", "vllm-00000-0-node1.log"} <= {*campaign.logs}
