@@ -672,7 +672,7 @@ class Hooks:
 
     @hookspec
     def wrap_requests(self, run: Run, send: Send) -> Send:  # type: ignore[empty-body]
-        """Return `async send(request) -> Response`: all requests of rollouts pass through it, and it calls the given one.
+        """Return `async send(request) -> Response`: all requests of rollouts pass it, and it calls the `send` given.
 
         Called once per run, after the servers are known. Responses that are already stored do not pass. Links of
         plugins that are loaded later are nearer to the rollout; `@sdg.hookimpl(trylast=True)` puts one nearest to the

@@ -31,8 +31,8 @@ import sdg
 from sdg_plugins.commands.run import Job, Servers, Stop, open_run
 from sdg_plugins.common import checks
 from sdg_plugins.common.chunks import OpenChunk, rows_of
+from sdg_plugins.common.command_line import Config, as_arguments, parse_with
 from sdg_plugins.common.notes import Exchange, Notes, Outcome
-from sdg_plugins.common.options import Config, as_arguments, parse_with
 from sdg_plugins.common.results import base_fields, results_type
 from sdg_plugins.common.state import lock_rank
 from sdg_plugins.servers.client import Client

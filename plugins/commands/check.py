@@ -11,8 +11,8 @@ from typing import Any
 
 import sdg
 from sdg_plugins.common.checks import check_columns, check_reader, reading
+from sdg_plugins.common.command_line import Config, parse_configs
 from sdg_plugins.common.files import output_place, split_uri
-from sdg_plugins.common.options import Config, parse_configs
 from sdg_plugins.common.recorded import record_of
 from sdg_plugins.common.state import changes_since, check_state_dir, different_run, refuse_strangers, remember_source
 from sdg_plugins.publishing.card import spooled

@@ -24,9 +24,9 @@ import orjson
 import sdg
 from sdg_plugins.commands.run import Stop, run_all
 from sdg_plugins.common.chunks import plain
+from sdg_plugins.common.command_line import Config
 from sdg_plugins.common.files import format_of, split_uri
 from sdg_plugins.common.notes import Exchange, Notes, Outcome
-from sdg_plugins.common.options import Config
 from sdg_plugins.servers.responses import SHORTEST_KEY
 
 LONGEST = 10_000  # characters of a text that are shown: some pages

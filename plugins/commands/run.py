@@ -29,8 +29,8 @@ from sdg_plugins.common.checks import (
     reading,
 )
 from sdg_plugins.common.chunks import Intake, Outlet
+from sdg_plugins.common.command_line import Config, parse_configs
 from sdg_plugins.common.files import output_place
-from sdg_plugins.common.options import Config, parse_configs
 from sdg_plugins.common.progress import progress, report
 from sdg_plugins.common.state import check_state_dir, claim_state, lock_rank, remember_source, start_over
 from sdg_plugins.common.statistics import (

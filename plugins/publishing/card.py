@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import sdg
 from sdg_plugins.common.chunks import plain, rows_of
+from sdg_plugins.common.command_line import default_state_dir
 from sdg_plugins.common.files import codec_of, format_of, split_uri
 from sdg_plugins.common.markdown import fence, inline, table, visible
-from sdg_plugins.common.options import default_state_dir
 from sdg_plugins.common.recorded import record_of
 from sdg_plugins.common.state import output_files, recorded_fields
 from sdg_plugins.common.statistics import rank_statistics, sum_statistics

@@ -177,9 +177,7 @@ class Dataset:
         whole = {folder.removeprefix("partial-"): parts for folder, parts in folders[name].items()}
         found = Found(name, pick(split, whole, f"{self.address} (config {name})"), revision)
         if f"partial-{split}" in folders[name]:
-            sdg.say(
-                f"{self.address} is not parquet, and the Hub has converted only the first 5 GB of {name}/{split}"
-            )
+            sdg.say(f"{self.address} is not parquet, and the Hub has converted only the first 5 GB of {name}/{split}")
         return found
 
     def list(self, folder: str, revision: str) -> list[Part]:

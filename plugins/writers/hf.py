@@ -92,9 +92,7 @@ async def publishing(run: sdg.Run) -> AsyncIterator[None]:
     """Publish while the run goes on, and what is left when it has ended by itself."""
     if not publishes(run):
         yield
-        sdg.say(
-            f"the rows are in {run.output.root}; `sdg.py monitor --output {run.options.output}` publishes them"
-        )
+        sdg.say(f"the rows are in {run.output.root}; `sdg.py monitor --output {run.options.output}` publishes them")
         return
     worker = Worker(run, asyncio.get_running_loop())
     worker.start()

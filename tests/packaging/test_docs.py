@@ -26,7 +26,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import sdg
-from sdg_plugins.common.options import build_parser
+from sdg_plugins.common.command_line import build_parser
 
 README = Path(__file__).parents[2] / "README.md"
 

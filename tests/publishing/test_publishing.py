@@ -28,8 +28,8 @@ from hypothesis import given, strategies as st
 from running import Finished, Job, Output, documents, wait_until
 
 import sdg
+from sdg_plugins.common.command_line import FILENAME
 from sdg_plugins.common.files import output_place
-from sdg_plugins.common.options import FILENAME
 from sdg_plugins.publishing import hub as hub_plugin, publisher as publisher_plugin, spool as spool_plugin
 from sdg_plugins.publishing.ledger import Ledger
 from sdg_plugins.publishing.spool import Spool

@@ -1,0 +1,442 @@
+"""The options of `run`, and how a command line, a TOML file and the environment become a namespace."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import sdg
+from sdg_plugins.common.checks import check_rollout
+from sdg_plugins.common.files import expanded, format_of, list_files, split_uri
+from sdg_plugins.common.options import Option, Options, Parser, json_object, number, one_of
+
+FILENAME = "${rank}_${chunk_index}.parquet"
+LONG_DOCUMENTS = ("truncate", "split", "fail")
+
+
+_count, _natural, _seconds, _ratio = number(int, 1), number(int, 0), number(float, 0.001), number(float, 0)
+
+OPTIONS = {
+    "input": [
+        Option(
+            "--input",
+            "URI",
+            "hf://datasets/OWNER/NAME, or parquet, jsonl or csv: a file, folder, glob or s3://…; default: a demo",
+        ),
+        Option("--prompt-column", "NAME", "column of strings, or of lists of {role, content}", "text", identity=True),
+        Option(
+            "--id-column", "NAME", "column of document ids; default: id if present, else <file>/<row>", identity=True
+        ),
+        Option("--max-documents", "N", "use only the first N of the whole input; may grow between runs", type=_count),
+    ],
+    "output": [
+        Option(
+            "--output",
+            "URI",
+            "a folder, s3://… or hf://datasets/OWNER/NAME; default: ./output/<rollout>",
+            shared=True,
+        ),
+        Option("--output-config", "NAME", "sub-folder, and the config for load_dataset", "data", shared=True),
+        Option(
+            "--output-filename", "T", "template with ${chunk_index}; .jsonl writes JSON lines", FILENAME, identity=True
+        ),
+        Option("--records-per-chunk", "N", "documents per file and checkpoint", 1000, _count, identity=True),
+        Option("--results-column", "NAME", "column for the results", "rollout_results", identity=True),
+    ],
+    "server": [
+        Option("--server", "NAME", "default: endpoint with --base-url or $OPENAI_BASE_URL, else demo", shared=True),
+        Option(
+            "--base-url",
+            "URL",
+            "server URL, with or without /v1; repeatable: requests go to the least loaded server",
+            action="append",
+            shared=True,
+        ),
+        Option("--api-key-env", "NAME", "environment variable that holds the API key", "OPENAI_API_KEY", shared=True),
+        Option("--model", "NAME", "model name; default: the server's only model", identity=True, shared=True),
+        Option(
+            "--model-max-context",
+            "N",
+            "context length in tokens, prompt and completion; default: as reported by the server",
+            type=_count,
+            identity=True,
+            shared=True,
+        ),
+        Option("--max-concurrent-generations", "N", "maximum requests in flight", 500, _count),
+        Option(
+            "--max-concurrent-documents",
+            "N",
+            "maximum documents in flight; default: 1.5 × --max-concurrent-generations + 16",
+            type=_count,
+        ),
+        Option("--request-timeout", "S", "seconds for one attempt", 600.0, _seconds),
+        Option("--max-retries", "N", "attempts after the first one", 6, _natural),
+    ],
+    "sampling": [
+        Option("--max-tokens", "N", "maximum completion tokens per request", type=_count, identity=True),
+        Option("--temperature", "X", "sampling temperature; default: the model's own", type=_ratio, identity=True),
+        Option(
+            "--top-p",
+            "X",
+            "nucleus sampling probability; default: the model's own",
+            type=number(float, 0, 1),
+            identity=True,
+        ),
+        Option("--top-k", "N", "sample from the N most likely tokens", type=int, identity=True),
+        Option(
+            "--seed", "N", "seed of a document's first rollout; the next ones count up from it", type=int, identity=True
+        ),
+        Option("--generation", "JSON", "further fields of the request payload", type=json_object, identity=True),
+        Option("--rollouts-per-document", "N", "independent rollouts per document", 1, _count, identity=True),
+        Option(
+            "--long-documents",
+            "HOW",
+            "documents that exceed the context: truncate, split (run the parts, join the results) or fail",
+            LONG_DOCUMENTS[0],
+            one_of(*LONG_DOCUMENTS),
+            identity=True,
+        ),
+    ],
+    "run": [
+        Option(
+            "--plugin",
+            "P",
+            "rollout, FILE.py or MODULE[:ROLLOUT]; repeatable: all are loaded, the last one runs",
+            action="append",
+        ),
+        Option(
+            "--config", "FILE.toml", "read options of the same names from a file; the command line wins", shared=True
+        ),
+        Option(
+            "--max-failure-rate",
+            "X",
+            "stop if more than this share of at least 100 documents fails",
+            0.1,
+            number(float, 0, 1),
+        ),
+        Option("--retry-failed", None, "run only the failed documents, again", action="store_true", shared=True),
+        Option(
+            "--rank",
+            "I",
+            "process chunks I, I+N, I+2N…; default: Slurm's array task, else 0",
+            type=_natural,
+            shared=True,
+        ),
+        Option(
+            "--world-size",
+            "N",
+            "number of ranks that share the input; default: Slurm's array, else 1",
+            type=_count,
+            identity=True,
+            shared=True,
+        ),
+        Option("--state-dir", "D", "default: <output>/.sdg for a folder, else ./.sdg/<output name>", shared=True),
+        Option("--fresh", None, "delete state and output, and start over", action="store_true", shared=True),
+        Option("--no-progress", None, "show no progress bar or lines", action="store_true", shared=True),
+        Option("--preview", "N", "show requests and rows of N documents; write nothing", type=_count, shared=True),
+    ],
+}
+CORE = [option for group in OPTIONS.values() for option in group]
+
+
+def build_parser(plugins: sdg.Plugins) -> tuple[Parser, dict[str, Options]]:
+    """The parser of `run`, and the options that each plugin added."""
+    parser = Parser(
+        prog="sdg.py",
+        usage="sdg.py [run] [OPTIONS]\n       sdg.py COMMAND [OPTIONS]",
+        description=(sdg.__doc__ or "").partition("\n")[0],
+        epilog=f"commands: {', '.join(sorted(plugins.commands))}; each has its own --help",
+    )
+    parser.add_argument("--version", action="version", version=f"sdg {sdg.__version__}")
+    for title, options in OPTIONS.items():
+        group = Options(parser, parser.add_argument_group(title))
+        for option in options:
+            group.add(option)
+    return parser, {name: plugin_options(parser, plugins, name) for name, _ in plugins.manager.list_name_plugin()}
+
+
+def plugin_options(parser: Parser, plugins: sdg.Plugins, name: str) -> Options:
+    """Let a plugin add its options, in a group of its own."""
+    plugin = plugins.manager.get_plugin(name)
+    none = Options(parser, None)
+    if not any(impl.plugin is plugin for impl, _ in plugins.calls("add_options", parser=none)):
+        return none
+    group = Options(parser, parser.add_argument_group(name.rpartition(".")[2]))
+    try:
+        plugins.call_one("add_options", plugin, parser=group)
+    except argparse.ArgumentError as exc:
+        raise sdg.PluginError(f"plugin {name}: {exc}; rename the option") from exc
+    return group
+
+
+# ── Parsing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Config(NamedTuple):
+    """What is generated into one folder of the output: the options, and the plugins that they name."""
+
+    options: argparse.Namespace
+    plugins: sdg.Plugins
+
+    @property
+    def name(self) -> str:
+        """The name for `load_dataset`."""
+        return str(self.options.output_config)
+
+
+def parse_configs(argv: list[str]) -> list[Config]:
+    """The configs of a command line: those of the tables `[configs.NAME]` in `--config`, else one.
+
+    A table's options override those above the tables, and the command line overrides both; `--output-config` there
+    selects one of the tables.
+
+    Raises:
+        UsageError, PluginError: with the option or plugin named.
+    """
+    asked = _early(argv, "--config", "--output-config")
+    common = _read_toml(asked["config"]) if asked["config"] else {}
+    if "config" in common:
+        message = f"--config {asked['config']}: `config` is not an option of the file; name tables [configs.NAME]"
+        raise sdg.UsageError(message)
+    tables = common.pop("configs", None)
+    if tables is None:
+        return [parse_config(argv, common)]
+    if not isinstance(tables, dict) or not tables or not all(isinstance(table, dict) for table in tables.values()):
+        raise sdg.UsageError(f"--config {asked['config']}: configs must be tables, such as [configs.faq]")
+    chosen = asked["output_config"]
+    if chosen and chosen not in tables:
+        raise sdg.UsageError(f"--output-config {chosen}: {sdg.nearest(chosen, tables)}")
+    common = {"output": f"output/{Path(asked['config'] or '').stem}", **common}
+    names = [chosen] if chosen else list(tables)
+    configs = [parse_config(argv, {**common, "output-config": name}, _dashed(tables[name])) for name in names]
+    for config in configs:
+        if config.options.state_dir != default_state_dir(config.options.output, config.name):  # given, for all
+            config.options.state_dir = os.path.join(config.options.state_dir, config.name)
+    return configs
+
+
+def parse_config(argv: list[str], common: Mapping[str, Any], own: Mapping[str, Any] | None = None) -> Config:
+    """Load the plugins that a command line, a config's own table and the common options name; then `parse_with`."""
+    name = f": [configs.{common['output-config']}]" if own is not None else ""
+    argv = as_arguments({**common, **(own or {})}, argv) + argv
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    early.add_argument("--plugin", action="append")
+    asked = argparse.Namespace(plugin=None)
+    with contextlib.suppress(argparse.ArgumentError):  # reported by the full parser
+        early.parse_known_args(argv, asked)
+    plugins, rollout = sdg.Plugins.load(asked.plugin or [])
+    return parse_with(plugins, rollout or "summarize", argv, own or {}, name)
+
+
+def _early(argv: list[str], *flags: str) -> dict[str, str | None]:
+    """Options that decide how the others are read, by their names; the full parser reports what is wrong."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    asked = argparse.Namespace(**{early.add_argument(flag).dest: None for flag in flags})
+    with contextlib.suppress(argparse.ArgumentError):
+        early.parse_known_args(argv, asked)
+    return vars(asked)
+
+
+def parse_with(plugins: sdg.Plugins, rollout: str, argv: list[str], own: Iterable[str] = (), name: str = "") -> Config:
+    """Parse the options of `run`, and derive their defaults.
+
+    The namespace also has `rollout` (the rollout's name) and `identity` (names of the options in the fingerprint).
+
+    Args:
+        plugins: those that are loaded.
+        rollout: the rollout's name.
+        argv: all options.
+        own: names of those in a config's table, which must not be shared by all configs.
+        name: of the config, for messages.
+
+    Raises:
+        UsageError, PluginError: with the option or plugin named.
+    """
+    parser, added = build_parser(plugins)
+    parser.prog += name
+    options = parser.parse_args(argv)
+    if sum(word.partition("=")[0] == "--input" for word in argv) > 1:
+        parser.error("--input is given twice: name a folder, or a glob in quotes")
+    options.rollout = rollout
+    try:
+        _check_shared(own, {option.dest for option in CORE if option.shared})
+        _derive(options, plugins)
+        serving = {plugins.rollouts[rollout].plugin, plugins.find("readers", options.reader).plugin}
+        _check_idle(options, plugins, added, argv, serving)
+        plugged = set().union(*(group.identity for group in added.values()))
+        used = {dest: identity for plugin in serving for dest, identity in added[plugin].identity.items()}
+        _check_shared(own, plugged - set(used))
+    except sdg.UsageError as exc:
+        parser.error(str(exc))
+    check_rollout(rollout, plugins)
+    own_identity = {dest for dest, identity in used.items() if identity}
+    options.identity = sorted(own_identity | {option.dest for option in CORE if option.identity})
+    return Config(options, plugins)
+
+
+def _check_shared(own: Iterable[str], shared: set[str]) -> None:
+    """Raise UsageError if a config's table has an option that all configs share."""
+    for key in own:
+        if key.replace("-", "_") in shared:
+            raise sdg.UsageError(f"--{key} is the same for all configs: write {key} above the tables")
+
+
+def _check_idle(
+    options: argparse.Namespace, plugins: sdg.Plugins, added: dict[str, Options], argv: list[str], serving: set[str]
+) -> None:
+    """Raise UsageError if an option of a plugin is given that is not in use."""
+    given = {word.partition("=")[0] for word in argv}
+    in_use = {plugins.servers[options.server].plugin, plugins.find("writers", options.writer).plugin}
+    for plugin, group in added.items():
+        if owners := _idle(plugins, plugin, serving | in_use):
+            for dest in sorted(group.identity):
+                if (flag := f"--{dest.replace('_', '-')}") in given:
+                    raise sdg.UsageError(f"{flag} requires {owners}")
+
+
+def _idle(plugins: sdg.Plugins, plugin: str, used: set[str]) -> str:
+    """Who uses a plugin's options, if none of them is in use; "" if the options have an effect."""
+    module = plugins.manager.get_plugin(plugin)
+    idle = []
+    kinds = {"rollouts": "--plugin ", "servers": "--server ", "readers": "an --input of ", "writers": "--output "}
+    for kind, option in kinds.items():
+        entries: dict[str, sdg.Entry] = getattr(plugins, kind)
+        # The options of a module that several plugins import belong to all of these.
+        users = {
+            name: entry.plugin
+            for name, entry in entries.items()
+            if entry.plugin == plugin
+            or any(value is module for value in vars(plugins.manager.get_plugin(entry.plugin)).values())
+        }
+        if used & {*users.values(), plugin}:
+            return ""
+        if users:
+            idle.append(f"{option}{' or '.join(sorted(users))}, which is not in use")
+    return "; ".join(idle)
+
+
+def _read_toml(path: str) -> dict[str, Any]:
+    """A TOML file's options; `configs` are its tables."""
+    try:
+        return _dashed(tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8")))
+    except (OSError, ValueError) as exc:
+        raise sdg.UsageError(f"--config {path}: {exc}") from exc
+
+
+def _dashed(table: Mapping[str, Any]) -> dict[str, Any]:
+    """A table with the names that options have."""
+    return {key.replace("_", "-"): value for key, value in table.items()}
+
+
+def as_arguments(table: Mapping[str, Any], argv: list[str]) -> list[str]:
+    """A table's options as arguments, without those that are also on the command line."""
+    given = {word.partition("=")[0] for word in argv}
+    arguments = []
+    for key, value in table.items():
+        name = f"--{key}"
+        if name in given or value is False:
+            continue
+        items = value if isinstance(value, list) else [value]
+        if key == "input" and len(items) > 1:
+            raise sdg.UsageError("input: several are given; name a folder, or a glob")
+        for item in items:
+            text = json.dumps(item, default=str) if isinstance(item, dict) else str(item)
+            arguments.append(name if item is True else f"{name}={text}")
+    return arguments
+
+
+# ── Defaults ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _derive(options: argparse.Namespace, plugins: sdg.Plugins) -> None:
+    """Fill in the defaults that depend on other options or on the environment."""
+    plugins.find("rollouts", options.rollout)
+    for name in ("input", "output", "state_dir"):
+        if getattr(options, name) == "":  # for example an unset shell variable, which must not select a default
+            raise sdg.UsageError(f"--{name.replace('_', '-')} is empty")
+    options.base_url = [re.sub(r"/(chat/)?completions/*$", "", url) for url in options.base_url or []]
+    given = options.base_url or (options.input and os.environ.get("OPENAI_BASE_URL"))
+    options.server = options.server or ("endpoint" if given else "demo")
+    plugins.find("servers", options.server)
+    if options.base_url and options.server != "endpoint":
+        raise sdg.UsageError(f"--base-url requires --server endpoint, not {options.server}")
+    options.reader = by_scheme_or_suffix(plugins, "readers", options.input) if options.input else "demo"
+    _check_filename(options.output_filename)
+    if not re.fullmatch(r"[\w.-]+", options.output_config) or options.output_config in {"failed", ".", "..", ".sdg"}:
+        raise sdg.UsageError(f"--output-config {options.output_config!r}: expected a folder name other than `failed`")
+    options.output = expanded(options.output or f"output/{options.rollout}")
+    _check_uris(options)
+    scheme, name = split_uri(options.output)[0], options.output_filename
+    options.writer = scheme if scheme in plugins.writers else by_scheme_or_suffix(plugins, "writers", name)
+    if options.fresh and os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
+        raise sdg.UsageError("--fresh in a requeued job would delete its earlier work: submit it without --fresh")
+    if options.results_column == "id":
+        raise sdg.UsageError("--results-column id: this column holds the document ids")
+    options.state_dir = expanded(options.state_dir or default_state_dir(options.output, options.output_config))
+    if options.max_concurrent_documents is None:  # more than requests: some documents wait for a retry, or compute
+        options.max_concurrent_documents = math.ceil(1.5 * options.max_concurrent_generations) + 16
+    _derive_rank(options)
+
+
+def _check_filename(name: str) -> None:
+    if "${chunk_index}" not in name:
+        raise sdg.UsageError("--output-filename needs ${chunk_index}, otherwise chunks overwrite each other")
+    if "$" in name.replace("${chunk_index}", "").replace("${rank}", ""):
+        raise sdg.UsageError("--output-filename may contain only the placeholders ${rank} and ${chunk_index}")
+    if "/" in name:
+        raise sdg.UsageError(f"--output-filename {name}: must not contain a folder; --output-config names the folder")
+
+
+def _check_uris(options: argparse.Namespace) -> None:
+    for uri in (options.input or "", options.output):
+        if sdg.redact(uri) != uri:
+            message = "put keys into the environment (AWS_ACCESS_KEY_ID…), not into a URI"
+            raise sdg.UsageError(f"{sdg.redact(uri)}: {message}")
+    for url in options.base_url or []:
+        if not url.startswith(("http://", "https://")):
+            raise sdg.UsageError(f"--base-url {sdg.redact(url)}: must begin with http:// or https://")
+
+
+def _derive_rank(options: argparse.Namespace) -> None:
+    """Take rank and world size from Slurm's array if they are not given."""
+    first, last, task = (os.environ.get(f"SLURM_ARRAY_TASK_{key}") for key in ("MIN", "MAX", "ID"))
+    if options.rank is None:
+        options.rank = int(task) - int(first or 0) if task else 0
+    if options.world_size is None:
+        options.world_size = int(os.environ.get("SLURM_ARRAY_TASK_COUNT", "1")) if task else 1
+        if task and options.world_size != int(last or 0) - int(first or 0) + 1:
+            raise sdg.UsageError("this Slurm array has gaps: give --rank and --world-size")
+    if options.rank >= options.world_size:
+        raise sdg.UsageError(f"--rank {options.rank} must be less than --world-size {options.world_size}")
+
+
+def default_state_dir(output: str, config: str) -> str:
+    """The default folder of a run's state: inside the output if that is a folder, else below the working directory."""
+    scheme, rest = split_uri(sdg.redact(output))
+    base = Path(rest) / ".sdg" if scheme == "file" else Path(".sdg") / re.sub(r"[^\w.-]+", "-", rest.strip("/"))
+    return str(base if config == "data" else base / config)
+
+
+def by_scheme_or_suffix(plugins: sdg.Plugins, kind: str, uri: str) -> str:
+    """The registered name for a URI: its scheme, else the format of its files."""
+    entries: dict[str, sdg.Entry] = getattr(plugins, kind)
+    scheme, path = split_uri(uri)
+    if scheme in entries:
+        return scheme
+    many = kind == "readers" and (format_of(path) not in entries or any(mark in path for mark in "*?["))
+    formats = sorted({format_of(name) for name in ([name for name, _ in list_files(uri)] if many else [path])})
+    known = [name for name in formats if name in entries]
+    if len(known) == 1:
+        return known[0]
+    if known:
+        message = f"has files of several formats, {' and '.join(known)}: select those of one format with a glob"
+        raise sdg.UsageError(f"{sdg.redact(uri)} {message}")
+    raise sdg.UsageError(f"{sdg.redact(uri)}: unknown suffix or scheme; known: {', '.join(sorted(entries))}")
