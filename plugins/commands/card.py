@@ -8,8 +8,8 @@ import contextlib
 from collections.abc import AsyncIterator
 
 import sdg
+from sdg_plugins.common import recorded
 from sdg_plugins.common.ranks import look
-from sdg_plugins.common.recorded import add_options, open_run
 from sdg_plugins.common.statistics import rank_statistics, sum_statistics
 from sdg_plugins.publishing.card import NAME, spooled, write
 from sdg_plugins.publishing.publisher import Publisher
@@ -28,8 +28,8 @@ def observe(run: sdg.Run) -> contextlib.AbstractAsyncContextManager[None]:
 def card(argv: list[str]) -> int:
     """Write the dataset card from what the run's state and files say."""
     parser = argparse.ArgumentParser(prog="sdg.py card", description=card.__doc__)
-    add_options(parser)
-    run = open_run(parser.parse_args(argv))
+    recorded.add_options(parser)
+    run = recorded.open_run(parser.parse_args(argv))
     ending = ending_of(run)
     if spooled(run):
         with contextlib.closing(Publisher(run)) as publisher:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import sdg
+from sdg_plugins.common import recorded
 from sdg_plugins.common.checks import check_columns, check_reader, reading
 from sdg_plugins.common.command_line import Config, parse_configs
 from sdg_plugins.common.files import output_place, split_uri
-from sdg_plugins.common.recorded import record_of
 from sdg_plugins.common.state import changes_since, check_state_dir, different_run, refuse_strangers, remember_source
-from sdg_plugins.publishing.card import spooled
+from sdg_plugins.publishing import card
 from sdg_plugins.rollouts import prompt
 from sdg_plugins.servers import command, sglang
 from sdg_plugins.servers.launching import launching
@@ -66,7 +66,7 @@ def check_config(config: Config) -> None:
     if options.rollout == "prompt" and options.prompt_template:
         prompt.check_places(options.prompt_template, run)
     check_earlier(run, reader)
-    if spooled(run):
+    if card.spooled(run):
         check_publishing(run)
     documents = reader.total()
     if documents is not None:
@@ -109,7 +109,7 @@ def check_earlier(run: sdg.Run, reader: sdg.Reader) -> None:
     refuse_strangers(run)
     if not (run.state / "run.json").exists():
         return
-    earlier: dict[str, Any] = record_of(run.state)
+    earlier: dict[str, Any] = recorded.record_of(run.state)
     launched = run.options.server in CHECKS
     wanted = launching.served_name(run) if launched else run.options.model
     run.model = wanted or earlier["identity"]["model"]

@@ -10,11 +10,10 @@ import sys
 import time
 
 import sdg
+from sdg_plugins.common import recorded
 from sdg_plugins.common.options import number
 from sdg_plugins.common.ranks import any_queued, look, others, progress
-from sdg_plugins.common.recorded import add_options, configs_in, open_run, record_of, state_of
-from sdg_plugins.publishing.card import NAME, spooled, write
-from sdg_plugins.publishing.hub import patiently
+from sdg_plugins.publishing import card, hub
 from sdg_plugins.publishing.publisher import Publisher
 
 # s for which a run must seem to be over before that is believed: network file systems show late what other machines
@@ -30,7 +29,7 @@ def register_commands(register: sdg.RegisterCommands) -> None:
 def monitor(argv: list[str]) -> int:
     """Publish what is written and keep the card's progress up to date until the run ends."""
     parser = argparse.ArgumentParser(prog="sdg.py monitor", description=monitor.__doc__)
-    add_options(parser)
+    recorded.add_options(parser)
     interval, patience = number(float, 0.1), number(float, 1)
     parser.add_argument("--interval", metavar="S", type=interval, default=300.0, help="seconds between two looks [300]")
     parser.add_argument(
@@ -60,9 +59,9 @@ def follow(asked: argparse.Namespace) -> bool:
     run = wait_for_run(asked)
     with contextlib.ExitStack() as stack:
         publisher = None
-        if spooled(run):
+        if card.spooled(run):
             publisher = stack.enter_context(contextlib.closing(Publisher(run)))
-            patiently(publisher.prepare, publisher.address, run.stopping)
+            hub.patiently(publisher.prepare, publisher.address, run.stopping)
         return watch(run, publisher, asked)
 
 
@@ -72,7 +71,7 @@ def wait_for_run(asked: argparse.Namespace) -> sdg.Run:
     Raises:
         StateError: that takes too long, its job has left the queue, or the state is broken.
     """
-    state = state_of(asked)
+    state = recorded.state_of(asked)
     jobs = others(asked.job)
     began, told = time.monotonic(), False
     while not (state / "run.json").exists():
@@ -84,11 +83,11 @@ def wait_for_run(asked: argparse.Namespace) -> sdg.Run:
             raise sdg.StateError(f"no run was begun in {state}: is --output right, and --state-dir, if it has one?")
         if waited >= 1 and not told:
             told = True
-            configs = ", ".join(configs_in(state))
+            configs = ", ".join(recorded.configs_in(state))
             hint = f"; there are runs of the configs {configs}: --output-config names one" if configs else ""
             sdg.say(f"waiting for a run to begin in {state}{hint}")
         time.sleep(min(asked.interval, 5.0, max(0.1, asked.patience - waited)))
-    return open_run(asked)
+    return recorded.open_run(asked)
 
 
 def watch(run: sdg.Run, publisher: Publisher | None, asked: argparse.Namespace) -> bool:
@@ -100,7 +99,7 @@ def watch(run: sdg.Run, publisher: Publisher | None, asked: argparse.Namespace) 
     this, began, since, told = run_id(run), time.time(), 0.0, ""
     settling = min(SETTLING, asked.patience)
     local = sdg.file_system_of(run.state) in sdg.LOCAL_FILE_SYSTEMS
-    where = publisher.url if publisher else run.output.path(NAME)
+    where = publisher.url if publisher else run.output.path(card.NAME)
     while this and run_id(run) == this:
         seen, now = look(run), time.monotonic()
         ending = seen.ending(others([*asked.job, *seen.jobs]), asked.patience, began)
@@ -126,7 +125,7 @@ def watch(run: sdg.Run, publisher: Publisher | None, asked: argparse.Namespace) 
 def run_id(run: sdg.Run) -> str:
     """What tells a run from one that was started over in its place; "" if its state is gone."""
     with contextlib.suppress(sdg.StateError):
-        return str(record_of(run.state).get("run"))
+        return str(recorded.record_of(run.state).get("run"))
     return ""
 
 
@@ -138,7 +137,7 @@ def publish(run: sdg.Run, publisher: Publisher | None, last: str | None) -> str:
     """
     try:
         if publisher is None:
-            write(run, progress(run) if last is None else last)
+            card.write(run, progress(run) if last is None else last)
             return ""
         publisher.finish(lambda: progress(run) if last is None else last)
         return ""

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import sdg
+from sdg_plugins.common import recorded
 from sdg_plugins.common.ranks import Rank, Seen, any_queued, duration, overall, ranks_of
-from sdg_plugins.common.recorded import add_options, configs_in, record_of, state_of
 
 GROUPS = 10  # troubles that are shown: a thousand ranks have few reasons, or too many to read
 EXIT = "exit status: 0 nothing needs a person; 1 some ranks do, or there is no such run; 2 usage"
@@ -29,14 +29,14 @@ def register_commands(register: sdg.RegisterCommands) -> None:
 def status(argv: list[str]) -> int:
     """Tell how far a run is, and which of its ranks need somebody."""
     parser = argparse.ArgumentParser(prog="sdg.py status", description=status.__doc__, epilog=EXIT)
-    add_options(parser)
+    recorded.add_options(parser)
     parser.add_argument("--ranks", action="store_true", help="a line for each rank")
     parser.add_argument("--json", action="store_true", help="all of it as JSON, for programs")
     asked = parser.parse_args(argv)
-    state = state_of(asked)
-    if state.is_dir() and not (state / "run.json").exists() and not configs_in(state):
+    state = recorded.state_of(asked)
+    if state.is_dir() and not (state / "run.json").exists() and not recorded.configs_in(state):
         raise sdg.StateError(f"no rank has begun yet in {state}")
-    ranks = ranks_of(state, int(record_of(state)["options"]["world_size"]))
+    ranks = ranks_of(state, int(recorded.record_of(state)["options"]["world_size"]))
     seen = overall(ranks)
     queued = any_queued(set(seen.jobs)) if not seen.finished else None
     troubled = [rank for rank in ranks if needs_somebody(rank, seen, queued)]

@@ -10,12 +10,12 @@ import sys
 from collections.abc import Iterator
 
 import sdg
+from sdg_plugins.common import recorded
 from sdg_plugins.common.checks import reading
 from sdg_plugins.common.chunks import OpenChunk, id_column_of, read_failed
 from sdg_plugins.common.files import format_of
-from sdg_plugins.common.recorded import add_options, open_run
 from sdg_plugins.common.state import output_files
-from sdg_plugins.publishing.card import spooled
+from sdg_plugins.publishing import card
 from sdg_plugins.publishing.publisher import Publisher
 
 
@@ -27,8 +27,8 @@ def register_commands(register: sdg.RegisterCommands) -> None:
 def verify(argv: list[str]) -> int:
     """Reconcile input, state and output; exit 1 names what does not match."""
     parser = argparse.ArgumentParser(prog="sdg.py verify", description=verify.__doc__)
-    add_options(parser)
-    run = open_run(parser.parse_args(argv))
+    recorded.add_options(parser)
+    run = recorded.open_run(parser.parse_args(argv))
     problems, counts = [], {"rows": 0, "filtered": 0, "failed": 0}
     for problem in check(run, counts):
         problems.append(problem)
@@ -71,7 +71,7 @@ def check(run: sdg.Run, counts: dict[str, int]) -> Iterator[str]:
     for file in output_files(run):
         if file not in expected:
             yield f"{run.output.path(file)} belongs to no finished chunk"
-    if spooled(run):
+    if card.spooled(run):
         with contextlib.closing(Publisher(run)) as publisher:
             yield from publisher.discrepancies()
 

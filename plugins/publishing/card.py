@@ -23,15 +23,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import sdg
+from sdg_plugins.common import recorded
 from sdg_plugins.common.chunks import plain, rows_of
 from sdg_plugins.common.command_line import default_state_dir
 from sdg_plugins.common.files import codec_of, format_of, split_uri
 from sdg_plugins.common.markdown import fence, inline, table, visible
-from sdg_plugins.common.recorded import record_of
 from sdg_plugins.common.state import output_files, recorded_fields
 from sdg_plugins.common.statistics import rank_statistics, sum_statistics
+from sdg_plugins.publishing import hub
 from sdg_plugins.publishing.front_matter import BrokenCard, edit, split, update, words
-from sdg_plugins.publishing.hub import ON_THE_HUB, hub_name, hub_source
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -96,7 +96,7 @@ def render(readme: str | None, run: sdg.Run, progress: str = "", folder: str = "
     block, body = split(text, f"{dataset} {NAME}".strip() if dataset else run.output.path(NAME))
     if not text.strip():
         body = f"\n# {inline(dataset.rpartition('/')[2]) or 'Synthetic data'}\n"
-    name, record = run.options.output_config, record_of(run.state)
+    name, record = run.options.output_config, recorded.record_of(run.state)
     present = {section.name: section for section in sections(body)}
     facts = facts_of(run, record, folder)
     lines = Part(run, record, facts, dataset).lines(progress, present[name].text if name in present else "")
@@ -219,7 +219,7 @@ class Part(NamedTuple):
         """How the rows came to be."""
         options, source = self.options, self.record["source"]
         model, revision = model_of(self.run.model, options)
-        linked = ON_THE_HUB.fullmatch(model) and not os.path.isdir(self.run.model)
+        linked = hub.ON_THE_HUB.fullmatch(model) and not os.path.isdir(self.run.model)
         yield "Model", f"[{inline(model)}](https://huggingface.co/{model})" if linked else inline(model)
         if revision:
             yield "Model revision", inline(revision)
@@ -243,12 +243,12 @@ class Part(NamedTuple):
     def source(self) -> str:
         """The input, if it is public: where files lie on some machine is nobody's business."""
         source = self.record["source"]
-        hub = hub_source(source) or hub_source({"dataset": hub_name(self.options["input"])})
-        if not hub:
+        name = hub.hub_source(source) or hub.hub_source({"dataset": hub.hub_name(self.options["input"])})
+        if not name:
             kind = "local files" if split_uri(self.options["input"] or "")[0] == "file" else "files in a private place"
             return kind if self.options["input"] else "docstrings of Python's standard library"
         details = [f"{key} {inline(source[key])}" for key in ("config", "split", "revision") if source.get(key)]
-        return ", ".join([f"[{inline(hub)}](https://huggingface.co/datasets/{hub})", *details])
+        return ", ".join([f"[{inline(name)}](https://huggingface.co/datasets/{name})", *details])
 
     def prompts(self) -> Iterator[str]:
         """Prompt and system prompt, where the run had some of its own."""
@@ -306,7 +306,7 @@ def model_of(model: str, options: dict[str, Any]) -> tuple[str, str]:
     revision = str(dict(options.get("server_arg") or []).get("revision", ""))
     if snapshot := SNAPSHOT.search(model):
         return f"{snapshot[1]}/{snapshot[2]}", snapshot[3]
-    if ON_THE_HUB.fullmatch(model) and not os.path.isdir(model):
+    if hub.ON_THE_HUB.fullmatch(model) and not os.path.isdir(model):
         return model, revision
     return re.split(r"[/\\]", model.rstrip("/\\"))[-1], revision
 

@@ -19,23 +19,9 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import sdg
-from sdg_plugins.common.recorded import record_of
-from sdg_plugins.publishing.card import NAME, render
+from sdg_plugins.common import recorded
+from sdg_plugins.publishing import card, hub
 from sdg_plugins.publishing.front_matter import BrokenCard
-from sdg_plugins.publishing.hub import (
-    QUIET,
-    connect,
-    describe,
-    has_token,
-    is_passing,
-    list_files,
-    parse_address,
-    patiently,
-    pause_after,
-    read_bytes,
-    refusal,
-    set_timeout,
-)
 from sdg_plugins.publishing.ledger import Known, Ledger
 from sdg_plugins.publishing.spool import Content, Item, Spool, clear_scratch
 
@@ -67,10 +53,10 @@ class Publisher:
 
     def __init__(self, run: sdg.Run) -> None:
         self.run = run
-        self.address = parse_address(run.options.output)
+        self.address = hub.parse_address(run.options.output)
         if self.address.revision:
             raise sdg.UsageError(f"{run.options.output}: a run publishes to `main`, leave @{self.address.revision} out")
-        self.api = connect()
+        self.api = hub.connect()
         run.state.mkdir(parents=True, exist_ok=True)
         clear_scratch(run.state)
         self._ledger = Ledger(run.state / "published.sqlite3")
@@ -112,9 +98,9 @@ class Publisher:
         from huggingface_hub import CommitOperationAdd
         from huggingface_hub.errors import RepositoryNotFoundError
 
-        set_timeout()
+        hub.set_timeout()
         options, repo = self.run.options, self.address.repo
-        if not has_token():
+        if not hub.has_token():
             raise sdg.UsageError(f"--output {options.output}: there is no token; set HF_TOKEN, or run `hf auth login`")
         me = self.api.whoami()
         if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
@@ -184,7 +170,7 @@ class Publisher:
         """Learn which run this is, and keep to what its files were begun with."""
         if not self._spool.begun:
             return
-        self._run_id = str(record_of(self.run.state)["run"])
+        self._run_id = str(recorded.record_of(self.run.state)["run"])
         mine = self.run.options.max_file_size
         settled = self._ledger.setting(f"max_file_size of {self._run_id}", mine)
         if settled != mine:
@@ -198,9 +184,9 @@ class Publisher:
         head = str(self.api.dataset_info(self.address.repo, revision="main", expand=["sha"], timeout=60).sha)
         if head == self._head or head in self._past:
             return
-        entries = [list_files(self.api, self.address.repo, folder, head) for folder in self._spool.folders]
+        entries = [hub.list_files(self.api, self.address.repo, folder, head) for folder in self._spool.folders]
         self._there = {file.path: entry_of(file) for files in entries for file in files}
-        self._readme = read_bytes(self.api, self.address.repo, NAME, head)
+        self._readme = hub.read_bytes(self.api, self.address.repo, card.NAME, head)
         self._head = head
 
     def waiting(self) -> int:
@@ -224,7 +210,7 @@ class Publisher:
         Raises:
             Exception: of the Hub's client. The next round finds out what has happened.
         """
-        set_timeout()
+        hub.set_timeout()
         if not self._prepared:
             self.prepare()
         self._look()
@@ -245,7 +231,7 @@ class Publisher:
 
     def discrepancies(self) -> Iterator[str]:
         """What is not on the Hub as it was written here, a line each."""
-        patiently(self._look, self.address, self.run.stopping)
+        hub.patiently(self._look, self.address, self.run.stopping)
         self._settle()
         items = self._spool.items()
         with contextlib.closing(Content(self.run)) as content:
@@ -303,10 +289,12 @@ class Publisher:
         """The card as it should be; None if it is so, or cannot be."""
         try:
             there = None if self._readme is None else self._readme.decode()
-            text = render(there, self.run, progress, self.address.folder, self.address.repo)
+            text = card.render(there, self.run, progress, self.address.folder, self.address.repo)
         except (BrokenCard, UnicodeDecodeError) as problem:
             broken = isinstance(problem, BrokenCard)
-            self._give_up_card(str(problem) if broken else f"{self.address} {NAME} is not UTF-8: it is left as it is")
+            self._give_up_card(
+                str(problem) if broken else f"{self.address} {card.NAME} is not UTF-8: it is left as it is"
+            )
             return None
         self.broken_card = ""
         return text if text != there else None
@@ -336,7 +324,7 @@ class Publisher:
         adds = [CommitOperationAdd(item.path, content.path(item)) for item in batch]
         operations: list[Any] = [*adds, *map(CommitOperationDelete, gone)]
         if readme is not None:
-            operations.append(CommitOperationAdd(NAME, readme.encode()))
+            operations.append(CommitOperationAdd(card.NAME, readme.encode()))
         if gone:
             sdg.say(f"{files(len(gone))} of an earlier run, or made otherwise now: deleted from {self.address}")
         done = [f"Add {files(len(batch))}"] * bool(batch) + [f"delete {files(len(gone))}"] * bool(gone)
@@ -415,15 +403,15 @@ class Publisher:
             except Exception as problem:
                 if isinstance(problem, sdg.Error):
                     raise
-                if reason := refusal(problem, self.address):
+                if reason := hub.refusal(problem, self.address):
                     raise sdg.OutputError(reason) from problem
-                if not is_passing(problem):
+                if not hub.is_passing(problem):
                     raise
                 now = time.monotonic()
-                if now - away > QUIET and now - told > WORD:
+                if now - away > hub.QUIET and now - told > WORD:
                     told = now
-                    sdg.say(f"{describe(problem)}; files wait in {self.run.output.root} and are published later")
-                stopping.wait(pause_after(problem, attempt, LONGEST_WAIT))
+                    sdg.say(f"{hub.describe(problem)}; files wait in {self.run.output.root} and are published later")
+                stopping.wait(hub.pause_after(problem, attempt, LONGEST_WAIT))
                 attempt += 1
 
 

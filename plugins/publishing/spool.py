@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import sdg
-from sdg_plugins.common.recorded import record_of
+from sdg_plugins.common import recorded
 from sdg_plugins.common.state import chunk_files
 from sdg_plugins.common.statistics import statistics_of
 from sdg_plugins.publishing.ledger import Ledger
@@ -123,7 +123,7 @@ class Spool:
         if not sizes:
             return
         mean = sum(sizes.values()) / len(sizes)
-        run = record_of(self.run.state)["run"]
+        run = recorded.record_of(self.run.state)["run"]
         width = self._ledger.setting(f"chunks_of_a_file of {run}", max(1, int(0.8 * self._size / max(1, mean))))
         over = {i for i, rank in enumerate(self._ranks()) if rank.get("status") == "finished"}
         ranges: dict[tuple[int, int], list[int]] = {}

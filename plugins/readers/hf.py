@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import sdg
 from sdg_plugins.common.files import format_of
-from sdg_plugins.publishing.hub import Address, connect, get, list_files, parse_address, patiently
+from sdg_plugins.publishing import hub
 from sdg_plugins.readers.parquet import ParquetReader
 
 T = TypeVar("T")
@@ -76,7 +76,7 @@ class Found(NamedTuple):
 
 def open_dataset(run: sdg.Run) -> ParquetReader:
     """Read a split of a dataset on the Hugging Face Hub, as it was when the run began."""
-    address = parse_address(run.options.input)
+    address = hub.parse_address(run.options.input)
     if address.folder:
         raise sdg.UsageError(f"{run.options.input}: name a config or a split instead of a folder (--input-config)")
     dataset = Dataset(run, address)
@@ -95,10 +95,10 @@ def open_dataset(run: sdg.Run) -> ParquetReader:
 class Dataset:
     """A repository at one commit: that of an earlier process of the run, else what its revision stands for now."""
 
-    def __init__(self, run: sdg.Run, address: Address) -> None:
+    def __init__(self, run: sdg.Run, address: hub.Address) -> None:
         from huggingface_hub.errors import RevisionNotFoundError
 
-        self.api = connect()
+        self.api = hub.connect()
         self.address, self.run = address, run
         earlier = run.source
         same = (earlier.get("dataset"), earlier.get("asked")) == (address.repo, address.revision)
@@ -117,7 +117,7 @@ class Dataset:
 
     def ask(self, call: Callable[[], T], revision: str | None) -> T:
         """Have the Hub answer, whatever it takes."""
-        return patiently(call, self.address._replace(revision=revision), self.run.stopping)
+        return hub.patiently(call, self.address._replace(revision=revision), self.run.stopping)
 
     def info(self, revision: str | None, *more: Any) -> Any:
         """What the Hub says of a revision."""
@@ -182,11 +182,11 @@ class Dataset:
 
     def list(self, folder: str, revision: str) -> list[Part]:
         """All files below a folder, none if it does not exist."""
-        files = self.ask(lambda: list_files(self.api, self.address.repo, folder, revision), revision)
+        files = self.ask(lambda: hub.list_files(self.api, self.address.repo, folder, revision), revision)
         return [Part(file.path, file.size) for file in files]
 
 
-def configs_of(entries: Any, address: Address) -> dict[str, Config]:
+def configs_of(entries: Any, address: hub.Address) -> dict[str, Config]:
     """The `configs` of a dataset's card."""
     try:
         return {
@@ -202,7 +202,7 @@ def configs_of(entries: Any, address: Address) -> dict[str, Config]:
         raise sdg.InputError(message) from problem
 
 
-def choose(asked: str | None, configs: Mapping[str, Config], address: Address) -> str:
+def choose(asked: str | None, configs: Mapping[str, Config], address: hub.Address) -> str:
     """The config that was asked for, else the default one."""
     there = f"it has: {', '.join(configs)}"
     if asked is not None:
@@ -299,7 +299,7 @@ class HubFiles:
     def open(self, i: int) -> RemoteFile:
         """A file for reading."""
         api, repo = self._dataset.api, self._dataset.address.repo
-        fetch = functools.partial(get, api, repo, self.names[i], self._revision)
+        fetch = functools.partial(hub.get, api, repo, self.names[i], self._revision)
         return RemoteFile(
             lambda headers: self._dataset.ask(lambda: fetch(headers=headers), self._revision), self.sizes[i]
         )

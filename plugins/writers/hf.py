@@ -19,7 +19,7 @@ import sdg
 from sdg_plugins.common.files import format_of
 from sdg_plugins.common.options import number
 from sdg_plugins.common.ranks import progress
-from sdg_plugins.publishing.hub import describe, is_passing, refusal
+from sdg_plugins.publishing import hub
 from sdg_plugins.publishing.publisher import FILES, Publisher
 
 LOOK = 5.0  # s between two looks at what has been written
@@ -73,11 +73,11 @@ def open_output(run: sdg.Run) -> sdg.Writer:
             except sdg.Error:
                 raise
             except Exception as problem:
-                if reason := refusal(problem, publisher.address):
+                if reason := hub.refusal(problem, publisher.address):
                     raise sdg.OutputError(reason) from problem
-                if not is_passing(problem):
+                if not hub.is_passing(problem):
                     raise
-                sdg.say(f"{describe(problem)}; the run begins, and publishes when the Hub is back")
+                sdg.say(f"{hub.describe(problem)}; the run begins, and publishes when the Hub is back")
     writer: sdg.Writer = run.plugins.find("writers", format_of(run.options.output_filename)).factory(run)
     return writer
 

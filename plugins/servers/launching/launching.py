@@ -22,7 +22,7 @@ from typing import Any
 
 import sdg
 from sdg_plugins.common.options import Option, json_object, number, one_of
-from sdg_plugins.servers.launching.nodes import Head, join, place
+from sdg_plugins.servers.launching import nodes
 from sdg_plugins.servers.launching.processes import Program, Spot
 from sdg_plugins.servers.launching.supervision import Replica, launch
 
@@ -192,10 +192,10 @@ async def serve(run: sdg.Run, program: Program) -> AsyncIterator[list[sdg.Upstre
     import aiohttp
 
     options = run.options
-    place(options)
+    nodes.place(options)
     check(options)
     if options.node_rank:
-        await join(run, lambda spot: launch(run, program, Spot(**spot), 0, []))
+        await nodes.join(run, lambda spot: launch(run, program, Spot(**spot), 0, []))
         yield []
         return
     slices = gpus_of_replicas(options)
@@ -205,7 +205,7 @@ async def serve(run: sdg.Run, program: Program) -> AsyncIterator[list[sdg.Upstre
     ):
         replicas = [Replica(run, program, number, gpus, session) for number, gpus in enumerate(slices)]
         if options.nodes > 1:
-            replicas[0].head = await stack.enter_async_context(Head(run))
+            replicas[0].head = await stack.enter_async_context(nodes.Head(run))
 
         def failed(replica: Replica, problem: sdg.Error) -> None:
             replica.upstream.give_up()

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import sdg
-from sdg_plugins.servers.launching.guard import PR_SET_CHILD_SUBREAPER, children, prctl
+from sdg_plugins.servers.launching import guard
 
 PORTS = range(30_000, 32_768)  # below those that Linux gives to outgoing connections, above SGLang's own choice
 LOG_BYTES = 64 << 20  # of a server's log, before it is moved aside; two are kept
@@ -165,7 +165,7 @@ class Process:
 
 def adopt_orphans() -> None:
     """Have the server's processes fall to this process if their guard is killed."""
-    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    guard.prctl(guard.PR_SET_CHILD_SUBREAPER, 1)
 
 
 def end_orphans() -> None:
@@ -175,10 +175,10 @@ def end_orphans() -> None:
     """
     mine = os.getpid()
     for _ in range(100):
-        orphans = [pid for pid in children(mine, deep=False) if is_orphan(pid)]
+        orphans = [pid for pid in guard.children(mine, deep=False) if is_orphan(pid)]
         if not orphans:
             return
-        for pid in [*orphans, *(below for orphan in orphans for below in children(orphan))]:
+        for pid in [*orphans, *(below for orphan in orphans for below in guard.children(orphan))]:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         for pid in orphans:

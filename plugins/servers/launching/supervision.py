@@ -17,7 +17,7 @@ import xxhash
 
 import sdg
 from sdg_plugins.servers.connecting import models_in
-from sdg_plugins.servers.launching.nodes import Head
+from sdg_plugins.servers.launching import nodes
 from sdg_plugins.servers.launching.processes import Died, Process, Program, Spot, free_port
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Replica:
         self.number = number
         self.upstream = sdg.Upstream("", self.examine, program.model)
         self.upstream.status = f"{self.name} is starting"
-        self.head: Head | None = None
+        self.head: nodes.Head | None = None
         self.ready_once = False
         self.lives = 0
         self._fallen = asyncio.Event()
@@ -110,7 +110,7 @@ class Replica:
                 self._fallen.set()
                 self.upstream.fall(crashed=False)
 
-    async def _gather(self, head: Head) -> None:
+    async def _gather(self, head: nodes.Head) -> None:
         began = self._loop.time()
         if head.missing():
             names = ", ".join(map(str, head.missing()))
