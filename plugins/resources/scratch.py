@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import sdg
-from sdg_plugins.resources.process_pool import process_pool
 
 if TYPE_CHECKING:
     pass
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
 @sdg.hookimpl
 def register_resources(register: sdg.RegisterResources) -> None:
-    register("process_pool", process_pool)
     register("temp_dir", temp_dir)
     register("rng", rng)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TypedDict
 
 import sdg
-from sdg_plugins.common.options import number
 
 PROMPT = """The following is the beginning of a long text. Continue it where it stops, in its style and language, by \
 one substantial part of what is still to come. Answer with the continuation alone.
@@ -24,7 +23,7 @@ class Continued(TypedDict):
 
 @sdg.hookimpl
 def add_options(parser: sdg.Options) -> None:
-    parser.add_argument("--parts", metavar="N", type=number(int, 1), default=4, help="parts to add, at most [4]")
+    parser.add_argument("--parts", metavar="N", type=sdg.number(int, 1), default=4, help="parts to add, at most [4]")
 
 
 @sdg.hookimpl

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import sdg
-from sdg_plugins.common.options import number, text_or_file
 from sdg_plugins.resources.structured import Ask
 
 RUBRIC = """0 for spam, navigation or gibberish; 1 for little of use among much else; 2 for what is on a topic but \
@@ -27,9 +26,9 @@ class Verdict:
 @sdg.hookimpl
 def add_options(parser: sdg.Options) -> None:
     text = "what the scores 0 to 5 stand for; or @FILE; default: educational value"
-    parser.add_argument("--rubric", metavar="TEXT", type=text_or_file, help=text)
+    parser.add_argument("--rubric", metavar="TEXT", type=sdg.text_or_file, help=text)
     text = "filter documents below it [0]"
-    parser.add_argument("--min-score", metavar="N", type=number(int, 0, 5), default=0, help=text)
+    parser.add_argument("--min-score", metavar="N", type=sdg.number(int, 0, 5), default=0, help=text)
 
 
 @sdg.hookimpl

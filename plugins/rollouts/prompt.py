@@ -11,8 +11,6 @@ from typing import Any
 import orjson
 
 import sdg
-from sdg_plugins.common.chunks import plain
-from sdg_plugins.common.options import text_or_file
 
 PLACE = re.compile(r"\[\[([^\[\]]+)\]\]")
 
@@ -21,7 +19,7 @@ PLACE = re.compile(r"\[\[([^\[\]]+)\]\]")
 def add_options(parser: sdg.Options) -> None:
     text = "[[DOCUMENT]] is the text, [[NAME]] a column; or @FILE"
     parser.add_argument("--prompt-template", metavar="T", type=template, help=text)
-    parser.add_argument("--system-prompt", metavar="S", type=text_or_file, help="the system message; or @FILE")
+    parser.add_argument("--system-prompt", metavar="S", type=sdg.text_or_file, help="the system message; or @FILE")
 
 
 @sdg.hookimpl
@@ -36,7 +34,7 @@ def register_resources(register: sdg.RegisterResources) -> None:
 
 def template(value: str) -> str:
     """A template's text, from the option or the file that it names."""
-    text = text_or_file(value)
+    text = sdg.text_or_file(value)
     if not PLACE.search(text):
         raise argparse.ArgumentTypeError("the template has no [[DOCUMENT]], so every prompt would be the same")
     return text
@@ -90,4 +88,4 @@ def filled(wanted: str, document: sdg.Document) -> str:
 
 def text_of(value: Any) -> str:
     """A column's value in a prompt: text as it is, anything else as JSON."""
-    return value if isinstance(value, str) else orjson.dumps(value, default=plain).decode()
+    return value if isinstance(value, str) else orjson.dumps(value, default=sdg.plain).decode()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import sdg
-from sdg_plugins.common.options import number
 from sdg_plugins.resources.structured import Ask
 
 PROMPT = """Write {count} questions on the following text, and answer them. Each question can be understood without \
@@ -28,7 +27,7 @@ class Pairs:
 
 @sdg.hookimpl
 def add_options(parser: sdg.Options) -> None:
-    kind = number(int, 1)
+    kind = sdg.number(int, 1)
     parser.add_argument("--pairs", metavar="N", type=kind, default=5, help="questions to ask for per document [5]")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TypedDict
 
 import sdg
-from sdg_plugins.common.options import text_or_file
 
 TASK = "Explain what the following text says to a reader who does not know the subject."
 CRITIQUE = """Now be its strictest reader: what is wrong, missing, unclear or superfluous in that? Name the few points \
@@ -23,7 +22,7 @@ class Refined(TypedDict):
 @sdg.hookimpl
 def add_options(parser: sdg.Options) -> None:
     text = "what to write about a document; or @FILE; default: an explanation"
-    parser.add_argument("--task", metavar="TEXT", type=text_or_file, help=text)
+    parser.add_argument("--task", metavar="TEXT", type=sdg.text_or_file, help=text)
 
 
 @sdg.hookimpl

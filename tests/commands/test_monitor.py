@@ -748,7 +748,7 @@ def test_a_mistyped_rerun_does_not_change_how_a_rank_is_doing(ranks: Job, ended:
     refused = ranks(max_documents=8, temperature=0.9)
 
     assert refused.rc == 1
-    assert "another run" in refused.message
+    assert "different run" in refused.message
     assert record_of(ranks) == before
 
 

@@ -272,9 +272,9 @@ def test_a_run_of_other_options_is_found(job: Job) -> None:
 
     assert check(job).rc == 0
     assert check(job, max_concurrent_generations=7).rc == 0
-    assert check(job, temperature=0.5).says("another run", "temperature")
-    assert check(job, model="another").says("another run", "model")
-    assert check(job, world_size=2, rank=0).says("another run", "world_size")
+    assert check(job, temperature=0.5).says("different run", "temperature")
+    assert check(job, model="another").says("different run", "model")
+    assert check(job, world_size=2, rank=0).says("different run", "world_size")
     (job.output.state / "run.json").unlink()
     assert check(job).says("no state of its run")
 

@@ -163,7 +163,7 @@ def test_a_server_that_all_share_and_is_gone_ends_all(configs: Configs) -> None:
     configs.job.server.stop()
     finished = configs()
     assert finished.rc == 1
-    assert finished.says("no server answers")
+    assert finished.says("no server responds")
     assert not (configs.job.folder / "out" / ".sdg" / "math" / "run.json").exists()
 
 

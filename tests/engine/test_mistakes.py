@@ -9,7 +9,7 @@ from running import Job
 
 # A line that ends with `# !` is the one that the message must name.
 MISTAKES = {
-    "import": ("import sdg\nimport no_such_module  # !\n", ["no_such_module", "does not import"]),
+    "import": ("import sdg\nimport no_such_module  # !\n", ["no_such_module", "cannot be imported"]),
     "import_of_a_name": ("import sdg\nfrom sdg import no_such_name  # !\n", ["no_such_name"]),
     "import_elsewhere": (
         "import sdg\nimport json\nSETTINGS = json.loads('{')  # !\n",
@@ -26,7 +26,7 @@ MISTAKES = {
         def register_rollout(register):
             register("mine", mine)
         """,
-        ["register_rollout", "is no hook", "did you mean register_rollouts"],
+        ["register_rollout", "is not a hook", "did you mean register_rollouts"],
     ),
     "hook_name_far_off": (
         """
@@ -36,7 +36,7 @@ MISTAKES = {
         def begin(run):
             pass
         """,
-        ["begin", "is no hook", "observe", "chunk_written"],
+        ["begin", "is not a hook", "observe", "chunk_written"],
     ),
     "hook_arguments": (
         """
@@ -46,7 +46,7 @@ MISTAKES = {
         def chunk_written(run, piece):
             pass
         """,
-        ["chunk_written", "is not given piece", "run, chunk"],
+        ["chunk_written", "has unknown parameter piece", "run, chunk"],
     ),
     "hook_raises": (
         """
@@ -125,7 +125,7 @@ MISTAKES = {
         async def mine(document, generate):  # !
             yield await generate(document.text)
         """,
-        ["rollout 'mine'", "yields", "list"],
+        ["rollout 'mine'", "uses `yield`", "list"],
     ),
     "too_few_parameters": (
         """
@@ -334,14 +334,14 @@ SHAPES = {
     ),
     "reader_that_gives_dicts": (
         'sdg.Block(pa.RecordBatch.from_pydict({"text": ["a"] * some}), "few", 0)', '{"text": "a"}',
-        ["read() gave", "dict", "sdg.Block"], "class FewReader",
+        ["read() returned", "dict", "sdg.Block"], "class FewReader",
     ),
     "reader_with_other_columns": (
-        '{"text": ["a"] * some}', '{"texts": ["a"] * some}', ["read() gave", "texts: string", "`schema`"],
+        '{"text": ["a"] * some}', '{"texts": ["a"] * some}', ["read() returned", "texts: string", "`schema`"],
         "class FewReader",
     ),
     "reader_that_gives_too_much": (
-        "[\"a\"] * some", "[\"a\"] * 5", ["read() gave batches of [5] rows when 1"], "class FewReader",
+        "[\"a\"] * some", "[\"a\"] * 5", ["read() returned batches of [5] rows when asked for 1"], "class FewReader",
     ),
     "reader_that_raises": (
         "self.left = 2\n\n", "self.left = {}['nothing']\n\n", ["reader", "few://", "KeyError"], "{}['nothing']",

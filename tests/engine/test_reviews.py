@@ -253,7 +253,7 @@ def test_the_state_of_one_output_is_not_taken_for_another(job: Job, server: Fake
     moved = job(state_dir="state", output="moved")
 
     assert other.rc == 1
-    assert other.says("state", "is of the output output")
+    assert other.says("state", "belongs to the output output")
     assert moved.rc == 0
     assert len(server.requests) == 5
 
@@ -309,7 +309,7 @@ def test_files_are_not_written_beside_the_output(job: Job, name: str) -> None:
     job.input(documents(3))
     finished = job(output_filename=name)
     assert finished.rc == 2
-    assert finished.says("--output-filename", "without folders")
+    assert finished.says("--output-filename", "must not contain a folder")
 
 
 @pytest.mark.parametrize("path", ["/chat/completions", "/completions/"])
@@ -532,7 +532,7 @@ def test_a_number_that_is_none_is_no_json(job: Job) -> None:
     job.input(documents(2))
     finished = job(generation='{"n": NaN}')
     assert finished.rc == 2
-    assert finished.says("--generation", "not JSON")
+    assert finished.says("--generation", "invalid JSON")
 
 
 def test_something_is_said_while_the_bars_library_is_being_imported(
@@ -540,4 +540,4 @@ def test_something_is_said_while_the_bars_library_is_being_imported(
 ) -> None:
     monkeypatch.setitem(sys.modules, "tqdm", types.ModuleType("tqdm"))  # as a signal may find it
     sdg.say("interrupted")
-    assert capsys.readouterr().err == "interrupted\n"
+    assert capsys.readouterr().err == "sdg: interrupted\n"

@@ -244,7 +244,7 @@ class Greedy(CountReader):
         (Random, "identity"),
         (Miscounts, r"total\(\) is 11"),
         (NamesByPiece, r"count/0"),
-        (Greedy, "wanted"),
+        (Greedy, "when asked for"),
     ],
 )
 def test_a_reader_that_breaks_the_contract_is_found(reader: type[CountReader], said: str) -> None:

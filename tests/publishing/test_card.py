@@ -23,11 +23,10 @@ from hypothesis import Phase, example, given, settings, strategies as st
 from running import ROOT, Job, Output, documents, wait_until
 
 import sdg
+from sdg_plugins.common import recorded
 from sdg_plugins.common.markdown import line, visible
+from sdg_plugins.publishing import card as cards
 from sdg_plugins.publishing.front_matter import BrokenCard, size_category
-
-cards: Any = sys.modules["sdg_plugins.publishing.card"]
-recorded: Any = sys.modules["sdg_plugins.common.recorded"]
 
 BEGIN, END = "<!-- sdg: begin data -->", "<!-- sdg: end data -->"
 SOURCE = {"dataset": "owner/source", "revision": "0123abcd", "license": "odc-by", "language": ["en", "no"]}

@@ -491,7 +491,7 @@ def test_another_split_or_revision_is_another_run(hub_job: Job, docs: FakeHub) -
     for other in ({"input_split": "test"}, {"input": f"hf://datasets/{DOCS}@v2"}):
         finished = hub_job(**other)
         assert finished.rc == 1
-        assert finished.says("is of another run", *({"input", "revision"} if "input" in other else other))
+        assert finished.says("belongs to a different run", *({"input", "revision"} if "input" in other else other))
 
 
 def test_a_revision_that_is_gone_is_named(here: Here, docs: FakeHub) -> None:

@@ -192,7 +192,7 @@ def test_output_without_its_state_is_refused_until_fresh(
     assert cloudy(env).rc == 0
     s3.put("out/notes.txt", b"mine")
 
-    assert cloudy(env, state_dir="other").says("is there, but no state", "--fresh")
+    assert cloudy(env, state_dir="other").says("exists, but the state of its run does not", "--fresh")
     server.forget()
     assert cloudy(env, fresh=True).rc == 0
 

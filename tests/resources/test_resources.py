@@ -13,11 +13,10 @@ from typing import Any
 
 import pytest
 from fake_server import Answer, FakeServer, Hang, Status, prompt_of
+from replaying import answers_in, check_replay, own
 from running import ROOT, Job, documents, wait_until
-from test_long_documents import answers_in
-from test_rollouts import check_replay, own
 
-from sdg_plugins.resources import process_pool as pool
+from sdg_plugins.resources import workers as pool
 
 # ── Of plugins ───────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,11 +11,10 @@ from typing import Any, Literal
 import pytest
 from fake_server import Answer, FakeServer, Hang, Status, prompt_of
 from hypothesis import assume, given, strategies as st
+from replaying import answers_in, check_replay
 from running import Job, documents, wait_until
-from test_long_documents import answers_in
-from test_rollouts import check_replay
 
-structured: Any = sys.modules["sdg_plugins.resources.structured"]
+from sdg_plugins.resources import structured
 
 SHAPES = """
     import asyncio

@@ -9,38 +9,22 @@ import re
 import signal
 import sqlite3
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_server import FakeServer, Hang, Status, prompt_of, usual_text
 from hypothesis import given, strategies as st
+from replaying import check_replay, own
 from running import ROOT, Job, Output, Started, wait_until
 
 import sdg
 from sdg_plugins.common.results import annotated_fields
+from sdg_plugins.rollouts import prompt as prompts
+from sdg_plugins.servers import demo
 
 LOADED, _ = sdg.Plugins.load([])
 BUNDLED = sorted(LOADED.rollouts)
-demo: Any = sys.modules["sdg_plugins.servers.demo"]
-prompts: Any = sys.modules["sdg_plugins.rollouts.prompt"]
-
-REGISTER = """
-    import asyncio
-    import os
-
-    import sdg
-
-    @sdg.hookimpl
-    def register_rollouts(register):
-        register("own", own)
-"""
-
-
-def own(job: Job, body: str) -> None:
-    """Make a rollout `own` of this source the job's."""
-    job.options["plugin"] = job.plugin("own", textwrap.dedent(REGISTER) + textwrap.dedent(body))
 
 
 def as_asked(payload: dict[str, Any], n: int) -> str | None:
@@ -244,63 +228,6 @@ def test_a_rollout_knows_which_of_several_it_is(job: Job) -> None:
 # ── Replay ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 # The rollout itself, kept from ending as long as there is a file `hold`: its answers are stored, its results are not.
-HELD = """
-    import asyncio, functools, pathlib, sys
-
-    import sdg
-
-    original = sys.modules["{module}"].{function}
-
-    @sdg.hookimpl
-    def register_rollouts(register):
-        register("held", held)
-
-    @functools.wraps(original)
-    async def held(document, generate, **resources):
-        results = await original(document, generate, **resources)
-        if pathlib.Path("hold").exists():
-            await asyncio.Event().wait()
-        return results
-"""
-
-
-def stored_answers(job: Job) -> int:
-    uri = f"file:{job.output.state}/00000.sqlite3?mode=ro"
-    with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=30)) as state:
-        return int(state.execute("SELECT count(*) FROM requests").fetchone()[0])
-
-
-def check_replay(job: Job, server: FakeServer, module: str, function: str, **options: Any) -> int:
-    """Kill a run when all is answered and nothing written, and see that the next one asks nothing and writes the same.
-
-    Returns how many requests the rollout makes.
-    """
-    before = job.options["plugin"] if module.startswith("sdg_plugin_files") else None
-    held = job.plugin("held", HELD.format(module=module, function=function))
-    options["plugin"] = [before, held] if before else [held]
-    undisturbed = job.succeed(output="undisturbed", **options)
-    count = len(server.requests)
-    assert count
-    assert not undisturbed.failures()
-
-    server.forget()
-    (job.folder / "hold").touch()
-    running = job.start(**options)
-    wait_until(lambda: len(server.answered) == count)
-    wait_until(lambda: stored_answers(job) == count)
-    running.process.kill()
-    running.finish()
-    assert not job.output.data()
-
-    (job.folder / "hold").unlink()
-    server.forget()
-    output = job.succeed(**options)
-    assert server.requests == []
-    assert output.data() == undisturbed.data()
-    assert output.stats()["cache_hits"] == count
-    return count
-
-
 FAN_OUT = """
     async def own(document, generate):
         draft = await generate(f"{document.id}: draft")
@@ -391,7 +318,7 @@ def test_a_bundled_rollout_runs_in_the_demonstration_with_fields_as_annotated(ro
 
 
 def test_a_copy_of_a_bundled_rollout_runs_under_a_name_of_its_own(run_sdg: Any) -> None:
-    source = (ROOT / "plugins/summarize.py").read_text()
+    source = (ROOT / "plugins/rollouts/summarize.py").read_text()
     (run_sdg.folder / "summarize.py").write_text(source.replace('register("summarize"', 'register("mine"'))
 
     finished = run_sdg("--plugin", "summarize.py", "--max-documents", 5, "--no-progress", "--output", "out")
@@ -401,7 +328,7 @@ def test_a_copy_of_a_bundled_rollout_runs_under_a_name_of_its_own(run_sdg: Any) 
 
 
 def test_a_copy_of_a_bundled_plugin_finds_what_the_original_imports(run_sdg: Any) -> None:
-    source = (ROOT / "plugins/command.py").read_text()
+    source = (ROOT / "plugins/servers/command.py").read_text()
     (run_sdg.folder / "mine.py").write_text(source.replace('register("command"', 'register("mine"'))
 
     finished = run_sdg("plugins", "--plugin", "mine.py", "--plugin", "summarize")
@@ -592,7 +519,7 @@ TEXTS = st.text(st.sampled_from("[]aDOCUMENTid{}\\g<1> "), max_size=30)
 @given(TEXTS, TEXTS, TEXTS)
 def test_what_is_filled_in_is_not_expanded(before: str, after: str, text: str) -> None:
     before, after = (prompts.PLACE.sub("", part) for part in (before.replace("[", "("), after.replace("]", ")")))
-    document = sdg.Document("id", text, None, 0, None, 0)
+    document = sdg.Document("id", text, None, 0, dict)
 
     filled = prompts.filled(f"{before}[[DOCUMENT]]{after}", document)
 

@@ -14,8 +14,8 @@ import pytest
 import real_engines
 import real_sglang
 from fake_server import free_port
+from launching import ENGINE, Launch, everything
 from running import Finished, Job, Started, documents, wait_until
-from test_servers import ENGINE, Launch, everything
 
 pytestmark = pytest.mark.real
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import shlex
 import signal
 import socket
 import sys
 import time
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,70 +16,12 @@ from typing import Any
 
 import pytest
 from fake_server import Delay, FakeServer, free_port, prompt_of
-from running import ROOT, Finished, Job, Started, documents, wait_until
+from launching import ENGINE, Launch, everything
+from running import Started, documents, wait_until
 
 import sdg
 from sdg_plugins.servers.load import Load
 from sdg_plugins.servers.pool import Pool, Suspicion
-
-ENGINE = ROOT / "tests" / "support" / "fake_engine.py"
-
-
-class Launch(Job):
-    """A job with a server of its own: `launch(faults="--crash-after 5", …)`."""
-
-    def __init__(self, folder: Path, server: FakeServer) -> None:
-        super().__init__(folder, server)
-        self.mark = uuid.uuid4().hex
-        self.engine = folder / "engine"
-        self.options |= {"base_url": None, "server": "command", "model": "m"}
-
-    def command_line(self, options: dict[str, Any]) -> list[str]:
-        options = dict(options)
-        if {**self.options, **options}["server"] == "command":
-            faults = options.pop("faults", "")
-            words = [sys.executable, str(ENGINE), "--folder", str(self.engine), "--port", "{port}", "--model", "m"]
-            options.setdefault("server_command", f"{shlex.join(words)} {faults}")
-        return super().command_line(options)
-
-    def start(self, env: dict[str, str] | None = None, **options: Any) -> Started:
-        return super().start({"SDG_TEST_MARK": self.mark, **(env or {})}, **options)
-
-    def program(self, *names: str) -> dict[str, str]:
-        """Put fake programs of these names into PATH; returns the environment that has them."""
-        folder = self.folder / "bin"
-        folder.mkdir(exist_ok=True)
-        for name in names:
-            path = folder / name
-            path.write_text(f'#!/bin/sh\nexec {sys.executable} {ENGINE} "$@"\n')
-            path.chmod(0o755)
-        return {"PATH": f"{folder}:{os.environ['PATH']}", "FAKE_ENGINE_FOLDER": str(self.engine)}
-
-    def records(self, name: str) -> list[dict[str, Any]]:
-        path = self.engine / name
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    @property
-    def starts(self) -> list[dict[str, Any]]:
-        return self.records("starts.jsonl")
-
-    def requests(self, event: str = "came") -> list[dict[str, Any]]:
-        return [record for record in self.records("requests.jsonl") if record["event"] == event]
-
-    def processes(self) -> dict[int, str]:
-        """Everything alive that this test has started, as command lines by process id.
-
-        The mark is in its environment; programs that change their titles lose that, but work in the test's folder.
-        """
-        found = {}
-        for path in Path("/proc").glob("[0-9]*"):
-            try:
-                here = Path(os.readlink(path / "cwd")).is_relative_to(self.folder)
-                if here or self.mark.encode() in (path / "environ").read_bytes():
-                    found[int(path.name)] = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            except OSError:  # it has ended meanwhile
-                continue
-        return {pid: command for pid, command in found.items() if command}
 
 
 @pytest.fixture
@@ -90,12 +30,6 @@ def launch(tmp_path: Path, server: FakeServer) -> Iterator[Launch]:
     yield launch
     launch.sdg.close()
     wait_until(lambda: not launch.processes(), 20)
-
-
-def everything(launch: Launch, count: int, finished: Finished | None = None) -> None:
-    """All of `documents(count)` have a row."""
-    assert finished is None or finished.rc == 0, finished
-    assert launch.output.ids() == [row["id"] for row in documents(count)]
 
 
 # ── Starting and ending ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -881,7 +815,7 @@ def test_own_flags_win_and_booleans_can_be_switched_off(launch: Launch) -> None:
     [
         (
             {"server": None, "base_url": "http://127.0.0.1:1", "tp": 2},
-            ["--tp goes with --server command or"],
+            ["--tp requires --server command or"],
         ),
         ({"server": "vllm", "model": "./typo"}, ["--model ./typo", "no such folder"]),
         ({"server": None, "model": "m"}, ["--model m needs a server", "--base-url"]),

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import contextlib
 import http.server
 import json
 import re
-import sqlite3
 import threading
 import time
 import unicodedata
@@ -22,6 +20,7 @@ import pytest
 import tiny_tokenizer
 from fake_server import FakeServer, Hang, Raw, Status, prompt_of
 from hypothesis import assume, given, settings, strategies as st
+from replaying import answers_in
 from running import Job, wait_until
 
 import sdg
@@ -285,7 +284,8 @@ def test_where_a_document_is_cut_depends_on_no_other_document(counters: Counters
 
     async def cut(text: str) -> dict[str, Any]:
         document, payload = document_of(text), {"messages": [{"role": "user", "content": BEFORE + text + AFTER}]}
-        await made.post(SimpleNamespace(document=document, room=None), "/chat/completions", payload, b"x" * 9000)
+        rollout = SimpleNamespace(document=document, room=None)
+        await made.send(sdg.Request("/chat/completions", payload, rollout, b"x" * 9000))
         return recorder.sent[-1]
 
     async def before_and_after(text: str, others: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -903,12 +903,6 @@ TWO_STEPS = """
 """
 
 
-def answers_in(state: Path) -> int:
-    """Durable answers of requests."""
-    with contextlib.closing(sqlite3.connect(f"file:{state}/00000.sqlite3?mode=ro", uri=True, timeout=30)) as db:
-        return int(db.execute("SELECT count(*) FROM requests WHERE length(key) = 20").fetchone()[0])
-
-
 @pytest.mark.parametrize("how", ["truncate", "split"])
 def test_a_rerun_asks_neither_server_nor_tokenizer_for_what_is_answered(
     long: Job, server: FakeServer, servers: Callable[[], FakeServer], how: str
@@ -949,7 +943,7 @@ def test_another_context_is_another_run(long: Job, server: FakeServer, options: 
     finished = long(**options)
 
     assert finished.rc == 1
-    assert finished.says("is of another run", *options)
+    assert finished.says("belongs to a different run", *options)
 
 
 # ── The resource ─────────────────────────────────────────────────────────────────────────────────────────────────────

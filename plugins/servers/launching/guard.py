@@ -8,8 +8,6 @@ moment, daemons with sessions of their own included: on Linux this process is th
 A program of its own that imports nothing heavy and nothing of `sdg`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os
@@ -115,3 +113,7 @@ def main() -> int:
     left = end_all(process.pid)
     status = process.returncode = left if status is None else status
     return 0 if status is None else status if status >= 0 else 128 - status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,8 +3,7 @@
 A program of its own: it runs in the environment of the server, which has Ray and may not have `sdg`.
 """
 
-from __future__ import annotations
-
+import sys
 import time
 
 
@@ -20,3 +19,7 @@ def main(gpus: int, nodes: int) -> None:
         if here >= gpus and members >= nodes:
             return
         time.sleep(1)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))
