@@ -11,12 +11,8 @@ import random
 import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import sdg
-
-if TYPE_CHECKING:
-    pass
 
 
 @sdg.hookimpl
