@@ -44,7 +44,7 @@ import threading
 import time
 import traceback
 import types
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
@@ -100,6 +100,7 @@ __version__ = "0.1.0"
 STATE_VERSION = 2
 COMMIT_INTERVAL = 0.05  # s between group commits: 5,000 documents/s become 250 rows a commit, not 5,000 commits
 WINDOW = 32  # documents read but not yet written, per document in flight: 1 % stragglers of 20 times the mean need 20
+RECENT = 1000  # documents that the failure rate is also judged by, so that a long run stops soon when all go wrong
 GRACE = 10.0  # s that requests in flight have to be answered after SIGTERM: schedulers kill after 30
 LAST_RESORT = 18.0  # s after a signal at which the process ends even if a plugin blocks it
 PUBLISHER = "sdg-publisher"  # the thread that publishes during a run; see `script`
@@ -125,11 +126,12 @@ if not TYPE_CHECKING:
 
 Usage = dict[str, int]  # tokens of a request as counted by the server, under the names in TOKENS
 TOKENS = ("prompt_tokens", "completion_tokens", "total_tokens")
+OVERLOADED = {429, 503, 529, *range(520, 528), 530}  # HTTP statuses: 529 is Anthropic's, 520 to 530 Cloudflare's
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Reply:
-    """One completion. With `n` > 1, `choices` holds all of them, this one included; `str(reply)` is its text."""
+    """One completion. `choices` holds all completions of the request, this one first; `str(reply)` is its text."""
 
     text: str
     reasoning: str | None = None
@@ -324,7 +326,8 @@ class Upstream:
         answers: responses received; with `progressed` it tells the plugin whether the server still works.
         progressed: loop time of the last response or token, or of the first request after an idle period.
         failures: failed requests in a row, of requests that were sent one after the other.
-        until: loop time before which no request is sent.
+        storms: overloaded responses since the last one that was answered, of requests sent one after the other.
+        until: loop time before which no request is sent, for this `reason`.
         convicted: requests that have crashed the server with no other request in flight.
     """
 
@@ -338,7 +341,8 @@ class Upstream:
         self.up = asyncio.Event()
         self.gone = False
         self.status = ""
-        self.crashes = self.active = self.answers = self.failures = self.convicted = 0
+        self.crashes = self.active = self.answers = self.failures = self.storms = self.convicted = 0
+        self.reason = ""
         self.progressed = self.until = self.failed_at = 0.0
         self.changed: Callable[[bool], None] = lambda risen: None  # set by the pool
         if examine is None:
@@ -346,7 +350,8 @@ class Upstream:
 
     def rise(self) -> None:
         """The server is ready for requests."""
-        self.failures, self.until = 0, 0.0
+        self.failures = self.storms = 0
+        self.until = 0.0
         self.up.set()
         self.changed(True)
 
@@ -498,26 +503,45 @@ class Interrupted(Error):
 
 
 class RequestFailed(Exception):
-    """A request without a response. A rollout may catch it; otherwise its document fails.
+    """A request without a usable response. A rollout may catch it; otherwise its document fails.
 
     Attributes:
-        cause: the HTTP status as text, or one of timeout, connection, body, empty, crash, context.
+        cause: the HTTP status as text, or one of timeout, connection, aborted, body, empty, refusal, crash, context.
         status: the HTTP status, None if there was none.
         attempts: how often the request was sent.
         body: the server's response, if it refused the request.
+        reply: what there was of a completion, with its reasoning, finish_reason and usage.
+        refusal: the model's words, if it refused.
     """
 
     def __init__(self, cause: str, message: str, *, status: int | None = None, retry: bool = True) -> None:
         super().__init__(message)
         self.cause, self.status, self.retry, self.attempts = cause, status, retry, 1
         self.body = b""
+        self.reply: Reply | None = None
+        self.refusal: str | None = None
         self.retry_after: float | None = None  # s, as requested by the server
+        self.most_attempts: int | None = None  # that are worth while; None: as many as --max-retries allows
         self.unreached = False  # no connection: the request cannot have had an effect
+        self.account = False  # it says that the account cannot go on
+
+    @property
+    def overload(self) -> bool:
+        """True if the server has no capacity, or the account no quota just now: not the request's fault."""
+        return self.status in OVERLOADED
 
     @property
     def breaks_off(self) -> bool:
         """True if the failure looks like a server crash."""
-        return self.cause == "connection" or (self.status is not None and self.status >= 500 and self.status != 503)
+        failing = self.status is not None and self.status >= 500 and not self.overload
+        return self.cause in {"connection", "aborted"} or failing
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """What `failed/` records of the completion."""
+        reply = self.reply
+        known = reply and {"finish_reason": reply.finish_reason, "reasoning": reply.reasoning, "usage": reply.usage}
+        return {name: value for name, value in {"refusal": self.refusal, **(known or {})}.items() if value}
 
 
 class BadDocument(Exception):
@@ -1292,13 +1316,14 @@ class RolloutRun:
     """One rollout of one document, or of a part of it: it is the `generate` that the rollout is given.
 
     Attributes:
+        reasons: the finish_reason of each reply.
         room: tokens that a part may have; set by a link of `wrap_requests` if the document must be run in parts.
         final: True once the rollout has ended: what it left behind is canceled.
     """
 
     __slots__ = (
         *("_answers", "_branches", "_engine", "_key", "_ordinals", "_part", "attempts", "document", "final", "index"),
-        *("interrupted", "room", "truncated", "usage"),
+        *("interrupted", "reasons", "room", "truncated", "usage"),
     )
 
     def __init__(
@@ -1310,6 +1335,7 @@ class RolloutRun:
         self._branches: set[asyncio.Task[Any]] = set()  # tasks that wait for a response
         self.attempts = 0
         self.interrupted = self.final = self.truncated = False
+        self.reasons: list[str | None] = []  # to finish, of all replies
         self.room: int | None = None
         self.usage: Usage | None = None
 
@@ -1320,9 +1346,21 @@ class RolloutRun:
 
     async def raw(self, prompt: str | list[dict[str, Any]] | dict[str, Any], **overrides: Any) -> tuple[Reply, bytes]:
         """See `Generate`."""
+        path, payload = self._engine.payload(prompt, overrides, self.index)
+        reply, answer = await self._ask(path, payload)
+        n = payload.get("n")
+        if isinstance(n, int) and n > 1 and (missing := self._engine.client.missing(answer, n)):
+            single = {name: value for name, value in payload.items() if name != "n"}
+            step = self._engine.run.options.rollouts_per_document
+            seeds = [{"seed": payload["seed"] + (n - i) * step} if "seed" in payload else {} for i in range(missing)]
+            more = await asyncio.gather(*[self._ask(path, single | seed) for seed in seeds])
+            return self._engine.client.together([answer, *(body for _, body in more)])
+        return reply, answer
+
+    async def _ask(self, path: str, payload: dict[str, Any]) -> Response:
+        """The response to a payload: stored by an earlier process, or from a server."""
         if self.final:  # a branch that the rollout has left behind
             raise asyncio.CancelledError
-        path, payload = self._engine.payload(prompt, overrides, self.index)
         try:
             request = Request(path, payload, self)
         except TypeError as exc:
@@ -1332,20 +1370,30 @@ class RolloutRun:
         same = digest.digest()
         ordinal = self._ordinals[same] = self._ordinals.get(same, -1) + 1
         key = same + ordinal.to_bytes(4, "big")
-        if key in self._answers:
-            self._engine.run.counts["cache_hits"] += 1
-            answer = self._answers[key]
-            reply = self._engine.client.parse(answer)
-        else:
+        response = self._stored(key)
+        if response is None:
             if ordinal and isinstance(payload.get("seed"), int):  # otherwise the server would return the same sample
                 seed = payload["seed"] + ordinal * self._engine.run.options.rollouts_per_document
                 request = request.with_payload({**payload, "seed": seed})
-            reply, answer = await self._send(request, key)
+            response = await self._send(request, key)
+        reply = response.reply
         self.attempts += 1
         self.truncated |= reply.truncated
+        self.reasons.append(reply.finish_reason)
         if reply.usage:
             self.usage = dict(Counter(self.usage) + Counter(reply.usage)) if self.usage else reply.usage
-        return reply, answer
+        return response
+
+    def _stored(self, key: bytes) -> Response | None:
+        """The stored response of a key; None if there is none, or none that is worth anything."""
+        if key not in self._answers:
+            return None
+        try:
+            reply = self._engine.client.parse(self._answers[key])
+        except RequestFailed:  # an earlier version of sdg has stored what this one asks for again
+            return None
+        self._engine.run.counts["cache_hits"] += 1
+        return Response(reply, self._answers[key])
 
     async def _send(self, request: Request, key: bytes) -> Response:
         branch = asyncio.current_task()
@@ -1392,7 +1440,10 @@ class RolloutRun:
         try:
             own = {name: make(self.document, self) for name, make in engine.makers.items()}
             results = results_of(await engine.rollout(self.document, self, **engine.resources, **own), self.usage)
-            return [{"truncated": self.truncated, **result} for result in results]
+            common = {"truncated": self.truncated}
+            if self.reasons:
+                common["finish_reason"] = engine.client.worst(self.reasons)
+            return [{**common, **result} for result in results]
         except asyncio.CancelledError as exc:
             task = asyncio.current_task()
             if engine.stopping or (task and task.cancelling()):
@@ -1406,7 +1457,7 @@ class RolloutRun:
             self._engine.run.stop(exc)
             raise asyncio.CancelledError from exc
         if isinstance(exc, RequestFailed):
-            return {"error": str(exc), "error_type": "RequestFailed", "attempts": exc.attempts}
+            return {"error": str(exc), "error_type": "RequestFailed", "attempts": exc.attempts, **exc.details}
         if isinstance(exc, BadDocument):
             return {"error": str(exc), "error_type": "BadDocument", "attempts": 0}
         error, kind = describe(exc, self._engine.rollout_file), type(exc).__name__
@@ -1450,7 +1501,9 @@ class Engine:
         self.stopping = self._broken_off = False
         self.started = self.finished = self.failed = 0  # documents, in this process
         self.tally: Counter[str] = Counter()  # documents, in all processes
-        self.reasons: Counter[str] = Counter()
+        self.reasons: Counter[str] = Counter()  # of failures, with their numbers left out
+        self.examples: dict[str, str] = {}  # of the reasons
+        self._recent: deque[bool] = deque(maxlen=RECENT)  # whether each of the last documents failed
         self._open: dict[int, OpenChunk] = {}
         self._deferred: list[OpenChunk] = []  # final, but the fields of results are not settled
         self._unwritten = 0
@@ -1634,22 +1687,27 @@ class Engine:
         self.store.finished(opened.chunk.index << 32 | position, status, body)
         self.tally[status] += 1
         self.finished += 1
+        self._recent.append(status == "failed")
         if isinstance(outcome, list):
             self.run.counts["truncated"] += any(result.get("truncated") is True for result in outcome)
         if isinstance(outcome, dict):
             self.failed += 1
             if len(self.reasons) < 1000:
-                self.reasons[outcome["error"]] += 1
+                kind = re.sub(r"\d+", "#", outcome["error"])
+                self.reasons[kind] += 1
+                self.examples.setdefault(kind, outcome["error"])
             if self.finished >= 100:  # of those started, not finished: refusals arrive sooner than completions
                 self._check_failure_rate(self.failed, self.started)
+            if len(self._recent) == RECENT:
+                self._check_failure_rate(sum(self._recent), RECENT, "the last ")
 
-    def _check_failure_rate(self, failed: int, documents: int) -> None:
+    def _check_failure_rate(self, failed: int, documents: int, which: str = "") -> None:
         most = self.run.options.max_failure_rate
         if documents >= 100 and failed > most * documents and not self.stopping:
-            reasons = [f"; {times} times: {reason}" for reason, times in self.reasons.most_common(1)]
+            reasons = [f"; {times} times: {self.examples[kind]}" for kind, times in self.reasons.most_common(1)]
             self.run.stop(
                 TooManyFailures(
-                    f"{failed} of {documents} documents failed, more than --max-failure-rate {most:g} allows"
+                    f"{failed:,} of {which}{documents:,} documents failed, more than --max-failure-rate {most:g} allows"
                     f"{''.join(reasons)}. Fix the cause and rerun with --retry-failed, "
                     "or raise --max-failure-rate (at most 1)"
                 )

@@ -269,7 +269,7 @@ class Outlet:
         if len(failures) != len(chunk.failed):
             raise sdg.OutputError(f"{run.output.path(run.failed_path_of(chunk))} is not as it was written")
         for position, record in zip(chunk.failed, failures, strict=True):
-            body = {name: record[name] for name in ("error", "error_type", "attempts")}
+            body = {name: value for name, value in record.items() if name not in {"id", "document"}}
             outcomes.append((position, "failed", orjson.dumps(body)))
         return outcomes
 

@@ -16,13 +16,15 @@ from typing import Any, NamedTuple
 import sdg
 from sdg_plugins.common.checks import check_rollout
 from sdg_plugins.common.files import expanded, format_of, list_files, split_uri
-from sdg_plugins.common.options import Option, Options, Parser, json_object, number, one_of
+from sdg_plugins.common.options import Option, Options, Parser, json_object, name_and_variable, number, one_of
 
 FILENAME = "${rank}_${chunk_index}.parquet"
 LONG_DOCUMENTS = ("truncate", "split", "fail")
+EMPTY_ANSWERS = ("fail", "keep")
 
 
 _count, _natural, _seconds, _ratio = number(int, 1), number(int, 0), number(float, 0.001), number(float, 0)
+_rate = number(float, 0.001, 1e12)
 
 OPTIONS = {
     "input": [
@@ -61,6 +63,14 @@ OPTIONS = {
             shared=True,
         ),
         Option("--api-key-env", "NAME", "environment variable that holds the API key", "OPENAI_API_KEY", shared=True),
+        Option(
+            "--header-env",
+            "NAME=VARIABLE",
+            "send a header whose value is in an environment variable, such as api-key=AZURE_KEY; repeatable",
+            type=name_and_variable,
+            action="append",
+            shared=True,
+        ),
         Option("--model", "NAME", "model name; default: the server's only model", identity=True, shared=True),
         Option(
             "--model-max-context",
@@ -77,8 +87,16 @@ OPTIONS = {
             "maximum documents in flight; default: 1.5 × --max-concurrent-generations + 16",
             type=_count,
         ),
-        Option("--request-timeout", "S", "seconds for one attempt", 600.0, _seconds),
+        Option("--requests-per-minute", "N", "send at most N requests per minute to all servers together", type=_rate),
+        Option("--tokens-per-minute", "N", "send and receive at most N tokens per minute", type=_rate),
+        Option("--request-timeout", "S", "seconds for one attempt; with --stream between two tokens", 600.0, _seconds),
         Option("--max-retries", "N", "attempts after the first one", 6, _natural),
+        Option(
+            "--stream",
+            None,
+            "receive completions in pieces, for servers that close idle connections",
+            action="store_true",
+        ),
     ],
     "sampling": [
         Option("--max-tokens", "N", "maximum completion tokens per request", type=_count, identity=True),
@@ -95,6 +113,14 @@ OPTIONS = {
             "--seed", "N", "seed of a document's first rollout; the next ones count up from it", type=int, identity=True
         ),
         Option("--generation", "JSON", "further fields of the request payload", type=json_object, identity=True),
+        Option(
+            "--empty-answers",
+            "HOW",
+            "completions without text: fail, or keep (a row with empty text, its reasoning and finish_reason)",
+            EMPTY_ANSWERS[0],
+            one_of(*EMPTY_ANSWERS),
+            identity=True,
+        ),
         Option("--rollouts-per-document", "N", "independent rollouts per document", 1, _count, identity=True),
         Option(
             "--long-documents",
@@ -362,7 +388,7 @@ def _derive(options: argparse.Namespace, plugins: sdg.Plugins) -> None:
     for name in ("input", "output", "state_dir"):
         if getattr(options, name) == "":  # for example an unset shell variable, which must not select a default
             raise sdg.UsageError(f"--{name.replace('_', '-')} is empty")
-    options.base_url = [re.sub(r"/(chat/)?completions/*$", "", url) for url in options.base_url or []]
+    options.base_url = options.base_url or []
     given = options.base_url or (options.input and os.environ.get("OPENAI_BASE_URL"))
     options.server = options.server or ("endpoint" if given else "demo")
     plugins.find("servers", options.server)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +33,14 @@ def json_object(value: str) -> dict[str, Any]:
     if not isinstance(parsed, dict) or "stream" in parsed:
         raise argparse.ArgumentTypeError("expected a JSON object without `stream`")
     return dict(sorted(parsed.items()))
+
+
+def name_and_variable(value: str) -> tuple[str, str]:
+    """A header's name and the environment variable that holds its value, as NAME=VARIABLE."""
+    name, mark, variable = value.partition("=")
+    if not mark or not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name) or not re.fullmatch(r"\w+", variable):
+        raise argparse.ArgumentTypeError(f"{value!r}: expected NAME=VARIABLE, with the name of an environment variable")
+    return name, variable
 
 
 def number(kind: type[int] | type[float], low: float, high: float = 1e9) -> Callable[[str], float]:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -14,6 +15,8 @@ from sdg_plugins.common.files import format_of
 from sdg_plugins.common.statistics import retries_in
 
 BAR_INTERVAL = 0.5  # s between two updates on a terminal
+USUAL = {"stop", "length", "tool_calls", "None"}  # reasons to finish that need no word
+LONG_WAIT = 5.0  # s that no server takes requests, before it is shown
 LINE_INTERVAL = 10.0  # s between two lines in a log
 
 
@@ -72,6 +75,9 @@ def figures_of(engine: sdg.Engine) -> str:
     down = [upstream.status for upstream in pool.upstreams if not upstream.up.is_set()]
     if down and len(down) == len(pool.upstreams):  # nothing else to report yet
         return "; ".join(down[:4])
+    if (waiting := pool.waiting()) and waiting[0] > LONG_WAIT:
+        when = time.strftime("%H:%M", time.localtime(time.time() + waiting[0]))
+        return f"waiting until {when}: {waiting[1]}"
     loads = [upstream.limit.load for upstream in pool.upstreams if upstream.limit.load and upstream.up.is_set()]
     queue = f" ({sum(load.waiting for load in loads):.0f} queued)" if loads else ""
     rare = {"failed": engine.tally["failed"], "retries": retries_in(counts), "cached": counts["cache_hits"]}
@@ -106,10 +112,14 @@ def report(engine: sdg.Engine, figures: dict[str, Any]) -> str:
         lines.append(
             f"cut     {figures['truncated']:,} documents did not fit the model's context: --long-documents split"
         )
+    if unusual := {name: n for name, n in figures["finish_reasons"].items() if name not in USUAL}:
+        named = ", ".join(f"{n:,} {name}" for name, n in sorted(unusual.items(), key=lambda item: -item[1]))
+        lines.append(f"ends    completions that did not end as usual, by finish_reason: {named}")
     if figures["failed"]:
         failed = f"{shown}/{os.path.dirname(run.failed_path_of(sdg.Chunk(0, 0)))}"
         lines.append(f"failed  {failed}; run them again with --retry-failed")
-        lines += [f"        {times} × {reason[:150]}" for reason, times in engine.reasons.most_common(3)]
+        common = engine.reasons.most_common(3)
+        lines += [f"        {times} × {engine.examples[kind][:150]}" for kind, times in common]
         lines += [f"        and {len(engine.reasons) - 3:,} more reasons"] * (len(engine.reasons) > 3)
     if run.options.rollouts_per_document > 1 and figures["failed_rollouts"]:
         lines.append(f"lost    {figures['failed_rollouts']:,} rollouts failed; a document fails only if all of its do")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import xxhash
 
 import sdg
-from sdg_plugins.common.command_line import default_state_dir
+from sdg_plugins.common.command_line import CORE, default_state_dir
 from sdg_plugins.common.files import expanded, split_uri, sync
 from sdg_plugins.common.results import base_fields
 
@@ -161,7 +161,8 @@ def claim_state(run: sdg.Run, reader: sdg.Reader) -> None:
 def changes_since(run: sdg.Run, reader: sdg.Reader, recorded: Mapping[str, Any]) -> list[str]:
     """The options that differ from those of a recorded run and would change its data; a line each."""
     identity = identity_of(run, reader)
-    earlier = dict(recorded["identity"])
+    # What an older sdg has not recorded had its default.
+    earlier = {**{option.dest: option.default for option in CORE if option.identity}, **recorded["identity"]}
     if earlier["input"] != identity["input"] and reader.continues(earlier["input"]):
         earlier["input"] = identity["input"]
     if run.options.retry_failed and earlier["plugin_version"] != identity["plugin_version"]:

@@ -27,7 +27,7 @@ async def statistics(engine: sdg.Engine, tally: Counter[str]) -> dict[str, Any]:
     figures: dict[str, Any] = {"documents": sum(tally.values()), "rows": tally["row"]}
     figures |= {name: tally[name] for name in ("filtered", "failed")}
     figures |= {name: int(totals[name]) for name in ("truncated", "failed_rollouts", "requests", "cache_hits")}
-    for group in ("retries", "given_up"):
+    for group in ("retries", "given_up", "finish_reasons"):
         causes = {name.partition(".")[2]: int(n) for name, n in totals.items() if name.startswith(f"{group}.")}
         figures[group] = dict(sorted(causes.items()))
     figures |= {name: int(totals[name]) for name in ("prompt_tokens", "completion_tokens")}
@@ -61,7 +61,13 @@ async def heartbeat(engine: sdg.Engine) -> AsyncIterator[None]:
             rate = (looks[-1][1] - looks[0][1]) / max(looks[-1][0] - looks[0][0], 1e-9)
             figures = await statistics(engine, engine.tally)
             with contextlib.suppress(OSError):  # the run itself will report a full disk
-                record = {"status": "running", "expected": engine.intake.expected(), "documents_per_second": rate}
+                record: dict[str, Any] = {
+                    "status": "running",
+                    "expected": engine.intake.expected(),
+                    "documents_per_second": rate,
+                }
+                if waiting := engine.client.pool.waiting():
+                    record["waiting"] = {"until": round(time.time() + waiting[0]), "reason": waiting[1]}
                 await asyncio.to_thread(write_rank, engine.run, figures, record)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(over.wait(), min(HEARTBEAT, 1 + (looks[-1][0] - began) / 10))

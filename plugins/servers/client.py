@@ -3,47 +3,63 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import orjson
 
 import sdg
-from sdg_plugins.servers.responses import (
-    error_text,
-    parse_reply,
-    quota_pause,
-    retry_after,
-    shown,
-    tokens_in,
-    without_key,
-)
+from sdg_plugins.common.secrets import Secrets
+from sdg_plugins.servers.refusals import WHATEVER_IS_ASKED, error_inside, refused, smallest, way_out
+from sdg_plugins.servers.responses import count_choices, error_text, merged, parse_reply, read_json, tokens_in, worst
+from sdg_plugins.servers.transport import Answer, Broken, Transport, Unreached
+from sdg_plugins.servers.waiting import quota_pause
 
 if TYPE_CHECKING:
-    import aiohttp
-
     from sdg_plugins.servers.pool import Pool, Suspicion
 
-STORM_PATIENCE = 10  # × --max-retries: 429 and 503 responses that one request accepts while others succeed
+STORM_PATIENCE = 10  # × --max-retries: overloaded responses that one request accepts while others are answered
+FINE = 10.0  # s that an answered probe shows that a server does not refuse everything
 LONGEST_PAUSE = 60.0  # s: the longest pause between two attempts, unless the server asks for more
-LARGE = 1 << 20  # bytes of a body that is sent in pieces
+
+
+class Before(NamedTuple):
+    """How things stood when a request was sent: responses received so far, and whether streams were asked for."""
+
+    successes: int
+    stream: bool
 
 
 class Client:
-    """Sends requests to the servers of a pool. `run.stop(error)` is called when the run cannot go on."""
+    """Sends requests to the servers of a pool. `run.stop(error)` is called when the run cannot go on.
 
-    def __init__(self, session: aiohttp.ClientSession, pool: Pool, run: sdg.Run) -> None:
-        self.session, self.pool, self.counts, self._stop = session, pool, run.counts, run.stop
+    Args:
+        transport: sends bytes over HTTP.
+        pool: the servers.
+        run: whose options and counts are used.
+    """
+
+    def __init__(self, transport: Transport, pool: Pool, run: sdg.Run) -> None:
+        self.transport, self.pool, self.counts, self._stop = transport, pool, run.counts, run.stop
+        self.secrets = Secrets(secret_names(run))
+        self.stream: bool = run.options.stream
         self.max_retries: int = run.options.max_retries
-        self.timeout: float = run.options.request_timeout
-        self.key_name: str = run.options.api_key_env
+        self.keep_empty: bool = run.options.empty_answers == "keep"
+        self._options = run.options
         self._time = asyncio.get_running_loop().time
+        self._probing = asyncio.Lock()
+        self._fine_until = 0.0  # loop time until which an answered probe counts
+        self._probed_status: int | None = None  # of the last probe that was refused
+        self._ignores_n = False
+
+    def parse(self, body: bytes) -> sdg.Reply:
+        """The reply in a stored response."""
+        return parse_reply(read_json(body)[0], self.keep_empty)
 
     @staticmethod
-    def parse(body: bytes) -> sdg.Reply:
-        """The reply in a stored response."""
-        return parse_reply(orjson.loads(body))
+    def worst(reasons: list[str | None]) -> str | None:
+        """The reason to finish that says most about a result made of several replies."""
+        return worst(reasons)
 
     async def send(self, request: sdg.Request) -> sdg.Response:
         """Send one request.
@@ -52,13 +68,12 @@ class Client:
             RequestFailed: it was refused, or no attempt is left.
         """
         attempts = spent = storms = 0
-        successes = self.pool.successes
         suspicion: Suspicion | None = None
         while True:
-            upstream = await self.pool.acquire(suspicion)
+            upstream = await self.pool.acquire(suspicion, request)
             if suspicion and upstream is not suspicion.upstream:
                 suspicion = None
-            crashes = upstream.crashes
+            crashes, before = upstream.crashes, Before(self.pool.successes, self.stream)
             try:
                 response = await self._attempt(upstream, request)
                 upstream.quarantine.cleared += suspicion is not None
@@ -67,10 +82,13 @@ class Client:
                 failure, together = exc, upstream.quarantine.together
                 doubtful = failure.breaks_off and upstream.examine is not None
                 upstream.quarantine.doubts += doubtful
+                self.pool.pace.correct(request, None)
             finally:
                 self.pool.release(upstream)
             died = doubtful and await self.pool.examine(upstream, crashes)
-            if self.pool.stopped and (failure.retry or failure.status == 401):
+            if not self.pool.stopped and await self._refuses_everything(upstream, request, failure, before):
+                self._stop(sdg.ServerError(f"{failure}; {way_out(failure, self._options)}"))
+            if self.pool.stopped and (failure.retry or failure.status in {401, 402, 403}):
                 raise asyncio.CancelledError  # the run's fault, not the document's
             if failure.unreached:
                 continue  # the server is set aside or down: waiting for a slot is the pause
@@ -78,17 +96,20 @@ class Client:
                 suspicion = self._suspect(upstream, suspicion, together)
                 continue
             failure.attempts = attempts = attempts + 1
-            # An overloaded server that still answers other requests will answer this one, too.
-            overload = failure.status in {429, 503}
-            storms += overload
-            spent += not overload or self.pool.successes == successes
-            successes = self.pool.successes
-            if not failure.retry or spent > self.max_retries or storms > STORM_PATIENCE * self.max_retries:
+            others = self.pool.successes > before.successes
+            storms += failure.overload and others
+            spent += not failure.overload
+            if self._is_given_up(failure, spent, storms):
                 self.counts[f"given_up.{failure.cause}"] += 1
                 raise failure
             self.counts[f"retries.{failure.cause}"] += 1
-            longest = min(LONGEST_PAUSE, 0.5 * 2.0 ** min(attempts, 10))
-            await asyncio.sleep(max(failure.retry_after or 0.0, random.uniform(0, longest)))  # full jitter
+            if not failure.overload:  # otherwise the server is set aside
+                longest = min(LONGEST_PAUSE, 0.5 * 2.0 ** min(spent, 10))
+                await asyncio.sleep(max(failure.retry_after or 0.0, random.uniform(0, longest)))  # full jitter
+
+    def _is_given_up(self, failure: sdg.RequestFailed, spent: int, storms: int) -> bool:
+        most = self.max_retries if failure.most_attempts is None else min(self.max_retries, failure.most_attempts - 1)
+        return not failure.retry or spent > most or storms > STORM_PATIENCE * self.max_retries
 
     def _suspect(self, upstream: sdg.Upstream, earlier: Suspicion | None, together: int) -> Suspicion:
         """Suspect a request of having crashed its server, with `together` requests in flight; raise if it is proved."""
@@ -103,68 +124,146 @@ class Client:
         failure.attempts = suspicion.crashes
         raise failure
 
+    # One attempt
+
     async def _attempt(self, upstream: sdg.Upstream, request: sdg.Request) -> sdg.Response:
         """One request and its response; the pool learns the result."""
-        import aiohttp
-
-        sent, body = self._time(), request.body
+        sent = self._time()
         self.counts["requests"] += 1
         try:
-            data = body if len(body) < LARGE else io.BytesIO(body)  # aiohttp sends the second kind in pieces
-            async with self.session.post(upstream.url + request.path, data=data) as response:
-                raw = without_key(await response.read(), self.key_name)
+            answer = await self.exchange(upstream, request)
             self.pool.lost = None
-            if response.status != 200:
-                raise self._refused(upstream, response, raw, sent)
-            try:
-                answer = orjson.loads(raw)
-            except ValueError as exc:
-                raise sdg.RequestFailed("body", f"the response is not JSON: {exc}: {shown(raw)}") from exc
-            self.counts.update(tokens_in(answer))
-            reply = parse_reply(answer)
-        except TimeoutError as exc:
-            self.pool.failed(upstream, sent)
-            raise sdg.RequestFailed("timeout", f"no response within {self.timeout:g} s") from exc
-        except (aiohttp.ClientConnectorError, aiohttp.InvalidURL) as exc:
+            response = self.understood(upstream, answer)
+        except Unreached as exc:
             self.counts["requests"] -= 1
             raise self._unreachable(upstream, exc, sent) from exc
-        except (aiohttp.ClientError, ConnectionError) as exc:
-            self.pool.failed(upstream, sent)
-            raise sdg.RequestFailed("connection", f"the connection broke: {exc or type(exc).__name__}") from exc
+        except Broken as exc:
+            self.pool.failed(upstream, sent, f"the connection broke: {exc}")
+            raise sdg.RequestFailed("connection", f"the connection broke: {exc}") from exc
+        except TimeoutError as exc:
+            self.pool.failed(upstream, sent, str(exc))
+            raise sdg.RequestFailed("timeout", str(exc)) from exc
+        except sdg.RequestFailed as exc:
+            self._learn(upstream, exc, sent)
+            raise
         self.pool.succeeded(upstream)
-        self.pool.set_aside(upstream, quota_pause(response.headers))
-        return sdg.Response(reply, raw)
+        self.pool.set_aside(upstream, quota_pause(answer.headers), "the quota in its headers is used up")
+        self.pool.pace.correct(request, response.reply.usage)
+        return response
 
-    def _refused(
-        self, upstream: sdg.Upstream, response: aiohttp.ClientResponse, raw: bytes, sent: float
-    ) -> sdg.RequestFailed:
-        """The failure for a response whose status is not 200."""
-        status = response.status
-        retry = status in {408, 409, 425, 429} or status >= 500
-        said = (error_text(raw) or str(response.reason)).encode()  # decoded, it may contain the key again
-        message = f"{status} from {sdg.redact(upstream.url)}: {without_key(said, self.key_name).decode()}"
-        failure = sdg.RequestFailed(str(status), message, status=status, retry=retry)
-        failure.retry_after, failure.body = retry_after(response.headers), raw
-        if status == 401:
-            self._stop(sdg.ServerError(f"{message}; is the key in ${self.key_name} valid?"))
-        elif status in {429, 503}:
-            self.pool.overloaded(upstream, sent)
-            self.pool.set_aside(upstream, failure.retry_after or 0.0)
-        elif retry:
-            self.pool.failed(upstream, sent)
-        else:
+    async def exchange(self, upstream: sdg.Upstream, request: sdg.Request, stream: bool | None = None) -> Answer:
+        """Send a request once, and receive all of the answer. Raises Unreached, Broken or TimeoutError."""
+        stream = self.stream if stream is None else stream
+        body = request.body
+        if stream and request.path.endswith("/completions"):
+            body = orjson.dumps({**request.payload, "stream": True, "stream_options": {"include_usage": True}})
+
+        def progressed() -> None:
+            upstream.progressed = self._time()
+
+        answer = await self.transport.post(upstream.url, request.path, body, progressed if stream else None)
+        return answer._replace(body=self.secrets.hidden(answer.body))
+
+    def understood(self, upstream: sdg.Upstream, answer: Answer) -> sdg.Response:
+        """The response in an answer. Raises RequestFailed."""
+        if answer.status != 200:
+            raise refused(answer, answer.status, upstream.url, self.secrets)
+        try:
+            content, body = read_json(answer.body)
+        except ValueError as exc:
+            raise sdg.RequestFailed("body", f"the response is not JSON: {exc}: {error_text(answer.body)}") from exc
+        if isinstance(content, dict) and content.get("error") and not content.get("choices"):
+            raise error_inside(answer, upstream.url, self.secrets)
+        self.counts.update(tokens_in(content))
+        reply = parse_reply(content, self.keep_empty)
+        for choice in reply.choices:
+            self.counts[f"finish_reasons.{choice.finish_reason}"] += 1
+        return sdg.Response(reply, body)
+
+    def _learn(self, upstream: sdg.Upstream, failure: sdg.RequestFailed, sent: float) -> None:
+        """Let the pool know of a failure that came as a response."""
+        if failure.overload and not failure.account:
+            self.pool.overloaded(upstream, sent, failure.retry_after, str(failure))
+        elif failure.breaks_off:
+            self.pool.failed(upstream, sent, str(failure))
+        elif failure.status:
             upstream.failures = 0
-        self.pool.set_aside(upstream, quota_pause(response.headers))
-        return failure
+        if failure.retry_after and not failure.overload:
+            self.pool.set_aside(upstream, failure.retry_after, str(failure))
 
     def _unreachable(self, upstream: sdg.Upstream, exc: Exception, sent: float) -> sdg.RequestFailed:
         """No connection: set the server aside. When all have been unreachable for too long, the run ends."""
-        self.pool.failed(upstream, sent, patience=1)
+        self.pool.failed(upstream, sent, str(exc), patience=1)
         self.pool.lost = self.pool.lost or sent
         silent = self._time() - self.pool.lost
-        if silent > self.timeout and not upstream.examine:  # otherwise the supervisor decides
+        if silent > self.transport.timeout and not upstream.examine:  # otherwise the supervisor decides
             message = f"no server could be reached for {silent:.0f} s ({exc}); start one, then run again"
             self._stop(sdg.ServerError(message))
         failure = sdg.RequestFailed("connection", str(exc))
         failure.unreached = True
         return failure
+
+    # Whose fault it is
+
+    async def _refuses_everything(
+        self, upstream: sdg.Upstream, request: sdg.Request, failure: sdg.RequestFailed, before: Before
+    ) -> bool:
+        """True if a refusal concerns the account or the URL rather than this request.
+
+        It does not if another request was answered meanwhile; otherwise the smallest possible request decides.
+        """
+        if failure.account:
+            return True
+        status = failure.status or 0
+        doubtful = status in WHATEVER_IS_ASKED or 300 <= status < 400
+        first = not self.pool.successes and 400 <= status < 500 and not failure.retry
+        if not (doubtful or first):
+            return False
+        async with self._probing:
+            if self.stream and not before.stream:
+                failure.retry = True
+                return False
+            if self.pool.successes > before.successes or self._time() < self._fine_until:
+                return False
+            if await self._answers(upstream, request, self.stream):
+                self._fine_until = self._time() + FINE
+                return False
+            refuses = self._probed_status == status
+            if status == 400 and not self.stream and await self._answers(upstream, request, stream=True):
+                sdg.say(f"{sdg.redact(upstream.url)} responds only in streams: --stream is on from now on")
+                self.stream = failure.retry = True
+                return False
+            return refuses
+
+    async def _answers(self, upstream: sdg.Upstream, request: sdg.Request, stream: bool) -> bool:
+        """True if a server answers the smallest possible request of this kind."""
+        self.counts["probes"] += 1
+        try:
+            self.understood(upstream, await self.exchange(upstream, smallest(request), stream))
+        except sdg.RequestFailed as exc:
+            self._probed_status = exc.status
+            return exc.cause in {"empty", "refusal"}  # a completion of a few tokens may hold only reasoning
+        except (Unreached, Broken, TimeoutError):
+            self._probed_status = None
+            return False
+        return True
+
+    # Fewer completions than asked for
+
+    def missing(self, body: bytes, n: int) -> int:
+        """How many of `n` completions a response lacks; says once that the server ignores `n`."""
+        lacking = max(0, n - count_choices(body))
+        if lacking and not self._ignores_n:
+            self._ignores_n = True
+            sdg.say(f"the server returned {n - lacking} of n={n} completions: the others are requested one by one")
+        return lacking
+
+    def together(self, bodies: list[bytes]) -> sdg.Response:
+        """Several responses as one."""
+        body = merged(bodies)
+        return sdg.Response(self.parse(body), body)
+
+
+def secret_names(run: sdg.Run) -> list[str]:
+    """The environment variables whose values are sent to servers and must not appear anywhere."""
+    return [run.options.api_key_env, *dict(run.options.header_env or []).values()]

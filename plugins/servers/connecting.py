@@ -1,25 +1,29 @@
-"""From what a server plugin yielded to a client: which API roots respond, and which model to ask for."""
+"""From what a server plugin yielded to a client: which API roots respond, and which model to ask for.
+
+With --model the list of models is a hint, never a gate: hosted providers guard it otherwise than the API, list other
+names than they serve, or have none. The first requests say what is wrong, in the server's own words.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import difflib
-import json
 import os
 import re
 from collections.abc import AsyncIterator, Sequence
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import sdg
-from sdg_plugins.servers.client import Client
+from sdg_plugins.common.secrets import Secrets
+from sdg_plugins.servers.client import Client, secret_names
 from sdg_plugins.servers.load import watch_load
-from sdg_plugins.servers.pool import Pool
-from sdg_plugins.servers.responses import error_text, without_key
-
-if TYPE_CHECKING:
-    import aiohttp
+from sdg_plugins.servers.pool import Pace, Pool
+from sdg_plugins.servers.responses import error_text, read_json
+from sdg_plugins.servers.transport import Answer, Broken, Transport, Unreached, redirected
 
 SPARE_FILES = 256  # open files beside one for each request in flight
+LIST_TIMEOUT = 60.0  # s for a list of models
+MISSING = {301, 302, 303, 307, 308, 404, 405, 410}  # statuses of a root that is another one
 
 
 @contextlib.asynccontextmanager
@@ -33,28 +37,45 @@ async def connect(run: sdg.Run, servers: Sequence[str | sdg.Upstream]) -> AsyncI
     """
     import aiohttp
 
-    key = os.environ.get(run.options.api_key_env)
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-    limit = limit_of_files(run.options.max_concurrent_generations)
+    options = run.options
+    limit = limit_of_files(options.max_concurrent_generations)
     urls = [server if isinstance(server, str) else server.url for server in servers]
     local = all(re.match(r"https?://(127\.|localhost|\[::1\])", url) for url in urls)
     async with aiohttp.ClientSession(
         # vLLM closes idle connections after 5 s: ours must not be reused just when it closes them.
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=4),
-        timeout=aiohttp.ClientTimeout(total=run.options.request_timeout),
-        headers=headers,
+        timeout=aiohttp.ClientTimeout(total=options.request_timeout),
+        headers=headers_of(run),
         cookie_jar=aiohttp.DummyCookieJar(),
         trust_env=not local,
     ) as session:
-        pool = Pool(await find_upstreams(run, session, servers), limit)
+        transport = Transport(session, options.request_timeout)
+        upstreams = await find_upstreams(run, transport, servers)
+        pool = Pool(upstreams, limit, Pace(options.requests_per_minute, options.tokens_per_minute))
         for upstream in pool.upstreams:
             upstream.model = run.model
-        async with watch_load(session, pool):
-            yield Client(session, pool, run)
+        async with watch_load(transport, pool):
+            yield Client(transport, pool, run)
+
+
+def headers_of(run: sdg.Run) -> dict[str, str]:
+    """The headers of all requests. Raises UsageError if a variable that holds one is missing or invalid."""
+    options, headers = run.options, {"Content-Type": "application/json"}
+    wanted = {"Authorization": options.api_key_env, **dict(options.header_env or [])}
+    for name, variable in wanted.items():
+        value = os.environ.get(variable, "").strip()
+        if not value and name == "Authorization":
+            continue
+        if not value:
+            raise sdg.UsageError(f"--header-env {name}={variable}: the environment variable {variable} is not set")
+        if re.search(r"[^\t -~]", value):
+            raise sdg.UsageError(f"${variable} has a character that no header may have: copy it again")
+        headers[name] = f"Bearer {value}" if name == "Authorization" and variable == options.api_key_env else value
+    return headers
 
 
 async def find_upstreams(
-    run: sdg.Run, session: aiohttp.ClientSession, servers: Sequence[str | sdg.Upstream]
+    run: sdg.Run, transport: Transport, servers: Sequence[str | sdg.Upstream]
 ) -> list[sdg.Upstream]:
     """The servers, each with its API root; settles `run.model`."""
     launched = [server for server in servers if isinstance(server, sdg.Upstream)]
@@ -65,90 +86,137 @@ async def find_upstreams(
     for upstream in launched:
         await upstream.up.wait()
     urls = [server if isinstance(server, str) else server.url for server in servers]
-    roots = await find_roots(run, session, urls)
+    roots = await find_roots(run, transport, urls)
     return [
         server if isinstance(server, sdg.Upstream) else sdg.Upstream(root)
         for server, root in zip(servers, roots, strict=True)
     ]
 
 
-async def find_roots(run: sdg.Run, session: aiohttp.ClientSession, urls: list[str]) -> list[str]:
+class Found(NamedTuple):
+    """What a base URL stands for: the API's root, and the models in its list; None if it has none."""
+
+    root: str
+    models: list[str] | None
+    doubts: str = ""  # why the list cannot be relied on
+
+
+async def find_roots(run: sdg.Run, transport: Transport, urls: list[str]) -> list[str]:
     """The API roots of some base URLs; settles `run.model`."""
-    found = [await try_models(session, url, run.options.api_key_env) for url in urls]
+    found = [await try_root(run, transport, url) for url in urls]
     dead = [outcome for outcome in found if isinstance(outcome, sdg.Unreachable)]
     if len(dead) == len(found):
         raise dead[0]
     for exc in dead:
         sdg.say(f"{exc} Meanwhile the other servers are used.")
-    live = [outcome for outcome in found if not isinstance(outcome, sdg.Unreachable)]
-    run.model = choose_model(run.options.model, sorted({model for _, models in live for model in models or []}))
-    for url, outcome in zip(urls, found, strict=True):
-        if not isinstance(outcome, sdg.Unreachable) and outcome[1] and run.model not in outcome[1]:
-            raise sdg.ServerError(f"{sdg.redact(url)} does not serve {run.model}, but {', '.join(outcome[1])}")
-    guesses = [url.rstrip("/") + ("" if url.rstrip("/").endswith("/v1") else "/v1") for url in urls]
+    live = [outcome for outcome in found if isinstance(outcome, Found)]
+    run.model = choose_model(run.options.model, sorted({model for each in live for model in each.models or []}))
+    for each in live:
+        if each.models and run.model not in each.models and any(run.model in (other.models or []) for other in live):
+            raise sdg.ServerError(f"{sdg.redact(each.root)} does not serve {run.model}, but {', '.join(each.models)}")
     return [
-        guess if isinstance(outcome, sdg.Unreachable) else outcome[0]
-        for guess, outcome in zip(guesses, found, strict=True)
+        candidates_of(url)[0] if isinstance(each, sdg.Unreachable) else each.root
+        for url, each in zip(urls, found, strict=True)
     ]
 
 
-async def try_models(
-    session: aiohttp.ClientSession, url: str, key_name: str
-) -> tuple[str, list[str] | None] | sdg.Unreachable:
-    """The result of `find_models`, or why no server responds."""
+async def try_root(run: sdg.Run, transport: Transport, url: str) -> Found | sdg.Unreachable:
+    """The result of `find_root`, or why no server responds."""
     try:
-        return await find_models(session, url, key_name)
+        return await find_root(run, transport, url)
     except sdg.Unreachable as exc:
         return exc
 
 
-async def find_models(session: aiohttp.ClientSession, url: str, key_name: str) -> tuple[str, list[str] | None]:
-    """The API root of a base URL that may lack its `/v1`, and the models served; None if they are not listed."""
-    import aiohttp
-
-    base = url.rstrip("/")
-    roots = [base] if base.endswith("/v1") else [f"{base}/v1", base]
-    status = 0
-    for root in roots:
+async def find_root(run: sdg.Run, transport: Transport, url: str) -> Found:
+    """The API root of a base URL: the one whose list of models makes sense, else whose endpoint does."""
+    answers: dict[str, Answer] = {}
+    for root in candidates_of(url):
+        answer = answers[root] = await get(transport, root, "/models", url)
+        if answer.status == 200 and (models := models_in(answer.body)) is not None:
+            return Found(root, models)
+    secrets = Secrets(secret_names(run))
+    if not run.options.model:
+        refuse_without_list(url, answers, secrets, run.options.api_key_env)
+    for root in answers:
+        probe = sdg.Request("/chat/completions", {})  # which any endpoint of the protocol refuses, but does not miss
         try:
-            async with session.get(f"{root}/models", timeout=aiohttp.ClientTimeout(total=60)) as response:
-                status, raw = response.status, without_key(await response.read(), key_name)
-        except (aiohttp.ClientError, TimeoutError, ValueError) as exc:
-            reason = sdg.redact(str(exc) or type(exc).__name__)
-            message = f"no server responds at {sdg.redact(url)} ({reason}): is --base-url correct, is the server up?"
-            raise sdg.Unreachable(message) from exc
-        if status in {401, 403}:
+            answer = await transport.post(root, probe.path, probe.body)
+        except (Unreached, Broken, TimeoutError) as exc:
+            raise unreachable(url, exc) from exc
+        if answer.status not in MISSING:
+            return Found(root, None)
+        if target := redirected(answer):
             raise sdg.ServerError(
-                f"{status} from {sdg.redact(root)}: {error_text(raw)}; is the key in ${key_name} valid?"
+                f"{answer.status} from {sdg.redact(url)}: redirected to {target}; set --base-url to that URL"
             )
-        if status == 200 and (models := models_in(raw)) is not None:
-            return root, models
-    if status >= 500:
-        raise sdg.ServerError(f"{status} from {sdg.redact(base)}: the server is not ready")
-    # No list of models: no /v1 is added to an endpoint that has a path of its own.
-    return (base if re.search(r"//[^/]+/", base) else roots[0]), None
+    # An endpoint with a path of its own gets no /v1; it may have completions alone.
+    return Found(candidates_of(url)[0], None)
+
+
+def candidates_of(url: str) -> list[str]:
+    """The API roots that a base URL may stand for, the likeliest first: it may lack its `/v1`, and have a query."""
+    base, mark, query = url.partition("?")
+    base = re.sub(r"/(chat/)?completions/*$", "", base.rstrip("/"))
+    if base.endswith("/v1"):
+        roots = [base]
+    else:
+        own_path = re.search(r"//[^/]+/", base)
+        roots = [base, f"{base}/v1"] if own_path else [f"{base}/v1", base]
+    return [root + mark + query for root in roots]
+
+
+def refuse_without_list(url: str, answers: dict[str, Answer], secrets: Secrets, key_name: str) -> None:
+    """Raise ServerError: nothing says which model to ask for."""
+    for root, answer in answers.items():
+        words = secrets.hidden_in(error_text(answer.body))
+        if answer.status in {401, 403}:
+            raise sdg.ServerError(f"{answer.status} from {sdg.redact(root)}: {words}; is the key in ${key_name} valid?")
+        if target := redirected(answer):
+            message = f"{answer.status} from {sdg.redact(root)}: redirected to {target}; set --base-url to that URL"
+            raise sdg.ServerError(message)
+        if answer.status >= 500:
+            raise sdg.ServerError(f"{answer.status} from {sdg.redact(url)}: {words}; the server is not ready")
+    raise sdg.ServerError(f"{sdg.redact(url)} has no list of models: --model is needed")
+
+
+async def get(transport: Transport, root: str, path: str, url: str) -> Answer:
+    """Get something below an API root. Raises Unreachable."""
+    try:
+        return await transport.get(root, path, LIST_TIMEOUT)
+    except (Unreached, Broken, TimeoutError) as exc:
+        raise unreachable(url, exc) from exc
+
+
+def unreachable(url: str, exc: Exception) -> sdg.Unreachable:
+    """The error for a server that does not respond."""
+    reason = sdg.redact(str(exc) or type(exc).__name__)
+    return sdg.Unreachable(
+        f"no server responds at {sdg.redact(url)} ({reason}): is --base-url correct, is the server up?"
+    )
 
 
 def models_in(raw: bytes) -> list[str] | None:
     """The names in a list of models; None if it is something else, such as a proxy's page."""
     try:
-        return [str(model["id"]) for model in json.loads(raw)["data"]]
+        content, _ = read_json(raw)
+        entries = content if isinstance(content, list) else content.get("data", content.get("models"))
+        return [str(entry if isinstance(entry, str) else entry["id"]) for entry in entries]
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
 
 
 def choose_model(asked: str | None, served: list[str]) -> str:
-    """The model to ask for; ServerError if the servers do not have it, or leave the choice open."""
-    if asked and (not served or asked in served):
-        return asked
-    if not asked and len(served) == 1:
-        return served[0]
-    names = ", ".join(served[:20]) or "no model that it lists"
+    """The model to ask for; ServerError if the choice is open. A name that is not listed may be an alias."""
     if asked:
-        near = difflib.get_close_matches(asked, served, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise sdg.ServerError(f"the server does not serve --model {asked}; it serves: {names}{hint}")
-    raise sdg.ServerError(f"--model is needed; the server serves: {names}")
+        if served and asked not in served:
+            near = difflib.get_close_matches(asked, served, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            sdg.say(f"the server does not list --model {asked}, but {', '.join(served[:20])}{hint}")
+        return asked
+    if len(served) == 1:
+        return served[0]
+    raise sdg.ServerError(f"--model is needed; the server serves: {', '.join(served[:20]) or 'no model that it lists'}")
 
 
 def limit_of_files(requests: int) -> int:

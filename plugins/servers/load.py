@@ -9,13 +9,13 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import sdg
+from sdg_plugins.servers.transport import Broken, Transport, Unreached, root_of
 
 if TYPE_CHECKING:
-    import aiohttp
-
     from sdg_plugins.servers.pool import Pool
 
 INTERVAL = 1.0  # s between two looks
+TIMEOUT = 5.0  # s for one
 PATIENT_LOOKS = 3  # at a server that does not respond, before it counts as one without metrics
 
 
@@ -28,59 +28,67 @@ class Load(NamedTuple):
     tokens: float | None  # prompt and completion tokens since it started; None if it does not report them
 
 
-# Names in vLLM (0.10 to 0.32) and SGLang (0.5)
+# Names in vLLM (0.10 to 0.33) and SGLang (0.5)
 METRICS = {
     "running": {"vllm:num_requests_running", "sglang:num_running_reqs"},
     "waiting": {"vllm:num_requests_waiting", "sglang:num_queue_reqs"},
+    "held": {"vllm:num_requests_waiting_by_reason"},  # of which only those that lack capacity are a queue
     "kv_use": {"vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc", "sglang:token_usage"},
     "tokens": {
         *("vllm:prompt_tokens_total", "vllm:generation_tokens_total"),
         "sglang:realtime_tokens_total",  # its other counters advance only when a request ends
     },
 }
+SERIES = re.compile(r"^((?:vllm|sglang):\w+)(?:\{(.*)\})? (\S+)", re.MULTILINE)
 
 
 def parse_load(text: str) -> Load | None:
     """Parse a page of metrics (https://prometheus.io/docs/instrumenting/exposition_formats); None without a load."""
     values: dict[str, list[float]] = {name: [] for name in METRICS}
-    for name, number in re.findall(r"^((?:vllm|sglang):\w+)(?:\{.*\})? (\S+)", text, re.MULTILINE):
-        for kind, names in METRICS.items():
-            if name in names:
-                values[kind].append(float(number))
-    if not values["running"] or not values["waiting"]:
+    totals: set[str] = set()  # metrics that have a series for all priorities
+    parts: list[tuple[str, str, float]] = []  # series for one priority, which count only where there is no total
+    for name, labels, number in SERIES.findall(text):
+        kind = next((kind for kind, names in METRICS.items() if name in names), None)
+        if kind is None or (kind == "held" and 'reason="capacity"' not in labels):
+            continue
+        if re.search(r'\bpriority="[^"]', labels):
+            parts.append((kind, name, float(number)))
+        else:
+            totals.add(name)
+            values[kind].append(float(number))
+    for kind, name, value in parts:
+        if name not in totals:
+            values[kind].append(value)
+    waiting = values["held"] or values["waiting"]
+    if not values["running"] or not waiting:
         return None
     tokens = sum(values["tokens"]) if values["tokens"] else None
-    return Load(sum(values["running"]), sum(values["waiting"]), max(values["kv_use"], default=0.0), tokens)
+    return Load(sum(values["running"]), sum(waiting), max(values["kv_use"], default=0.0), tokens)
 
 
-async def look_at_load(session: aiohttp.ClientSession, pool: Pool, upstream: sdg.Upstream) -> None:
+async def look_at_load(transport: Transport, pool: Pool, upstream: sdg.Upstream) -> None:
     """Ask a server for its load, and let the pool adapt to it."""
-    import aiohttp
-
-    url = upstream.url.removesuffix("/v1") + "/metrics"
+    load = None
     try:
-        async with session.get(url, timeout=aiohttp.ClientTimeout(total=5), allow_redirects=False) as response:
-            load = parse_load(await response.text()) if response.status == 200 else None
-    except (aiohttp.ClientError, OSError) as exc:  # too busy, or gone, unless it answers requests meanwhile
+        answer = await transport.get(root_of(upstream.url), "/metrics", TIMEOUT)
+        load = parse_load(answer.body.decode(errors="replace")) if answer.status == 200 else None
+    except (Unreached, Broken, TimeoutError) as exc:  # too busy, or gone, unless it answers requests meanwhile
         upstream.limit.silent += isinstance(exc, TimeoutError) or upstream.answers > 0
         if upstream.limit.silent < PATIENT_LOOKS:
             return
-        load = None
-    except ValueError:  # not text
-        load = None
     if upstream.up.is_set():
         pool.adapt(upstream, load)
 
 
 @contextlib.asynccontextmanager
-async def watch_load(session: aiohttp.ClientSession, pool: Pool) -> AsyncIterator[None]:
+async def watch_load(transport: Transport, pool: Pool) -> AsyncIterator[None]:
     """Ask the servers that are up for their load, now and then regularly; one without metrics is asked only once."""
 
     async def look_at_all() -> None:
         async with asyncio.TaskGroup() as group:
             for upstream in pool.upstreams:
                 if upstream.up.is_set() and upstream.limit.reports is not False:
-                    group.create_task(look_at_load(session, pool, upstream))
+                    group.create_task(look_at_load(transport, pool, upstream))
 
     async def repeat() -> None:
         while True:

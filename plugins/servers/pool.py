@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import math
+import random
+import time
 from collections import deque
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,7 +18,9 @@ if TYPE_CHECKING:
 
 FIRST_LIMIT = 64  # requests in flight on a server whose load is unknown: doubled each second while it copes
 PATIENCE = 8  # failures in a row before a server is set aside
-LONGEST_ASIDE = 30.0  # s that a server is set aside for its failures
+LONGEST_ASIDE = 30.0  # s that a server is set aside for its failures, unless it asks for more
+CAREFUL = 60.0  # s after an overload in which the limit grows slowly: quotas are counted by the minute
+WORTH_SAYING = 30.0  # s of a pause that is reported on its own
 CONVICTING = 3  # crashes after which a request that was alone with its server is to blame
 
 
@@ -23,8 +28,8 @@ class Limit:
     """How many requests one server may have in flight, adapted to what it bears.
 
     A server that reports its load gets as many requests as keep a short queue in it. Any other that responds 429 or
-    503 gets half as many at a time, and one more for each limit's worth of responses in twenty (additive increase,
-    multiplicative decrease; Chiu and Jain 1989).
+    503 gets half as many at a time, and one more for each limit's worth of responses, or many more once a minute has
+    passed without (additive increase, multiplicative decrease; Chiu and Jain 1989).
 
     Attributes:
         value: requests in flight, at most.
@@ -40,18 +45,18 @@ class Limit:
         self.load: Load | None = None
         self.silent = 0
         self._growth = 2.0  # of the limit, each time that the server is found without a queue
-        self._halved_at = 0.0
+        self.halved_at = -math.inf  # loop time
 
-    def answered(self) -> None:
+    def answered(self, now: float) -> None:
         """A response came."""
         if self.value < self._most and self.reports is False:
-            self.value = min(self._most, self.value + max(1.0, self._most / 20) / self.value)
+            step = 1.0 if now < self.halved_at + CAREFUL else max(1.0, self._most / 20)
+            self.value = min(self._most, self.value + step / self.value)
 
-    def overloaded(self, active: int, sent: float, now: float) -> None:
-        """A 429 or 503 came: halve once for all requests that were sent before the last halving."""
-        if sent >= self._halved_at:
-            self.value = max(1.0, min(self.value, active) / 2)
-            self._halved_at = now
+    def halve(self, active: int, now: float) -> None:
+        """The server has no capacity for as many requests as are in flight."""
+        self.value = max(1.0, min(self.value, active) / 2)
+        self.halved_at = now
 
     def adapt(self, load: Load | None, active: int) -> None:
         """Take in a report of the server's load, about once a second; None if it does not report.
@@ -82,6 +87,59 @@ class Suspicion(NamedTuple):
     crashes: int
     share: int
     proved: bool = False
+
+
+class Pace:
+    """Requests and tokens per minute, evenly spread: no minute has more of them.
+
+    Tokens are charged as estimated when a request is sent, and corrected when its usage is known.
+
+    Args:
+        requests: per minute; None for any number.
+        tokens: of prompts and completions, per minute.
+    """
+
+    def __init__(self, requests: float | None, tokens: float | None) -> None:
+        self._requests, self._tokens = requests, tokens
+        self._free_at = self._tokens_free_at = 0.0  # loop times
+        self._estimates: dict[int, float] = {}  # of requests in flight, by identity
+        self._mean = 0.0  # tokens of a request, as far as is known
+
+    @property
+    def limited(self) -> bool:
+        """True if there is a limit."""
+        return bool(self._requests or self._tokens)
+
+    @property
+    def free_at(self) -> float:
+        """Loop time at which the next request may be sent."""
+        return max(self._free_at, self._tokens_free_at)
+
+    def expect(self, request: sdg.Request) -> None:
+        """Estimate the tokens of a request from the first one, until usage is known."""
+        if self._tokens and not self._mean:
+            self._mean = len(request.body) / 4 + (request.payload.get("max_tokens") or 0)
+
+    def charge(self, now: float) -> None:
+        """A request is sent."""
+        if self._requests:
+            self._free_at = max(now, self._free_at) + 60.0 / self._requests
+        if self._tokens:
+            self._tokens_free_at = max(now, self._tokens_free_at) + 60.0 * self._mean / self._tokens
+
+    def note(self, request: sdg.Request) -> None:
+        """Remember what a request was charged."""
+        if self._tokens:
+            self._estimates[id(request)] = self._mean
+
+    def correct(self, request: sdg.Request, usage: sdg.Usage | None) -> None:
+        """A request has ended; its usage is None if there was no response, or none was reported."""
+        estimate = self._estimates.pop(id(request), None)
+        if estimate is None or not self._tokens or not usage:
+            return
+        spent = sum(usage.get(name, 0) for name in sdg.TOKENS[:2])
+        self._tokens_free_at += 60.0 * (spent - estimate) / self._tokens
+        self._mean += 0.1 * (spent - self._mean)
 
 
 class Quarantine:
@@ -126,8 +184,8 @@ class Pool:
         stopped: no further request begins.
     """
 
-    def __init__(self, upstreams: Iterable[sdg.Upstream], limit: int) -> None:
-        self.limit = limit
+    def __init__(self, upstreams: Iterable[sdg.Upstream], limit: int, pace: Pace | None = None) -> None:
+        self.limit, self.pace = limit, pace or Pace(None, None)
         self.upstreams = list(upstreams)
         for upstream in self.upstreams:
             upstream.limit, upstream.quarantine = Limit(limit), Quarantine()
@@ -141,8 +199,16 @@ class Pool:
         self._area = 0.0  # integral of `active` over time
         self._since = self._began = self._loop.time()
 
-    async def acquire(self, suspicion: Suspicion | None = None) -> sdg.Upstream:
+    async def acquire(self, suspicion: Suspicion | None = None, request: sdg.Request | None = None) -> sdg.Upstream:
         """Wait for a slot; a suspect waits for the server that it saw crash. Canceled when the run stops."""
+        if not request or not self.pace.limited:
+            return await self._acquire(suspicion)
+        self.pace.expect(request)
+        upstream = await self._acquire(suspicion)
+        self.pace.note(request)
+        return upstream
+
+    async def _acquire(self, suspicion: Suspicion | None) -> sdg.Upstream:
         if self.stopped:
             raise asyncio.CancelledError
         if not suspicion and not self._waiting and (upstream := self._take(self._loop.time())):
@@ -177,29 +243,50 @@ class Pool:
         """A response came."""
         self.successes += 1
         upstream.answers += 1
-        upstream.progressed = self._loop.time()
-        if upstream.failures:
-            upstream.failures = 0
+        upstream.progressed = now = self._loop.time()
+        if upstream.failures or upstream.storms:
+            upstream.failures = upstream.storms = 0
             upstream.until = 0.0
-        upstream.limit.answered()
+        upstream.limit.answered(now)
 
-    def overloaded(self, upstream: sdg.Upstream, sent: float) -> None:
-        """A 429 or 503 came for a request that was sent at this loop time."""
-        upstream.limit.overloaded(upstream.active, sent, self._loop.time())
+    def overloaded(self, upstream: sdg.Upstream, sent: float, asked: float | None, reason: str) -> None:
+        """The server had no capacity for a request, or the account no quota: set the server aside, ever longer.
 
-    def set_aside(self, upstream: sdg.Upstream, seconds: float) -> None:
+        Afterwards one request at a time is sent until one is answered.
+
+        Args:
+            upstream: the server.
+            sent: loop time at which the request was sent: what was sent before the last overload is part of that.
+            asked: seconds that the server asked to wait.
+            reason: its words.
+        """
+        now = self._loop.time()
+        pause = 0.0
+        if sent >= upstream.limit.halved_at:
+            upstream.limit.halve(upstream.active, now)
+            pause = min(LONGEST_ASIDE, 0.5 * 2.0 ** min(upstream.storms, 10)) * random.uniform(0.75, 1.25)
+            upstream.storms += 1
+        self.set_aside(upstream, max(pause, asked or 0.0), reason)
+
+    def set_aside(self, upstream: sdg.Upstream, seconds: float, reason: str = "") -> None:
         """Send nothing to a server for some time."""
-        if seconds:
-            upstream.until = max(upstream.until, self._loop.time() + seconds)
+        until = self._loop.time() + seconds
+        if not seconds or until <= upstream.until:
+            return
+        if seconds >= WORTH_SAYING and reason and until > upstream.until + WORTH_SAYING:
+            when = time.strftime("%H:%M", time.localtime(time.time() + seconds))
+            sdg.say(f"nothing is sent to {sdg.redact(upstream.url)} until {when}: {reason}")
+        upstream.until, upstream.reason = until, reason
 
-    def failed(self, upstream: sdg.Upstream, sent: float, patience: int = PATIENCE) -> None:
+    def failed(self, upstream: sdg.Upstream, sent: float, reason: str, patience: int = PATIENCE) -> None:
         """No usable response came. After `patience` failures in a row the server is set aside."""
         if sent < upstream.failed_at:
             return  # one crash breaks all requests in flight, and is one failure
         upstream.failures += 1
         upstream.failed_at = self._loop.time()
         if upstream.failures >= patience:
-            self.set_aside(upstream, min(LONGEST_ASIDE, 0.5 * 2 ** min(upstream.failures - patience, 10)))
+            pause = min(LONGEST_ASIDE, 0.5 * 2 ** min(upstream.failures - patience, 10))
+            self.set_aside(upstream, pause, reason)
 
     def suspect(self, upstream: sdg.Upstream, earlier: Suspicion | None, together: int) -> Suspicion:
         """Suspect a request whose server has crashed with `together` requests in flight."""
@@ -234,6 +321,15 @@ class Pool:
 
     # Figures
 
+    def waiting(self) -> tuple[float, str] | None:
+        """If no server takes requests now: for how many seconds, and why."""
+        now = self._loop.time()
+        up = [upstream for upstream in self.upstreams if upstream.up.is_set()]
+        if not up or any(upstream.until <= now for upstream in up):
+            return None
+        first = min(up, key=lambda upstream: upstream.until)
+        return first.until - now, first.reason
+
     @property
     def seconds(self) -> float:
         """Since the first request: a launched server may load for a long time before that."""
@@ -258,14 +354,14 @@ class Pool:
 
     def _take(self, now: float) -> sdg.Upstream | None:
         """Occupy a slot on the least loaded server that is well; None if there is no free one."""
-        if self.active >= self.limit:
+        if self.active >= self.limit or (self.pace.limited and self.pace.free_at > now):
             return None
         best: sdg.Upstream | None = None
         for upstream in self.upstreams:
             quarantine = upstream.quarantine
             if upstream.until > now or not upstream.up.is_set() or quarantine.waiting or quarantine.share:
                 continue
-            allowed = 1 if upstream.failures >= 3 else upstream.limit.value
+            allowed = 1 if upstream.failures >= 3 or upstream.storms else upstream.limit.value
             if upstream.active + 1 <= allowed and (not best or upstream.active < best.active):
                 best = upstream
         if best:
@@ -276,6 +372,8 @@ class Pool:
         if not self._area and not self.active:
             self._began = self._since = now
         self._measure()
+        if self.pace.limited:
+            self.pace.charge(now)
         if not upstream.active and not upstream.failures:
             upstream.progressed = now
         self.active += 1
@@ -318,7 +416,8 @@ class Pool:
                 self._waiting.popleft().set_result(free)
             else:
                 break
-        aside = min((upstream.until for upstream in self.upstreams if upstream.until > now), default=None)
+        later = [*(upstream.until for upstream in self.upstreams), self.pace.free_at]
+        aside = min((moment for moment in later if moment > now), default=None)
         if (self._waiting or self._suspects) and aside and (not self._alarm or self._alarm[0] > aside):
             if self._alarm:
                 self._alarm[1].cancel()

@@ -1,6 +1,7 @@
-"""What servers respond, and what it means: replies, errors, requests to wait.
+"""What servers respond, and what it means: a reply, or a failure with what follows from it.
 
 Shared by the client, which sends requests, and by everything that looks at responses that are already stored.
+Protocol: https://platform.openai.com/docs/api-reference, as hosted providers and inference engines really speak it.
 """
 
 from __future__ import annotations
@@ -8,9 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import re
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,53 +17,137 @@ import orjson
 
 import sdg
 
-LONGEST_REST = 3600.0  # s: the longest pause that a server can ask for
-SHORTEST_KEY = 12  # characters
+# Reasons to finish by which a server says that it gave up: vLLM and SGLang abort, OpenRouter, GLM and DeepSeek fail.
+GAVE_UP = {
+    "abort",
+    "aborted",
+    "canceled",
+    "cancelled",
+    "engine_error",
+    "error",
+    "failed",
+    "insufficient_system_resource",
+}
+GAVE_UP |= {"internal_error", "internal_server_error", "network_error", "server_error", "timeout", "unavailable"}
+# How much a reason to finish spoils a result that several replies made: the last one here most.
+SEVERITY = ("stop", "tool_calls", "function_call", "", "repetition", "length", "content_filter")
+UNCODED_ATTEMPTS = 2  # at a request whose 200 holds an error without a code
+EMPTY_ATTEMPTS = 2  # at a request whose completion is empty though the model stopped by itself
 
 
-def parse_reply(answer: Any) -> sdg.Reply:
-    """Parse a chat or completion response (https://platform.openai.com/docs/api-reference).
+# ── JSON ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def read_json(raw: bytes) -> tuple[Any, bytes]:
+    """Parse JSON as servers write it: with NaN, infinities, lone surrogates, a byte order mark, or in UTF-16.
+
+    What JSON cannot hold is replaced: numbers by null, surrogates by U+FFFD.
+
+    Returns:
+        The value, and strict JSON of it: `raw` itself if it is that.
+
+    Raises:
+        ValueError: it is not JSON.
+    """
+    try:
+        return orjson.loads(raw), raw
+    except ValueError:
+        value = _clean(json.loads(raw))
+        return value, orjson.dumps(value)
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, list):
+        return [_clean(item) for item in value]
+    return {_clean(key): _clean(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+# ── Replies ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def parse_reply(answer: Any, keep_empty: bool = False) -> sdg.Reply:
+    """Parse a chat or completion response.
 
     `sdg_truncated`, which we add ourselves, marks the response to a prompt that was cut.
 
+    Args:
+        answer: the response as Python values.
+        keep_empty: return a reply without text rather than raise.
+
     Raises:
-        RequestFailed: it has another shape, or neither text nor a tool call.
+        RequestFailed: it has another shape, the server gave up, or there is neither text nor a tool call.
     """
     choices = answer.get("choices") if isinstance(answer, dict) else None
     if not isinstance(choices, list) or not choices or not all(isinstance(choice, dict) for choice in choices):
         raise sdg.RequestFailed("body", f"the response has no choices: {shown(json.dumps(answer).encode())}")
     usage = answer.get("usage")
     usage = {name: usage[name] for name in sdg.TOKENS if is_count(usage.get(name))} if isinstance(usage, dict) else None
-    replies: list[sdg.Reply] = []
-    for choice in choices:
-        reply = _parse_choice(choice, usage if not replies else None, bool(answer.get("sdg_truncated")))
-        if reply.text or reply.tool_calls:
-            replies.append(reply)
-    if not replies:
-        reason = choices[0].get("finish_reason")
-        thought = ", all of its tokens are reasoning" if _parse_choice(choices[0]).reasoning else ""
-        hint = "; raise --max-tokens" if reason == "length" else ""
-        message = f"the completion is empty (finish_reason {reason}){thought}{hint}"
-        raise sdg.RequestFailed("empty", message, retry=reason != "length")
-    return dataclasses.replace(replies[0], choices=tuple(replies)) if len(replies) > 1 else replies[0]
+    truncated = bool(answer.get("sdg_truncated"))
+    replies = [_parse_choice(choice, None if i else usage, truncated) for i, choice in enumerate(choices)]
+    for choice, reply in zip(choices, replies, strict=True):
+        if reply.finish_reason in GAVE_UP or choice.get("error"):
+            raise _broken_off(choice, reply)
+    kept = [reply for reply in replies if reply.text or reply.tool_calls]
+    if not kept and not keep_empty:
+        raise _empty(choices[0], replies[0])
+    kept = kept or replies[:1]
+    if usage and not kept[0].usage:
+        kept[0] = dataclasses.replace(kept[0], usage=usage)
+    return dataclasses.replace(kept[0], choices=tuple(kept))
 
 
-def _parse_choice(choice: dict[str, Any], usage: sdg.Usage | None = None, truncated: bool = False) -> sdg.Reply:
+def _parse_choice(choice: dict[str, Any], usage: sdg.Usage | None, truncated: bool) -> sdg.Reply:
     message = choice.get("message")
     if not isinstance(message, dict):
         message = {"content": choice.get("text")}
     content = message.get("content")
     if isinstance(content, list):  # of parts
         content = "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
+    calls = message.get("tool_calls") or None
+    if not calls and isinstance(message.get("function_call"), dict):  # the form before `tools`
+        calls = [{"type": "function", "function": message["function_call"]}]
+    reason = choice.get("finish_reason")
+    if isinstance(reason, dict):  # SGLang's own API has an object
+        reason = reason.get("type")
     return sdg.Reply(
         content if isinstance(content, str) else "",
         message.get("reasoning_content") or message.get("reasoning"),
-        choice.get("finish_reason"),
+        reason if isinstance(reason, str) else None,
         usage,
-        message.get("tool_calls") or None,
+        calls,
         choice.get("logprobs"),
         truncated,
     )
+
+
+def _broken_off(choice: dict[str, Any], reply: sdg.Reply) -> sdg.RequestFailed:
+    """The failure for a choice that a server gave up on: the text in it is not a completion."""
+    error = choice.get("error")
+    words = error_text(orjson.dumps({"error": error})) if error else f"finish_reason {reply.finish_reason}"
+    failure = sdg.RequestFailed("aborted", f"the server broke the completion off: {words}")
+    failure.reply = reply
+    return failure
+
+
+def _empty(choice: dict[str, Any], reply: sdg.Reply) -> sdg.RequestFailed:
+    """The failure for a response without text; asking again helps only if the model stopped by itself."""
+    message = choice.get("message")
+    refusal = message.get("refusal") if isinstance(message, dict) else None
+    if isinstance(refusal, str) and refusal.strip():
+        failure = sdg.RequestFailed("refusal", f"the model refused: {shown(refusal.encode())}", retry=False)
+    else:
+        reason = reply.finish_reason
+        thought = ", all of its tokens are reasoning" if reply.reasoning else ""
+        hint = "; raise --max-tokens" if reason == "length" else ""
+        message = f"the completion is empty (finish_reason {reason}){thought}{hint}"
+        failure = sdg.RequestFailed("empty", message, retry=reason not in {"length", "content_filter"})
+        failure.most_attempts = EMPTY_ATTEMPTS
+    failure.reply, failure.refusal = reply, refusal if isinstance(refusal, str) else None
+    return failure
 
 
 def is_count(value: Any) -> bool:
@@ -80,21 +163,43 @@ def tokens_in(answer: Any) -> dict[str, int]:
     return {name: usage[name] for name in ("prompt_tokens", "completion_tokens") if is_count(usage.get(name))}
 
 
-def without_key(raw: bytes, key_name: str) -> bytes:
-    """A response without the API key, because it goes into messages, records and state.
+def count_choices(body: bytes) -> int:
+    """How many completions a response holds."""
+    choices = read_json(body)[0].get("choices")
+    return len(choices) if isinstance(choices, list) else 0
 
-    Short keys are not secrets but words such as EMPTY, which completions may contain, too.
-    """
-    key = os.environ.get(key_name, "").encode()
-    return raw.replace(key, b"***") if len(key) >= SHORTEST_KEY else raw
+
+def merged(bodies: list[bytes]) -> bytes:
+    """One response with the completions of several, and the sum of their usage."""
+    contents = [read_json(body)[0] for body in bodies]
+    choices = [choice for content in contents for choice in content["choices"]]
+    usages = [content["usage"] for content in contents if isinstance(content.get("usage"), dict)]
+    sums = {name: sum(usage[name] for usage in usages if is_count(usage.get(name))) for name in sdg.TOKENS}
+    numbered = [{**choice, "index": index} for index, choice in enumerate(choices)]
+    return orjson.dumps({**contents[0], "choices": numbered, **({"usage": sums} if usages else {})})
+
+
+def worst(reasons: list[str | None]) -> str | None:
+    """The reason to finish that says most about a result made of several replies; None if there is none."""
+    known = [reason for reason in reasons if reason]
+    rank = {reason: number for number, reason in enumerate(SEVERITY)}
+    return max(known, key=lambda reason: rank.get(reason, rank[""]), default=None)
+
+
+# ── Errors ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def error_in(raw: bytes) -> dict[str, Any]:
-    """The object in an error's body that describes it: OpenAI and vLLM nest it, SGLang is flat; empty if none does."""
+    """The object in an error's body that describes it; empty if there is none.
+
+    OpenAI and vLLM nest it in `error`, SGLang is flat, FastAPI has `detail`, Google wraps it into a list.
+    """
     try:
-        body = orjson.loads(raw)
+        body, _ = read_json(raw)
     except ValueError:  # for example a proxy's HTML page
         return {}
+    if isinstance(body, list) and len(body) == 1:
+        body = body[0]
     if not isinstance(body, dict):
         return {}
     error = body.get("error")
@@ -102,47 +207,33 @@ def error_in(raw: bytes) -> dict[str, Any]:
 
 
 def error_text(raw: bytes) -> str:
-    """The message in an error's body, shortened."""
+    """The message in an error's body, shortened; of a page its title."""
     error = error_in(raw)
-    for name in ("message", "detail", "error"):
+    for name in ("message", "detail", "error", "msg"):
         if error.get(name):
-            return shown(str(error[name]).encode(errors="replace"))
-    return shown(raw)
+            value = error[name]
+            return shown(value.encode(errors="replace") if isinstance(value, str) else orjson.dumps(value, default=str))
+    title = re.search(rb"<title[^>]*>(.*?)</title>", raw[:20_000], re.IGNORECASE | re.DOTALL)
+    return shown(title[1]) if title and re.match(rb"\s*<", raw) else shown(raw)
+
+
+def code_in(error: Mapping[str, Any]) -> int | None:
+    """The HTTP status that an error carries as its code."""
+    for name in ("code", "status", "status_code", "http_status"):
+        value = error.get(name)
+        if isinstance(value, str) and value.isdigit():
+            value = int(value)
+        if type(value) is int and 400 <= value < 600:
+            return value
+    return None
+
+
+def words_in(error: Mapping[str, Any]) -> set[str]:
+    """The words by which an error says of what kind it is."""
+    return {value for name in ("code", "type", "status") if isinstance(value := error.get(name), str)}
 
 
 def shown(raw: bytes) -> str:
     """A body for a message: one line of at most 300 characters."""
     text = sdg.one_line(raw[:600].decode(errors="replace"))
     return text if len(text) <= 300 else text[:300] + "…"
-
-
-def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that a response asks to wait: a number, or an HTTP date (RFC 9110, section 10.2.3)."""
-    from email.utils import parsedate_to_datetime
-
-    value = headers.get("Retry-After")
-    try:
-        if "retry-after-ms" in headers:  # Azure's, more precise
-            return min(max(0.0, float(headers["retry-after-ms"]) / 1000), LONGEST_REST)
-        seconds = float(value or "nan")
-    except ValueError:
-        try:
-            seconds = parsedate_to_datetime(value or "").timestamp() - time.time()
-        except ValueError:
-            return None
-    return min(max(0.0, seconds), LONGEST_REST) if math.isfinite(seconds) else None
-
-
-def quota_pause(headers: Mapping[str, str]) -> float:
-    """Seconds until an exhausted quota is renewed; 0 if some of it is left, or unknown.
-
-    OpenAI's headers (https://platform.openai.com/docs/guides/rate-limits), adopted by others: requests and tokens that
-    remain, and the time to the reset in Go's format of durations, such as `6m0s` or `20ms`.
-    """
-    pause = 0.0
-    for kind in ("requests", "tokens"):
-        if headers.get(f"x-ratelimit-remaining-{kind}") == "0":
-            parts = re.findall(r"(\d+(?:\.\d+)?)(ms|[hms]|$)", headers.get(f"x-ratelimit-reset-{kind}", ""))
-            units = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001, "": 1.0}
-            pause = max(pause, sum(float(number) * units[unit] for number, unit in parts))
-    return min(pause, LONGEST_REST)

@@ -1,0 +1,48 @@
+"""Keys never appear in what is written or printed: they are taken out of whatever comes from outside."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import urllib.parse
+from collections.abc import Iterable
+
+SHORTEST = 12  # characters: shorter keys are words such as EMPTY, which completions may contain, too
+MASK = b"***"
+
+
+class Secrets:
+    """The secrets in some environment variables, in every form in which a text may hold them.
+
+    Args:
+        names: of the variables.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        values = [os.environ.get(name, "").strip() for name in names]
+        forms = {form for value in values if len(value) >= SHORTEST for form in forms_of(value)}
+        self._forms = sorted(forms, key=len, reverse=True)  # a form may be part of another
+
+    def hidden(self, raw: bytes) -> bytes:
+        """Bytes without the secrets."""
+        for form in self._forms:
+            if form in raw:
+                raw = raw.replace(form, MASK)
+        return raw
+
+    def hidden_in(self, text: str) -> str:
+        """A text without the secrets."""
+        return self.hidden(text.encode(errors="surrogatepass")).decode(errors="surrogatepass")
+
+
+def forms_of(value: str) -> Iterable[bytes]:
+    """A secret as it is, as JSON and URLs write it, and as base64 at each of its three alignments."""
+    raw = value.encode(errors="surrogatepass")
+    yield raw
+    yield json.dumps(value)[1:-1].encode()
+    yield urllib.parse.quote(value, safe="").encode(errors="replace")
+    for shift in range(3):
+        text = base64.b64encode(b"\0" * shift + raw)
+        # The first and the last characters also hold bits of what stands beside the secret.
+        yield text[(0, 2, 3)[shift] : len(text) - (0, 3, 2)[(len(raw) + shift) % 3]]

@@ -1,0 +1,88 @@
+"""Server-sent events of chat and text completions, assembled to the response that the server would have sent at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+
+TEXTS = ("content", "reasoning_content", "reasoning", "refusal")  # fields of a delta that are continued
+
+
+class Assembly:
+    """A response that grows piece by piece (https://html.spec.whatwg.org/multipage/server-sent-events.html).
+
+    Attributes:
+        complete: True once the stream was ended by the server, or each choice has its reason to finish.
+    """
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._event: list[bytes] = []
+        self._head: dict[str, Any] = {}
+        self._choices: dict[int, dict[str, Any]] = {}
+        self._done = False
+
+    @property
+    def complete(self) -> bool:
+        """True if nothing is missing."""
+        finished = self._choices and all(choice.get("finish_reason") for choice in self._choices.values())
+        return self._done or bool(finished) or "error" in self._head
+
+    def feed(self, piece: bytes) -> None:
+        """Take in some bytes."""
+        *lines, self._rest = (self._rest + piece).replace(b"\r\n", b"\n").split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:"):
+                self._event.append(line[5:].removeprefix(b" "))
+            elif not line.strip() and self._event:
+                self._take(b"\n".join(self._event))
+                self._event = []
+
+    def body(self) -> bytes:
+        """The whole response as JSON."""
+        choices = [choice for _, choice in sorted(self._choices.items())]
+        return orjson.dumps({**self._head, **({"choices": choices} if choices else {})})
+
+    def _take(self, data: bytes) -> None:
+        if data.strip() == b"[DONE]":
+            self._done = True
+            return
+        event = orjson.loads(data) if data.strip() else {}
+        if not isinstance(event, dict):
+            return
+        self._head |= {name: value for name, value in event.items() if name not in {"choices", "object"} and value}
+        for part in event.get("choices") or []:
+            index = part.get("index") or 0
+            self._add(self._choices.setdefault(index, {"index": index, "finish_reason": None}), part)
+
+    def _add(self, choice: dict[str, Any], part: dict[str, Any]) -> None:
+        """Continue a choice by a part of it."""
+        if isinstance(part.get("text"), str):
+            choice["text"] = choice.get("text", "") + part["text"]
+        delta = part.get("delta") or part.get("message")
+        if isinstance(delta, dict):
+            message = choice.setdefault("message", {"role": "assistant"})
+            for name in TEXTS:
+                if isinstance(delta.get(name), str):
+                    message[name] = message.get(name, "") + delta[name]
+            for call in delta.get("tool_calls") or []:
+                continue_call(message.setdefault("tool_calls", []), call)
+        if isinstance(logprobs := part.get("logprobs"), dict):
+            known = choice.setdefault("logprobs", {})
+            for name, values in logprobs.items():
+                known[name] = [*known.get(name, []), *values] if isinstance(values, list) else values
+        for name in ("finish_reason", "error", "stop_reason"):
+            if part.get(name):
+                choice[name] = part[name]
+
+
+def continue_call(calls: list[dict[str, Any]], part: dict[str, Any]) -> None:
+    """Add a part of a tool call to those that are there: its arguments come in pieces."""
+    index = part.get("index", len(calls))
+    while len(calls) <= index:
+        calls.append({"type": "function", "function": {"name": "", "arguments": ""}})
+    call, function = calls[index], part.get("function") or {}
+    call |= {name: part[name] for name in ("id", "type") if part.get(name)}
+    for name in ("name", "arguments"):
+        call["function"][name] += function.get(name) or ""
