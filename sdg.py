@@ -1440,7 +1440,7 @@ class RolloutRun:
         try:
             own = {name: make(self.document, self) for name, make in engine.makers.items()}
             results = results_of(await engine.rollout(self.document, self, **engine.resources, **own), self.usage)
-            common = {"truncated": self.truncated}
+            common: dict[str, Any] = {"truncated": self.truncated}
             if self.reasons:
                 common["finish_reason"] = engine.client.worst(self.reasons)
             return [{**common, **result} for result in results]

@@ -1,4 +1,4 @@
-"""Server-sent events of chat and text completions, assembled to the response that the server would have sent at once."""
+"""Server-sent events of completions, assembled to the response that the server would have sent at once."""
 
 from __future__ import annotations
 

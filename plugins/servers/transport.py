@@ -63,10 +63,11 @@ class Transport:
         import aiohttp
 
         data = body if len(body) < LARGE else io.BytesIO(body)  # aiohttp sends the second kind in pieces
-        timeout = aiohttp.ClientTimeout(total=None, sock_read=self.timeout) if progressed else None
-        how = {"timeout": timeout} if timeout else {}
+        limit = aiohttp.ClientTimeout(**({"sock_read": self.timeout} if progressed else {"total": self.timeout}))
         try:
-            async with self._session.post(address(url, path), data=data, allow_redirects=False, **how) as response:
+            async with self._session.post(
+                address(url, path), data=data, allow_redirects=False, timeout=limit
+            ) as response:
                 if response.status == 200 and response.content_type == "text/event-stream":
                     content = await assembled(response.content, progressed)
                 else:
@@ -80,16 +81,16 @@ class Transport:
         except (aiohttp.ClientError, ConnectionError) as exc:
             raise Broken(str(exc) or type(exc).__name__) from exc
 
-    async def get(self, url: str, path: str, timeout: float) -> Answer:
-        """Get something, in some seconds. Raises as `post`."""
+    async def get(self, url: str, path: str, seconds: float) -> Answer:
+        """Get something in some seconds. Raises as `post`."""
         import aiohttp
 
-        limit = aiohttp.ClientTimeout(total=timeout)
+        limit = aiohttp.ClientTimeout(total=seconds)
         try:
             async with self._session.get(address(url, path), timeout=limit, allow_redirects=False) as response:
                 return Answer(response.status, response.headers, await response.read(), str(response.reason))
         except TimeoutError as exc:
-            raise TimeoutError(f"no response within {timeout:g} s") from exc
+            raise TimeoutError(f"no response within {seconds:g} s") from exc
         except (aiohttp.ClientConnectorError, aiohttp.InvalidURL) as exc:
             raise Unreached(str(exc) or type(exc).__name__) from exc
         except (aiohttp.ClientError, ConnectionError, ValueError) as exc:

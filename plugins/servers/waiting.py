@@ -15,8 +15,8 @@ DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|[dhms]|$)")
 # "Please try again in 1m30.5s", "Please retry in 34.07s", "retry after 20 seconds"; the words are those of a refusal
 # that has already been recognized by its status
 IN_WORDS = re.compile(
-    r"(?:try|retry|wait)[a-z ]{0,20}?\b(?:in|after|for)\s+((?:about\s+)?(?:\d+(?:\.\d+)?\s*(?:milliseconds?|ms|days?|d|hours?|h"
-    r"|minutes?|mins?|m|seconds?|secs?|s)\b?[\s,]*(?:and\s+)?)+)",
+    r"(?:try|retry|wait)[a-z ]{0,20}?\b(?:in|after|for)\s+((?:about\s+)?(?:\d+(?:\.\d+)?\s*"
+    r"(?:milliseconds?|ms|days?|d|hours?|h|minutes?|mins?|m|seconds?|secs?|s)[\s,]*(?:and\s+)?)+)",
     re.IGNORECASE,
 )
 
