@@ -216,7 +216,7 @@ class Client:
             return True
         status = failure.status or 0
         doubtful = status in WHATEVER_IS_ASKED or 300 <= status < 400
-        first = not self.pool.successes and 400 <= status < 500 and not failure.retry
+        first = status == 400 and not self.pool.successes  # it may respond only in streams
         if not (doubtful or first):
             return False
         async with self._probing:
@@ -228,7 +228,7 @@ class Client:
             if await self._answers(upstream, request, self.stream):
                 self._fine_until = self._time() + FINE
                 return False
-            refuses = self._probed_status == status
+            refuses = doubtful and self._probed_status == status
             if status == 400 and not self.stream and await self._answers(upstream, request, stream=True):
                 sdg.say(f"{sdg.redact(upstream.url)} responds only in streams: --stream is on from now on")
                 self.stream = failure.retry = True

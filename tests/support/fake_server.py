@@ -80,6 +80,7 @@ class Delay:
     then: Any = None
 
 
+PROBE = "Hi"
 Behaviour = Callable[[Payload, int], Any]
 
 # vLLM's words
@@ -122,6 +123,7 @@ class FakeServer:
     def __init__(self, host: str = "127.0.0.1") -> None:
         self.host = host
         self.requests: list[Request] = []
+        self.probes: list[Request] = []  # the smallest possible requests, by which sdg finds out what a refusal means
         self.model_requests: list[Request] = []
         self.models = ["test-model"]
         self.max_model_len: int | None = None  # as the list of models tells it
@@ -162,7 +164,7 @@ class FakeServer:
     def forget(self) -> None:
         """Start a new recording; whatever is scripted begins anew."""
         self.requests = []
-        self.model_requests = []
+        self.model_requests, self.probes = [], []
         self.tokenize_requests = []
         self._seen.clear()
         self._area = 0.0
@@ -261,6 +263,8 @@ class FakeServer:
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         record = self._record(request, json.loads(await request.read()))
+        if not record.payload or record.prompt == PROBE:
+            return await self._answer_probe(request, record)
         self.requests.append(record)
         self._count(+1)
         try:
@@ -274,6 +278,21 @@ class FakeServer:
             raise
         finally:
             self._count(-1)
+
+    async def _answer_probe(self, request: web.Request, record: Request) -> web.StreamResponse:
+        """A behaviour may refuse whatever it is asked; one that knows only its documents' prompts lets probes pass."""
+        self.probes.append(record)
+        if not self._authorized(request):
+            return _error(Status(401, message="no valid API key"))
+        if record.payload.get("model") not in self.models:
+            return _error(Status(404, message=f"the model {record.payload.get('model')} does not exist"))
+        try:
+            answer = self._behaviour(record.payload, record.n)
+        except Exception:  # noqa: BLE001
+            answer = None
+        if isinstance(answer, Status):
+            return _error(answer)
+        return web.json_response(_body(record, Answer("Hi")))
 
     async def _answer(self, request: web.Request, record: Request) -> web.StreamResponse:
         if self.count and self.context and self.count(record.payload) > self.context:
