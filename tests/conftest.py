@@ -17,6 +17,8 @@ from fake_server import FakeServer
 from huggingface_hub.utils import close_session
 from running import Job, Sdg, Started
 
+import sdg as _  # noqa: F401 - makes `sdg_plugins` that of this checkout, whatever is installed
+
 # A script's background jobs ignore Ctrl-C, and so would all that is started here: some tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -21,7 +21,7 @@ from sdg_plugins.servers import command, sglang
 from sdg_plugins.servers.launching import launching
 
 # What servers say of options, without being started
-CHECKS = {"command": command.words_of, "sglang": sglang.check, "vllm": launching.model_of}
+CHECKS = {"command": command.words_of, "sglang": sglang.checked_model, "vllm": launching.model_of}
 
 
 @sdg.hookimpl
@@ -52,7 +52,7 @@ def check_config(config: Config) -> None:
     run = sdg.Run(options, plugins, output_place(options, Path(state)), Path(state), stop)
     if options.server in CHECKS:
         CHECKS[options.server](run)
-        launching.check(options)
+        launching.check_layout(options)
     for folder in [state] + [run.output.root] * run.output.local:
         check_folder(folder)
     check_state_dir(run)

@@ -1,39 +1,38 @@
+"""Files of the input and the output, local or in an object store: URIs, listings, reading, atomic writing."""
+
 from __future__ import annotations
 
 import argparse
 import contextlib
 import fnmatch
 import functools
+import glob
 import os
 import re
 import shutil
 import tempfile
 import urllib.parse
-from collections.abc import (
-    Callable,
-    Iterator,
-    Mapping,
-)
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import xxhash
 
 import sdg
 
-if TYPE_CHECKING:
-    pass
-
-S3_ATTEMPTS = 10  # at a request, unless AWS_MAX_ATTEMPTS says another number: with the library's pauses, some 70 s
-QUICK_ATTEMPTS = 4  # ... of the first look at a place, when it is rather a mistake: 5 s, or 25 if nothing answers
+S3_ATTEMPTS = 10  # per request, unless AWS_MAX_ATTEMPTS is set: about 70 s with the back-off of the AWS library
+QUICK_ATTEMPTS = 4  # per request of the first access, which fails mostly by mistake: 5 s, 25 s if nothing responds
 S3_VARIABLES = "AWS_ACCESS_KEY_ID or AWS_PROFILE, AWS_REGION and AWS_ENDPOINT_URL_S3"
-OBJECT_STORES = {"s3", "gcs", "abfs"}  # have no folders: to make one leaves an empty object
-PUT_BYTES = 16 << 20  # handed over at a time: more than the smallest part of an upload, so that pyarrow copies nothing
+OBJECT_STORES = {"s3", "gcs", "abfs"}  # have no folders: creating one leaves an empty object
+PUT_BYTES = 16 << 20  # written at a time: more than the smallest part of an upload, so that pyarrow copies nothing
+END_BYTES = 64 << 10  # hashed at either end of an input file
+
+# ── URIs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def expanded(path: str) -> str:
-    """A path with the home folder in place of a leading `~`, which shells leave in `--output=~/x`; any other URI."""
+    """A path with its leading `~` expanded, which shells leave in `--output=~/x`; other URIs are unchanged."""
     return os.path.expanduser(path) if split_uri(path)[0] == "file" else path
 
 
@@ -44,8 +43,18 @@ def split_uri(uri: str) -> tuple[str, str]:
 
 
 def format_of(path: str) -> str:
-    """The suffix that tells a file's format: the last one, compression aside."""
+    """The suffix that names a file's format, without the dot and without a suffix for compression."""
     return Path(re.sub(r"\.(gz|zst)$", "", path)).suffix[1:]
+
+
+def codec_of(name: str) -> str | None:
+    """Arrow's name for the compression of a file; None if it is not compressed."""
+    return {"gz": "gzip", "zst": "zstd"}.get(name.rpartition(".")[2])
+
+
+def fixed_folder(pattern: str) -> str:
+    """The part of a glob before the first name with a wildcard; for a plain path its folder."""
+    return re.split(r"[*?\[]", pattern)[0].rpartition("/")[0]
 
 
 def filesystem(uri: str, quick: bool = False) -> tuple[Any, str]:
@@ -57,48 +66,53 @@ def filesystem(uri: str, quick: bool = False) -> tuple[Any, str]:
     if scheme == "file":
         return pyarrow.fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(rest))
     if scheme == "s3":
-        # As in pyarrow's URIs, settings may follow. Any other question mark belongs to a glob.
+        # Settings may follow, as in pyarrow's URIs. Any other question mark belongs to a glob.
         path, *settings = re.split(r"\?(?=(?:region|scheme|endpoint_override)=)", rest, maxsplit=1)
         bucket = path.partition("/")[0]
         if not re.fullmatch(r"[\w.:-]+", bucket):
-            raise sdg.UsageError(f"{sdg.redact(uri)}: the name of a bucket is wanted after s3://")
+            raise sdg.UsageError(f"{sdg.redact(uri)}: expected the name of a bucket after s3://")
         return _s3(bucket, "".join(settings), quick), path.rstrip("/")
     try:
         try:
             fs, path = pyarrow.fs.FileSystem.from_uri(uri)
-        except pa.ArrowInvalid:  # a scheme that pyarrow does not know
+        except pa.ArrowInvalid:  # pyarrow does not support the scheme
             import fsspec
 
             other, path = fsspec.core.url_to_fs(uri)
             fs = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(other))
-    except (ImportError, ValueError, OSError) as problem:
-        reason = " ".join(str(problem).split())
-        raise sdg.UsageError(
-            f"{sdg.redact(uri)}: {reason}; known are folders, s3://, gs://, and what fsspec has"
-        ) from problem
+    except (ImportError, ValueError, OSError) as exc:
+        supported = "supported are local paths, s3://, gs://, and the schemes of fsspec"
+        raise sdg.UsageError(f"{sdg.redact(uri)}: {sdg.one_line(exc)}; {supported}") from exc
     return fs, str(path)
 
 
+# ── S3 ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
 def s3_endpoint() -> str | None:
-    """The server that stands for AWS, as its own programs have it from the environment."""
+    """The server to use instead of AWS, from the same environment variables as AWS's own programs."""
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
 
 
 @functools.cache
 def _s3(bucket: str, settings: str, quick: bool) -> Any:
-    """A client for a bucket; `settings` are those of pyarrow's URIs (`region=…&endpoint_override=…`).
+    """A client for a bucket, which retries for about a minute while the server is overloaded or unreachable.
 
-    It bears with a server that is overloaded or gone for about a minute, a `quick` one for some seconds. A client from
-    `FileSystem.from_uri` would give up sooner, and wait 3 s for an answer: large uploads take longer to be completed.
-    Keys and roles are found by AWS's library, and the region, too, where the bucket cannot be asked for it.
+    A client from `FileSystem.from_uri` gives up sooner, and waits only 3 s for a response: completing a large upload
+    takes longer. Credentials are found by the AWS library, as is the region if the bucket's cannot be looked up.
+
+    Args:
+        bucket: its name.
+        settings: as in pyarrow's URIs: `region=…&endpoint_override=…`.
+        quick: retry for a few seconds only.
     """
     import pyarrow.fs
 
     options: dict[str, Any] = {"endpoint_override": s3_endpoint(), **dict(urllib.parse.parse_qsl(settings))}
     if not options["endpoint_override"] and "region" not in options:
         options["region"] = _region_of(bucket)
-    asked = os.environ.get("AWS_MAX_ATTEMPTS", "")
-    attempts = QUICK_ATTEMPTS if quick else int(asked) if asked.isdigit() else S3_ATTEMPTS
+    configured = os.environ.get("AWS_MAX_ATTEMPTS", "")
+    attempts = QUICK_ATTEMPTS if quick else int(configured) if configured.isdigit() else S3_ATTEMPTS
     return pyarrow.fs.S3FileSystem(
         **options,
         retry_strategy=pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=attempts),
@@ -109,7 +123,7 @@ def _s3(bucket: str, settings: str, quick: bool) -> Any:
 
 @functools.cache
 def _region_of(bucket: str) -> str | None:
-    """The bucket's region, if AWS can be asked: in a private network the environment has to say it."""
+    """The bucket's region; None if AWS cannot be reached, as in a private network."""
     import pyarrow.fs
 
     try:
@@ -118,39 +132,50 @@ def _region_of(bucket: str) -> str | None:
         return None
 
 
+def _check_bucket(uri: str) -> None:
+    """Raise OutputError, before anything is generated, if S3 or the bucket does not exist or cannot be accessed."""
+    import pyarrow.fs
+
+    fs, root = filesystem(uri, quick=True)
+    with access_errors(uri, sdg.OutputError), contextlib.suppress(FileNotFoundError):
+        # Listing a missing folder takes one request, and its errors have a text; those of a HEAD request have none.
+        fs.get_file_info(pyarrow.fs.FileSelector(f"{root}/.sdg"))
+
+
 @contextlib.contextmanager
-def reaching(uri: str, kind: type[sdg.Error]) -> Iterator[None]:
-    """Say of errors of a file system which place they concern and, of S3, what decides on the access."""
+def access_errors(uri: str, kind: type[sdg.Error]) -> Iterator[None]:
+    """Raise errors of a file system as `kind`, naming the URI and, for S3, the variables that configure access."""
     import pyarrow as pa
 
     try:
         yield
-    except (OSError, pa.ArrowException) as problem:
+    except (OSError, pa.ArrowException) as exc:
         at, hint = "", ""
         if split_uri(uri)[0] == "s3":
             at = f" at {sdg.redact(endpoint)}" if (endpoint := s3_endpoint()) else ""
-            hint = f"; {S3_VARIABLES} decide"
+            hint = f"; check {S3_VARIABLES}"
         option = "--input " if kind is sdg.InputError else ""
-        raise kind(f"{option}{sdg.redact(uri)}{at} cannot be used: {sdg.reason_of(problem)}{hint}") from problem
+        raise kind(f"{option}{sdg.redact(uri)}{at} cannot be used: {sdg.reason_of(exc)}{hint}") from exc
+
+
+# ── Input ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def list_files(uri: str) -> list[tuple[str, int]]:
-    """Paths and sizes (bytes) of the files that a URI means, sorted: one file, a folder with all below it, or a glob.
+    """Paths and sizes (bytes) of the files of a URI, sorted: one file, a folder with everything below it, or a glob.
 
-    Of a folder nothing is taken that is hidden (`.git`, `_temporary`), or the output of a run.
+    Hidden files and folders below the URI (`.git`, `_temporary`) and the outputs of runs are skipped.
 
     Raises:
         InputError: there are none, or the place cannot be read.
     """
-    import glob
-
     import pyarrow.fs
 
     fs, path = filesystem(uri, quick=True)
     local = isinstance(fs, pyarrow.fs.LocalFileSystem)
-    root = re.split(r"[*?\[]", path)[0].rpartition("/")[0]
-    with reaching(uri, sdg.InputError):
-        if not any(mark in path for mark in "*?[") or (local and os.path.exists(path)):
+    root = fixed_folder(path)
+    with access_errors(uri, sdg.InputError):
+        if not glob.has_magic(path) or (local and os.path.exists(path)):
             infos, root = _files_below(uri, path), path
         elif local:
             infos = fs.get_file_info(glob.glob(path, recursive=True))
@@ -165,12 +190,12 @@ def list_files(uri: str) -> list[tuple[str, int]]:
         if info.is_file and not re.search(r"(^|/)(_|\.[^.])", name := names[info.path]) and not name.startswith(outputs)
     ]
     if not found:
-        raise sdg.InputError(f"--input {uri}: there are no files")
+        raise sdg.InputError(f"--input {uri}: no files found")
     return sorted(found)
 
 
 def _files_below(uri: str, path: str) -> list[Any]:
-    """The file that has this path, or all below it if it is a folder."""
+    """The file with this path, or everything below it if it is a folder."""
     import pyarrow.fs
 
     first, _ = filesystem(uri, quick=True)
@@ -178,24 +203,31 @@ def _files_below(uri: str, path: str) -> list[Any]:
     if info.type == pyarrow.fs.FileType.NotFound:
         bucket = path.partition("/")[0]
         if split_uri(uri)[0] == "s3" and first.get_file_info(bucket).type == info.type:
-            raise sdg.InputError(f"--input {uri}: there is no bucket {bucket}")
+            raise sdg.InputError(f"--input {uri}: bucket {bucket} does not exist")
         name = re.fullmatch(r"(?:https://huggingface\.co/datasets/)?([\w.-]+/[\w.-]+)", uri)
-        hint = f"; a dataset on the Hub would be hf://datasets/{name[1]}" if name else ""
-        raise sdg.InputError(f"--input {uri}: there is no such file or folder{hint}")
+        hint = f"; for a dataset on the Hub write hf://datasets/{name[1]}" if name else ""
+        raise sdg.InputError(f"--input {uri}: no such file or folder{hint}")
     if info.is_file:
         return [info]
     return list(filesystem(uri)[0].get_file_info(pyarrow.fs.FileSelector(path, recursive=True)))
 
 
 class InputFiles:
-    """The files of `--input` that have a suffix: for readers of formats."""
+    """The files of `--input` that have a given suffix: for readers of formats.
+
+    Attributes:
+        paths: in the file system `fs`, sorted.
+        sizes: in bytes.
+        names: the paths relative to their common folder.
+        local: False if each access takes a network request.
+    """
 
     def __init__(self, uri: str, suffix: str) -> None:
         self.fs, _ = filesystem(uri)
         self.local = self.fs.type_name == "local"
         found = [(file, size) for file, size in list_files(uri) if format_of(file) == suffix]
         if not found:
-            raise sdg.InputError(f"--input {uri}: there are no .{suffix} files")
+            raise sdg.InputError(f"--input {uri}: no .{suffix} files found")
         self.paths = [file for file, _ in found]
         self.sizes = [size for _, size in found]
         root = os.path.commonpath(self.paths) if len(found) > 1 else os.path.dirname(found[0][0])
@@ -203,61 +235,73 @@ class InputFiles:
 
     @functools.cached_property
     def identity(self) -> dict[str, list[Any]]:
-        """Size and a hash of the first and the last 64 KiB of each file, by name."""
+        """Size and hash of each file, by name; only the first and the last 64 KiB are hashed."""
         with ThreadPoolExecutor(16) as pool:
-            marks = pool.map(self._mark, range(len(self.paths)), self.sizes)
-            return {name: [size, mark] for name, size, mark in zip(self.names, self.sizes, marks, strict=True)}
+            hashes = pool.map(self._hash, range(len(self.paths)), self.sizes)
+            return {name: [size, digest] for name, size, digest in zip(self.names, self.sizes, hashes, strict=True)}
 
     def continues(self, earlier: Mapping[str, Any]) -> bool:
-        """Whether `earlier` is a beginning of these files: all its files come first, and only its last one grew."""
+        """True if the files of the identity `earlier` come first here, unchanged; only the last one may have grown."""
         known = list(earlier)
         if known != self.names[: len(known)]:
             return False
         same = all(earlier[name] == self.identity[name] for name in known[:-1])
-        size, mark = earlier[known[-1]]
-        return same and self.sizes[len(known) - 1] >= size and self._mark(len(known) - 1, size) == mark
+        size, digest = earlier[known[-1]]
+        return same and self.sizes[len(known) - 1] >= size and self._hash(len(known) - 1, size) == digest
 
     def open(self, i: int) -> Any:
-        """A file for reading, as bytes lie on the disk."""
+        """Open the file with index `i` for reading; a compressed file is not decompressed."""
         return self.fs.open_input_file(self.paths[i])
 
-    def _mark(self, i: int, size: int) -> str:
-        """A hash of the two ends of a file's first `size` bytes."""
+    def _hash(self, i: int, size: int) -> str:
+        """A hash of both ends of a file's first `size` bytes."""
         with self.open(i) as file:
-            mark = xxhash.xxh3_64(file.read(min(65536, size)))
-            file.seek(max(0, size - 65536))
-            mark.update(file.read(min(65536, size)))
-        return mark.hexdigest()
+            digest = xxhash.xxh3_64(file.read(min(END_BYTES, size)))
+            file.seek(max(0, size - END_BYTES))
+            digest.update(file.read(min(END_BYTES, size)))
+        return digest.hexdigest()
+
+
+# ── Output ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Place:
-    """A folder on a file system that pyarrow knows. A file appears there whole, durable, or not at all."""
+    """A folder on any file system that pyarrow supports. Files appear in it whole and durable, or not at all."""
 
     def __init__(self, uri: str) -> None:
         import pyarrow.fs
 
         scheme, _ = split_uri(uri)
         if scheme == "s3":
-            _look_at_bucket(uri)
+            _check_bucket(uri)
         self.fs, self.root = filesystem(uri)
         self.uri = uri if scheme == "file" else f"{scheme}://{self.root}"
         self.local = isinstance(self.fs, pyarrow.fs.LocalFileSystem)
 
     def path(self, name: str) -> str:
-        """The full path of a name in this place."""
+        """The full path of a file in this folder."""
         return f"{self.root}/{name}"
 
     def write(self, name: str, produce: Callable[[Any], None]) -> None:
-        """Write a file by calling `produce` with an open binary file. Raises OutputError, and leaves nothing then."""
+        """Write a file.
+
+        Args:
+            name: its path relative to this folder.
+            produce: called with an open binary file, which it may close.
+
+        Raises:
+            OutputError: the file could not be written; nothing of it is left.
+        """
         target = self.path(name)
         try:
             (self._replace if self.local else self._put)(target, produce)
-        except OSError as problem:
-            ours = self.local or problem.errno is None
-            where = target if ours else f"{tempfile.gettempdir()}, where files are made for {self.uri},"
-            raise sdg.OutputError(f"{where} cannot be written: {sdg.reason_of(problem)}") from problem
+        except OSError as exc:
+            temporary = not self.local and exc.errno is not None  # errors of remote file systems have no errno
+            where = f"{tempfile.gettempdir()}, where files for {self.uri} are made," if temporary else target
+            raise sdg.OutputError(f"{where} cannot be written: {sdg.reason_of(exc)}") from exc
 
     def _replace(self, target: str, produce: Callable[[Any], None]) -> None:
+        """Write a local file under a temporary name, then rename it."""
         folder, _, base = target.rpartition("/")
         temporary = f"{folder}/.{base}.tmp"
         try:
@@ -273,9 +317,9 @@ class Place:
             raise
 
     def _put(self, target: str, produce: Callable[[Any], None]) -> None:
-        """Make the file here and put it there when it is whole: pyarrow would publish one that `produce` broke off."""
+        """Write a local temporary file, then upload it: pyarrow would publish what a failing `produce` has written."""
         with tempfile.TemporaryFile() as whole:
-            with open(os.dup(whole.fileno()), "wb") as file:  # one that `produce` may close
+            with open(os.dup(whole.fileno()), "wb") as file:  # a second handle, because `produce` may close it
                 produce(file)
             size = whole.seek(0, os.SEEK_END)
             whole.seek(0)
@@ -285,57 +329,42 @@ class Place:
                 with self.fs.open_output_stream(target, compression=None) as stream:
                     shutil.copyfileobj(whole, stream, PUT_BYTES)
             except OSError:
-                with contextlib.suppress(OSError):  # leaving the stream has published what there was of it
+                with contextlib.suppress(OSError):  # closing the stream has published an incomplete object
                     self.fs.delete_file(target)
                 raise
-        there = self.fs.get_file_info(target).size
-        if there != size:
+        stored = self.fs.get_file_info(target).size
+        if stored != size:
             with contextlib.suppress(OSError):
                 self.fs.delete_file(target)
-            raise OSError(f"{size} bytes were put, {there} are there")
+            raise OSError(f"{size} bytes were uploaded, {stored} are stored")
 
     def open(self, name: str) -> Any:
-        """A file for reading; FileNotFoundError if there is none."""
+        """Open a file for reading; FileNotFoundError if it does not exist."""
         return self.fs.open_input_file(self.path(name))
 
     def delete(self, name: str) -> None:
-        """Remove a file if there is one. Raises OutputError. (On S3, pyarrow leaves an empty object for the folder.)"""
-        with reaching(self.uri, sdg.OutputError), contextlib.suppress(FileNotFoundError):
+        """Delete a file if it exists. Raises OutputError. (On S3, pyarrow leaves an empty object for the folder.)"""
+        with access_errors(self.uri, sdg.OutputError), contextlib.suppress(FileNotFoundError):
             self.fs.delete_file(self.path(name))
 
     def list(self, folder: str) -> list[str]:
-        """Names (with the folder) of the files directly in a folder; none if it does not exist. Raises OutputError."""
+        """Names, `folder/` included, of the files directly in a folder; [] if it does not exist. Raises OutputError."""
         import pyarrow.fs
 
         selector = pyarrow.fs.FileSelector(self.path(folder), allow_not_found=True)
-        with reaching(self.uri, sdg.OutputError):
+        with access_errors(self.uri, sdg.OutputError):
             return sorted(f"{folder}/{info.base_name}" for info in self.fs.get_file_info(selector) if info.is_file)
 
 
-def _look_at_bucket(uri: str) -> None:
-    """Raise OutputError if S3 cannot be reached, or has no such bucket, or not for us: before anything is generated."""
-    import pyarrow.fs
-
-    fs, root = filesystem(uri, quick=True)
-    with reaching(uri, sdg.OutputError), contextlib.suppress(FileNotFoundError):
-        # To list what is not there takes one request, whose errors have texts: those of a HEAD have none.
-        fs.get_file_info(pyarrow.fs.FileSelector(f"{root}/.sdg"))
+def output_place(options: argparse.Namespace, state: Path) -> Place:
+    """Where a run writes: the output, or a folder of the state if the output's scheme has a writer of its own."""
+    return Place(str(state / "spool") if options.writer == split_uri(options.output)[0] else options.output)
 
 
 def sync(path: str | Path) -> None:
-    """Make a file's or folder's content durable."""
+    """Make the content of a file or folder durable."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def output_place(options: argparse.Namespace, state: Path) -> Place:
-    """Where files are written: the output itself or, if its scheme has a writer of its own, a folder of the state."""
-    return Place(str(state / "spool") if options.writer == split_uri(options.output)[0] else options.output)
-
-
-def codec_of(name: str) -> str | None:
-    """How a file of this name is compressed, in Arrow's words."""
-    return {"gz": "gzip", "zst": "zstd"}.get(name.rpartition(".")[2])

@@ -1,4 +1,4 @@
-"""CSV files with a header, plain or compressed: every column is text, for CSV has no types."""
+"""CSV files with a header, plain or compressed. Every column is text, because CSV has no types."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def register_readers(register: sdg.RegisterReaders) -> None:
 
 
 class CsvReader(LinesReader):
-    """Read CSV files with one header each."""
+    """Read CSV files, each with a header."""
 
     def __init__(self, run: sdg.Run) -> None:
         import pyarrow as pa
@@ -28,33 +28,37 @@ class CsvReader(LinesReader):
         if not self._header:
             raise sdg.InputError(f"--input: {self.files.names[0]} has no header")
         if len(set(self._header)) < len(self._header):
-            raise sdg.InputError(f"--input: the header of {self.files.names[0]} has a name twice: rename one")
+            raise sdg.InputError(
+                f"--input: the header of {self.files.names[0]} has a duplicate name: rename one column"
+            )
         self.schema = pa.schema([(name, pa.string()) for name in self._header])
 
     def rows_of_file(self) -> Iterator[list[str]]:
+        """See `LinesReader`."""
         at_start = self.lines.offset == 0 and self.lines.file < len(self.files.names)
         rows = records(self.lines)
         if at_start and next(rows, self._header) != self._header:
-            raise sdg.InputError(f"{self.lines.name} has other columns than {self.files.names[0]}")
+            raise sdg.InputError(f"{self.lines.name} has different columns than {self.files.names[0]}")
         yield from rows
 
-    def parse(self, piece: list[str]) -> dict[str, Any]:
-        if len(piece) != len(self._header):
-            raise ValueError(f"{len(piece)} fields instead of {len(self._header)}")
-        if any("\udc80" <= char <= "\udcff" for value in piece if not value.isascii() for char in value):
+    def parse(self, raw: list[str]) -> dict[str, Any]:
+        """See `LinesReader`."""
+        if len(raw) != len(self._header):
+            raise ValueError(f"{len(raw)} fields, expected {len(self._header)}")
+        if any("\udc80" <= char <= "\udcff" for value in raw if not value.isascii() for char in value):
             raise ValueError("not UTF-8")
-        return dict(zip(self._header, piece, strict=True))
+        return dict(zip(self._header, raw, strict=True))
 
 
 def records(lines: Lines) -> Iterator[list[str]]:
-    """The records of the present file; a quoted field may span lines."""
+    """The remaining records of the current file; a quoted field may span lines."""
     texts = (line.decode("utf-8-sig" if lines.offset == len(line) else "utf-8", "surrogateescape") for line in lines)
     rows = csv.reader(texts, strict=True)
     while True:
         try:
             record = next(rows, None)
-        except csv.Error as problem:
-            raise sdg.InputError(f"{lines.name} line {lines.line}: {problem}; mend the file") from problem
+        except csv.Error as exc:
+            raise sdg.InputError(f"{lines.name} line {lines.line}: {exc}; fix the file") from exc
         if record is None:
             return
         if record:

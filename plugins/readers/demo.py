@@ -1,3 +1,5 @@
+"""The demo input: documents that every Python installation has."""
+
 from __future__ import annotations
 
 import ast
@@ -5,12 +7,11 @@ import platform
 import sysconfig
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import sdg
 
-if TYPE_CHECKING:
-    pass
+SHORTEST = 100  # characters of a docstring that is worth a rollout
 
 
 @sdg.hookimpl
@@ -26,50 +27,55 @@ class DemoReader:
 
         self.schema = pa.schema([("id", pa.string()), ("text", pa.string())])
         self.identity = {"python": platform.python_version()}
+        self._root = Path(sysconfig.get_path("stdlib"))
         self._files = sorted(
             path
-            for path in Path(sysconfig.get_path("stdlib")).rglob("*.py")
+            for path in self._root.rglob("*.py")
             if not {"site-packages", "test", "tests", "idle_test", "lib2to3", "turtledemo"} & set(path.parts)
         )
-        self._read_files = 0
+        self._files_read = 0
         self.seek(0, None)
 
     def seek(self, row: int, bookmark: str | None) -> None:
-        self._row, self._read_files = 0, 0
-        self._docstrings = self._all()
-        while self._row < row and next(self._docstrings, None):
+        """See `sdg.Reader`."""
+        self._row, self._files_read = 0, 0
+        self._documents = self._all()
+        while self._row < row and next(self._documents, None):
             self._row += 1
 
     def tell(self) -> str | None:
+        """See `sdg.Reader`."""
         return None
 
     def read(self, rows: int) -> list[sdg.Block | sdg.BadRow]:
+        """See `sdg.Reader`."""
         import pyarrow as pa
 
-        found = [row for _, row in zip(range(rows), self._docstrings, strict=False)]
+        found = [row for _, row in zip(range(rows), self._documents, strict=False)]
         start, self._row = self._row, self._row + len(found)
         batch = pa.RecordBatch.from_pylist(found, schema=self.schema)
         return [sdg.Block(batch, "demo", start)] if found else []
 
     def total(self) -> int | None:
-        return round(self._row * len(self._files) / self._read_files) if self._read_files else None
+        """See `sdg.Reader`."""
+        return round(self._row * len(self._files) / self._files_read) if self._files_read else None
 
     def continues(self, earlier: Mapping[str, Any]) -> bool:
+        """See `sdg.Reader`."""
         return False
 
     def _all(self) -> Iterator[dict[str, str]]:
-        root = Path(sysconfig.get_path("stdlib"))
         for path in self._files:
             try:
                 module = ast.parse(path.read_bytes())
             except (SyntaxError, ValueError):  # files that test the parser
                 continue
             finally:
-                self._read_files += 1
-            name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+                self._files_read += 1
+            name = ".".join(path.relative_to(self._root).with_suffix("").parts).removesuffix(".__init__")
             nodes: list[ast.Module | ast.ClassDef] = [module]
             nodes += [item for item in module.body if isinstance(item, ast.ClassDef)]
             for node in nodes:
                 text = ast.get_docstring(node)
-                if text and len(text) >= 100:
+                if text and len(text) >= SHORTEST:
                     yield {"id": f"{name}.{node.name}" if isinstance(node, ast.ClassDef) else name, "text": text}

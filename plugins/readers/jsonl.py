@@ -1,8 +1,8 @@
 """JSON lines, plain or compressed (.gz, .zst): each line that is not blank is one document.
 
-The columns and their types are learnt from a sample at the start of the input. A column whose values there are of
-several types, or all null, is text: strings as they are, anything else as JSON. What the sample did not announce (a new
-column, a value of another type) is kept as JSON in the column `source_extra`.
+The columns and their types are inferred from a sample at the start of the input. A column whose values in the sample
+have several types, or are all null, is text: strings stay as they are, other values become JSON. Later values that do
+not fit (a new column, a value of another type) are kept as JSON in the column `source_extra`.
 """
 
 from __future__ import annotations
@@ -35,51 +35,56 @@ class JsonlReader(LinesReader):
 
         super().__init__(run, "jsonl")
         self._prompt = run.options.prompt_column
-        self.schema = run.source_schema or learn_schema(Lines(self.files), self.parse_line, self._prompt)
+        self.schema = run.source_schema or infer_schema(Lines(self.files), self._prompt)
         self._checks = {field.name: checker(field.type) for field in self.schema}
         self._texts = {field.name for field in self.schema if pyarrow.types.is_string(field.type)}
 
     def rows_of_file(self) -> Iterator[bytes]:
+        """See `LinesReader`."""
         return (line for line in self.lines if not line.isspace())
 
-    @staticmethod
-    def parse_line(line: bytes) -> dict[str, Any]:
-        """A line's object; ValueError if it is none."""
+    def parse(self, raw: bytes) -> dict[str, Any]:
+        """See `LinesReader`."""
         import orjson
 
-        values = orjson.loads(line.removeprefix(b"\xef\xbb\xbf"))
-        if not isinstance(values, dict):
-            raise ValueError(f"a JSON object is wanted, this is a {type(values).__name__}")
-        return values
-
-    def parse(self, piece: bytes) -> dict[str, Any]:
-        import orjson
-
-        values = self.parse_line(piece)
-        surprises = {}
+        values = parse_line(raw)
+        extra = {}
         for name, value in list(values.items()):
-            check = self._checks.get(name)
-            if check and check(value):
+            fits = self._checks.get(name)
+            if fits and fits(value):
                 continue
-            if name == self._prompt and check:
-                wanted = "text" if name in self._texts else "as it is in most rows"
-                raise ValueError(f"column {name!r} is not {wanted}: {str(value)[:80]}")
+            if name == self._prompt and fits:
+                expected = "is not text" if name in self._texts else "does not have the type of most rows"
+                raise ValueError(f"column {name!r} {expected}: {str(value)[:80]}")
             if name not in self._texts:
-                surprises[name] = values.pop(name)
+                extra[name] = values.pop(name)
             else:
                 values[name] = orjson.dumps(value).decode()
-        if surprises:
+        if extra:
             if EXTRA not in self._checks or values.get(EXTRA) is not None:  # the input may have such a column
-                raise ValueError(f"column {next(iter(surprises))!r} does not fit what this run recorded of its input")
-            values[EXTRA] = orjson.dumps(surprises).decode()
+                raise ValueError(f"column {next(iter(extra))!r} does not fit the schema that this run has recorded")
+            values[EXTRA] = orjson.dumps(extra).decode()
         return values
 
 
-def learn_schema(lines: Lines, parse: Any, prompt: str) -> pa.Schema:
-    """The columns of a sample of the input. That of the prompts has the type of most, so that others fail alone."""
+def parse_line(line: bytes) -> dict[str, Any]:
+    """The JSON object in a line; ValueError if the line holds anything else."""
+    import orjson
+
+    values = orjson.loads(line.removeprefix(b"\xef\xbb\xbf"))
+    if not isinstance(values, dict):
+        raise ValueError(f"expected a JSON object, found a {type(values).__name__}")
+    return values
+
+
+def infer_schema(lines: Lines, prompt: str) -> pa.Schema:
+    """The columns of a sample of the input.
+
+    The prompt column has the type of most of its values, so that only the documents with other values fail.
+    """
     import pyarrow as pa
 
-    known: dict[str, pa.DataType | None] = {}  # None: of several types
+    known: dict[str, pa.DataType | None] = {}  # None: several types
     rows: list[dict[str, Any]] = []
     prompts: list[Any] = []
     size = 0
@@ -87,20 +92,20 @@ def learn_schema(lines: Lines, parse: Any, prompt: str) -> pa.Schema:
         for line in lines:
             size += len(line)
             try:
-                rows.append(parse(line))
+                rows.append(parse_line(line))
             except ValueError:
                 continue  # a broken line says nothing about the columns; it fails when it is read
             prompts.append(rows[-1].get(prompt))
             if len(rows) == 1000 or size >= SAMPLE:
-                learn(known, rows)
+                merge_types(known, rows)
                 rows = []
             if size >= SAMPLE:
                 break
         else:
-            lines.go(lines.file + 1, 0, 0)
-    learn(known, rows)
+            lines.move_to(lines.file + 1, 0, 0)
+    merge_types(known, rows)
     if prompt in known and known[prompt] is None:
-        known[prompt] = usual_type(prompts)
+        known[prompt] = most_common_type(prompts)
     if not known:
         raise sdg.InputError(f"--input: {lines.files.names[0]} has no line with a JSON object")
     fields = [(name, pa.string() if kind is None or has_null(kind) else kind) for name, kind in known.items()]
@@ -108,8 +113,8 @@ def learn_schema(lines: Lines, parse: Any, prompt: str) -> pa.Schema:
     return pa.schema(fields if complete else [*fields, (EXTRA, pa.string())])
 
 
-def learn(known: dict[str, pa.DataType | None], rows: list[dict[str, Any]]) -> None:
-    """Merge the types of some rows into those that are known."""
+def merge_types(known: dict[str, pa.DataType | None], rows: list[dict[str, Any]]) -> None:
+    """Merge the types of more rows into the known types of columns."""
     import pyarrow as pa
 
     for name in dict.fromkeys(name for row in rows for name in row):
@@ -127,8 +132,8 @@ def learn(known: dict[str, pa.DataType | None], rows: list[dict[str, Any]]) -> N
             known[name] = kind
 
 
-def usual_type(values: list[Any]) -> pa.DataType | None:
-    """The type of most values, where they are of several; None if they are all null."""
+def most_common_type(values: list[Any]) -> pa.DataType | None:
+    """The type of most of these values; None if they are all null."""
     import pyarrow as pa
 
     found: list[tuple[pa.Schema, int]] = []  # a type, as that of a column, and how many values have it

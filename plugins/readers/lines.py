@@ -1,4 +1,4 @@
-"""What readers of line-wise formats share: a cursor over the lines of many files, bookmarks, the total."""
+"""Shared by readers of formats with one row per line or a few lines: a cursor, bookmarks, an estimate of the total."""
 
 from __future__ import annotations
 
@@ -13,19 +13,26 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 BLOCK = 1 << 20  # bytes read at a time
+SHOWN = 2000  # bytes or characters of a broken row that are kept in `failed/`
 
 
 class Lines:
-    """The lines of some files, one after the other, from any place on."""
+    """A cursor over the lines of many files.
+
+    Attributes:
+        file: index of the current file; the number of files after the last one.
+        line: lines of the current file that were read.
+        offset: bytes of the current file that were read, after decompression.
+    """
 
     def __init__(self, files: InputFiles) -> None:
         self.files = files
-        self.go(0, 0, 0)
+        self.move_to(0, 0, 0)
 
-    def go(self, file: int, line: int, offset: int) -> None:
-        """Continue in this file, after `line` lines and `offset` bytes of it.
+    def move_to(self, file: int, line: int, offset: int) -> None:
+        """Continue in a file after its first `line` lines, which are `offset` bytes.
 
-        Compressed files are unpacked up to there: they cannot be entered in the middle.
+        A compressed file is decompressed up to there, because it cannot be entered in the middle.
         """
         self.file, self.line, self.offset = file, line, offset
         self._lines: Iterator[bytes] | None = None
@@ -33,11 +40,11 @@ class Lines:
 
     @property
     def name(self) -> str:
-        """The present file."""
+        """Name of the current file."""
         return self.files.names[self.file]
 
     def __iter__(self) -> Iterator[bytes]:
-        """The lines that are left of the present file."""
+        """The remaining lines of the current file."""
         if self._lines is None:
             self._lines = self._open()
         for line in self._lines:
@@ -46,7 +53,7 @@ class Lines:
             yield line
 
     def fraction(self) -> float:
-        """How much of all files has been read."""
+        """The fraction of all bytes that has been read."""
         before = sum(self.files.sizes[: self.file])
         inside = self._raw.tell() if self._raw and codec_of(self.name) else self.offset
         return float(before + inside) / max(1, sum(self.files.sizes))
@@ -67,7 +74,7 @@ class Lines:
 
 
 def split_lines(stream: Any) -> Iterator[bytes]:
-    """The lines of a binary stream, with their ends."""
+    """The lines of a binary stream, line ends included."""
     begun: list[bytes] = []
     while block := stream.read(BLOCK):
         *whole, last = block.split(b"\n")
@@ -81,12 +88,14 @@ def split_lines(stream: Any) -> Iterator[bytes]:
 
 
 class LinesReader:
-    """A reader of rows that stand in lines. Subclasses say what the rows of a file are, and the schema."""
+    """Base of the readers: subclasses set `schema`, find the rows of a file, and parse them.
+
+    A bookmark is JSON: row of the input, row of the file, then the arguments of `Lines.move_to`.
+    """
 
     schema: pa.Schema
 
     def __init__(self, run: sdg.Run, suffix: str) -> None:
-        self.run = run
         self.files = InputFiles(run.options.input, suffix)
         self.identity = self.files.identity
         self.lines = Lines(self.files)
@@ -94,65 +103,81 @@ class LinesReader:
         self._rows: Iterator[Any] = self.rows_of_file()
 
     def rows_of_file(self) -> Iterator[Any]:
-        """What `self.lines` has left of its present file, in pieces that are a row each, cheaply split."""
+        """The remaining rows of the current file of `self.lines`, not parsed: this is also how rows are skipped."""
         raise NotImplementedError
 
-    def parse(self, piece: Any) -> dict[str, Any]:
-        """A row's values by column. Raises ValueError, with the reason, if it is broken."""
+    def parse(self, raw: Any) -> dict[str, Any]:
+        """A row's values by column.
+
+        Args:
+            raw: a row from `rows_of_file`.
+
+        Raises:
+            ValueError: the row is broken; its text is the reason.
+        """
         raise NotImplementedError
 
     def seek(self, row: int, bookmark: str | None) -> None:
+        """See `sdg.Reader`."""
         known = json.loads(bookmark) if bookmark else [0, 0, 0, 0, 0]
-        if not known[0] <= self._row <= row:  # the place where we are is not nearer
-            self._row, self._row_in_file, *place = known
-            self.lines.go(*place)
+        if not known[0] <= self._row <= row:  # otherwise the current row is at least as near
+            self._row, self._row_in_file, *position = known
+            self.lines.move_to(*position)
             self._rows = self.rows_of_file()
         while self._row < row and self._next() is not None:
             pass
 
     def tell(self) -> str | None:
+        """See `sdg.Reader`."""
         return json.dumps([self._row, self._row_in_file, self.lines.file, self.lines.line, self.lines.offset])
 
     def read(self, rows: int) -> list[sdg.Block | sdg.BadRow]:
+        """See `sdg.Reader`."""
         found: list[sdg.Block | sdg.BadRow] = []
-        good: list[dict[str, Any]] = []
-        start = ("", 0)
-        end = self._row + rows
-        while self._row < end and (piece := self._next()) is not None:
-            name, row = self.lines.name, self._row_in_file - 1
-            if good and row == 0:
+        good: list[dict[str, Any]] = []  # rows of the next block
+        start = ("", 0)  # file of `good`, and its first row there
+
+        def end_block() -> None:
+            if good:
                 found.append(self._block(good, *start))
-                good = []
+                good.clear()
+
+        end = self._row + rows
+        while self._row < end and (raw := self._next()) is not None:
+            name, row = self.lines.name, self._row_in_file - 1
+            if row == 0:
+                end_block()
             try:
-                values = self.parse(piece)
-            except ValueError as problem:
-                if good:
-                    found.append(self._block(good, *start))
-                    good = []
-                shown = piece[:2000].decode(errors="replace") if isinstance(piece, bytes) else str(piece)[:2000]
-                found.append(sdg.BadRow(name, row, f"{name} line {self.lines.line}: {problem}", shown))
+                values = self.parse(raw)
+            except ValueError as exc:
+                end_block()
+                shown = raw[:SHOWN].decode(errors="replace") if isinstance(raw, bytes) else str(raw)[:SHOWN]
+                found.append(sdg.BadRow(name, row, f"{name} line {self.lines.line}: {exc}", shown))
                 continue
             if not good:
                 start = (name, row)
             good.append(values)
-        return [*found, self._block(good, *start)] if good else found
+        end_block()
+        return found
 
     def total(self) -> int | None:
+        """See `sdg.Reader`."""
         fraction = self.lines.fraction() if self.lines.file < len(self.files.names) else 1.0
         return round(self._row / fraction) if fraction and self._row else None
 
     def continues(self, earlier: Mapping[str, Any]) -> bool:
+        """See `sdg.Reader`."""
         return self.files.continues(earlier)
 
     def _next(self) -> Any:
-        """The next row's piece; None after the last one."""
+        """The next row, not parsed; None after the last one."""
         while self.lines.file < len(self.files.names):
-            piece = next(self._rows, None)
-            if piece is not None:
+            raw = next(self._rows, None)
+            if raw is not None:
                 self._row += 1
                 self._row_in_file += 1
-                return piece
-            self.lines.go(self.lines.file + 1, 0, 0)
+                return raw
+            self.lines.move_to(self.lines.file + 1, 0, 0)
             self._row_in_file = 0
             self._rows = self.rows_of_file()
         return None

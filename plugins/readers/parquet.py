@@ -1,4 +1,4 @@
-"""Parquet files: read by row group, written with zstd."""
+"""Parquet files as input, read row group by row group."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 BUFFER = 1 << 20  # bytes of a column chunk read at a time
-EAGER = 200  # footers that are read at the beginning: the number of rows is exact if there are not more
-FOOTERS = 16  # footers read at a time
-AHEAD = 16  # row groups fetched before they are needed, from afar…
-AHEAD_BYTES = 128 << 20  # … if they are not larger than this together
+EAGER = 200  # footers read at the beginning: with more files than this the total is an estimate
+FOOTERS = 16  # footers read at the same time
+AHEAD = 16  # row groups fetched before they are needed, if files are remote
+AHEAD_BYTES = 128 << 20  # at most this much of them together
 
 
 @sdg.hookimpl
@@ -31,154 +31,166 @@ def register_readers(register: sdg.RegisterReaders) -> None:
 
 
 def open_files(run: sdg.Run) -> ParquetReader:
-    """Read parquet files in the order of their names; all must have one schema."""
+    """Read parquet files in the order of their names; all must have the same schema."""
     files = InputFiles(run.options.input, "parquet")
     return ParquetReader(run, files, files.identity)
 
 
 class Files(Protocol):
-    """What the reader wants of files, wherever they are: see `sdg.InputFiles`."""
+    """The files that the reader opens: `sdg.InputFiles`, or files of a dataset on the Hub."""
 
     names: list[str]
     sizes: list[int]  # bytes
-    local: bool  # else each access takes its time
+    local: bool  # False: each access takes a network request
 
-    def open(self, i: int) -> Any: ...
+    def open(self, i: int) -> Any:
+        """Open the file with index `i` for reading."""
 
 
 class Piece(NamedTuple):
-    """A row group: the rows of the input from `start` on."""
+    """A row group, and where it lies in the input."""
 
-    file: int
-    group: int
-    start: int
+    file: int  # index of the file
+    group: int  # index of the row group in the file
+    start: int  # its first row in the input
     rows: int
-    in_file: int  # rows of the file before it
+    in_file: int  # its first row in the file
     size: int  # bytes
 
 
 class Group(NamedTuple):
-    """What is kept of a footer: a file may have thousands of row groups with hundreds of columns."""
+    """What is kept of a row group's metadata: files may have thousands of row groups with hundreds of columns."""
 
     rows: int
-    size: int
+    size: int  # bytes
 
 
 class ParquetReader:
-    """Reads row group by row group, and fetches the next ones meanwhile if they are far away."""
+    """Reads row group by row group; the next ones of remote files are fetched in the background.
+
+    Footers are read as they are needed. Those that are known belong to consecutive files: `_first` is the index of the
+    first one, `_groups` holds the row groups of each, `_starts` the first row of each in the input, then the row after
+    the last one. A bookmark is JSON: index and first row of a file.
+    """
 
     def __init__(self, run: sdg.Run, files: Files, identity: Mapping[str, Any]) -> None:
         self.identity = identity
         self.source: dict[str, Any] = {}
         self._files, self._run = files, run
         self._cached_footer = functools.lru_cache(8)(self._read_footer)
-        self._reading = [threading.Lock() for _ in range(FOOTERS)]
+        self._footer_locks = [threading.Lock() for _ in range(FOOTERS)]
         self._pool = ThreadPoolExecutor(max(FOOTERS, AHEAD), "sdg-parquet")
         self._ahead: OrderedDict[Piece, Future[Iterator[pa.RecordBatch]]] = OrderedDict()
         self.schema = self._footer(0).schema.to_arrow_schema().remove_metadata()
-        self._begin(0, 0)
-        self._learn(EAGER)
+        self._restart_at(0, 0)
+        self._add_footers(EAGER)
         self._row = 0
         self._piece: Piece | None = None
         self._batches: Iterator[pa.RecordBatch] = iter(())
         self._batch: pa.RecordBatch | None = None
-        self._at = 0  # row of the input that `_batch` begins with
+        self._batch_start = 0  # row of the input that `_batch` begins with
 
     def total(self) -> int | None:
+        """See `sdg.Reader`."""
         known = self._first + len(self._groups)
         if known == len(self._files.names):
             return self._starts[-1]
         return round(self._starts[-1] * sum(self._files.sizes) / max(1, sum(self._files.sizes[:known])))
 
     def continues(self, earlier: Mapping[str, Any]) -> bool:
-        # A parquet file cannot grow: what is known must be there unchanged, new files may follow.
+        """See `sdg.Reader`."""
+        # A parquet file cannot grow: known files must be unchanged, new ones may follow.
         return list(self.identity.items())[: len(earlier)] == list(earlier.items())
 
     def seek(self, row: int, bookmark: str | None) -> None:
+        """See `sdg.Reader`."""
         self._row = row
         file, start = json.loads(bookmark) if bookmark else (0, 0)
         known = self._starts[-1] > row or file < self._first + len(self._groups)
         if row < self._starts[0] or not known:
-            self._begin(file, start)
+            self._restart_at(file, start)
 
     def tell(self) -> str | None:
+        """See `sdg.Reader`."""
         piece = self._piece_at(self._row)
         return json.dumps([piece.file, piece.start - piece.in_file]) if piece else None
 
     def read(self, rows: int) -> list[sdg.Block | sdg.BadRow]:
+        """See `sdg.Reader`."""
         found: list[sdg.Block | sdg.BadRow] = []
-        while rows and (piece := self._enter(self._row)):
+        while rows and (piece := self._load(self._row)):
             assert self._batch is not None
-            part = self._batch.slice(self._row - self._at, rows)
+            part = self._batch.slice(self._row - self._batch_start, rows)
             in_file = self._row - piece.start + piece.in_file
             name = self._files.names[piece.file]
-            found.append(sdg.Block(self._as_first(part, name), name, in_file))
+            found.append(sdg.Block(self._conform(part, name), name, in_file))
             self._row += part.num_rows
             rows -= part.num_rows
         return found
 
-    # Where rows are
+    # Locating rows
 
-    def _begin(self, file: int, start: int) -> None:
-        """Know nothing but that this file begins with row `start`."""
+    def _restart_at(self, file: int, start: int) -> None:
+        """Forget all footers; the one thing known is that this file begins with row `start` of the input."""
         self._first = file
-        self._starts = [start]  # of the files from `_first` on, and the end of the last one that is known
+        self._starts = [start]
         self._groups: list[list[Group]] = []
 
-    def _learn(self, files: int) -> None:
-        """Read the footers of some more files."""
+    def _add_footers(self, count: int) -> None:
+        """Read the footers of the next `count` files."""
         known = self._first + len(self._groups)
-        for footer in self._pool.map(self._footer, range(known, min(known + files, len(self._files.names)))):
+        for footer in self._pool.map(self._footer, range(known, min(known + count, len(self._files.names)))):
             name = self._files.names[self._first + len(self._groups)]
-            if differing := self._differing(footer.schema.to_arrow_schema()):
-                first = self._files.names[0]
-                raise sdg.InputError(f"{name} has other columns than {first} ({differing}): name those of one kind")
+            if columns := self._incompatible(footer.schema.to_arrow_schema()):
+                different = f"{name} has different columns than {self._files.names[0]} ({columns})"
+                raise sdg.InputError(f"{different}: choose files with the same schema")
             groups = [footer.row_group(g) for g in range(footer.num_row_groups)]
             self._groups.append([Group(group.num_rows, group.total_byte_size) for group in groups])
             self._starts.append(self._starts[-1] + footer.num_rows)
 
-    def _differing(self, schema: pa.Schema) -> str:
-        """The columns that keep a file from being read as the first one; "" if it can, as in `datasets`.
+    def _incompatible(self, schema: pa.Schema) -> str:
+        """The columns that keep a file's rows from taking the first file's schema; "" if they can take it.
 
-        Types are cast, and columns that a file lacks are null, but not that of the prompts.
+        As in `datasets`, types are cast, and columns that a file lacks are null, but not the prompt column.
         """
         import pyarrow as pa
 
         names = {field.name for field in schema}
-        differing = sorted(names - set(self.schema.names))
+        found = sorted(names - set(self.schema.names))
         if self._run.options.prompt_column in set(self.schema.names) - names:
-            differing.append(self._run.options.prompt_column)
-        for field in self.schema if not differing else []:
-            if field.name in names and not schema.field(field.name).type.equals(field.type):
+            found.append(self._run.options.prompt_column)
+        for field in self.schema if not found else []:
+            if field.name in names and not (kind := schema.field(field.name).type).equals(field.type):
                 try:
-                    if has_more(schema.field(field.name).type, field.type):
+                    if drops_fields(kind, field.type):
                         raise pa.ArrowInvalid("a cast would drop fields")
-                    pa.nulls(0, schema.field(field.name).type).cast(field.type)
+                    pa.nulls(0, kind).cast(field.type)
                 except pa.ArrowException:
-                    differing.append(f"{field.name}: {schema.field(field.name).type} instead of {field.type}")
-        return ", ".join(differing)
+                    found.append(f"{field.name}: {kind} instead of {field.type}")
+        return ", ".join(found)
 
-    def _as_first(self, batch: pa.RecordBatch, name: str) -> pa.RecordBatch:
-        """A file's rows with the columns of the first file."""
+    def _conform(self, batch: pa.RecordBatch, name: str) -> pa.RecordBatch:
+        """Rows of the file `name`, with the first file's schema."""
         import pyarrow as pa
 
         if batch.schema.equals(self.schema):
             return pa.RecordBatch.from_arrays(batch.columns, schema=self.schema)
-        there = set(batch.schema.names)
+        present = set(batch.schema.names)
         try:
             columns = [
-                batch.column(field.name).cast(field.type) if field.name in there else pa.nulls(len(batch), field.type)
+                batch.column(field.name).cast(field.type) if field.name in present else pa.nulls(len(batch), field.type)
                 for field in self.schema
             ]
-        except pa.ArrowException as problem:
+        except pa.ArrowException as exc:
             first = self._files.names[0]
-            reason = " ".join(str(problem).split())
-            raise sdg.InputError(f"{name} has values that do not fit the columns of {first}: {reason}") from problem
+            raise sdg.InputError(
+                f"{name} has values that do not fit the columns of {first}: {sdg.one_line(exc)}"
+            ) from exc
         return pa.RecordBatch.from_arrays(columns, schema=self.schema)
 
     def _footer(self, i: int) -> pa.parquet.FileMetaData:
-        """A file's footer; one thread reads it, others that want it meanwhile wait."""
-        with self._reading[i % FOOTERS]:
+        """A file's footer. One thread reads it; others that need it meanwhile wait."""
+        with self._footer_locks[i % FOOTERS]:
             return self._cached_footer(i)
 
     def _read_footer(self, i: int) -> pa.parquet.FileMetaData:
@@ -188,16 +200,15 @@ class ParquetReader:
         try:
             with self._files.open(i) as file:
                 return pq.read_metadata(file)
-        except (pa.ArrowException, OSError) as problem:
-            reason = " ".join(str(problem).split())
-            raise sdg.InputError(f"{self._files.names[i]} is no whole parquet file: {reason}") from problem
+        except (pa.ArrowException, OSError) as exc:
+            raise sdg.InputError(f"{self._files.names[i]} is not a complete parquet file: {sdg.one_line(exc)}") from exc
 
     def _piece_at(self, row: int) -> Piece | None:
-        """The row group that holds a row of the input; None after the last one."""
+        """The row group with a row of the input; None after the last row."""
         while self._starts[-1] <= row:
             if self._first + len(self._groups) == len(self._files.names):
                 return None
-            self._learn(FOOTERS)
+            self._add_footers(FOOTERS)
         i = bisect.bisect_right(self._starts, row) - 1
         before = 0
         for g, group in enumerate(self._groups[i]):
@@ -208,21 +219,21 @@ class ParquetReader:
 
     # Reading
 
-    def _enter(self, row: int) -> Piece | None:
-        """Have the batch with this row at hand; None after the last row."""
+    def _load(self, row: int) -> Piece | None:
+        """Load the batch with a row of the input. Returns its row group; None after the last row."""
         piece = self._piece_at(row)
         if piece is None:
             return None
-        if piece != self._piece or row < self._at:
+        if piece != self._piece or row < self._batch_start:
             self._piece, self._batch = piece, None
-            self._batches, self._at = self._take(piece), piece.start
-        while self._batch is None or row >= self._at + self._batch.num_rows:
-            self._at += self._batch.num_rows if self._batch is not None else 0
+            self._batches, self._batch_start = self._fetch(piece), piece.start
+        while self._batch is None or row >= self._batch_start + self._batch.num_rows:
+            self._batch_start += self._batch.num_rows if self._batch is not None else 0
             self._batch = next(self._batches)
         return piece
 
-    def _take(self, piece: Piece) -> Iterator[pa.RecordBatch]:
-        """A row group's batches, fetched ahead if that was foreseen; the next ones are fetched from now on."""
+    def _fetch(self, piece: Piece) -> Iterator[pa.RecordBatch]:
+        """The batches of a row group, which may have been fetched already; starts to fetch the next ones."""
         if self._files.local:
             return self._open(piece)
         coming = self._ahead.pop(piece, None) or self._pool.submit(self._open, piece)
@@ -235,14 +246,14 @@ class ParquetReader:
         return coming.result()
 
     def _upcoming(self, piece: Piece) -> list[Piece]:
-        """The next row groups that this rank has chunks in."""
+        """The next row groups with chunks of this rank, within the limits of AHEAD and AHEAD_BYTES."""
         size, world, rank = (getattr(self._run.options, n) for n in ("records_per_chunk", "world_size", "rank"))
         most = self._run.options.max_documents or sys.maxsize
         found: list[Piece] = []
         row = piece.start + piece.rows
         while len(found) < AHEAD:
             chunk = row // size
-            if chunk % world != rank:  # the beginning of our next chunk
+            if chunk % world != rank:  # this rank's next chunk
                 row = (chunk + (rank - chunk) % world) * size
             if row >= min(self._starts[-1], most) or (later := self._piece_at(row)) is None:
                 break
@@ -253,31 +264,33 @@ class ParquetReader:
         return found
 
     def _open(self, piece: Piece) -> Iterator[pa.RecordBatch]:
-        """The batches of a row group; from afar its columns are on their way as soon as this returns."""
+        """The batches of a row group. Those of a remote file are being fetched when this returns."""
         import pyarrow.parquet as pq
 
         footer, local = self._footer(piece.file), self._files.local
-        # Locally pre-buffering would keep what was read until the file is closed, and no buffer the whole row group.
+        # For local files, pre-buffering would keep everything read until the file is closed; without a buffer size,
+        # pyarrow would read the whole row group at once.
         how = {"pre_buffer": False, "buffer_size": BUFFER} if local else {"pre_buffer": True}
         file = pq.ParquetFile(self._files.open(piece.file), metadata=footer, **how)
         batches = file.iter_batches(1024, row_groups=[piece.group])
         first = None if local else next(batches, None)
-        return self._batches_of(file, batches, first)
+        return self._then_close(file, batches, first)
 
-    def _batches_of(self, file: Any, batches: Iterator[pa.RecordBatch], first: Any) -> Iterator[pa.RecordBatch]:
+    def _then_close(self, file: Any, batches: Iterator[pa.RecordBatch], first: Any) -> Iterator[pa.RecordBatch]:
+        """`first` if it was read already, then the remaining batches; closes the file."""
         with file:
             if first is not None:
                 yield first
             yield from batches
 
 
-def has_more(kind: pa.DataType, other: pa.DataType) -> bool:
-    """Whether a type has fields, at any depth, that another one lacks: Arrow's cast drops them without a word."""
+def drops_fields(kind: pa.DataType, other: pa.DataType) -> bool:
+    """True if a cast from `kind` to `other` would drop fields of a struct, at any depth: Arrow drops them silently."""
     import pyarrow.types as t
 
     if t.is_struct(kind) and t.is_struct(other):
         known = {field.name: field.type for field in other}
-        return any(field.name not in known or has_more(field.type, known[field.name]) for field in kind)
+        return any(field.name not in known or drops_fields(field.type, known[field.name]) for field in kind)
     if kind.num_fields and kind.num_fields == other.num_fields:
-        return any(has_more(kind.field(i).type, other.field(i).type) for i in range(kind.num_fields))
+        return any(drops_fields(kind.field(i).type, other.field(i).type) for i in range(kind.num_fields))
     return False

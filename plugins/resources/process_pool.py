@@ -23,7 +23,7 @@ def register_resources(register: sdg.RegisterResources) -> None:
 @contextlib.asynccontextmanager
 async def process_pool(run: sdg.Run) -> AsyncIterator[ProcessPoolExecutor]:
     """A process for each core: `await asyncio.get_running_loop().run_in_executor(process_pool, function, argument)`."""
-    from sdg_plugins.resources.workers import Pool
+    from sdg_plugins.common.workers import Pool
 
     pool = Pool(run.options.plugin or [])
     try:

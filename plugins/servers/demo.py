@@ -1,4 +1,4 @@
-"""The demonstration: documents that every Python has, and a server whose "model" picks sentences."""
+"""A server without a language model, for demonstrations: its responses are sentences of the prompt."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from aiohttp import web
 
 MODEL = "demo-extractive"
-RATE = 100.0  # answers a second
+RATE = 100.0  # responses per second: slow enough to watch a run, to stop it and to resume it
 
 
 @sdg.hookimpl
@@ -28,22 +28,22 @@ def register_servers(register: sdg.RegisterServers) -> None:
 
 @contextlib.asynccontextmanager
 async def demo(run: sdg.Run) -> AsyncIterator[list[str]]:
-    """Answer with the most central sentences of the prompt: a demonstration without a language model."""
+    """Respond with the most central sentences of the prompt: a demonstration without a language model."""
     from aiohttp import web
 
     if run.options.model not in {None, MODEL}:
-        raise sdg.UsageError(f"--model {run.options.model} needs a server: --base-url URL, or --server vllm")
+        raise sdg.UsageError(f"--model {run.options.model} requires a server: --base-url URL, or --server vllm")
     files = "" if run.options.input else "--input YOUR_FILES "
     sdg.say(
-        "This is a demonstration without a language model: its answers are sentences of the document. "
-        f"For a real one: {files}--base-url http://HOST:PORT"
+        "this is a demonstration without a language model: its responses are sentences of the document. "
+        f"To use a model: {files}--base-url http://HOST:PORT"
     )
-    app = web.Application(client_max_size=1 << 30, middlewares=[paced()])
+    app = web.Application(client_max_size=1 << 30, middlewares=[rate_limit()])
     app.add_routes(
         [
-            web.get("/v1/models", models),
-            web.post("/v1/chat/completions", answer),
-            web.post("/v1/completions", answer),
+            web.get("/v1/models", list_models),
+            web.post("/v1/chat/completions", complete),
+            web.post("/v1/completions", complete),
         ]
     )
     runner = web.AppRunner(app, access_log=None)
@@ -55,8 +55,8 @@ async def demo(run: sdg.Run) -> AsyncIterator[list[str]]:
         await runner.cleanup()
 
 
-def paced() -> Any:
-    """A middleware that lets RATE answers begin in a second: so there is something to watch, to stop and to resume."""
+def rate_limit() -> Any:
+    """A middleware that starts at most RATE responses per second."""
     from aiohttp import web
 
     turn = 0.0
@@ -73,14 +73,14 @@ def paced() -> Any:
     return wait
 
 
-async def models(request: web.Request) -> web.Response:
+async def list_models(request: web.Request) -> web.Response:
     """GET /v1/models."""
     from aiohttp import web
 
     return web.json_response({"object": "list", "data": [{"id": MODEL, "object": "model", "owned_by": "sdg"}]})
 
 
-async def answer(request: web.Request) -> web.Response:
+async def complete(request: web.Request) -> web.Response:
     """POST /v1/chat/completions and /v1/completions."""
     from aiohttp import web
 
@@ -88,29 +88,26 @@ async def answer(request: web.Request) -> web.Response:
     if payload.get("model") != MODEL:
         return web.json_response({"error": {"message": f"the only model is {MODEL}", "code": 404}}, status=404)
     chat = "messages" in payload
-    said = [message.get("content") for message in payload["messages"]] if chat else [payload.get("prompt")]
-    prompt = max(["", *(words for words in said if isinstance(words, str))], key=len)  # the one with the document
-    most = payload.get("max_tokens") or 100
-    # An instruction stands before the document, as `summarize` has it.
-    text = prompt.partition("\n\n")[2] or prompt
-    wanted = payload.get("response_format") or {}
-    if wanted.get("type") == "json_schema":
-        words = json.dumps(by_schema(wanted["json_schema"]["schema"], text))
+    texts = [message.get("content") for message in payload["messages"]] if chat else [payload.get("prompt")]
+    prompt = max(["", *(text for text in texts if isinstance(text, str))], key=len)  # the one with the document
+    document = prompt.partition("\n\n")[2] or prompt  # the rollout `summarize` puts its instruction before it
+    response_format = payload.get("response_format") or {}
+    if response_format.get("type") == "json_schema":
+        completion = json.dumps(by_schema(response_format["json_schema"]["schema"], document))
     else:
-        words = central_sentences(text, most)
-    finish = "stop"
-    choice = {"message": {"role": "assistant", "content": words}} if chat else {"text": words}
-    choices = [{"index": i, "finish_reason": finish, **choice} for i in range(payload.get("n") or 1)]
-    spent = {"prompt_tokens": len(prompt.split()), "completion_tokens": len(words.split()) * len(choices)}
+        completion = central_sentences(document, payload.get("max_tokens") or 100)
+    choice = {"message": {"role": "assistant", "content": completion}} if chat else {"text": completion}
+    choices = [{"index": i, "finish_reason": "stop", **choice} for i in range(payload.get("n") or 1)]
+    tokens = {"prompt_tokens": len(prompt.split()), "completion_tokens": len(completion.split()) * len(choices)}
     body = {"id": "demo", "object": "chat.completion" if chat else "text_completion", "created": int(time.time())}
-    usage = {**spent, "total_tokens": sum(spent.values())}
+    usage = {**tokens, "total_tokens": sum(tokens.values())}
     return web.json_response({**body, "model": MODEL, "choices": choices, "usage": usage})
 
 
 def by_schema(schema: dict[str, Any], text: str) -> Any:
-    """A value that a JSON schema allows: its texts are sentences of `text`, its choices and numbers hang on its length.
+    """A value that a JSON schema allows, made of a text: strings are its sentences, the rest depends on its length.
 
-    Of schemas it knows what pydantic makes of dataclasses and models.
+    Supports the schemas that pydantic generates for dataclasses and models.
     """
     sentences, ranks = ranked_sentences(text)
     central = itertools.cycle([sentences[i] for i in ranks] or [text])
@@ -136,11 +133,11 @@ def by_schema(schema: dict[str, Any], text: str) -> Any:
 
 
 def ranked_sentences(text: str) -> tuple[list[str], list[int]]:
-    """A text's sentences, and their numbers, those that share most words with all others first.
+    """A text's sentences, and their indices, the most central sentence first.
 
     A sentence's score is the mean frequency of its words in the text (SumBasic; Nenkova and Vanderwende 2005).
     """
-    sentences = [" ".join(part.split()) for part in re.split(r"(?<=[.!?])\s+|\n\s*\n", text) if part.strip()]
+    sentences = [sdg.one_line(part) for part in re.split(r"(?<=[.!?])\s+|\n\s*\n", text) if part.strip()]
     words = [re.findall(r"[a-z]{4,}", sentence.lower()) for sentence in sentences]
     frequency = Counter(word for some in words for word in some)
     scores = [sum(frequency[word] for word in some) / (len(some) + 3) for some in words]
@@ -148,7 +145,7 @@ def ranked_sentences(text: str) -> tuple[list[str], list[int]]:
 
 
 def central_sentences(text: str, most: int) -> str:
-    """The most central sentences of a text, in their order, `most` words together at the most."""
+    """The most central sentences of a text, at most three, in their order, with at most `most` words in all."""
     sentences, ranks = ranked_sentences(text)
     chosen: list[int] = []
     for i in ranks[:3]:

@@ -1,4 +1,4 @@
-"""SGLang on this machine's GPUs, or on those of several machines (https://docs.sglang.ai)."""
+"""SGLang on this machine's GPUs, or on those of several nodes (https://docs.sglang.ai)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import sdg
 from sdg_plugins.servers.launching import launching
+from sdg_plugins.servers.launching.processes import Placement, Program
 
 PHASES = (
     (r"Downloading|Fetching \d+ files", "downloading the model"),
@@ -16,15 +17,13 @@ PHASES = (
     (r"Capture .*graph begin|[Cc]apturing batches", "capturing CUDA graphs"),
     (r"Application startup|Uvicorn running", "warming up"),
 )
-MEMORY = (
-    "change --gpu-memory-utilization (its --mem-fraction-static), lower --model-max-context, or use more GPUs (--tp)"
-)
+MEMORY = "change --gpu-memory-utilization (--mem-fraction-static), lower --model-max-context, or use more GPUs (--tp)"
 FATAL = (
     (r"no GPU memory for the KV cache|Not enough memory|CUDA out of memory|OutOfMemoryError", MEMORY),
     (r"User-specified context_length .* is greater than", "lower --model-max-context"),
     (r"divisible by.*t(ensor|p)|invalid device ordinal", "choose another --tp"),
     *launching.COMMON_FATAL,
-    (r"Capture cuda graph failed", "--server-arg disable-cuda-graph, or " + MEMORY),
+    (r"Capture cuda graph failed", "add --server-arg disable-cuda-graph, or " + MEMORY),
     (r"scheduler died during initialization|watchdog timeout|Received sigquit from a child process", ""),
 )
 
@@ -37,50 +36,52 @@ def register_servers(register: sdg.RegisterServers) -> None:
 @contextlib.asynccontextmanager
 async def sglang(run: sdg.Run) -> AsyncIterator[list[sdg.Upstream]]:
     """Launch SGLang with --model on this machine's GPUs, or on those of --nodes."""
-    model = check(run)
-    program = launching.executable("sglang", "sglang")
+    model = checked_model(run)
+    path = launching.find_program("sglang", "sglang")
 
-    def command(spot: launching.Spot) -> list[str]:
-        arguments = launching.flags(settings(run, spot), run.options.server_arg)
-        return [str(launching.interpreter(program)), "-m", "sglang.launch_server", "--model-path", model, *arguments]
+    def command(placement: Placement) -> list[str]:
+        flags = launching.as_flags(server_flags(run, placement), run.options.server_arg)
+        return [str(launching.python_of(path)), "-m", "sglang.launch_server", "--model-path", model, *flags]
 
-    cache = launching.cache_folder("sglang", "SGLANG_CACHE_DIR")
-    version = launching.version_of("sglang", program)
-    description = launching.Program(
+    program = Program(
         "sglang",
         command,
         launching.served_name(run),
         PHASES,
         FATAL,
-        version,
-        cache,
-        {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"},  # /health would generate a token, and take a second
+        launching.version_of("sglang", path),
+        launching.cache_folder("sglang", "SGLANG_CACHE_DIR"),
+        {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"},  # otherwise /health generates a token, which takes a second
     )
-    async with launching.serve(run, description) as replicas:
+    async with launching.serve(run, program) as replicas:
         yield replicas
 
 
-def check(run: sdg.Run) -> str:
-    """The model; UsageError if the options do not fit."""
+def checked_model(run: sdg.Run) -> str:
+    """The model to load; UsageError if SGLang cannot be launched with these options."""
     if run.options.node_backend != "native":
-        raise sdg.UsageError("--node-backend ray goes with --server vllm; SGLang joins machines by itself")
+        raise sdg.UsageError("--node-backend ray requires --server vllm; SGLang connects nodes by itself")
     return launching.model_of(run)
 
 
-def settings(run: sdg.Run, spot: launching.Spot) -> dict[str, Any]:
-    """The flags of SGLang's server on one machine."""
+def server_flags(run: sdg.Run, placement: Placement) -> dict[str, Any]:
+    """The flags of SGLang's server on one node."""
     options = run.options
     chunked = options.chunked_prefill
-    across = {"nnodes": spot.nodes, "node-rank": spot.node, "dist-init-addr": f"{spot.head}:{spot.meeting_port}"}
+    across = {
+        "nnodes": placement.nodes,
+        "node-rank": placement.node,
+        "dist-init-addr": f"{placement.head}:{placement.rendezvous_port}",
+    }
     return {
         "host": "127.0.0.1",
-        "port": spot.port or None,
+        "port": placement.port or None,
         "tp-size": options.tp if options.tp > 1 else None,
         "pp-size": options.pp if options.pp > 1 else None,
         "dp-size": options.dp if options.dp > 1 else None,
-        **(across if spot.nodes > 1 else {}),
-        # Its own choice is free only at that moment; ranks of data parallelism need one each.
-        "nccl-port": spot.meeting_port if spot.nodes == options.dp == 1 else None,
+        **(across if placement.nodes > 1 else {}),
+        # SGLang's own choice may be taken before it uses it; ranks of data parallelism need one port each.
+        "nccl-port": placement.rendezvous_port if placement.nodes == options.dp == 1 else None,
         "context-length": options.model_max_context,
         "mem-fraction-static": options.gpu_memory_utilization,
         "quantization": options.quantization,

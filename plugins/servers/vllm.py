@@ -1,4 +1,4 @@
-"""vLLM on this machine's GPUs, or on those of several machines (https://docs.vllm.ai)."""
+"""vLLM on this machine's GPUs, or on those of several nodes (https://docs.vllm.ai)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import sdg
-from sdg_plugins.servers.launching import launching, nodes
+from sdg_plugins.servers.launching import launching, nodes, ray_wait
+from sdg_plugins.servers.launching.processes import Placement, Program
 
 PHASES = (
     (r"Downloading|Fetching \d+ files", "downloading the model"),
@@ -19,12 +20,12 @@ PHASES = (
     (r"torch\.compile takes|Dynamo bytecode|[Cc]ompiling a graph", "compiling"),
     (r"KV cache size|Maximum concurrency", "warming up"),
     (r"[Cc]apturing CUDA graph|Graph capturing", "capturing CUDA graphs"),
-    (r"Starting vLLM server|Application startup", "opening its port"),
-    (r"the Ray cluster has", "gathering GPUs"),
+    (r"Starting vLLM server|Application startup", "opening the port"),
+    (r"the Ray cluster has", "waiting for the GPUs of all nodes"),
 )
 MEMORY = "raise --gpu-memory-utilization, lower --model-max-context, or use more GPUs (--tp)"
 FATAL = (
-    (r"Free memory on device .* less than desired", "another process uses the GPU, or lower --gpu-memory-utilization"),
+    (r"Free memory on device .* less than desired", "free the GPU, or lower --gpu-memory-utilization"),
     (r"No available memory for the cache blocks|larger than the available KV cache memory", MEMORY),
     (r"CUDA out of memory|OutOfMemoryError", MEMORY),
     (r"is greater than the derived max_model_len", "lower --model-max-context"),
@@ -45,38 +46,38 @@ def register_servers(register: sdg.RegisterServers) -> None:
 async def vllm(run: sdg.Run) -> AsyncIterator[list[sdg.Upstream]]:
     """Launch vLLM with --model on this machine's GPUs, or on those of --nodes."""
     model = launching.model_of(run)
-    program = launching.executable("vllm", "vllm")
+    path = launching.find_program("vllm", "vllm")
 
-    def command(spot: launching.Spot) -> list[str]:
-        arguments = launching.flags(settings(run, spot), run.options.server_arg, negate=True)
-        serve = [str(program), "serve", model, *arguments]
+    def command(placement: Placement) -> list[str]:
+        flags = launching.as_flags(server_flags(run, placement), run.options.server_arg, negate=True)
+        serve = [str(path), "serve", model, *flags]
         if run.options.node_backend == "ray":
-            return over_ray(run, spot, launching.interpreter(program), serve)
+            return ray_command(run, placement, launching.python_of(path), serve)
         return serve
 
-    description = launching.Program(
+    program = Program(
         "vllm",
         command,
         launching.served_name(run),
         PHASES,
         FATAL,
-        launching.version_of("vllm", program),
+        launching.version_of("vllm", path),
         launching.cache_folder("vllm", "VLLM_CACHE_ROOT"),
     )
-    async with launching.serve(run, description) as replicas:
+    async with launching.serve(run, program) as replicas:
         yield replicas
 
 
-def settings(run: sdg.Run, spot: launching.Spot) -> dict[str, Any]:
-    """The flags of `vllm serve` on one machine."""
+def server_flags(run: sdg.Run, placement: Placement) -> dict[str, Any]:
+    """The flags of `vllm serve` on one node."""
     options = run.options
     chunked = options.chunked_prefill
     return {
-        **({"host": "127.0.0.1", "port": spot.port} if not spot.node else {"headless": True}),
+        **({"host": "127.0.0.1", "port": placement.port} if not placement.node else {"headless": True}),
         "tensor-parallel-size": options.tp if options.tp > 1 else None,
         "pipeline-parallel-size": options.pp if options.pp > 1 else None,
         "data-parallel-size": options.dp if options.dp > 1 else None,
-        **(across(options, spot) if spot.nodes > 1 else {}),
+        **(multi_node_flags(options, placement) if placement.nodes > 1 else {}),
         "max-model-len": options.model_max_context,
         "gpu-memory-utilization": options.gpu_memory_utilization,
         "quantization": options.quantization,
@@ -88,37 +89,38 @@ def settings(run: sdg.Run, spot: launching.Spot) -> dict[str, Any]:
     }
 
 
-def across(options: Any, spot: launching.Spot) -> dict[str, Any]:
-    """The flags that let machines find each other: replicas on each, or one replica over all of them."""
+def multi_node_flags(options: Any, placement: Placement) -> dict[str, Any]:
+    """The flags that connect the nodes: with --dp they share its ranks, otherwise one engine spans them all."""
     if options.node_backend == "ray":
         return {"distributed-executor-backend": "ray"}
     if options.dp == 1:
-        place = {"nnodes": spot.nodes, "node-rank": spot.node}
-        return {**place, "master-addr": spot.head, "master-port": spot.meeting_port}
-    if options.dp % spot.nodes:
-        raise sdg.UsageError(f"--dp {options.dp} cannot be shared evenly by --nodes {spot.nodes}")
-    local = options.dp // spot.nodes
+        numbers = {"nnodes": placement.nodes, "node-rank": placement.node}
+        return {**numbers, "master-addr": placement.head, "master-port": placement.rendezvous_port}
+    if options.dp % placement.nodes:
+        raise sdg.UsageError(f"--dp {options.dp} cannot be divided evenly among --nodes {placement.nodes}")
+    local = options.dp // placement.nodes
     return {
         "data-parallel-size-local": local,
-        "data-parallel-start-rank": spot.node * local if spot.node else None,
-        "data-parallel-address": spot.head,
-        "data-parallel-rpc-port": spot.meeting_port,
+        "data-parallel-start-rank": placement.node * local if placement.node else None,
+        "data-parallel-address": placement.head,
+        "data-parallel-rpc-port": placement.rendezvous_port,
     }
 
 
-def over_ray(run: sdg.Run, spot: launching.Spot, python: Path, serve: list[str]) -> list[str]:
-    """Start Ray here, and on the first machine vLLM, once all GPUs are there. All of it ends with the guard."""
-    ray = shlex.quote(str(launching.executable("ray", "ray")))
-    if spot.node:
-        meeting = f"{socket.gethostbyname(spot.head)}:{spot.meeting_port}"  # Ray does not look names up as others do
-        wait = f"until (exec 3<>/dev/tcp/{spot.head}/{spot.meeting_port}) 2>/dev/null; do sleep 0.5; done"
-        return ["bash", "-c", f"{wait}; exec {ray} start --address={meeting} --disable-usage-stats --block"]
-    own = nodes.own_address(spot.head)
-    meeting = f"{own}:{spot.meeting_port}"
-    start = f"{ray} start --head --node-ip-address={own} --port={spot.meeting_port} --include-dashboard=false"
+def ray_command(run: sdg.Run, placement: Placement, python: Path, serve: list[str]) -> list[str]:
+    """A command that joins a Ray cluster; on node 0 it also runs `serve` when all GPUs have joined.
+
+    The guard ends Ray's daemons with the rest.
+    """
+    ray = shlex.quote(str(launching.find_program("ray", "ray")))
+    port = placement.rendezvous_port
+    if placement.node:
+        address = socket.gethostbyname(placement.head)  # Ray's own look-up may find another one
+        wait = f"until (exec 3<>/dev/tcp/{placement.head}/{port}) 2>/dev/null; do sleep 0.5; done"
+        return ["bash", "-c", f"{wait}; exec {ray} start --address={address}:{port} --disable-usage-stats --block"]
+    own = nodes.own_address(placement.head)
+    start = f"{ray} start --head --node-ip-address={own} --port={port} --include-dashboard=false"
     gpus = run.options.tp * run.options.pp * run.options.dp
-    wait = shlex.join(
-        [str(python), "-I", str(Path(nodes.__file__).with_name("ray_wait.py")), str(gpus), str(spot.nodes)]
-    )
-    steps = [f"{start} --disable-usage-stats", f"export RAY_ADDRESS={meeting}", wait, f"exec {shlex.join(serve)}"]
+    wait = shlex.join([str(python), "-I", ray_wait.__file__, str(gpus), str(placement.nodes)])
+    steps = [f"{start} --disable-usage-stats", f"export RAY_ADDRESS={own}:{port}", wait, f"exec {shlex.join(serve)}"]
     return ["bash", "-c", " && ".join(steps)]

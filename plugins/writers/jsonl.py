@@ -1,3 +1,5 @@
+"""JSON lines as output, plain or compressed (.gz, .zst)."""
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
@@ -24,6 +26,7 @@ class JsonlWriter:
         self._run = run
 
     def write(self, chunk: sdg.Chunk, rows: pa.Table) -> None:
+        """See `sdg.Writer`."""
         import orjson
         import pyarrow as pa
 
@@ -35,13 +38,13 @@ class JsonlWriter:
                 file.write(b"".join(orjson.dumps(row, default=plain) + b"\n" for row in rows_of(batch)))
 
         def compress(file: Any) -> None:
-            with pa.CompressedOutputStream(file, codec) as packed:
-                produce(packed)
+            with pa.CompressedOutputStream(file, codec) as compressed:
+                produce(compressed)
 
         self._run.output.write(path, compress if codec else produce)
 
     def read(self, chunk: sdg.Chunk) -> pa.Table | None:
-        """A chunk's rows. JSON does not tell all types: what is of several there comes back as JSON."""
+        """See `sdg.Writer`. Types are inferred from the values; a column of several types comes back as JSON."""
         import orjson
         import pyarrow as pa
 
@@ -60,7 +63,7 @@ class JsonlWriter:
 
 
 def column_of(values: list[Any], kind: pa.DataType | None) -> pa.Array:
-    """Values from JSON as a column of the type that they have; as JSON, if they have no common one."""
+    """JSON values as a column of a type, or of the type that is inferred; as JSON text if they have several types."""
     import orjson
     import pyarrow as pa
 

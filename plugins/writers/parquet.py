@@ -1,3 +1,5 @@
+"""Parquet files as output, compressed with zstd."""
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
@@ -7,7 +9,7 @@ import sdg
 if TYPE_CHECKING:
     import pyarrow as pa
 
-GROUP_BYTES = 128 << 20  # of a row group as Arrow has it: the Hub's viewer refuses those above 300 MB
+GROUP_BYTES = 128 << 20  # of a row group in memory: the Hub's viewer refuses row groups above 300 MB
 
 
 @sdg.hookimpl
@@ -22,6 +24,7 @@ class ParquetWriter:
         self._run = run
 
     def write(self, chunk: sdg.Chunk, rows: pa.Table) -> None:
+        """See `sdg.Writer`."""
         import pyarrow.parquet as pq
 
         group = max(1, rows.num_rows * GROUP_BYTES // max(rows.nbytes, 1))
@@ -29,6 +32,7 @@ class ParquetWriter:
         self._run.output.write(self._run.path_of(chunk), lambda file: pq.write_table(rows, file, **how))
 
     def read(self, chunk: sdg.Chunk) -> pa.Table | None:
+        """See `sdg.Writer`."""
         import pyarrow.parquet as pq
 
         try:

@@ -276,7 +276,7 @@ def test_a_run_of_other_options_is_found(job: Job) -> None:
     assert check(job, model="another").says("different run", "model")
     assert check(job, world_size=2, rank=0).says("different run", "world_size")
     (job.output.state / "run.json").unlink()
-    assert check(job).says("no state of its run")
+    assert check(job).says("the state of its run does not")
 
 
 @pytest.mark.parametrize(("token", "words"), [("hf_read", "may only read"), (None, "no token"), ("hf_bob", "alice")])

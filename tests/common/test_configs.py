@@ -171,7 +171,7 @@ def test_a_launched_server_that_cannot_start_ends_all_and_is_said_once(configs: 
     configs.job.options |= {"server": "command", "base_url": None, "model": "m"}
     finished = configs(server_command="/no/such/program {port}")
     assert finished.rc == 1
-    assert finished.stderr.count("command does not run") == 1
+    assert finished.stderr.count("command failed to start") == 1
     assert not (configs.job.folder / "out" / ".sdg" / "math" / "run.json").exists()
 
 

@@ -716,7 +716,7 @@ def test_a_token_that_is_revoked_in_the_middle_costs_nothing_but_the_delay(job: 
     finished = started.finish()
     assert finished.rc == 1
     assert len(job.spool) == 8
-    assert finished.stderr.count("The run goes on") == 1
+    assert finished.stderr.count("The run continues") == 1
     assert "HF_TOKEN" in finished.message
     requests = len(job.server.requests)
     job.hub.tokens[TOKEN] = rights

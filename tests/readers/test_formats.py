@@ -1,4 +1,4 @@
-"""Data as it was: types, order and content of the source's columns, whatever its format."""
+"""The source's columns keep their types, order and content, in every format."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ import sdg
 
 
 def many_types(count: int) -> pa.Table:
-    """A column of every kind that is easily lost; in some the first values, or all of them, are null."""
+    """Columns of types that are easily lost; in some columns the first values, or all of them, are null."""
     numbers = range(count)
     noon = dt.datetime(2024, 2, 29, 12, 0, 0, 123456)
     columns = {
@@ -100,7 +100,7 @@ def test_results_have_the_fields_of_the_contract(job: Job) -> None:
     assert {name: fields[name] for name in expected} == expected
 
 
-def test_an_id_is_made_where_the_source_has_none(job: Job) -> None:
+def test_ids_are_generated_if_the_source_has_none(job: Job) -> None:
     job.input([{"text": "one"}, {"text": "two"}])
 
     output = job.succeed()
@@ -127,7 +127,7 @@ def test_parquet_metadata_names_the_run(job: Job) -> None:
     assert "fingerprint" in text
 
 
-# ── Results that differ ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── Results with different fields ────────────────────────────────────────────────────────────────────────────────────
 
 RESULTS = """
     from typing import TypedDict
@@ -183,7 +183,7 @@ def test_fields_of_a_dict_have_one_type_and_surprises_are_kept(rollout: str, job
 
 
 def write_text(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write jsonl or csv as the suffixes say."""
+    """Write jsonl or csv, as the suffix says."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     if path.name.endswith(".jsonl.gz"):
         path.write_bytes(gzip.compress(text))
@@ -264,7 +264,7 @@ def test_a_folder_may_grow(job: Job, server: FakeServer) -> None:
     assert output.table().equals(job.succeed(input="many", records_per_chunk=2, output="at-once").table())
 
 
-def test_jsonl_keeps_what_json_can_say(job: Job) -> None:
+def test_values_of_jsonl_are_kept(job: Job) -> None:
     rows: list[dict[str, Any]] = [
         {
             "id": "a",
@@ -303,7 +303,7 @@ def test_jsonl_columns_of_mixed_types_become_text(job: Job) -> None:
     assert [row["never"] for row in rows] == [None] * 3
 
 
-def test_a_late_surprise_in_jsonl_fails_at_most_its_document(job: Job) -> None:
+def test_a_late_change_of_type_in_jsonl_fails_at_most_its_document(job: Job) -> None:
     rows: list[dict[str, Any]] = [
         {"id": f"d{n}", "text": "early", "value": n, "pad": "x" * 350_000} for n in range(200)
     ]
@@ -375,7 +375,7 @@ def open_reader(folder: str, suffix: str) -> sdg.Reader:
 
 
 def rows_of(parts: list[sdg.Block | sdg.BadRow]) -> list[Row]:
-    """What a reader handed over, row by row."""
+    """The rows that a reader returned, one by one."""
     rows: list[Row] = []
     for part in parts:
         if isinstance(part, sdg.BadRow):
@@ -422,7 +422,7 @@ def test_chunks_of_all_ranks_partition_the_input(
     assert {len(found[index]) for index in found if (index + 1) * chunk <= len(whole)} <= {chunk}
 
 
-def test_fields_of_structs_that_only_some_files_have_are_not_dropped(job: Job) -> None:
+def test_struct_fields_that_only_some_files_have_are_not_dropped(job: Job) -> None:
     (job.folder / "in").mkdir()
     job.input([{"text": "a", "meta": {"url": "u1"}}], "in/a.parquet")
     job.input([{"text": "b", "meta": {"url": "u2", "license": "mit"}}], "in/b.parquet")

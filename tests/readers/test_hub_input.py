@@ -1,4 +1,4 @@
-"""Datasets of the Hub as input: what is read, at which revision, and through whatever disturbance."""
+"""Datasets on the Hub as input: which files are read, at which revision, and through which failures."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ DOCS = "lab/docs"
 
 
 def parquet(texts: list[str], rows_per_group: int = 1000, **more: Any) -> bytes:
-    """A parquet file; the column `pad` makes its row groups so large that the footer's read does not bring them."""
+    """A parquet file. A column `pad` can make its row groups so large that reading the footer does not fetch them."""
     sink = io.BytesIO()
     table = pa.table({"id": pa.array(texts, pa.string()), "text": pa.array(texts, pa.string()), **more})
     pq.write_table(table, sink, row_group_size=rows_per_group, compression="none", use_dictionary=False)
@@ -41,7 +41,7 @@ def parquet(texts: list[str], rows_per_group: int = 1000, **more: Any) -> bytes:
 
 
 def content_of(path: str) -> bytes:
-    """A file of two rows that name it; a note if it isn't data."""
+    """A file of two rows that name it; a note if it is not data."""
     rows = [f"{path}#{row}" for row in range(2)]
     if path.endswith(".parquet"):
         return parquet(rows)
@@ -58,7 +58,7 @@ def publish(hub: FakeHub, repo: str, layout: Layout) -> None:
 
 @pytest.fixture
 def docs(hub: FakeHub) -> FakeHub:
-    """A public dataset of 3 × 20 documents in row groups of 5, and who may do what."""
+    """A public dataset of 3 × 20 documents in row groups of 5, and the rights of some tokens."""
     hub.tokens = {"hf_lab": Rights("lab"), "hf_bob": Rights("bob")}
     hub.create(DOCS)
     hub.push(DOCS, {f"data/train-{n:05}-of-00003.parquet": parquet(texts(n), 5) for n in range(3)})
@@ -116,7 +116,7 @@ def here(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     here.ended.set()
 
 
-# ── What `datasets` would read ───────────────────────────────────────────────────────────────────────────────────────
+# ── The same files as `datasets` ─────────────────────────────────────────────────────────────────────────────────────
 
 LOAD = """
 import json, sys
@@ -131,8 +131,8 @@ for repo in json.load(sys.stdin):
         try:
             splits = datasets.load_dataset(repo, config, streaming=True)
             loaded[repo][config or ""] = {split: [row["text"] for row in rows] for split, rows in splits.items()}
-        except ValueError as problem:
-            loaded[repo][config or ""] = str(problem)
+        except ValueError as exc:
+            loaded[repo][config or ""] = str(exc)
 json.dump(loaded, sys.stdout)
 """
 NAMES = {title: f"lab/layout-{number}" for number, title in enumerate(LAYOUTS | TWICE)}
@@ -179,10 +179,10 @@ def test_configs_splits_and_order_are_those_of_load_dataset(
             assert here.texts(NAMES[title], input_config=config or None, input_split=split) == expected
         with pytest.raises(sdg.InputError) as caught:
             here.open(NAMES[title], input_config=config or None, input_split="none")
-        assert set(str(caught.value).partition("it has: ")[2].split(", ")) == set(splits)
+        assert set(str(caught.value).partition("available: ")[2].split(", ")) == set(splits)
 
 
-# ── What the Hub has converted ───────────────────────────────────────────────────────────────────────────────────────
+# ── Conversions by the Hub ───────────────────────────────────────────────────────────────────────────────────────────
 
 LINES = b'{"text": "as it lies"}\n'
 CONVERTED = "refs/convert/parquet"
@@ -209,7 +209,7 @@ def test_other_formats_are_read_as_the_hub_has_converted_them(named: str, lines:
     assert identity == {"dataset": DOCS, "revision": lines.head(DOCS), "parquet": lines.head(DOCS, CONVERTED)}
 
 
-def test_a_partial_conversion_is_spoken_of(lines: FakeHub, job: Job) -> None:
+def test_a_partial_conversion_is_reported(lines: FakeHub, job: Job) -> None:
     job.env |= lines.environment(job.folder)
 
     finished = job(input=f"hf://datasets/{DOCS}", input_config="de")
@@ -220,10 +220,10 @@ def test_a_partial_conversion_is_spoken_of(lines: FakeHub, job: Job) -> None:
 
 
 def test_configs_and_splits_of_converted_datasets_are_named(lines: FakeHub, here: Here) -> None:
-    assert refused(here).endswith("has several configs, choose by --input-config; it has: en, de")
-    assert refused(here, input_config="fr").endswith("no such config; it has: en, de")
-    assert refused(here, input_config="en", input_split="dev").endswith("has no such split; it has: test, train")
-    assert refused(here, input_config="de", input_split="dev").endswith("has no such split; it has: train")
+    assert refused(here).endswith("has several configs: choose one with --input-config; available: en, de")
+    assert refused(here, input_config="fr").endswith("no such config; available: en, de")
+    assert refused(here, input_config="en", input_split="dev").endswith("has no such split; available: test, train")
+    assert refused(here, input_config="de", input_split="dev").endswith("has no such split; available: train")
 
     lines.push(DOCS, dict.fromkeys([f for f in lines.files(DOCS, CONVERTED) if f.startswith("en")]), CONVERTED)
     assert refused(here, input_config="en") == (
@@ -237,17 +237,17 @@ def test_without_a_card_the_configs_are_those_of_the_conversion(hub: FakeHub, he
     hub.push(DOCS, {"en/train/0000.parquet": parquet(["en"]), "de/train/0000.parquet": parquet(["de"])}, CONVERTED)
 
     assert here.texts(input_config="de") == ["de"]
-    assert refused(here, input_config="fr").endswith("no such config; it has: de, en")
+    assert refused(here, input_config="fr").endswith("no such config; available: de, en")
 
 
-def test_most_files_tell_the_format(hub: FakeHub, here: Here) -> None:
+def test_the_format_of_most_files_counts(hub: FakeHub, here: Here) -> None:
     publish(hub, DOCS, Layout(["a.csv", "b.csv", "c.parquet"]))
     hub.push(DOCS, {"default/train/0000.parquet": parquet(["converted"])}, CONVERTED)
 
     assert here.texts() == ["converted"]
 
 
-def test_what_is_not_converted_is_named(hub: FakeHub, here: Here) -> None:
+def test_a_dataset_without_conversion_is_named(hub: FakeHub, here: Here) -> None:
     hub.create(DOCS)
     hub.push(DOCS, {"en.jsonl": LINES}, revision="v1")
     assert refused(here, revision="@v1") == (
@@ -260,7 +260,7 @@ def test_what_is_not_converted_is_named(hub: FakeHub, here: Here) -> None:
     hub.push(DOCS, {"notes.md": b"empty"}, revision=CONVERTED)
     assert refused(here) == expected
     assert refused(here, input_config="en").endswith(
-        "--input-config en: dataset lab/docs has no such config; it has: default"
+        "--input-config en: dataset lab/docs has no such config; available: default"
     )
 
 
@@ -268,7 +268,7 @@ def test_what_is_not_converted_is_named(hub: FakeHub, here: Here) -> None:
 
 
 def refused(here: Here, repo: str = DOCS, **options: Any) -> str:
-    """The one line that a reader is refused with."""
+    """The one line with which a dataset is refused."""
     with pytest.raises(sdg.Error) as caught:
         here.open(repo, **options).read(1)
     assert "\n" not in str(caught.value)
@@ -288,7 +288,7 @@ def refused(here: Here, repo: str = DOCS, **options: Any) -> str:
         ("hf://datasets/lab/gated", "hf_bob", 1, ["lab/gated", "gated", "conditions"]),
     ],
 )
-def test_who_may_not_read_learns_what_is_missing(
+def test_missing_permission_is_explained(
     uri: str, token: str | None, rc: int, words: list[str], hub_job: Job, docs: FakeHub, server: FakeServer
 ) -> None:
     docs.create("lab/secret", private=True)
@@ -327,7 +327,7 @@ def test_refusals_name_the_repository(
     assert refused(here, repo).startswith(words)
 
 
-def test_who_may_read_does(hub_job: Job, docs: FakeHub) -> None:
+def test_permitted_tokens_can_read(hub_job: Job, docs: FakeHub) -> None:
     docs.create("lab/secret", private=True, gated=True)
     docs.push("lab/secret", {"a.parquet": parquet(["a"])})
     docs.tokens["hf_guest"] = Rights("guest", gated=[DOCS])
@@ -343,7 +343,7 @@ def test_who_may_read_does(hub_job: Job, docs: FakeHub) -> None:
     assert b"hf_lab" not in written
 
 
-def test_a_column_that_is_not_there_is_named_with_those_that_are(hub_job: Job) -> None:
+def test_a_missing_column_is_named_with_the_available_ones(hub_job: Job) -> None:
     finished = hub_job(prompt_column="txet")
 
     assert finished.rc == 1
@@ -352,9 +352,11 @@ def test_a_column_that_is_not_there_is_named_with_those_that_are(hub_job: Job) -
 
 def test_configs_and_splits_that_exist_are_named(here: Here, docs: FakeHub) -> None:
     assert refused(here, input_split="trian") == (
-        "--input-split trian: dataset lab/docs (config default) has no such split; it has: train"
+        "--input-split trian: dataset lab/docs (config default) has no such split; available: train"
     )
-    assert refused(here, input_config="en") == "--input-config en: dataset lab/docs has no such config; it has: default"
+    assert (
+        refused(here, input_config="en") == "--input-config en: dataset lab/docs has no such config; available: default"
+    )
 
 
 @pytest.mark.parametrize(
@@ -368,21 +370,21 @@ def test_configs_and_splits_that_exist_are_named(here: Here, docs: FakeHub) -> N
         "configs:\n  config_name: x",
     ],
 )
-def test_a_card_that_cannot_be_is_named(card: str, here: Here, docs: FakeHub) -> None:
+def test_an_invalid_card_is_named(card: str, here: Here, docs: FakeHub) -> None:
     docs.push(DOCS, {"README.md": Layout([], card).readme})
 
     assert refused(here).startswith("dataset lab/docs: the `configs` of its card")
 
 
-def test_a_file_that_the_card_names_must_be_there(here: Here, docs: FakeHub) -> None:
+def test_a_file_that_the_card_names_must_exist(here: Here, docs: FakeHub) -> None:
     card = "configs:\n- config_name: x\n  data_dir: data\n  data_files: a.parquet"
     docs.push(DOCS, {"README.md": Layout([], card).readme})
 
-    assert refused(here) == "dataset lab/docs: its card names data/a.parquet (config x), which is not there"
+    assert refused(here) == "dataset lab/docs: its card names data/a.parquet (config x), which does not exist"
 
 
 @pytest.mark.parametrize("content", [b"", b"not parquet at all", b"PAR1" + bytes(100) + b"PAR1", parquet(["a"])[:-9]])
-def test_a_file_that_is_no_parquet_is_named(content: bytes, here: Here, docs: FakeHub) -> None:
+def test_an_invalid_parquet_file_is_named(content: bytes, here: Here, docs: FakeHub) -> None:
     docs.push(DOCS, {"data/train-00001-of-00003.parquet": content})
 
     assert "data/train-00001-of-00003.parquet" in refused(here)
@@ -410,7 +412,7 @@ def test_files_of_one_split_may_differ_as_much_as_datasets_allows(here: Here, do
 
     docs.push("lab/mixed", {"train/b.parquet": parquet(["b"], strange=["x"])})
     message = refused(here, "lab/mixed")
-    assert "train/b.parquet has other columns than train/a.parquet (strange)" in message
+    assert "train/b.parquet has different columns than train/a.parquet (strange)" in message
     docs.push("lab/mixed", {"train/b.parquet": parquet(["b"], year=[{"x": 1}])})
     assert "(year: struct<x: int64> instead of int64)" in refused(here, "lab/mixed")
     docs.push("lab/mixed", {"train/b.parquet": parquet(["b"], year=["MM"])})
@@ -435,7 +437,7 @@ def record(output: Output) -> Any:
 
 
 def revisions(output: Output) -> set[str]:
-    """What the files say that they are made from."""
+    """The input revisions in the metadata of the output files."""
     metadata = [pq.read_schema(output.path / name).metadata for name in output.data()]
     return {entries[b"sdg.input_revision"].decode() for entries in metadata}
 
@@ -458,7 +460,7 @@ def test_a_run_stays_with_the_revision_it_began_with_until_fresh(hub_job: Job, d
 
 
 @pytest.mark.parametrize("asked", ["", "@main", "@v1"])
-def test_a_run_stays_with_what_a_name_stood_for(asked: str, here: Here, docs: FakeHub) -> None:
+def test_a_run_stays_with_the_commit_that_a_name_referred_to(asked: str, here: Here, docs: FakeHub) -> None:
     docs.move(DOCS, "refs/tags/v1", docs.head(DOCS))
     first = here.open(revision=asked)
     docs.move(DOCS, "refs/tags/v1", replace_all(docs))
@@ -515,10 +517,10 @@ def test_ranks_that_begin_one_after_the_other_read_one_revision(hub_job: Job, do
     assert len(revisions(output)) == 1
 
 
-# ── Rows by number ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Seeking ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_killed_run_goes_on_in_the_middle_of_a_file(hub_job: Job, docs: FakeHub, server: FakeServer) -> None:
+def test_a_killed_run_resumes_in_the_middle_of_a_file(hub_job: Job, docs: FakeHub, server: FakeServer) -> None:
     server.behave(slowly)
     running = hub_job.start(max_concurrent_generations=2)
     wait_until(lambda: len(hub_job.output.written()) >= 3)
@@ -540,7 +542,7 @@ def slowly(payload: Any, n: int) -> Delay:
 
 
 class Shelf:
-    """Files far away, in memory."""
+    """Files in memory that count as remote."""
 
     local = False
 
@@ -573,7 +575,7 @@ def reader_of(shelf: Any, **options: Any) -> Any:
     bookmarks=st.booleans(),
     eager=st.integers(1, 3),
 )
-def test_chunks_of_all_ranks_partition_a_dataset_that_is_far_away(
+def test_chunks_of_all_ranks_partition_a_remote_dataset(
     sizes: list[int],
     rows_per_group: int,
     chunk: int,
@@ -612,7 +614,7 @@ def test_chunks_of_all_ranks_partition_a_dataset_that_is_far_away(
     assert [row for index in sorted(found) for row in found[index]] == whole
 
 
-def test_of_many_files_footers_are_read_as_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_footers_of_many_files_are_read_as_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [[f"{number} {row}" for row in range(10 + number % 3)] for number in range(50)]
     shelf = Shelf({f"{number}": parquet(rows[number]) for number in range(50)})
     whole = [text for file in rows for text in file]
@@ -644,7 +646,7 @@ def test_of_many_files_footers_are_read_as_needed(monkeypatch: pytest.MonkeyPatc
 
 
 def large(hub: FakeHub, repo: str, files: int = 4, groups: int = 4, rows_per_group: int = 10) -> list[str]:
-    """A dataset with row groups of 100 KB, so that a footer's read brings at most one along."""
+    """A dataset with row groups of 100 KB, so that reading a footer fetches at most one of them."""
     rows = [[f"{file} {row}" for row in range(groups * rows_per_group)] for file in range(files)]
     hub.create(repo)
     pads = [f"{number:04}".encode() * (25_000 // rows_per_group) for number in range(groups * rows_per_group)]
@@ -678,7 +680,7 @@ def test_a_rank_reads_only_its_row_groups(hub: FakeHub, here: Here, monkeypatch:
     assert fetched == {f"{file}/1": 1 for file in range(4)}
 
 
-# ── Disturbances ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Failures of the Hub ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -689,7 +691,7 @@ def test_a_rank_reads_only_its_row_groups(hub: FakeHub, here: Here, monkeypatch:
         [("tree", {"drop": True}), ("resolve", {"status": 429, "headers": {"Retry-After": "1"}, "after": 5})],
     ],
 )
-def test_disturbances_pass(faults: list[Any], hub: FakeHub, job: Job) -> None:
+def test_transient_errors_are_retried(faults: list[Any], hub: FakeHub, job: Job) -> None:
     whole = large(hub, "lab/large", files=2)
     job.env |= hub.environment(job.folder)
     for operation, fault in faults:
@@ -701,7 +703,7 @@ def test_disturbances_pass(faults: list[Any], hub: FakeHub, job: Job) -> None:
     assert all(fault.times == 0 for fault in hub._faults)
 
 
-def test_an_outage_in_the_middle_passes(hub: FakeHub, job: Job, server: FakeServer) -> None:
+def test_a_run_survives_an_outage_of_the_hub(hub: FakeHub, job: Job, server: FakeServer) -> None:
     whole = large(hub, "lab/large", files=6)
     job.env |= hub.environment(job.folder)
     server.behave(slowly)
@@ -716,14 +718,14 @@ def test_an_outage_in_the_middle_passes(hub: FakeHub, job: Job, server: FakeServ
     assert job.output.ids() == whole
 
 
-def test_a_cdn_that_knows_no_ranges_is_borne(hub: FakeHub, here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cdn_without_ranges_works(hub: FakeHub, here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = large(hub, "lab/large", files=2)
     monkeypatch.setattr("fake_hub._ranged", lambda call, content, headers: web.Response(body=content, headers=headers))
 
     assert here.texts("lab/large") == whole
 
 
-def test_an_interrupted_run_ends_though_the_hub_is_away(hub: FakeHub, job: Job, server: FakeServer) -> None:
+def test_an_interrupted_run_ends_while_the_hub_is_unreachable(hub: FakeHub, job: Job, server: FakeServer) -> None:
     whole = large(hub, "lab/large", files=6)
     job.env |= hub.environment(job.folder)
     job.options |= {"input": "hf://datasets/lab/large", "records_per_chunk": 5}
@@ -740,7 +742,7 @@ def test_an_interrupted_run_ends_though_the_hub_is_away(hub: FakeHub, job: Job, 
     assert len(server.requests) == len(whole)
 
 
-def test_a_run_that_has_what_it_wants_ends_though_the_hub_is_away(hub: FakeHub, job: Job) -> None:
+def test_a_run_that_needs_no_more_rows_ends_while_the_hub_is_unreachable(hub: FakeHub, job: Job) -> None:
     whole = large(hub, "lab/large", files=2)
     job.env |= hub.environment(job.folder)
     hub.fail("cdn", drop=True, times=1 << 30, after=2 + 2)
@@ -748,7 +750,7 @@ def test_a_run_that_has_what_it_wants_ends_though_the_hub_is_away(hub: FakeHub, 
     assert job.succeed(input="hf://datasets/lab/large", max_documents=10).ids() == whole[:10]
 
 
-def test_input_far_away_keeps_requests_in_flight(hub: FakeHub, job: Job, server: FakeServer) -> None:
+def test_remote_input_keeps_requests_in_flight(hub: FakeHub, job: Job, server: FakeServer) -> None:
     large(hub, "lab/large", files=4, groups=8, rows_per_group=25)
     folder = job.folder / "local"
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""Input and output on S3: nothing partial is ever visible, hiccups are ridden out, mistakes are one line."""
+"""Input and output on S3: no partial file is ever visible, transient errors are retried, mistakes give one line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from running import Finished, Job, Output, Sdg, documents, wait_until
 import sdg
 from sdg_plugins.common import files
 
-SECRET = "a-secret-that-nobody-may-see"
+SECRET = "a-secret-that-must-not-be-shown"
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def s3(s3_server: FakeS3) -> FakeS3:
 
 @pytest.fixture
 def env(s3: FakeS3, tmp_path: Path) -> dict[str, str]:
-    """What a person has in the environment; no file of the machine's user counts."""
+    """A user's environment; the AWS files of the user who runs the tests are not read."""
     return {
         "AWS_ENDPOINT_URL_S3": s3.url,
         "AWS_ACCESS_KEY_ID": "tester",
@@ -54,7 +54,7 @@ def env(s3: FakeS3, tmp_path: Path) -> dict[str, str]:
 
 @pytest.fixture
 def here(env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The same for `sdg` in the process of the tests."""
+    """The same environment, for sdg inside the test process."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     for name, value in env.items():
@@ -97,11 +97,11 @@ def verify(job: Job, env: dict[str, str]) -> Finished:
 
 
 def is_put(request: Request) -> bool:
-    """Whether this sends an object's bytes."""
+    """True if this request sends an object's content."""
     return request.method == "PUT" and "/out/" in request.path
 
 
-# ── The way of a run ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Runs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_run_from_s3_to_s3_leaves_files_and_nothing_else_and_verify_reads_them(
@@ -164,7 +164,7 @@ def test_globs_and_folders_on_s3(s3: FakeS3) -> None:
     assert found("in/*/a*.parquet") == ["deep/a3.parquet"]
     assert found("in/[b]1.parquet") == ["b1.parquet"]
     assert found("in") == found("in/") == ["a1.parquet", "a2.parquet", "b1.parquet", "deep/a3.parquet"]
-    with pytest.raises(sdg.InputError, match="there are no files"):
+    with pytest.raises(sdg.InputError, match="no files found"):
         found("in/c*.parquet")
 
 
@@ -200,7 +200,7 @@ def test_output_without_its_state_is_refused_until_fresh(
     assert [key for key in s3.objects("out") if not key.endswith("/")] == [*chunks(0, 1, 2), "out/notes.txt"]
 
 
-def test_ranks_share_a_place_on_s3(cloudy: Job, s3: FakeS3, env: dict[str, str], tmp_path: Path) -> None:
+def test_ranks_share_an_output_on_s3(cloudy: Job, s3: FakeS3, env: dict[str, str], tmp_path: Path) -> None:
     runs = [cloudy.start(env, rank=rank, world_size=2) for rank in (0, 1)]
 
     assert [run.finish().rc for run in runs] == [0, 0]
@@ -211,7 +211,7 @@ def test_ranks_share_a_place_on_s3(cloudy: Job, s3: FakeS3, env: dict[str, str],
     assert verify(cloudy, env).rc == 0
 
 
-# ── Whole or not at all ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── Atomic writes ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_after_kill_9_in_the_middle_of_a_put_nothing_is_visible_and_a_rerun_finishes(
@@ -246,7 +246,7 @@ def test_after_kill_9_in_the_middle_of_a_put_nothing_is_visible_and_a_rerun_fini
 
 
 @pytest.mark.usefixtures("here")
-def test_what_breaks_off_while_it_is_made_is_not_put(s3: FakeS3) -> None:
+def test_a_file_that_fails_while_it_is_produced_is_not_uploaded(s3: FakeS3) -> None:
     place = sdg.Place(s3.uri("out"))
 
     def produce(file: io.BytesIO) -> None:
@@ -261,7 +261,7 @@ def test_what_breaks_off_while_it_is_made_is_not_put(s3: FakeS3) -> None:
 
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("part", [1, 2, 3])
-def test_an_upload_that_lacks_a_part_is_not_visible(part: int, s3: FakeS3) -> None:
+def test_an_upload_with_a_missing_part_is_not_visible(part: int, s3: FakeS3) -> None:
     place = sdg.Place(s3.uri("out"))
     s3.behave(lambda request: Fault(403, "AccessDenied") if f"partNumber={part}&" in request.query else None)
 
@@ -272,7 +272,7 @@ def test_an_upload_that_lacks_a_part_is_not_visible(part: int, s3: FakeS3) -> No
 
 
 @pytest.mark.usefixtures("here")
-def test_a_large_file_arrives_as_it_was(s3: FakeS3) -> None:
+def test_a_large_file_arrives_unchanged(s3: FakeS3) -> None:
     place, content = sdg.Place(s3.uri("out")), os.urandom(25 << 20)
 
     place.write("data/x", lambda file: file.write(content))
@@ -291,16 +291,16 @@ def test_an_object_that_arrives_shorter_is_removed(s3: FakeS3) -> None:
 
     s3.behave(shorten)
 
-    with pytest.raises(sdg.OutputError, match="4 bytes were put, 3 are there"):
+    with pytest.raises(sdg.OutputError, match="4 bytes were uploaded, 3 are stored"):
         place.write("data/x", lambda file: file.write(b"half"))
 
     assert "out/data/x" not in s3.objects()
 
 
-# ── Hiccups ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Transient errors ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_hiccups_of_s3_are_ridden_out(cloudy: Job, s3: FakeS3, env: dict[str, str]) -> None:
+def test_transient_errors_of_s3_are_retried(cloudy: Job, s3: FakeS3, env: dict[str, str]) -> None:
     faults = [Fault(503, "SlowDown"), DROP, Fault(500, "InternalError")]
     seen: Counter[str] = Counter()
 
@@ -319,7 +319,7 @@ def test_hiccups_of_s3_are_ridden_out(cloudy: Job, s3: FakeS3, env: dict[str, st
     assert s3.objects("out") == chunks(0, 1, 2)
 
 
-def test_when_s3_gives_up_the_answers_are_kept_and_a_rerun_finishes(
+def test_responses_are_kept_if_s3_stays_unavailable_and_a_rerun_finishes(
     cloudy: Job, s3: FakeS3, env: dict[str, str], server: FakeServer
 ) -> None:
     s3.behave(lambda request: Fault(503, "SlowDown") if is_put(request) else None)
@@ -346,7 +346,7 @@ def test_a_missing_bucket_or_prefix_is_named(cloudy: Job, s3: FakeS3, env: dict[
 
     finished = cloudy(env, input="s3://no-such-bucket/in/")
     assert finished.rc == 1
-    assert finished.says("--input s3://no-such-bucket/in/", "there is no bucket no-such-bucket")
+    assert finished.says("--input s3://no-such-bucket/in/", "bucket no-such-bucket does not exist")
 
     finished = cloudy(env, input=s3.uri("nothing/"))
     assert finished.rc == 1
@@ -392,7 +392,9 @@ def test_keys_and_region_come_from_a_profile(cloudy: Job, s3: FakeS3, env: dict[
 
 
 @pytest.mark.parametrize("used", ["input", "output"])
-def test_an_endpoint_that_refuses_is_named_within_seconds(used: str, cloudy: Job, env: dict[str, str]) -> None:
+def test_an_endpoint_that_refuses_connections_is_named_within_seconds(
+    used: str, cloudy: Job, env: dict[str, str]
+) -> None:
     env["AWS_ENDPOINT_URL_S3"] = f"http://127.0.0.1:{free_port()}"
     other = {"input": {"output": "output"}, "output": {"input": None}}[used]
 
@@ -412,7 +414,7 @@ def test_a_key_in_the_uri_is_refused_and_not_shown(option: str, run_sdg: Sdg) ->
 
 
 @pytest.mark.usefixtures("here")
-def test_the_endpoint_of_s3_counts_before_the_general_one_and_a_uri_before_both(
+def test_the_s3_endpoint_overrides_the_general_one_and_a_uri_overrides_both(
     s3: FakeS3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     s3.put("in/x.parquet", b"x")
@@ -431,10 +433,10 @@ def test_the_endpoint_of_s3_counts_before_the_general_one_and_a_uri_before_both(
     assert found(nowhere, nowhere, f"{uri}?endpoint_override={s3.url}&region=eu-west-1")
 
 
-# ── Other places ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Other file systems ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_places_that_only_fsspec_knows_are_written_and_read() -> None:
+def test_file_systems_that_only_fsspec_supports_are_written_and_read() -> None:
     pytest.importorskip("fsspec")
     place = sdg.Place("memory://a/b")
 
@@ -447,7 +449,7 @@ def test_places_that_only_fsspec_knows_are_written_and_read() -> None:
     assert place.list("data") == []
 
 
-def test_a_place_that_nobody_knows_is_a_usage_error(job: Job) -> None:
+def test_an_unknown_scheme_is_a_usage_error(job: Job) -> None:
     job.documents("a")
 
     finished = job(output="nowhere://bucket/out")

@@ -16,7 +16,7 @@ from fake_server import Answer, FakeServer, Hang, Status, prompt_of
 from replaying import answers_in, check_replay, own
 from running import ROOT, Job, documents, wait_until
 
-from sdg_plugins.resources import workers as pool
+from sdg_plugins.common import workers as pool
 
 # ── Of plugins ───────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -1,4 +1,4 @@
-"""Requests and answers: what is retried, what is not, how servers share the load, and what is kept of an answer."""
+"""Requests and responses: retries, how servers share the load, and what is kept of a response."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_retries_end_in_a_failed_document(job: Job, server: FakeServer) -> None:
     assert "out of order" in record["error"]
 
 
-def test_the_words_of_an_error_do_not_decide_about_its_retry(job: Job, server: FakeServer) -> None:
+def test_the_text_of_an_error_does_not_decide_whether_it_is_retried(job: Job, server: FakeServer) -> None:
     job.documents("BadRequestError 400 invalid_request_error", "RateLimitError 429")
 
     def quote(payload: dict[str, Any], n: int) -> Any:
@@ -105,7 +105,7 @@ def test_a_refused_key_stops_the_run(job: Job, server: FakeServer) -> None:
     assert not before & set(server.prompts)
 
 
-def test_a_key_that_is_a_word_is_not_taken_out_of_answers(job: Job, server: FakeServer) -> None:
+def test_a_key_that_is_a_word_is_not_removed_from_responses(job: Job, server: FakeServer) -> None:
     job.documents("one")
     server.behave(lambda payload, n: Answer("The cup is EMPTY."))
 
@@ -126,7 +126,7 @@ def test_a_missing_key_is_named(job: Job, server: FakeServer) -> None:
     assert not server.answered
 
 
-def test_retry_after_is_honoured_in_seconds_and_as_a_date(job: Job, server: FakeServer) -> None:
+def test_retry_after_is_honored_in_seconds_and_as_a_date(job: Job, server: FakeServer) -> None:
     prompts = [f"{status} {form}" for status in (429, 503) for form in ("seconds", "date")]
     job.documents(*prompts)
     not_before: dict[str, float] = {}
@@ -185,7 +185,7 @@ def test_a_slot_is_free_while_its_request_waits_for_a_retry(job: Job, server: Fa
     assert sorted(server.prompts[-2:]) == waiting
 
 
-def test_server_whose_quota_is_used_up_is_left_alone_until_it_is_renewed(job: Job, server: FakeServer) -> None:
+def test_a_server_whose_quota_is_exhausted_gets_no_request_until_the_reset(job: Job, server: FakeServer) -> None:
     job.documents("1", "2", "3")
     spent = {"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "2s"}
     server.behave(lambda payload, n: Answer("fine", headers=spent if prompt_of(payload) == "2" else {}))
@@ -210,11 +210,11 @@ def test_server_whose_quota_is_used_up_is_left_alone_until_it_is_renewed(job: Jo
         ({"x-ratelimit-remaining-requests": "0"}, 0),
     ],
 )
-def test_quota_headers_are_understood(headers: dict[str, str], seconds: float) -> None:
+def test_quota_headers_are_parsed(headers: dict[str, str], seconds: float) -> None:
     assert quota_pause(headers) == pytest.approx(seconds)
 
 
-def test_milliseconds_of_a_retry_are_preferred() -> None:
+def test_retry_after_in_milliseconds_is_preferred() -> None:
     assert retry_after({"retry-after-ms": "250", "Retry-After": "1"}) == 0.25
     assert retry_after({"retry-after-ms": "soon", "Retry-After": "1"}) is None
 
@@ -258,7 +258,7 @@ BROKEN = {
 }
 
 
-def test_a_broken_answer_is_retried_then_recorded(job: Job, server: FakeServer) -> None:
+def test_a_broken_response_is_retried_then_recorded(job: Job, server: FakeServer) -> None:
     job.documents("fine", *[f"{fault}, {times}" for fault in BROKEN for times in ("once", "always")])
 
     def break_it(payload: dict[str, Any], n: int) -> Any:
@@ -283,7 +283,7 @@ def test_a_broken_answer_is_retried_then_recorded(job: Job, server: FakeServer) 
     assert retries["connection"] == 3 * 2
 
 
-def test_an_empty_answer_is_not_bought_again_when_its_length_was_the_limit(job: Job, server: FakeServer) -> None:
+def test_an_empty_completion_is_not_retried_if_it_reached_max_tokens(job: Job, server: FakeServer) -> None:
     job.documents("long")
     server.behave(lambda payload, n: Answer("", finish_reason="length"))
 
@@ -407,13 +407,13 @@ def test_requests_wait_for_the_only_server_to_come_back(job: Job, server: FakeSe
     assert not job.output.failures()
 
 
-def test_a_server_that_stays_away_ends_the_run_and_costs_nothing(job: Job, server: FakeServer) -> None:
+def test_a_server_that_does_not_come_back_ends_the_run_and_nothing_is_lost(job: Job, server: FakeServer) -> None:
     job.input(documents(40))
     server.behave(lambda payload, n: None if len(server.requests) <= 20 else Hang())
 
     running = job.start(max_concurrent_generations=2, request_timeout=2)
     wait_until(lambda: len(server.requests) == 22)
-    bought = {request.prompt for request in server.answered}
+    completed = {request.prompt for request in server.answered}
     server.stop()
     finished = running.finish()
     assert finished.rc == 1
@@ -425,7 +425,7 @@ def test_a_server_that_stays_away_ends_the_run_and_costs_nothing(job: Job, serve
     server.start()
     output = job.succeed()
     assert output.ids() == [row["id"] for row in documents(40)]
-    assert not bought & set(server.prompts)
+    assert not completed & set(server.prompts)
 
 
 # ── Addresses, keys, models ──────────────────────────────────────────────────────────────────────────────────────────
@@ -462,7 +462,7 @@ def test_the_address_may_come_from_the_environment(job: Job, server: FakeServer)
     assert server.prompts == ["fine"]
 
 
-def test_the_key_is_sent_and_written_nowhere(job: Job, server: FakeServer) -> None:
+def test_the_key_is_sent_but_written_nowhere(job: Job, server: FakeServer) -> None:
     server.api_key = KEY
     job.documents("fine", "echoed", "once")
 
@@ -485,7 +485,7 @@ def test_the_key_is_sent_and_written_nowhere(job: Job, server: FakeServer) -> No
     assert [path for path in files if KEY.encode() in path.read_bytes()] == []
 
 
-def test_no_key_sends_no_empty_one(job: Job, server: FakeServer) -> None:
+def test_no_authorization_is_sent_without_a_key(job: Job, server: FakeServer) -> None:
     job.documents("fine")
 
     job.succeed()
@@ -504,7 +504,7 @@ def test_an_unknown_model_names_those_that_are_served(job: Job, server: FakeServ
     assert not server.requests
 
 
-def test_several_models_ask_for_a_choice(job: Job, server: FakeServer) -> None:
+def test_several_models_require_a_choice(job: Job, server: FakeServer) -> None:
     server.models = ["small-model", "large-model"]
     job.documents("fine")
 
@@ -665,7 +665,7 @@ def test_equal_calls_of_a_rollout_are_different_samples(job: Job, server: FakeSe
     assert sorted(texts) == sorted(f"sample {number}" for number in range(12))
 
 
-def test_environment_names_the_endpoint_of_an_input(job: Job, server: FakeServer) -> None:
+def test_an_input_uses_the_endpoint_in_the_environment(job: Job, server: FakeServer) -> None:
     job.documents("a")
 
     finished = job({"OPENAI_BASE_URL": server.url}, base_url=None)

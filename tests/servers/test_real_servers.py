@@ -1,4 +1,4 @@
-"""vLLM, SGLang, Ray and `transformers serve` themselves, on CPU with a tiny model. Slow: `pytest -m real`."""
+"""Real servers (vLLM, SGLang, Ray, `transformers serve`) on CPU with a tiny model. Slow: `pytest -m real`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CPU = {
     "OMP_NUM_THREADS": "1",
     "SGLANG_USE_CPU_ENGINE": "1",
     "HF_HUB_OFFLINE": "1",
-    "PYTHONWARNINGS": "ignore",  # theirs would be taken for ours
+    "PYTHONWARNINGS": "ignore",  # tests take warnings for bugs of ours
 }
 SGLANG_FLAGS = ["device=cpu", "attention-backend=torch_native", "max-total-tokens=65536", "sleep-on-idle"]
 
@@ -100,7 +100,7 @@ SHAPE = """
 """
 
 
-def test_vllm_decodes_the_shape_that_is_asked_for(vllm: Real) -> None:
+def test_vllm_decodes_the_requested_shape(vllm: Real) -> None:
     vllm.options["plugin"] = vllm.plugin("own", SHAPE)
     vllm.input(documents(20))
 
@@ -108,16 +108,16 @@ def test_vllm_decodes_the_shape_that_is_asked_for(vllm: Real) -> None:
 
     assert finished.rc == 0
     assert "response_format" not in finished.stderr
-    results = [row["rollout_results"][0] for row in vllm.output.rows()]  # of a model that only knows nonsense
+    results = [row["rollout_results"][0] for row in vllm.output.rows()]  # the tiny model generates nonsense
     assert {result["score"] for result in results} <= set(range(6))
     assert {kind for result in results for kind in result["kinds"]} <= {"good", "bad"}
-    # It likes to put spaces between two keys for as long as it may: these answers are cut off, but none is wrong.
+    # It often generates spaces between two keys up to --max-tokens: such responses are cut off, but none is invalid.
     assert len(results) >= 10
     assert all("--max-tokens" in record["error"] for record in vllm.output.failures())
 
 
 def kill_in_the_middle(job: Real, process: str) -> Finished:
-    """A run of 500 documents, one of them too long, whose server loses a process after some of them."""
+    """Run 500 documents, one of them too long, and kill a process of the server after some of them."""
     rows = documents(500)
     rows[100]["text"] = "These are words of a long document. " * 1000
     job.input(rows)
@@ -129,11 +129,11 @@ def kill_in_the_middle(job: Real, process: str) -> Finished:
 
     finished = started.finish(300)
     assert finished.rc == 0, finished
-    assert "has died and is started again" in finished.stderr
+    assert "died and is being restarted" in finished.stderr
     assert job.output.ids() == [row["id"] for row in rows]
     truncated = {row["id"]: row for row in job.output.rows() if row["rollout_results"][0]["truncated"]}
     assert list(truncated) == ["d0100"]
-    # As the server itself has counted them, with a context of 2,048 and 16 tokens asked for.
+    # As counted by the server, with a context of 2,048 tokens and --max-tokens 16.
     assert 0.95 * 2032 < truncated["d0100"]["rollout_results"][0]["usage"]["prompt_tokens"] <= 2032
     stats = job.output.stats()
     assert stats["truncated"] == 1
@@ -157,12 +157,12 @@ FORGETFUL = """
 
     async def forgetful(document, generate, run):
         await run.fitter.context()
-        run.fitter._limit = None  # as if the server had not told it
+        run.fitter._limit = None  # as if the server had not reported it
         return await generate(f"Repeat this: {document.text} Now!")
 """
 
 
-def test_vllm_with_other_options_tells_its_context_by_refusing_a_prompt(vllm: Real) -> None:
+def test_context_of_vllm_is_learned_from_a_rejected_prompt(vllm: Real) -> None:
     rows = documents(50)
     rows[20]["text"] = "These are words of a long document. " * 1000
     vllm.input(rows)
@@ -179,7 +179,7 @@ def test_vllm_with_other_options_tells_its_context_by_refusing_a_prompt(vllm: Re
     assert not vllm.processes()
 
 
-def test_vllm_on_two_machines(vllm: Real) -> None:
+def test_vllm_on_two_nodes(vllm: Real) -> None:
     vllm.input(documents(50))
     options = {"nodes": 2, "tp": 2, "head_address": f"127.0.0.1:{free_port()}"}
     head, other = [vllm.start(node_rank=rank, **options) for rank in (0, 1)]
@@ -198,7 +198,7 @@ def test_vllm_on_two_machines(vllm: Real) -> None:
         ({"model": "no-such/model"}, ["--model"]),
     ],
 )
-def test_vllm_that_cannot_start_says_why(vllm: Real, options: dict[str, Any], words: list[str]) -> None:
+def test_reason_is_reported_when_vllm_cannot_start(vllm: Real, options: dict[str, Any], words: list[str]) -> None:
     vllm.input(documents(5))
 
     finished = vllm(**options)
@@ -209,7 +209,7 @@ def test_vllm_that_cannot_start_says_why(vllm: Real, options: dict[str, Any], wo
     assert not vllm.processes()
 
 
-def test_vllm_on_a_port_that_is_taken_says_so(vllm: Real) -> None:
+def test_taken_port_is_reported_for_vllm(vllm: Real) -> None:
     vllm.input(documents(5))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         finished = vllm(server_arg=f"port={listener.getsockname()[1]}")
@@ -218,8 +218,8 @@ def test_vllm_on_a_port_that_is_taken_says_so(vllm: Real) -> None:
     assert "Address already in use" in finished.message
 
 
-def test_ray_gathers_the_machines_before_vllm_starts(vllm: Real) -> None:
-    """Ray is real; vLLM is played, because its CPU build has no use for Ray's GPUs."""
+def test_ray_connects_the_nodes_before_vllm_starts(vllm: Real) -> None:
+    """Ray is real; vLLM is a fake, because its CPU build cannot use Ray's GPUs."""
     programs = vllm.folder / "bin"
     programs.mkdir()
     see = "import ray; ray.init(log_to_driver=False); print('GPUs', ray.cluster_resources()['GPU'], len(ray.nodes()))"
@@ -250,7 +250,7 @@ def test_sglang_whose_scheduler_is_killed_costs_no_document(sglang: Real) -> Non
     assert "loading weights" in finished.stderr
 
 
-def test_sglang_on_two_machines(sglang: Real) -> None:
+def test_sglang_on_two_nodes(sglang: Real) -> None:
     sglang.input(documents(30))
     options = {"nodes": 2, "tp": 2, "head_address": f"127.0.0.1:{free_port()}"}
     env = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}

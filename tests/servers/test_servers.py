@@ -1,4 +1,4 @@
-"""Servers that a run launches: started, watched, restarted, filled, and gone at every ending."""
+"""Servers that a run launches: how they are started, watched, restarted and filled, and that none outlives the run."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_processes_that_a_plugin_forks_do_not_keep_the_server_alive(launch: Laun
         started.send(signal.SIGKILL)
         started.process.wait()
         wait_until(lambda: not [command for command in launch.processes().values() if "sdg.py" not in command], 10)
-        for pid in launch.processes():  # the pool's own, which Python leaves when their parent is killed
+        for pid in launch.processes():  # workers of the pool, which Python does not end when their parent is killed
             os.kill(pid, signal.SIGKILL)
 
     finished = started.finish(30, bugs=True)
@@ -106,7 +106,7 @@ def test_guard_that_is_killed_leaves_nothing_behind(launch: Launch) -> None:
 
     wait_until(lambda: len(launch.starts) == 2)
     assert not first & launch.processes().keys()
-    everything(launch, 200, started.finish(bugs=True))  # its last words may be a warning
+    everything(launch, 200, started.finish(bugs=True))  # its last output may be a warning
     assert not launch.processes()
 
 
@@ -191,7 +191,7 @@ def test_fatal_line_of_a_command_that_hangs_ends_the_wait(launch: Launch) -> Non
     assert "--tp" in finished.message
 
 
-def test_silent_death_at_the_start_tells_status_and_last_words(launch: Launch) -> None:
+def test_death_at_the_start_is_reported_with_status_and_last_output(launch: Launch) -> None:
     launch.input(documents(5))
 
     finished = launch(faults="--exit 5 --say one --say last")
@@ -220,7 +220,7 @@ def test_missing_program_names_the_extra(launch: Launch) -> None:
     assert finished.says("vllm is not installed", "pip install 'sdg[vllm]'")
 
 
-def test_missing_command_is_said(launch: Launch) -> None:
+def test_missing_command_is_reported(launch: Launch) -> None:
     launch.input(documents(5))
 
     finished = launch(server_command="/no/such/program {port}")
@@ -229,7 +229,7 @@ def test_missing_command_is_said(launch: Launch) -> None:
     assert "/no/such/program: No such file" in finished.message
 
 
-def test_log_lines_of_any_length_are_borne(launch: Launch) -> None:
+def test_log_lines_may_have_any_length(launch: Launch) -> None:
     launch.input(documents(5))
 
     everything(launch, 5, launch(faults="--babble"))
@@ -285,7 +285,7 @@ def test_document_that_kills_the_server_is_found_and_the_others_finish(launch: L
     assert finished.rc == 0, finished
     assert list(launch.output.failed()) == ["d0030"]
     assert launch.output.failed()["d0030"]["attempts"] == 3
-    assert "the server died each of the 3 times" in launch.output.failed()["d0030"]["error"]
+    assert "the server crashed 3 times on this request" in launch.output.failed()["d0030"]["error"]
     assert len(launch.output.rows()) == 59
     assert len(launch.starts) == 4
     together = [record["together"] for record in launch.requests() if record["prompt"] == "poison"]
@@ -323,11 +323,11 @@ def test_server_that_never_answers_is_given_up(launch: Launch) -> None:
     finished = launch(max_restarts=1)
 
     assert finished.rc == 1
-    assert "after 1 restarts without an answer" in finished.message
+    assert "died after 1 restart without a response" in finished.message
     assert len(launch.starts) == 2
 
 
-def test_server_whose_health_refuses_is_restarted(launch: Launch) -> None:
+def test_server_that_fails_its_health_checks_is_restarted(launch: Launch) -> None:
     launch.input(documents(30))
 
     finished = launch(faults="--sick --crash-after 10 --only-life 1 --seconds 0.1", max_concurrent_generations=4)
@@ -342,7 +342,7 @@ def test_wedged_server_is_restarted_though_its_health_is_fine(launch: Launch) ->
     finished = launch(faults="--metrics --only-life 1", stall_timeout=1.5, max_concurrent_generations=4)
 
     assert finished.rc == 0, finished
-    assert "no token and no answer" in finished.stderr
+    assert "no token and no response" in finished.stderr
     assert len(launch.starts) == 2
     assert len(launch.output.rows()) == 21
 
@@ -412,7 +412,7 @@ def test_replicas_have_their_own_port_and_gpus(launch: Launch) -> None:
     assert set(Counter(record["pid"] for record in launch.requests())) == {start["pid"] for start in launch.starts}
 
 
-def test_too_few_gpus_are_said_before_anything_starts(launch: Launch) -> None:
+def test_too_few_gpus_are_reported_before_anything_starts(launch: Launch) -> None:
     launch.input(documents(5))
 
     finished = launch({"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, replicas=3, tp=2)
@@ -446,7 +446,7 @@ def test_eight_runs_on_one_machine_do_not_take_each_others_ports(launch: Launch)
     assert len({start["port"] for start in launch.starts}) == 8
 
 
-def test_port_that_was_taken_meanwhile_is_exchanged(launch: Launch) -> None:
+def test_port_that_was_taken_meanwhile_is_replaced(launch: Launch) -> None:
     launch.input(documents(5))
     (launch.folder / "say.txt").write_text("OSError: [Errno 98] Address already in use\n")
     env = launch.program("vllm")
@@ -457,7 +457,7 @@ def test_port_that_was_taken_meanwhile_is_exchanged(launch: Launch) -> None:
     assert len({start["port"] for start in launch.starts}) == 2
 
 
-def test_port_that_the_user_wants_and_another_has_ends_the_run(launch: Launch) -> None:
+def test_fixed_port_that_is_taken_ends_the_run(launch: Launch) -> None:
     launch.input(documents(5))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
@@ -478,7 +478,7 @@ def test_replicas_cannot_share_a_port(launch: Launch) -> None:
     assert finished.says("--server-arg port", "--replicas")
 
 
-# ── Keeping it full ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Concurrency ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("launched", [True, False])
@@ -521,7 +521,7 @@ class Background:
 
 @pytest.mark.parametrize(("running", "limit"), [(1, 1.0), (0, 1.27), (1, 3.8), (16, 64.0)])
 def test_limit_recovers_from_any_low(running: int, limit: float) -> None:
-    """Also where only a part of what was sent is seen, as behind a load balancer."""
+    """Also if the metrics show only a part of the requests, as behind a load balancer."""
 
     async def grow() -> float:
         upstream = sdg.Upstream("http://localhost/v1")
@@ -570,7 +570,7 @@ def test_server_without_metrics_gets_all_that_the_flag_allows(launch: Launch, se
 def start_two(
     launch: Launch, first: dict[str, Any], second: dict[str, Any], faults: str = "--start-seconds 1.5"
 ) -> list[Started]:
-    """Two runs of the fake vLLM, the second one when the first one's server has started."""
+    """Start two runs of the fake vLLM, the second one after the server of the first has started."""
     env = launch.program("vllm") | {"FAKE_ENGINE": faults, "VLLM_CACHE_ROOT": str(launch.folder / "c")}
     launch.input(documents(3))
     there = len(launch.starts)
@@ -586,10 +586,10 @@ def test_servers_of_one_configuration_compile_one_after_the_other_and_only_once(
     assert second - first > 1.4
 
     start_two(launch, {}, {}, "--hang")
-    wait_until(lambda: len(launch.starts) == 4)  # though the third will never be ready
+    wait_until(lambda: len(launch.starts) == 4)  # although the third will never be ready
 
 
-def test_cache_that_cannot_be_written_is_no_reason_to_stop(launch: Launch) -> None:
+def test_run_continues_if_the_cache_cannot_be_written(launch: Launch) -> None:
     launch.input(documents(3))
 
     finished = launch(launch.program("vllm") | {"VLLM_CACHE_ROOT": "/dev/null/cache"}, server="vllm")
@@ -619,12 +619,12 @@ def test_compile_lock_of_a_killed_run_is_free(launch: Launch) -> None:
     killed.finish(bugs=True)
 
 
-# ── Several machines ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Several nodes ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture
-def machines(launch: Launch) -> Callable[..., list[Started]]:
-    """Starts a run on two machines, which are one here; `launch.starts` has a line for each part."""
+def start_nodes(launch: Launch) -> Callable[..., list[Started]]:
+    """Starts a run on two nodes, which are both this machine; `launch.starts` has a line for each part."""
     launch.input(documents(100))
     address = f"127.0.0.1:{free_port()}"
     env = launch.program("vllm", "sglang", "python")
@@ -640,8 +640,8 @@ def machines(launch: Launch) -> Callable[..., list[Started]]:
 
 
 @pytest.mark.parametrize("name", ["vllm", "sglang"])
-def test_two_machines_serve_one_model(launch: Launch, machines: Callable[..., list[Started]], name: str) -> None:
-    head, other = machines(server=name)
+def test_two_nodes_serve_one_model(launch: Launch, start_nodes: Callable[..., list[Started]], name: str) -> None:
+    head, other = start_nodes(server=name)
 
     everything(launch, 100, head.finish())
     ended = other.finish(10)
@@ -654,10 +654,10 @@ def test_two_machines_serve_one_model(launch: Launch, machines: Callable[..., li
     assert all(f"{flag} {rank}" in line for rank, line in enumerate(sorted(lines, key=lambda x: x.partition(flag)[2])))
 
 
-def test_part_that_dies_on_another_machine_is_started_again_with_the_whole(
-    launch: Launch, machines: Callable[..., list[Started]]
+def test_death_of_a_part_on_another_node_restarts_all_parts(
+    launch: Launch, start_nodes: Callable[..., list[Started]]
 ) -> None:
-    head, other = machines("--seconds 0.2", max_concurrent_generations=10)
+    head, other = start_nodes("--seconds 0.2", max_concurrent_generations=10)
     wait_until(lambda: len(launch.requests("answered")) > 10)
     part = next(start for start in launch.starts if "--headless" in start["arguments"])
 
@@ -670,8 +670,8 @@ def test_part_that_dies_on_another_machine_is_started_again_with_the_whole(
     assert other.finish(10).rc == 0
 
 
-def test_head_notices_that_a_machine_is_gone(launch: Launch, machines: Callable[..., list[Started]]) -> None:
-    head, other = machines("--seconds 60")
+def test_head_notices_that_a_node_is_gone(launch: Launch, start_nodes: Callable[..., list[Started]]) -> None:
+    head, other = start_nodes("--seconds 60")
     wait_until(launch.requests)
 
     other.send(signal.SIGKILL)
@@ -683,32 +683,32 @@ def test_head_notices_that_a_machine_is_gone(launch: Launch, machines: Callable[
     wait_until(lambda: not launch.processes())
 
 
-def test_other_machines_end_with_the_head(launch: Launch, machines: Callable[..., list[Started]]) -> None:
-    head, other = machines("--seconds 60")
+def test_other_nodes_end_with_the_head(launch: Launch, start_nodes: Callable[..., list[Started]]) -> None:
+    head, other = start_nodes("--seconds 60")
     wait_until(launch.requests)
 
     head.send(signal.SIGKILL)
 
     finished = other.finish(20)
     assert finished.rc == 1
-    assert finished.says("machine 0", "is gone") if len(finished.lines) == 1 else "is gone" in finished.message
+    assert finished.says("node 0", "is gone") if len(finished.lines) == 1 else "is gone" in finished.message
     head.finish(bugs=True)
     wait_until(lambda: not launch.processes())
 
 
-def test_place_among_the_machines_comes_from_slurm(launch: Launch) -> None:
+def test_node_rank_and_head_come_from_slurm(launch: Launch) -> None:
     launch.input(documents(20))
     env = launch.program("vllm") | {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": str(free_port())}
     scontrol = launch.folder / "bin" / "scontrol"
     scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames node[1-2]" ] && printf "127.0.0.1\\nnode2\\n"\n')
     scontrol.chmod(0o755)
-    machines = [launch.start(env | {"SLURM_NODEID": str(rank)}, server="vllm", nodes=2, tp=2) for rank in (0, 1)]
+    started = [launch.start(env | {"SLURM_NODEID": str(rank)}, server="vllm", nodes=2, tp=2) for rank in (0, 1)]
 
-    everything(launch, 20, machines[0].finish(40))
-    assert machines[1].finish(20).rc == 0
+    everything(launch, 20, started[0].finish(40))
+    assert started[1].finish(20).rc == 0
 
 
-def test_machine_may_come_again_before_all_have_joined(launch: Launch) -> None:
+def test_node_may_join_again_before_all_have_joined(launch: Launch) -> None:
     launch.input(documents(20))
     options = {"server": "vllm", "nodes": 3, "tp": 3, "head_address": f"127.0.0.1:{free_port()}"}
     env = launch.program("vllm")
@@ -722,31 +722,31 @@ def test_machine_may_come_again_before_all_have_joined(launch: Launch) -> None:
     assert [other.finish(20).rc for other in others] == [0, 0]
 
 
-def test_machine_with_other_options_is_refused(launch: Launch, machines: Callable[..., list[Started]]) -> None:
-    head, other = machines(head={"tp": 4})
+def test_node_with_different_options_is_refused(launch: Launch, start_nodes: Callable[..., list[Started]]) -> None:
+    head, other = start_nodes(head={"tp": 4})
 
     finished = other.finish(20)
     assert finished.rc == 1
-    assert "other options" in finished.message
+    assert "different options" in finished.message
     head.send(signal.SIGTERM)
     assert head.finish(20).rc == 143
 
 
-def test_machine_that_does_not_come_is_named(launch: Launch) -> None:
+def test_nodes_that_do_not_join_are_named(launch: Launch) -> None:
     launch.input(documents(5))
     env = launch.program("vllm")
 
     finished = launch(env, server="vllm", nodes=3, tp=3, head_address=f"127.0.0.1:{free_port()}", start_timeout=1)
 
     assert finished.rc == 1
-    assert "node 1, 2 has not joined" in finished.message
+    assert "nodes 1, 2 have not joined" in finished.message
 
 
 # ── Options ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def arguments_of(launch: Launch, name: str, **options: Any) -> str:
-    """The command line with which a fake program of a name was started."""
+    """The command line that a fake program was started with."""
     launch.input(documents(2))
     finished = launch(launch.program(name, "python"), server=name, **options)
     assert finished.rc == 0, finished
@@ -818,9 +818,9 @@ def test_own_flags_win_and_booleans_can_be_switched_off(launch: Launch) -> None:
             ["--tp requires --server command or"],
         ),
         ({"server": "vllm", "model": "./typo"}, ["--model ./typo", "no such folder"]),
-        ({"server": None, "model": "m"}, ["--model m needs a server", "--base-url"]),
+        ({"server": None, "model": "m"}, ["--model m requires a server", "--base-url"]),
         ({"server": "vllm", "nodes": 2, "tp": 3, "head_address": "a"}, ["--tp 3", "--nodes 2"]),
-        ({"server": "vllm", "model": None}, ["--server vllm needs --model"]),
+        ({"server": "vllm", "model": None}, ["--server vllm requires --model"]),
         ({"server": "command", "server_command": "serve it"}, ["{port}"]),
         ({"server": "vllm", "server_arg": "api-key=x"}, ["api-key", "VLLM_API_KEY"]),
         ({"server": "vllm", "nodes": 2, "node_rank": 2, "head_address": "a"}, ["--node-rank 2", "--nodes 2"]),
@@ -830,7 +830,7 @@ def test_own_flags_win_and_booleans_can_be_switched_off(launch: Launch) -> None:
         ({"server": "vllm", "chunked_prefill": "maybe"}, ["on, off, or a number"]),
     ],
 )
-def test_options_that_cannot_be_are_refused(launch: Launch, options: dict[str, Any], words: list[str]) -> None:
+def test_invalid_options_are_refused(launch: Launch, options: dict[str, Any], words: list[str]) -> None:
     launch.input(documents(2))
 
     finished = launch(launch.program("vllm", "sglang"), **options)

@@ -1,4 +1,4 @@
-"""The templates in slurm/, through the real sbatch of a real cluster on this machine: `pytest -m real`."""
+"""The templates in slurm/, run by the sbatch of a real cluster on this machine: `pytest -m real`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SLURM = ROOT / "slurm"
 QUICK_HEARTBEAT = "\n    from sdg_plugins.common import statistics\n    statistics.HEARTBEAT = 0.5\n"
 ENGINE = ROOT / "tests" / "support" / "fake_engine.py"
 AT_ONCE = 4  # requests of a rank in flight
-LOST = 2 * AT_ONCE  # what a kill may cost: these, and those whose answer came in the last tenth of a second
+LOST = 2 * AT_ONCE  # most requests that a kill loses: these, and those answered in the last tenth of a second
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +50,7 @@ def shared_cluster() -> Iterator[Cluster]:
 
 @pytest.fixture
 def cluster(shared_cluster: Cluster) -> Iterator[Cluster]:
-    """The cluster, with all nodes up; afterwards nothing may run on any of them."""
+    """The cluster with all nodes up. No process may be left on them afterwards."""
     shared_cluster.restore()
     yield shared_cluster
     shared_cluster.slurm("scancel", "--user=root", check=False)
@@ -59,7 +59,7 @@ def cluster(shared_cluster: Cluster) -> Iterator[Cluster]:
 
 @pytest.fixture
 def slow() -> Iterator[FakeServer]:
-    """A server that nodes reach, and that takes half a second for an answer."""
+    """A server that all nodes can reach, and that responds after half a second."""
     with FakeServer(ADDRESS) as server:
         server.behave(lambda payload, n: Delay(0.5))
         yield server
@@ -68,7 +68,7 @@ def slow() -> Iterator[FakeServer]:
 
 @dataclass
 class Campaign:
-    """A run on the cluster, in a folder of its own."""
+    """A run on the cluster, in its own folder."""
 
     cluster: Cluster
     folder: Path
@@ -108,38 +108,38 @@ class Campaign:
         return self.call(sys.executable, ROOT / "sdg.py", command, "--output", self.output.path, *arguments)
 
     def submit(self, *flags: object, **options: Any) -> tuple[str, str, str]:
-        """Call submit.sh; the numbers of the jobs of ranks, monitor and card."""
+        """Call submit.sh; returns the job ids of ranks, monitor and card."""
         done = self.call(SLURM / "submit.sh", "--monitor", "--interval 1", *flags, "--", *self.words(**options))
         assert done.rc == 0, done
         ranks, monitor, card = re.findall(r"^\w+ +job (\d+)", done.stdout, re.MULTILINE)
         return ranks, monitor, card
 
     def sbatch(self, *arguments: object, **options: Any) -> str:
-        """Call sbatch with a template; the job's number."""
+        """Call sbatch with a template; returns the job id."""
         done = self.call("sbatch", "--parsable", *arguments, *self.words(**options))
         assert done.rc == 0, done
         return done.stdout.strip()
 
     def done(self, job: str, seconds: float = 120) -> None:
-        """Wait until all of a job has succeeded."""
+        """Wait until all tasks of a job have succeeded."""
         ended = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"}
         self.cluster.wait_for(job, *ended, seconds=seconds)
         assert set(self.cluster.states(job)) == {"COMPLETED"}, self.cluster.told(job)
 
     def answers(self, rank: int) -> int:
-        """Documents of a rank that have an answer in a state or a file."""
+        """Documents of a rank that are final, by its statistics."""
         with contextlib.suppress(OSError, ValueError):
             figures = json.loads((self.output.state / f"{rank:05d}.stats.json").read_text())
             return int(figures["documents"])
         return 0
 
     def everything(self, count: int) -> None:
-        """See that each document has its row, once, and that nobody complained."""
+        """Check that each document has exactly one row, and that no log has an error."""
         assert sorted(self.output.ids()) == [row["id"] for row in documents(count)]
         verified = self.sdg("verify")
         assert verified.rc == 0, verified
         for name, text in self.logs.items():
-            theirs = name.startswith("vllm-")  # vLLM itself has much to say
+            theirs = name.startswith("vllm-")  # vLLM's own log has warnings
             assert theirs or not [sign for sign in SIGNS_OF_A_BUG if sign in text], (name, text)
 
 
@@ -155,20 +155,20 @@ def campaign(cluster: Cluster, slow: FakeServer, request: pytest.FixtureRequest)
 
 
 def write(campaign: Campaign, count: int) -> list[str]:
-    """Write the input; the documents' texts."""
+    """Write the input; returns the documents' texts."""
     rows = documents(count)
     pq.write_table(pa.Table.from_pylist(rows), campaign.folder / "input.parquet")
     return [row["text"] for row in rows]
 
 
 def answer_slowly(server: FakeServer, texts: list[str], ranks: int, waiting: set[int]) -> None:
-    """Have those ranks wait for their answers that are yet to be interrupted."""
+    """Delay the responses to ranks that are still to be interrupted."""
     rank_of = {text: i // 10 % ranks for i, text in enumerate(texts)}
     server.behave(lambda payload, n: Delay(1.0 if rank_of[prompt_of(payload)] in waiting else 0.2))
 
 
 def sent_again(server: FakeServer, texts: list[str], rank: int, world: int, chunk: int = 10) -> int:
-    """Requests beyond one for each document of a rank."""
+    """The number of repeated requests for a rank's documents."""
     mine = {text for i, text in enumerate(texts) if i // chunk % world == rank}
     asked = Counter(request.prompt for request in server.requests if request.prompt in mine)
     assert set(asked) == mine
@@ -216,8 +216,8 @@ def rows_in(content: bytes) -> list[dict[str, Any]]:
     return pq.read_table(pa.BufferReader(content)).to_pylist()  # type: ignore[no-any-return]
 
 
-def test_whatever_interrupts_a_rank_costs_only_what_was_in_flight(campaign: Campaign, slow: FakeServer) -> None:
-    """A kill, a signal, a requeue by hand, the time limit, a preemption, and one for the monitor: a rank each."""
+def test_an_interrupted_rank_loses_only_requests_in_flight(campaign: Campaign, slow: FakeServer) -> None:
+    """One rank each for: a kill, a signal, a requeue by hand, the time limit, a preemption. The monitor is signaled."""
     cluster, texts = campaign.cluster, write(campaign, 5 * 100)
     waiting = {*range(5)}
     answer_slowly(slow, texts, 5, waiting)
@@ -231,7 +231,7 @@ def test_whatever_interrupts_a_rank_costs_only_what_was_in_flight(campaign: Camp
     cluster.slurm("scontrol", "update", f"jobid={ranks}_3", "timelimit=1")
     urgent = cluster.submit("-p", "urgent", "-w", node, "--exclusive", "--wrap", "sleep 5", "--output=/dev/null")
     cluster.slurm("scancel", "--batch", "--signal=USR1", monitor)
-    for rank in (0, 1, 2, 4, 3):  # Slurm looks at time limits every half minute
+    for rank in (0, 1, 2, 4, 3):  # Slurm checks time limits every 30 s
         wait_for(lambda rank=rank: cluster.task(ranks, rank).restarts, 90, lambda: campaign.logs)  # type: ignore[misc]
         waiting.remove(rank)
 
@@ -246,7 +246,7 @@ def test_whatever_interrupts_a_rank_costs_only_what_was_in_flight(campaign: Camp
 
 
 def kill_engine(campaign: Campaign, rank: int) -> None:
-    """Kill a rank's engine, as the kernel does when memory ends."""
+    """Kill a rank's engine, as the kernel does when memory is exhausted."""
     for pid, line in campaign.cluster.processes().items():
         if "sdg.py" in line and line.endswith(f"--rank {rank}") and not line.startswith(("srun", "/bin/bash")):
             os.kill(pid, 9)
@@ -273,7 +273,7 @@ def test_a_node_that_is_switched_off_loses_nothing(campaign: Campaign, slow: Fak
     assert sum(sent_again(slow, texts, rank, 3) for rank in range(3)) <= LOST
 
 
-def test_ranks_that_were_cancelled_are_told_and_run_again_alone(campaign: Campaign, slow: FakeServer) -> None:
+def test_canceled_ranks_are_reported_and_can_be_rerun_alone(campaign: Campaign, slow: FakeServer) -> None:
     cluster, texts = campaign.cluster, write(campaign, 4 * 40)
     waiting = {1, 3}
     answer_slowly(slow, texts, 4, waiting)
@@ -305,7 +305,7 @@ def test_ranks_that_were_cancelled_are_told_and_run_again_alone(campaign: Campai
     assert sum(sent_again(slow, texts, rank, 4) for rank in range(4)) <= 2 * LOST
 
 
-def test_requeues_are_bounded_and_errors_of_options_get_none(campaign: Campaign) -> None:
+def test_requeues_are_limited_and_invalid_options_cause_none(campaign: Campaign) -> None:
     write(campaign, 20)
     deadly = "import os, signal\n" + textwrap.dedent(ECHO).replace(
         "    return await", "    os.kill(os.getpid(), signal.SIGKILL)\n    return await"
@@ -315,11 +315,11 @@ def test_requeues_are_bounded_and_errors_of_options_get_none(campaign: Campaign)
     script, log = SLURM / "generate.sbatch", "--output=%j.log"
 
     killed = campaign.sbatch(log, script, plugin="./deadly.py", output="killed")
-    nobody = campaign.sbatch(log, script, output="nobody", base_url=f"http://{ADDRESS}:1")
+    unreachable = campaign.sbatch(log, script, output="unreachable", base_url=f"http://{ADDRESS}:1")
     mistyped = campaign.sbatch(log, script, output="mistyped", prompt_column="no-such")
     fresh = campaign.sbatch(log, script, "--fresh", output="fresh")
 
-    for job, restarts, code in ((killed, 1, "137:0"), (nobody, 0, "1:0"), (mistyped, 0, "1:0"), (fresh, 0, "2:0")):
+    for job, restarts, code in ((killed, 1, "137:0"), (unreachable, 0, "1:0"), (mistyped, 0, "1:0"), (fresh, 0, "2:0")):
         campaign.cluster.wait_for(job, "FAILED")
         found = campaign.cluster.job(job)
         assert (found.restarts, found.fields["ExitCode"]) == (restarts, code), campaign.cluster.told(job)
@@ -327,7 +327,7 @@ def test_requeues_are_bounded_and_errors_of_options_get_none(campaign: Campaign)
 
 
 def test_templates_work_from_any_folder_and_with_an_installed_sdg(campaign: Campaign) -> None:
-    """With spaces in its name, away from the checkout, and without the submission's environment."""
+    """From a folder with spaces in its name, outside of the checkout, and without the submission's environment."""
     write(campaign, 80)
     copied = campaign.folder / "my scripts"
     shutil.copytree(SLURM, copied)
@@ -349,7 +349,7 @@ def test_templates_work_from_any_folder_and_with_an_installed_sdg(campaign: Camp
     ("flags", "options", "words"),
     [
         (["--partition=no-such"], {}, "Invalid partition"),
-        (["--beside=--partition=no-such"], {}, "is cancelled again"),
+        (["--beside=--partition=no-such"], {}, "canceled job"),
         ([], {"temperature": "hot"}, "--temperature"),
         ([], {"prompt_column": "no-such"}, "no such column"),
         ([], {"plugin": "./no-such.py"}, "no such file"),
@@ -359,7 +359,7 @@ def test_templates_work_from_any_folder_and_with_an_installed_sdg(campaign: Camp
         ([], {"world_size": 3}, "--ranks"),
     ],
 )
-def test_what_cannot_be_is_refused_at_once(
+def test_configuration_errors_are_reported_at_submission(
     campaign: Campaign, flags: list[str], options: dict[str, Any], words: str
 ) -> None:
     write(campaign, 20)
@@ -380,7 +380,7 @@ def test_a_thousand_ranks_are_submitted_as_one_array(campaign: Campaign) -> None
     assert len(campaign.cluster.slurm("squeue", "--noheader", "--array", "--jobs", ranks).splitlines()) == 1000
 
 
-def test_scripts_have_nothing_that_shellcheck_finds(cluster: Cluster) -> None:
+def test_shellcheck_finds_nothing_in_the_scripts(cluster: Cluster) -> None:
     done = subprocess.run(
         ["shellcheck", "-x", *sorted(SLURM.iterdir())], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -390,8 +390,8 @@ def test_scripts_have_nothing_that_shellcheck_finds(cluster: Cluster) -> None:
 # ── Models on several nodes ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def played(campaign: Campaign, script: str = "", seconds: float = 0.5) -> None:
-    """Have a program that plays vLLM in the path, after some words of shell; an answer takes it some seconds."""
+def fake_vllm(campaign: Campaign, script: str = "", seconds: float = 0.5) -> None:
+    """Put a fake vLLM into PATH that runs a shell script first, and responds after some seconds."""
     programs = campaign.folder / "bin"
     programs.mkdir()
     engine = f'exec python3 {ENGINE} --folder {campaign.folder}/engine --seconds {seconds} "$@"'
@@ -407,13 +407,13 @@ def starts(campaign: Campaign) -> list[dict[str, Any]]:
 
 
 def asked(campaign: Campaign) -> Counter[str]:
-    """How often each prompt came to the played engine."""
+    """How often the fake engine has received each prompt."""
     lines = (campaign.folder / "engine" / "requests.jsonl").read_text().splitlines()
     return Counter(line["prompt"] for line in map(json.loads, lines) if line["event"] == "came")
 
 
 def pid_on(campaign: Campaign, node: str, *words: str) -> int:
-    """The first process on a node whose command line has all these words, the shells and srun around it aside."""
+    """The first process on a node whose command line has all these words, without the shells and srun around it."""
     found = [
         pid
         for pid, line in campaign.cluster.processes(node).items()
@@ -427,9 +427,9 @@ def nodes_of(campaign: Campaign, job: str) -> list[str]:
     return campaign.cluster.slurm("scontrol", "show", "hostnames", campaign.cluster.job(job).fields["NodeList"]).split()
 
 
-def test_ranks_on_two_nodes_outlive_the_death_of_a_head_and_of_a_worker(campaign: Campaign) -> None:
+def test_ranks_on_two_nodes_survive_the_death_of_a_head_and_of_a_worker(campaign: Campaign) -> None:
     write(campaign, 2 * 60)
-    played(campaign, seconds=1.0)
+    fake_vllm(campaign, seconds=1.0)
     ranks, _, card = campaign.submit("--ranks=2", "--nodes=2", "--gpus-per-node=1", tp=2)
     wait_for(lambda: all(campaign.answers(rank) > 3 for rank in range(2)), 90, lambda: campaign.logs)
 
@@ -444,9 +444,9 @@ def test_ranks_on_two_nodes_outlive_the_death_of_a_head_and_of_a_worker(campaign
     assert sum(asked(campaign).values()) - 120 <= 2 * LOST
 
 
-def test_a_rank_whose_other_node_is_lost_goes_on_elsewhere(campaign: Campaign) -> None:
+def test_a_rank_that_loses_a_node_continues_on_others(campaign: Campaign) -> None:
     write(campaign, 60)
-    played(campaign)
+    fake_vllm(campaign)
     rank, _, card = campaign.submit("--nodes=2", "--gpus-per-node=2", tp=4)
     wait_for(lambda: campaign.answers(0) > 8, 60, lambda: campaign.logs)
 
@@ -460,12 +460,12 @@ def test_a_rank_whose_other_node_is_lost_goes_on_elsewhere(campaign: Campaign) -
     assert sum(asked(campaign).values()) - 60 <= LOST
 
 
-def test_ray_joins_two_nodes_and_is_joined_again_when_a_part_of_it_dies(campaign: Campaign) -> None:
-    """Ray is real; vLLM is played, because its CPU build has no use for Ray's GPUs."""
+def test_ray_connects_two_nodes_and_does_so_again_when_a_part_dies(campaign: Campaign) -> None:
+    """Ray is real; vLLM is a fake, because its CPU build cannot use Ray's GPUs."""
     ray, count = real_engines.vllm(), 100
     write(campaign, count)
     see = "import ray; ray.init(log_to_driver=False); print('GPUs', ray.cluster_resources()['GPU'], len(ray.nodes()))"
-    played(campaign, f'{ray}/python -c "{see}" >> {campaign.folder}/seen.txt 2>&1')
+    fake_vllm(campaign, f'{ray}/python -c "{see}" >> {campaign.folder}/seen.txt 2>&1')
     (campaign.folder / "bin" / "python").write_text(f'#!/bin/sh\nexec {ray}/python "$@"\n')
     (campaign.folder / "bin" / "python").chmod(0o755)
     campaign.env["PATH"] += f":{ray}"
@@ -488,7 +488,7 @@ def test_ray_joins_two_nodes_and_is_joined_again_when_a_part_of_it_dies(campaign
     assert sum(asked(campaign).values()) - count <= 2 * LOST
 
 
-def test_vllm_itself_answers_from_two_nodes(campaign: Campaign) -> None:
+def test_real_vllm_responds_from_two_nodes(campaign: Campaign) -> None:
     vllm, model, count = real_engines.vllm(), real_engines.tiny_model(), 40
     write(campaign, count)
     campaign.env |= {

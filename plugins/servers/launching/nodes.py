@@ -1,7 +1,7 @@
-"""One model on several machines: machine 0 runs the engine and tells the others when to start and stop their part.
+"""One model on several nodes: node 0 runs the engine and has the others start and stop their parts of the server.
 
-Each of the others keeps a connection to machine 0 (JSON lines over TCP), which is also how both sides notice that the
-other is gone: a process that is killed closes it, and a machine that is switched off sends no more beats.
+Each of the other nodes keeps a connection to node 0 (JSON lines over TCP). It also shows both sides when the other is
+gone: the connection of a killed process closes, and a machine that is switched off sends no more heartbeats.
 """
 
 from __future__ import annotations
@@ -18,80 +18,86 @@ from typing import TYPE_CHECKING, Any
 
 import sdg
 from sdg_plugins.common.state import differences
-from sdg_plugins.servers.launching.processes import Process
+from sdg_plugins.servers.launching.processes import Placement, Process
 
 if TYPE_CHECKING:
     import argparse
 
-BEAT = 5.0  # s between two beats
-SILENCE = 30.0  # s without a beat after which a machine counts as gone
-STOPPING = 30.0  # s that a machine may take to end its part
+BEAT = 5.0  # s between two heartbeats
+SILENCE = 30.0  # s without a heartbeat after which the other side counts as gone
+STOPPING = 30.0  # s that a node may take to end its part
 Message = dict[str, Any]
 
 
-def place(options: argparse.Namespace) -> None:
-    """Fill in the options that say which machine this is, from Slurm's variables where they are silent.
+# ── Options ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def derive_node_options(options: argparse.Namespace) -> None:
+    """Fill in --node-rank and --head-address from Slurm's variables if they are not given.
 
     Raises:
-        UsageError: they do not fit together, or nothing tells where machine 0 is.
+        UsageError: they contradict --nodes, or the address of node 0 is unknown.
     """
     slurm = os.environ if options.nodes > 1 else {}
     if options.node_rank is None:
         options.node_rank = int(slurm.get("SLURM_NODEID", "0"))
     if options.node_rank >= options.nodes:
-        raise sdg.UsageError(f"--node-rank {options.node_rank} is not below --nodes {options.nodes}")
+        raise sdg.UsageError(f"--node-rank {options.node_rank} must be less than --nodes {options.nodes}")
     if options.nodes > 1 and not options.head_address:
         if "SLURM_JOB_NODELIST" not in slurm or not shutil.which("scontrol"):
-            raise sdg.UsageError("--nodes needs --head-address: the name of machine 0, as the others reach it")
+            raise sdg.UsageError("--nodes requires --head-address: the host name or address of node 0")
         command = ["scontrol", "show", "hostnames", slurm["SLURM_JOB_NODELIST"]]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise sdg.UsageError(f"scontrol does not tell machine 0 ({done.stderr.strip()}): give --head-address")
+            raise sdg.UsageError(f"scontrol cannot list the nodes ({done.stderr.strip()}): set --head-address")
         options.head_address = done.stdout.split()[0]
 
 
-def address(options: argparse.Namespace) -> tuple[str, int]:
-    """Host and port of machine 0; without a port one that follows from Slurm's job number, else 29400."""
+def head_address(options: argparse.Namespace) -> tuple[str, int]:
+    """Host and port of node 0. The default port is derived from Slurm's job id; 29400 outside of Slurm."""
     host, _, port = (
         options.head_address.rpartition(":") if ":" in options.head_address else (options.head_address, "", "")
     )
     job = os.environ.get("SLURM_JOB_ID")
     if port and not port.isdigit():
-        raise sdg.UsageError(f"--head-address {options.head_address}: HOST or HOST:PORT is wanted")
+        raise sdg.UsageError(f"--head-address {options.head_address}: expected HOST or HOST:PORT")
     return host, int(port or (18_000 + int(job) % 3_000 if job else 29_400))
 
 
 def own_address(host: str) -> str:
-    """The address of this machine, machine 0, under which the others know it as `host`.
+    """The address of this machine, node 0, which the other nodes know as `host`.
 
-    Debian lets a machine's own name point to its loopback: there the address of its outward interface is taken.
+    Debian resolves a machine's own name to its loopback; the address of the outward interface replaces that.
     """
     found = socket.gethostbyname(host)
     if not found.startswith("127.") or host in {"localhost", found}:
         return found
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as outward:
-        outward.connect(("192.0.2.1", 9))  # nothing is sent: the kernel only chooses the interface
+        outward.connect(("192.0.2.1", 9))  # sends nothing: the kernel only chooses the interface
         return str(outward.getsockname()[0])
 
 
-def layout(options: argparse.Namespace) -> dict[str, Any]:
-    """What all machines have to agree on, as JSON."""
+def shared_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The options that must be the same on all nodes, as JSON."""
     names = "server model nodes tp pp dp node_backend server_arg quantization kv_cache_dtype model_max_context"
     names += " chunked_prefill speculative_config"
     values: dict[str, Any] = json.loads(json.dumps({name: getattr(options, name) for name in names.split()}))
     return values
 
 
-async def send(writer: asyncio.StreamWriter, **message: Any) -> None:
-    """Send one message; ConnectionError if the other side is gone."""
-    if writer.is_closing():  # uvloop has another error for that
+# ── Messages ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def send_message(writer: asyncio.StreamWriter, **message: Any) -> None:
+    """Send one message; raises ConnectionError if the other side is gone."""
+    if writer.is_closing():  # uvloop raises a different error
         raise ConnectionResetError
     writer.write(json.dumps(message).encode() + b"\n")
     await writer.drain()
 
 
-async def messages(reader: asyncio.StreamReader) -> AsyncIterator[Message]:
-    """The other side's messages, beats aside; ends when it is gone."""
+async def received_messages(reader: asyncio.StreamReader) -> AsyncIterator[Message]:
+    """The other side's messages without its heartbeats, until it is gone."""
     while True:
         try:
             async with asyncio.timeout(SILENCE):
@@ -105,91 +111,100 @@ async def messages(reader: asyncio.StreamReader) -> AsyncIterator[Message]:
             yield message
 
 
-async def beat(writer: asyncio.StreamWriter) -> None:
-    """Let the other side know that this one is alive."""
-    with contextlib.suppress(ConnectionError):  # whoever reads notices
+async def send_heartbeats(writer: asyncio.StreamWriter) -> None:
+    """Send a heartbeat every BEAT seconds."""
+    with contextlib.suppress(ConnectionError):  # the reading side notices it, too
         while True:
-            await send(writer, beat=True)
+            await send_message(writer, beat=True)
             await asyncio.sleep(BEAT)
 
 
+# ── Node 0 ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
 class Head:
-    """Machine 0's side. `lost` says which machine is gone, `died` whose part of the server has ended."""
+    """Node 0's side of the connections.
+
+    Attributes:
+        lost: says which node is gone; "" if none is.
+        died: says which node's part of the server has ended, and why; "" if none has.
+    """
 
     def __init__(self, run: sdg.Run) -> None:
         self.run, self.options = run, run.options
-        self.host, self.port = address(run.options)
+        self.host, self.port = head_address(run.options)
         self.lost = self.died = ""
-        self._others: dict[int, asyncio.StreamWriter] = {}
-        self._begun = False  # from then on a machine that goes is lost; before it may come again
+        self._writers: dict[int, asyncio.StreamWriter] = {}  # of the nodes that have joined
+        self._started = False  # from then on a node that goes is lost; before, it may join again
         self._running: set[int] = set()
         self._stopped = asyncio.Event()
-        self._talks: set[asyncio.Task[Any]] = set()
+        self._connections: set[asyncio.Task[Any]] = set()
         self._ending = False
 
     async def __aenter__(self) -> Head:
         try:
             own = await asyncio.to_thread(own_address, self.host)
-            self._server = await asyncio.start_server(self._welcome, own, self.port)
-        except OSError as problem:
-            message = f"machine 0 cannot listen at {self.host}:{self.port} ({problem.strerror or problem})"
-            raise sdg.ServerError(f"{message}: give another --head-address HOST:PORT to all of them") from problem
+            self._server = await asyncio.start_server(self._serve_node, own, self.port)
+        except OSError as exc:
+            message = f"node 0 cannot listen at {self.host}:{self.port} ({exc.strerror or exc})"
+            raise sdg.ServerError(f"{message}: choose another --head-address HOST:PORT on all nodes") from exc
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self._ending = True
-        for writer in self._others.values():
+        for writer in self._writers.values():
             with contextlib.suppress(ConnectionError):
-                await send(writer, end=True)
+                await send_message(writer, end=True)
         self._server.close()
-        if self._talks:  # the others hang up
-            await asyncio.wait(self._talks, timeout=BEAT)
+        if self._connections:  # the other nodes close them
+            await asyncio.wait(self._connections, timeout=BEAT)
 
     def missing(self) -> list[int]:
-        """The machines that have not joined."""
-        return [node for node in range(1, self.options.nodes) if node not in self._others]
+        """The nodes that have not joined."""
+        return [node for node in range(1, self.options.nodes) if node not in self._writers]
 
-    async def start(self, meeting_port: int) -> None:
-        """Have the others start their part of the server, which meets at a port of this machine."""
-        self.died, self._begun = "", True
-        self._running = set(self._others)
-        for writer in self._others.values():
-            with contextlib.suppress(ConnectionError):  # `lost` will tell
-                await send(writer, start=meeting_port)
+    async def start(self, rendezvous_port: int) -> None:
+        """Have the other nodes start their parts of the server, which meet at a port of this machine."""
+        self.died, self._started = "", True
+        self._running = set(self._writers)
+        for writer in self._writers.values():
+            with contextlib.suppress(ConnectionError):  # `lost` will say so
+                await send_message(writer, start=rendezvous_port)
 
     async def stop(self) -> None:
-        """Have the others end their part, and wait until they have."""
+        """Have the other nodes end their parts, and wait until they have."""
         self._stopped.clear()
-        for writer in self._others.values():
+        for writer in self._writers.values():
             with contextlib.suppress(ConnectionError):
-                await send(writer, stop=True)
+                await send_message(writer, stop=True)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(STOPPING):
                 while self._running:
                     await self._stopped.wait()
                     self._stopped.clear()
 
-    async def _welcome(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _serve_node(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Handle the connection of one node."""
         node, task = 0, asyncio.current_task()
         assert task
-        self._talks.add(task)
-        task.add_done_callback(self._talks.discard)
-        async with sdg.background(beat(writer)):
-            async for message in messages(reader):
+        self._connections.add(task)
+        task.add_done_callback(self._connections.discard)
+        async with sdg.background(send_heartbeats(writer)):
+            async for message in received_messages(reader):
                 if "node" in message:
                     if refusal := self._refusal(message):
                         with contextlib.suppress(ConnectionError):
-                            await send(writer, refused=refusal)
+                            await send_message(writer, refused=refusal)
                         break
                     node = message["node"]
-                    self._others[node] = writer
+                    self._writers[node] = writer
                 elif "died" in message and node:
                     self.died = self.died or f"node {node} ({message.get('host')}): {message['died']}"
                 elif "stopped" in message and node:
                     self._running.discard(node)
                     self._stopped.set()
-        if node and not self._begun:
-            del self._others[node]
+        if node and not self._started:
+            del self._writers[node]
         elif node and not self._ending:
             self.lost = self.lost or f"node {node} is gone: its process or its machine has ended"
             self._running.discard(node)
@@ -197,102 +212,110 @@ class Head:
         writer.close()
 
     def _refusal(self, message: Message) -> str:
-        mine, node = layout(self.options), message["node"]
+        """Why a node may not join; "" if it may."""
+        mine, node = shared_options(self.options), message["node"]
         if not isinstance(node, int) or not 0 < node < self.options.nodes:
-            return f"there is no machine {node}"
+            return f"there are only {self.options.nodes} nodes"
         if changes := list(differences(mine, message.get("layout"))):
-            return f"machine 0 was started with other options: {'; '.join(changes)}"
-        return f"there is a machine {node} already" if node in self._others else ""
+            return f"node 0 has different options: {'; '.join(changes)}"
+        return "a node with this number has already joined" if node in self._writers else ""
 
 
-async def join(run: sdg.Run, start: Callable[[Message], Process]) -> None:
-    """The other machines' side: run a part of the server when told to, until machine 0 ends.
+# ── The other nodes ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def follow_head(run: sdg.Run, launch: Callable[[Placement], Process]) -> None:
+    """The other nodes' side: start and stop a part of the server on node 0's request, until node 0 ends.
 
     Args:
-        start: launches this machine's process at the spot of the fields given.
+        run: names the node and the address of node 0.
+        launch: launches this node's process.
 
     Raises:
-        ServerError: machine 0 was not found, refused, or is gone without a word.
+        ServerError: node 0 does not respond, refuses this node, or is gone without having said so.
     """
-    host, port = address(run.options)
+    host, port = head_address(run.options)
     reader, writer = await _connect(run, host, port)
-    sdg.say(f"node {run.options.node_rank} has joined {host}:{port}")
-    part = Part(run, start, writer)
-    obeying = asyncio.create_task(_obey(run, part, reader, writer))
+    sdg.say(f"node {run.options.node_rank} has joined node 0 at {host}:{port}")
+    part = ServerPart(run, launch, writer)
+    following = asyncio.create_task(_follow(run, part, reader, writer))
     try:
-        await asyncio.shield(obeying)
+        await asyncio.shield(following)
     except asyncio.CancelledError:
-        # Schedulers signal all machines at once: the first one still lets what is in flight end.
-        await asyncio.wait([obeying], timeout=sdg.GRACE + 2)
+        # Schedulers signal all nodes at once: node 0 still waits for its requests in flight.
+        await asyncio.wait([following], timeout=sdg.GRACE + 2)
         raise
     finally:
-        obeying.cancel()
-        await asyncio.wait([obeying])
+        following.cancel()
+        await asyncio.wait([following])
         await part.stop()
         writer.close()
 
 
-async def _obey(run: sdg.Run, part: Part, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Do as machine 0 says, until it ends."""
-    host, port = address(run.options)
+async def _follow(run: sdg.Run, part: ServerPart, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Do what node 0 requests, until it ends."""
+    host, port = head_address(run.options)
+    node = run.options.node_rank
     with contextlib.suppress(ConnectionError):
-        async with sdg.background(beat(writer)):
-            await send(writer, node=run.options.node_rank, layout=layout(run.options))
-            async for message in messages(reader):
+        async with sdg.background(send_heartbeats(writer)):
+            await send_message(writer, node=node, layout=shared_options(run.options))
+            async for message in received_messages(reader):
                 if "end" in message:
                     return
                 if "refused" in message:
-                    raise sdg.ServerError(f"node {run.options.node_rank} is refused: {message['refused']}")
+                    raise sdg.ServerError(f"node 0 refuses node {node}: {message['refused']}")
                 if "start" in message:
                     await part.start(host, message["start"])
                 elif "stop" in message:
                     await part.stop()
-                    await send(writer, stopped=True)
-    raise sdg.ServerError(f"machine 0 ({host}:{port}) is gone")
+                    await send_message(writer, stopped=True)
+    raise sdg.ServerError(f"node 0 ({host}:{port}) is gone: its process or its machine has ended")
 
 
 async def _connect(run: sdg.Run, host: str, port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Connect to node 0, which may start later than this node."""
     loop = asyncio.get_running_loop()
     said, deadline = loop.time(), loop.time() + run.options.start_timeout
-    sdg.say(f"node {run.options.node_rank} looks for machine 0 at {host}:{port}")
+    sdg.say(f"node {run.options.node_rank} is connecting to node 0 at {host}:{port}")
     while True:
         try:
             return await asyncio.open_connection(host, port)
-        except OSError as problem:
+        except OSError as exc:
+            reason = exc.strerror or exc
             if loop.time() > deadline:
-                message = f"machine 0 was not found at {host}:{port} in --start-timeout ({problem.strerror or problem})"
-                raise sdg.ServerError(message) from problem
+                message = f"node 0 did not respond at {host}:{port} within --start-timeout ({reason})"
+                raise sdg.ServerError(f"{message}: is --head-address correct, is node 0 running?") from exc
             if loop.time() > said + 10:
                 said = loop.time()
-                sdg.say(f"machine 0 does not answer at {host}:{port} yet ({problem.strerror or problem})")
+                sdg.say(f"node 0 does not respond at {host}:{port} yet ({reason})")
         await asyncio.sleep(0.5)
 
 
-class Part:
-    """This machine's part of the server, while it runs."""
+class ServerPart:
+    """This node's part of the server, which node 0 starts and stops."""
 
-    def __init__(self, run: sdg.Run, start: Callable[[Message], Process], writer: asyncio.StreamWriter) -> None:
-        self._run, self._start, self._writer = run, start, writer
+    def __init__(self, run: sdg.Run, launch: Callable[[Placement], Process], writer: asyncio.StreamWriter) -> None:
+        self._run, self._launch, self._writer = run, launch, writer
         self._process: Process | None = None
         self._watching: asyncio.Task[None] | None = None
 
-    async def start(self, host: str, meeting_port: int) -> None:
-        """Start it."""
+    async def start(self, host: str, rendezvous_port: int) -> None:
+        """Start the process, which meets those of the other nodes at a port of `host`."""
         options = self._run.options
-        spot = {"port": 0, "node": options.node_rank, "nodes": options.nodes}
-        self._process = self._start({**spot, "head": host, "meeting_port": meeting_port})
+        self._process = self._launch(Placement(0, rendezvous_port, options.node_rank, options.nodes, host))
         self._watching = asyncio.create_task(self._watch(self._process))
 
     async def stop(self) -> None:
-        """End it, if it runs."""
+        """End the process, if it runs."""
         if self._watching:
             self._watching.cancel()
             await asyncio.wait([self._watching])
         if self._process:
-            await self._process.__aexit__()
+            await self._process.end()
         self._process = self._watching = None
 
     async def _watch(self, process: Process) -> None:
+        """Report to node 0 when the process ends by itself."""
         await asyncio.wait([process.exited])
         with contextlib.suppress(ConnectionError):
-            await send(self._writer, died=process.reason, host=os.uname().nodename)
+            await send_message(self._writer, died=process.reason, host=os.uname().nodename)

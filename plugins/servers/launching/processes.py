@@ -1,4 +1,4 @@
-"""The processes of launched servers: what is started, its log, and its guard, so that nothing outlives the run."""
+"""The processes of launched servers: how one is started, its log, and its end, so that none outlives the run."""
 
 from __future__ import annotations
 
@@ -24,19 +24,27 @@ from typing import Any
 import sdg
 from sdg_plugins.servers.launching import guard
 
-PORTS = range(30_000, 32_768)  # below those that Linux gives to outgoing connections, above SGLang's own choice
-LOG_BYTES = 64 << 20  # of a server's log, before it is moved aside; two are kept
-LONGEST_LINE = 8 << 10  # bytes of a log line that are looked at
-LAST_WAIT = 15.0  # s for the guard to end everything
+PORTS = range(30_000, 32_768)  # below those that Linux gives to outgoing connections, above SGLang's defaults
+LOG_BYTES = 64 << 20  # size at which a server's log is rotated; one older log is kept
+LONGEST_LINE = 8 << 10  # bytes at the end of a log line that are examined
+LAST_WAIT = 15.0  # s that the guard has to end everything
 GUARD = str(Path(__file__).with_name("guard.py"))
 
 
 @dataclasses.dataclass(frozen=True)
-class Spot:
-    """Where one process of a server runs."""
+class Placement:
+    """Where one process of a server runs.
 
-    port: int  # of the HTTP server, on loopback
-    meeting_port: int  # where the processes of one server find each other, on the first node
+    Attributes:
+        port: the HTTP server's, on loopback.
+        rendezvous_port: on node 0, where the processes of one server find each other.
+        node: number of this node.
+        nodes: how many nodes the server spans.
+        head: host name or address of node 0.
+    """
+
+    port: int
+    rendezvous_port: int
     node: int = 0
     nodes: int = 1
     head: str = "127.0.0.1"
@@ -47,18 +55,19 @@ class Program:
     """A kind of server.
 
     Attributes:
-        command: the arguments of its process at a spot.
+        name: for messages and log files.
+        command: returns the command line of its process at a placement.
         model: the name under which it serves the model; None if it has to be asked.
-        phases: what log lines tell of its start, as (regular expression, phase).
-        fatal: lines after which it cannot start, as (regular expression, hint): what tells most comes first.
-        version: of the package; with the command it names the compiled graphs.
-        cache: where compiled graphs lie; None if there is nothing to compile.
+        phases: log lines that mark the phases of its start, as (regular expression, phase).
+        fatal: log lines after which it cannot start, as (regular expression, hint); the most informative come first.
+        version: of the package; together with the command it identifies compiled graphs.
+        cache: folder of compiled graphs; None if the server compiles nothing.
         environment: variables that it needs.
-        lists_model: whether its list of models can be relied on.
+        lists_model: its list of models is reliable.
     """
 
     name: str
-    command: Callable[[Spot], list[str]]
+    command: Callable[[Placement], list[str]]
     model: str | None
     phases: tuple[tuple[str, str], ...] = ()
     fatal: tuple[tuple[str, str], ...] = ()
@@ -68,55 +77,66 @@ class Program:
     lists_model: bool = True
 
 
-class Died(Exception):
-    """A server is not there any more, or never came up; the message says why."""
+class ServerDied(Exception):
+    """A server has ended, hangs, or failed to start; the message says why."""
 
 
 class Process:
-    """A running process tree and its log. Leave the context, and it is gone."""
+    """A running process tree and its log. Leaving the context ends it.
+
+    Attributes:
+        phase: the phase of the start that its log has reached.
+        line: the last line of its log, without time stamps.
+        fatal_at: loop time of the first line that matches one of `Program.fatal`; None if there was none.
+        exited: the exit status, once the process has ended and its log has been read.
+    """
 
     def __init__(self, program: Program, argv: list[str], environment: Mapping[str, str], log: Path) -> None:
         self.program, self.log = program, log
         self.phase, self.line = "starting", ""
         self.fatal_at: float | None = None
-        self._fatal: tuple[int, str] | None = None  # rank of the pattern, what was said
-        self._complaint = ""
+        self._fatal: tuple[int, str] | None = None  # index of the pattern, and the line
+        self._error_line = ""
         self._loop = asyncio.get_running_loop()
         self.exited: asyncio.Future[int] = self._loop.create_future()
         adopt_orphans()
         self._popen = subprocess.Popen(
             [sys.executable, "-I", "-S", GUARD, str(os.getpid()), *argv],
-            stdin=subprocess.PIPE,  # held open: its end is the guard's sign to end
+            stdin=subprocess.PIPE,  # stays open: the guard ends everything when it is closed
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env=environment,
-            start_new_session=True,  # a Ctrl-C in the terminal is the run's to handle
+            start_new_session=True,  # Ctrl-C in the terminal must reach only the run
         )
-        pump = threading.Thread(target=self._pump, args=[shlex.join(argv)], name="sdg-log", daemon=True)
-        pump.start()
-        threading.Thread(target=self._wait, args=[pump], name="sdg-wait", daemon=True).start()
+        reader = threading.Thread(target=self._read_output, args=[shlex.join(argv)], name="sdg-log", daemon=True)
+        reader.start()
+        threading.Thread(target=self._wait, args=[reader], name="sdg-wait", daemon=True).start()
 
     async def __aenter__(self) -> Process:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        await self.end()
+
+    async def end(self) -> None:
+        """Have the guard end the process tree, and wait until it has."""
         assert self._popen.stdin
         self._popen.stdin.close()
-        self._popen.terminate()  # a process forked by a plugin may hold the life line open
+        self._popen.terminate()  # a process forked by a plugin may hold the pipe open
         await asyncio.wait([self.exited], timeout=LAST_WAIT)
 
     @property
     def reason(self) -> str:
-        """Why it ended, or cannot go on, in one line."""
+        """Why it ended, or cannot start, in one line."""
         if self._fatal:
             hint = self.program.fatal[self._fatal[0]][1]
             return f"{self._fatal[1]}{f'; {hint}' if hint else ''} (log: {self.log})"
-        status = f"it ended with status {self.exited.result()}" if self.exited.done() else "it gave no reason"
-        said = self._complaint or self.line
-        return f"{status}{f', its last words: {said}' if said else ', and without a word'} (log: {self.log})"
+        status = [f"exited with status {self.exited.result()}"] if self.exited.done() else []
+        said = self._error_line or self.line
+        return f"{'; '.join([*status, f'last output: {said}' if said else 'no output'])} (log: {self.log})"
 
-    def _pump(self, command: str) -> None:
-        """Copy the output to the log, and look at its lines; in a thread, until all who could write are gone."""
+    def _read_output(self, command: str) -> None:
+        """Copy the output to the log and examine its lines. Runs in a thread until all writers have ended."""
         pipe = self._popen.stdout
         assert isinstance(pipe, io.BufferedReader)
         rest = b""
@@ -126,27 +146,28 @@ class Process:
                 *lines, rest = re.split(rb"[\r\n]+", rest + chunk)
                 rest = rest[-LONGEST_LINE:]
                 for line in lines:
-                    self._notice(line)
-            self._notice(rest)
+                    self._examine(line)
+            self._examine(rest)
         pipe.close()
 
-    def _wait(self, pump: threading.Thread) -> None:
-        """Tell of the end, after all lines of the log: whoever hears of it knows the reason."""
+    def _wait(self, reader: threading.Thread) -> None:
+        """Set `exited` after the last line of the log was examined, so that `reason` is complete by then."""
         status = self._popen.wait()
-        if status < 0:  # somebody has killed the guard: what it was to end has fallen to us
-            end_orphans()
-        pump.join()
-        with contextlib.suppress(RuntimeError):  # the loop is gone: nobody waits any more
-            self._loop.call_soon_threadsafe(self._end, status)
+        if status < 0:  # the guard was killed, so its children are now ours
+            kill_orphans()
+        reader.join()
+        with contextlib.suppress(RuntimeError):  # the loop is closed: no one waits any more
+            self._loop.call_soon_threadsafe(self._set_exited, status)
 
-    def _end(self, status: int) -> None:
+    def _set_exited(self, status: int) -> None:
         if not self.exited.done():
             self.exited.set_result(status)
 
-    def _notice(self, raw: bytes) -> None:
+    def _examine(self, raw: bytes) -> None:
+        """Note what a log line says about the phase, or about the end."""
         line = re.sub(r"\x1b\[[0-9;]*m", "", raw[-LONGEST_LINE:].decode(errors="replace")).strip()
         line = re.sub(r"^(\([^)]*pid=\d+\) *)?([A-Z]+ [\d:. -]+\[[^]]*\] *)?(\[[\d: -]+[^]]*\] *)?", "", line)[:300]
-        line = " ".join(line.split())
+        line = sdg.one_line(line)
         if not line:
             return
         self.line = line
@@ -154,31 +175,31 @@ class Process:
             if re.search(pattern, line):
                 self.phase = phase
         if re.match(r"([\w.]+(Error|Exception)\b|error\b|fatal\b|[\w.-]+: error: )", line, re.IGNORECASE):
-            self._complaint = line
-        for rank, (pattern, _) in enumerate(self.program.fatal):
+            self._error_line = line
+        for index, (pattern, _) in enumerate(self.program.fatal):
             if re.search(pattern, line):
-                if self._fatal is None or rank < self._fatal[0]:
-                    self._fatal = rank, line
+                if self._fatal is None or index < self._fatal[0]:
+                    self._fatal = index, line
                 self.fatal_at = self.fatal_at or self._loop.time()
                 break
 
 
 def adopt_orphans() -> None:
-    """Have the server's processes fall to this process if their guard is killed."""
+    """Make this process the parent of the server's processes if their guard is killed."""
     guard.prctl(guard.PR_SET_CHILD_SUBREAPER, 1)
 
 
-def end_orphans() -> None:
+def kill_orphans() -> None:
     """Kill the processes that a killed guard has left to this one, and all below them.
 
     Guards and what they start have sessions of their own; other children of this process are left alone.
     """
     mine = os.getpid()
     for _ in range(100):
-        orphans = [pid for pid in guard.children(mine, deep=False) if is_orphan(pid)]
+        orphans = [pid for pid in guard.children(mine) if is_orphan(pid)]
         if not orphans:
             return
-        for pid in [*orphans, *(below for orphan in orphans for below in guard.children(orphan))]:
+        for pid in [*orphans, *(below for orphan in orphans for below in guard.descendants(orphan))]:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         for pid in orphans:
@@ -188,7 +209,7 @@ def end_orphans() -> None:
 
 
 def is_orphan(pid: int) -> bool:
-    """Whether a child of this process came from a server: it has another session, and is no guard."""
+    """True if a child of this process came from a server: it has another session, and is not a guard."""
     try:
         return os.getsid(pid) != os.getsid(0) and GUARD.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes()
     except (OSError, ProcessLookupError):
@@ -196,7 +217,7 @@ def is_orphan(pid: int) -> bool:
 
 
 class Log:
-    """A log file that stays within bounds. A disk that is full loses lines of it, not the run."""
+    """A log file of bounded size. When the disk is full, lines are lost, but the run goes on."""
 
     def __init__(self, path: Path, title: str) -> None:
         self._path = path
@@ -212,7 +233,7 @@ class Log:
             return open(os.devnull, "wb", buffering=0)
 
     def write(self, chunk: bytes) -> None:
-        """Add to the end."""
+        """Append to the log; rotate it when it is too large."""
         with contextlib.suppress(OSError):
             if self._file.tell() > LOG_BYTES:
                 self._file.close()
@@ -227,25 +248,27 @@ class Log:
         self._file.close()
 
 
-@contextlib.contextmanager
-def free_port(wanted: str | None = None) -> Iterator[int]:
-    """A port that nothing listens on and that no other run on this machine takes meanwhile; or the one that is wanted.
+def check_port(port: str) -> int:
+    """Return a port's number if nothing listens on it; another server there would be mistaken for ours.
 
     Raises:
-        ServerError: the port that is wanted is taken; another server there would be mistaken for ours.
+        ServerError: the port is taken, or not a port.
     """
-    import filelock
+    with socket.socket() as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: closed connections do not count
+        try:
+            trial.bind(("127.0.0.1", int(port)))
+        except (OSError, OverflowError, ValueError) as exc:
+            reason = getattr(exc, "strerror", exc)
+            message = f"port {port}: {reason}; omit --server-arg port to use a free port"
+            raise sdg.ServerError(message) from exc
+    return int(port)
 
-    if wanted is not None:
-        with socket.socket() as trial:
-            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: closed connections don't count
-            try:
-                trial.bind(("127.0.0.1", int(wanted)))
-            except (OSError, OverflowError, ValueError) as problem:
-                hint = "leave out --server-arg port, and a free one is found"
-                raise sdg.ServerError(f"port {wanted}: {getattr(problem, 'strerror', problem)}; {hint}") from problem
-        yield int(wanted)
-        return
+
+@contextlib.contextmanager
+def free_port() -> Iterator[int]:
+    """Reserve a port that nothing listens on, so that no other run on this machine takes it meanwhile."""
+    import filelock
 
     folder = Path(tempfile.gettempdir()) / f"sdg-ports-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
