@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import re
 import socket
 import threading
 import time
@@ -126,6 +127,11 @@ class FakeServer:
         self.probes: list[Request] = []  # the smallest possible requests, by which sdg finds out what a refusal means
         self.model_requests: list[Request] = []
         self.models = ["test-model"]
+        self.listed: list[str] | None = None  # the list of models, if it names others
+        self.list_status = 200
+        self.redirect = ""  # where everything is redirected to
+        self.only_streams = False
+        self.break_streams = self.stall_streams = 0  # how many of the next streams break off or stall
         self.max_model_len: int | None = None  # as the list of models tells it
         self.count: Callable[[Payload], int] | None = None  # tokens of a prompt: makes /tokenize exist
         self.context: int | None = None  # prompts of more tokens are refused, as vLLM does
@@ -246,10 +252,17 @@ class FakeServer:
 
     async def _list_models(self, request: web.Request) -> web.StreamResponse:
         self.model_requests.append(self._record(request, {}))
+        if self.redirect:
+            return web.Response(status=301, headers={"Location": f"{self.redirect}/models"})
+        if self.list_status != 200:
+            return _error(Status(self.list_status))
         if not self._authorized(request):
             return _error(Status(401, message="no valid API key"))
         extra = {} if self.max_model_len is None else {"max_model_len": self.max_model_len}
-        models = [{"id": name, "object": "model", "created": 0, "owned_by": "test", **extra} for name in self.models]
+        models = [
+            {"id": name, "object": "model", "created": 0, "owned_by": "test", **extra}
+            for name in self.listed or self.models
+        ]
         return web.json_response({"object": "list", "data": models})
 
     async def _tokenize(self, request: web.Request) -> web.StreamResponse:
@@ -263,6 +276,10 @@ class FakeServer:
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         record = self._record(request, json.loads(await request.read()))
+        if self.redirect:
+            return web.Response(status=301, headers={"Location": self.redirect})
+        if self.only_streams and not record.payload.get("stream"):
+            return _error(Status(400, message="This model only supports stream mode."))
         if not record.payload or record.prompt == PROBE:
             return await self._answer_probe(request, record)
         self.requests.append(record)
@@ -288,11 +305,12 @@ class FakeServer:
             return _error(Status(404, message=f"the model {record.payload.get('model')} does not exist"))
         try:
             answer = self._behaviour(record.payload, record.n)
-        except Exception:  # noqa: BLE001
+        except Exception:
             answer = None
         if isinstance(answer, Status):
             return _error(answer)
-        return web.json_response(_body(record, Answer("Hi")))
+        body = _body(record, Answer("Hi"))
+        return await self._stream(request, record, body) if record.payload.get("stream") else web.json_response(body)
 
     async def _answer(self, request: web.Request, record: Request) -> web.StreamResponse:
         if self.count and self.context and self.count(record.payload) > self.context:
@@ -317,10 +335,39 @@ class FakeServer:
         else:
             assert isinstance(answer, Drop), f"the test's behaviour returned {answer!r}"
             return await _drop(request, answer)
+        if record.payload.get("stream") and not isinstance(answer, Raw):
+            return await self._stream(request, record, json.loads(body))
         headers = answer.headers if isinstance(answer, Answer) else {}
         status = answer.status if isinstance(answer, Raw) else 200
         response = web.Response(status=status, body=body, content_type="application/json", headers=headers)
         await response.prepare(request)
+        await response.write_eof()
+        record.answered = time.monotonic()
+        return response
+
+    async def _stream(self, request: web.Request, record: Request, content: Payload) -> web.StreamResponse:
+        """The same answer as server-sent events, a word in each."""
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        common = {"id": "test", "object": "chat.completion.chunk", "model": content["model"]}
+        for choice in content["choices"]:
+            text = choice["message"]["content"] if "message" in choice else choice["text"]
+            words = re.findall(r"\S+\s*", text or "")
+            for number, word in enumerate(words):
+                if number == 1 and self.break_streams:
+                    self.break_streams -= 1
+                    assert request.transport
+                    request.transport.close()
+                    return response
+                if number == 1 and self.stall_streams:
+                    self.stall_streams -= 1
+                    await asyncio.sleep(30)
+                part = {"delta": {"content": word}} if "message" in choice else {"text": word}
+                await _send_event(response, {**common, "choices": [{"index": choice["index"], **part}]})
+            end = {"index": choice["index"], "delta": {}, "finish_reason": choice["finish_reason"]}
+            await _send_event(response, {**common, "choices": [end]})
+        await _send_event(response, {**common, "choices": [], "usage": content["usage"]})
+        await response.write(b"data: [DONE]\n\n")
         await response.write_eof()
         record.answered = time.monotonic()
         return response
@@ -331,6 +378,10 @@ class FakeServer:
         self._changed = now
         self.in_flight += change
         self.max_in_flight = max(self.max_in_flight, self.in_flight)
+
+
+async def _send_event(response: web.StreamResponse, event: Payload) -> None:
+    await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
 
 
 def free_port() -> int:
