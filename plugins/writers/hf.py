@@ -18,9 +18,10 @@ from typing import Any
 import sdg
 from sdg_plugins.common.files import format_of
 from sdg_plugins.common.options import number
-from sdg_plugins.common.ranks import progress
+from sdg_plugins.common.ranks import progress_section
 from sdg_plugins.publishing import hub
-from sdg_plugins.publishing.publisher import FILES, Publisher
+from sdg_plugins.publishing.publisher import Publisher
+from sdg_plugins.publishing.quota import FILES
 
 LOOK = 5.0  # s between two looks at what has been written
 
@@ -75,9 +76,9 @@ def open_output(run: sdg.Run) -> sdg.Writer:
             except Exception as problem:
                 if reason := hub.refusal(problem, publisher.address):
                     raise sdg.OutputError(reason) from problem
-                if not hub.is_passing(problem):
+                if not hub.is_transient(problem):
                     raise
-                sdg.say(f"{hub.describe(problem)}; the run begins, and publishes when the Hub is back")
+                sdg.say(f"{hub.transient_message(problem)}; the run begins, and publishes when the Hub is back")
     writer: sdg.Writer = run.plugins.find("writers", format_of(run.options.output_filename)).factory(run)
     return writer
 
@@ -148,7 +149,7 @@ class Worker(threading.Thread):
                 pause = max(min(LOOK, interval), 20 * (time.monotonic() - began))  # many files take long to look at
                 if not (waiting or self._run.counts) or (began < due and waiting < FILES):
                     continue
-                publisher.publish_all(lambda: progress(self._run))
+                publisher.publish_all(lambda: progress_section(self._run))
                 told = ""
             except Exception as problem:  # noqa: BLE001 - the run has days to go, and the end raises what lasts
                 word = str(problem) if isinstance(problem, sdg.Error) else sdg.describe(problem)
