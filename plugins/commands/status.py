@@ -31,8 +31,8 @@ def status(argv: list[str]) -> int:
     """Show the progress of a run, and which of its ranks need attention."""
     parser = Parser(prog="sdg.py status", description=status.__doc__, epilog=EXIT)
     recorded.add_run_options(parser)
-    parser.add_argument("--ranks", action="store_true", help="print one line per rank, too")
-    parser.add_argument("--json", action="store_true", help="print all of it as JSON, for programs")
+    parser.add_argument("--ranks", action="store_true", help="also print one line per rank")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON, for programs")
     args = parser.parse_args(argv)
     state = recorded.state_folder(args)
     if state.is_dir() and not (state / "run.json").exists() and not recorded.configs_in(state):
