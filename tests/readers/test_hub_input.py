@@ -307,9 +307,9 @@ def test_missing_permission_is_explained(
 @pytest.mark.parametrize(
     ("repo", "token", "words"),
     [
-        ("lab/nowhere", None, "there is no dataset lab/nowhere, or it is private: set HF_TOKEN"),
-        ("lab/nowhere", "hf_bob", "there is no dataset lab/nowhere, or the token's account has no right to it"),
-        ("lab/secret", "hf_bob", "there is no dataset lab/secret, or the token's account has no right to it"),
+        ("lab/nowhere", None, "dataset lab/nowhere does not exist, or it is private: set HF_TOKEN"),
+        ("lab/nowhere", "hf_bob", "dataset lab/nowhere does not exist, or the token has no access to it"),
+        ("lab/secret", "hf_bob", "dataset lab/secret does not exist, or the token has no access to it"),
         ("lab/gated", None, "dataset lab/gated is gated: accept its conditions"),
         ("lab/docs@v9", "hf_lab", "dataset lab/docs has no revision v9"),
         ("lab/docs@refs/pr/7", None, "dataset lab/docs has no revision refs/pr/7"),
