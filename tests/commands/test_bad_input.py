@@ -386,7 +386,7 @@ def test_chunks_that_are_complete_when_the_disk_is_full_are_written_by_the_next_
     assert not answered & set(server.prompts)
 
 
-if os.geteuid() == 0:  # the others have test_a_full_disk_at_any_durable_step_loses_and_doubles_nothing
+if os.geteuid() == 0:  # the others have test_a_full_disk_at_any_durable_step_loses_and_duplicates_nothing
 
     def test_a_full_disk_stops_the_run_and_loses_nothing(job: Job, server: FakeServer, small_disk: Path) -> None:
         rows = [{"id": f"d{number:04}", "text": os.urandom(40_000).hex()} for number in range(150)]  # 6 MB in files

@@ -1,4 +1,4 @@
-"""Some of the scenarios of `soak.py`, such that each of its choices is among them."""
+"""A few scenarios of `soak.py` that together cover all of its choices."""
 
 from __future__ import annotations
 
