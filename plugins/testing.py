@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import aiohttp
 
 import sdg
-from sdg_plugins.commands.run import Job, Servers, Stop, open_run
+from sdg_plugins.commands.jobs import Job, Servers, Stop, open_run
 from sdg_plugins.common import checks
 from sdg_plugins.common.chunks import OpenChunk, rows_of
 from sdg_plugins.common.command_line import Config, as_arguments, parse_with

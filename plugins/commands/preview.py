@@ -22,7 +22,7 @@ from typing import Any
 import orjson
 
 import sdg
-from sdg_plugins.commands.run import Stop, run_all
+from sdg_plugins.commands.jobs import Stop, run_all
 from sdg_plugins.common.chunks import plain
 from sdg_plugins.common.command_line import Config
 from sdg_plugins.common.files import format_of, split_uri

@@ -664,6 +664,7 @@ def shrink(story: Story, hour: float, commits: int, quota: int) -> None:
     story.hub.hour, story.hub.commits_per_hour = hour, quota
 
 
+@pytest.mark.slow
 def test_a_hundred_ranks_are_published_within_the_quota_of_commits(story: Story) -> None:
     shrink(story, hour=3.0, commits=10, quota=12)  # a tenth of the real ones
     story.options(world_size=100)

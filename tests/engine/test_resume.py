@@ -121,6 +121,7 @@ def _names(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 # Before and after each odd step: that is once between any two steps.
 @pytest.mark.parametrize(
     ("scenario", "fault", "every"),
@@ -154,6 +155,7 @@ def test_a_kill_at_any_durable_step_loses_and_duplicates_nothing(
     assert codes[-1] == 0
 
 
+@pytest.mark.slow
 def test_a_full_disk_at_any_durable_step_loses_and_duplicates_nothing(tmp_path: Path) -> None:
     crashes = Crashes(tmp_path, "first run")
 
@@ -163,6 +165,7 @@ def test_a_full_disk_at_any_durable_step_loses_and_duplicates_nothing(tmp_path: 
     assert set(codes) == {1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_kills_at_random_moments_lose_and_duplicate_nothing(
     seed: int, job: Job, server: FakeServer, servers: Callable[[], FakeServer]

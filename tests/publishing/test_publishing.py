@@ -516,6 +516,7 @@ def bench(tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> Call
     return lambda **options: Bench(tmp_path, hub, **options)
 
 
+@pytest.mark.slow
 def test_a_thousand_chunks_through_faults_land_once_in_few_commits(bench: Callable[..., Bench], hub: FakeHub) -> None:
     made = bench()
     made.write(*range(1000))
@@ -655,6 +656,7 @@ def test_more_files_than_the_hub_accepts_are_announced(
 # ── Trouble ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 def test_a_publisher_that_is_killed_at_any_time_publishes_every_file_once(job: HubJob) -> None:
     job.input(documents(240))
     assert job(records_per_chunk=1, no_publish=True).rc == 0

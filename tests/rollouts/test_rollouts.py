@@ -243,6 +243,7 @@ def durable_answers(job: Job) -> set[str]:
     return {answer for body in bodies for answer in re.findall(r"answer [0-9a-f]{16}", body)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chance", [random.Random(1), random.Random(2)], ids=["1", "2"])
 def test_kills_between_branches_lose_nothing_and_send_no_durable_answer_again(
     chance: random.Random, job: Job, server: FakeServer
