@@ -16,7 +16,7 @@ written and recorded, and its part of the state is dropped. File names and conte
 responses, so every step can be repeated after a crash.
 
 This module is the engine, and the contract that plugins see. Everything else is a plugin, or machinery that plugins
-share, in `plugins/`: `plugins/commands/run.py` puts a run together. Reading order: types, errors, hooks, plugins,
+share, in `plugins/`: `plugins/commands/jobs.py` puts a run together. Reading order: types, errors, hooks, plugins,
 store, rollouts, engine, main.
 """
 

@@ -1,4 +1,4 @@
-"""The command `monitor`: how far a run is, on its card, and what its ranks have written, on the Hub."""
+"""The command `monitor`: keeps the card of a run up to date, and publishes what its ranks have written."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import time
 
 import sdg
 from sdg_plugins.common import recorded
-from sdg_plugins.common.options import number
-from sdg_plugins.common.ranks import any_queued, look, others, progress
+from sdg_plugins.common.options import Parser, number
+from sdg_plugins.common.ranks import Overview, any_queued, other_jobs, progress_section
 from sdg_plugins.publishing import card, hub
 from sdg_plugins.publishing.publisher import Publisher
+from sdg_plugins.publishing.spool import uses_spool
 
-# s for which a run must seem to be over before that is believed: network file systems show late what other machines
-# wrote, and what ended early may be about to be started again, together with this monitor.
+# s for which a run must appear to be over before the monitor ends: network file systems show late what other machines
+# wrote, and a run that ended early may be about to be started again, together with this monitor.
 SETTLING = 60.0
 
 
@@ -27,121 +28,136 @@ def register_commands(register: sdg.RegisterCommands) -> None:
 
 
 def monitor(argv: list[str]) -> int:
-    """Publish what is written and keep the card's progress up to date until the run ends."""
-    parser = argparse.ArgumentParser(prog="sdg.py monitor", description=monitor.__doc__)
-    recorded.add_options(parser)
+    """Publish finished chunks, and keep the card's progress up to date until the run ends."""
+    parser = Parser(prog="sdg.py monitor", description=monitor.__doc__)
+    recorded.add_run_options(parser)
     interval, patience = number(float, 0.1), number(float, 1)
-    parser.add_argument("--interval", metavar="S", type=interval, default=300.0, help="seconds between two looks [300]")
+    parser.add_argument("--interval", metavar="S", type=interval, default=300.0, help="seconds between updates [300]")
     parser.add_argument(
-        "--job", metavar="ID", type=job_number, action="append", default=[], help="Slurm job to watch; repeatable"
+        "--job", metavar="ID", type=job_id, action="append", default=[], help="Slurm job of the run; repeatable"
     )
     parser.add_argument(
-        "--patience", metavar="S", type=patience, default=3600.0, help="seconds of silence until it ends [3600]"
+        "--patience",
+        metavar="S",
+        type=patience,
+        default=3600.0,
+        help="seconds without a heartbeat after which the run counts as ended [3600]",
     )
-    asked = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     for signum in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(signum, lambda number, frame: sys.exit(143))  # leaves every `with` block as Ctrl-C does
-    while not follow(asked):
-        sdg.say("the run was started over")
+        signal.signal(signum, lambda *_: sys.exit(143))  # leaves every `with` block, as Ctrl-C does
+    while not follow(args):
+        sdg.say("the run was started over: following the new one")
     return 0
 
 
-def job_number(value: str) -> str:
-    """The number of a Slurm job, of an array's task the array's."""
+def job_id(value: str) -> str:
+    """The ID of a Slurm job; for a task of an array, that of the array."""
     found = re.match(r"\d+", value)
     if not found:
-        raise argparse.ArgumentTypeError(f"{value}: a job's number is wanted")
+        raise argparse.ArgumentTypeError(f"{value}: expected the ID of a Slurm job")
     return found[0]
 
 
-def follow(asked: argparse.Namespace) -> bool:
-    """Watch one run. Returns whether it has finished: if not, another one has taken its place."""
-    run = wait_for_run(asked)
+def follow(args: argparse.Namespace) -> bool:
+    """Monitor one run. Returns True when it has finished, False when it was started over."""
+    run = wait_for_run(args)
     with contextlib.ExitStack() as stack:
         publisher = None
-        if card.spooled(run):
+        if uses_spool(run):
             publisher = stack.enter_context(contextlib.closing(Publisher(run)))
             hub.patiently(publisher.prepare, publisher.address, run.stopping)
-        return watch(run, publisher, asked)
+        return watch(run, publisher, args)
 
 
-def wait_for_run(asked: argparse.Namespace) -> sdg.Run:
-    """The run, as soon as its first rank has begun.
+def wait_for_run(args: argparse.Namespace) -> sdg.Run:
+    """Load the run as soon as its first rank has begun.
 
     Raises:
-        StateError: that takes too long, its job has left the queue, or the state is broken.
+        StateError: no rank begins within --patience, the job has left the queue, or the state is broken.
     """
-    state = recorded.state_of(asked)
-    jobs = others(asked.job)
-    began, told = time.monotonic(), False
+    state = recorded.state_folder(args)
+    jobs = other_jobs(args.job)
+    began, said = time.monotonic(), False
     while not (state / "run.json").exists():
         waited = time.monotonic() - began
         queued = any_queued(jobs)
-        if queued is False and waited >= min(SETTLING, asked.patience):
-            raise sdg.StateError(f"job {', '.join(asked.job)} is not in the queue, and nothing was begun in {state}")
-        if not queued and waited >= asked.patience:
-            raise sdg.StateError(f"no run was begun in {state}: is --output right, and --state-dir, if it has one?")
-        if waited >= 1 and not told:
-            told = True
+        if queued is False and waited >= min(SETTLING, args.patience):
+            raise sdg.StateError(f"job {', '.join(args.job)} is not in the queue, and no run has begun in {state}")
+        if not queued and waited >= args.patience:
+            raise sdg.StateError(
+                f"no run has begun in {state}: is --output correct, and --state-dir if the run has one?"
+            )
+        if waited >= 1 and not said:
+            said = True
             configs = ", ".join(recorded.configs_in(state))
-            hint = f"; there are runs of the configs {configs}: --output-config names one" if configs else ""
+            hint = f"; it has runs of the configs {configs}: choose one with --output-config" if configs else ""
             sdg.say(f"waiting for a run to begin in {state}{hint}")
-        time.sleep(min(asked.interval, 5.0, max(0.1, asked.patience - waited)))
-    return recorded.open_run(asked)
+        time.sleep(min(args.interval, 5.0, max(0.1, args.patience - waited)))
+    return recorded.load_run(args)
 
 
-def watch(run: sdg.Run, publisher: Publisher | None, asked: argparse.Namespace) -> bool:
-    """Look, publish and wait, until the run has ended. Returns whether it has finished, as `follow` does.
+def watch(run: sdg.Run, publisher: Publisher | None, args: argparse.Namespace) -> bool:
+    """Update the card and publish until the run ends. Returns True if it has finished, False if it was started over.
 
     Raises:
-        Error: the run has ended early, or what is left cannot be published.
+        Error: the run has ended early, or its last files cannot be published.
     """
-    this, began, since, told = run_id(run), time.time(), 0.0, ""
-    settling = min(SETTLING, asked.patience)
+    first_id, began, since, said = run_id(run), time.time(), 0.0, ""
+    settling = min(SETTLING, args.patience)
     local = sdg.file_system_of(run.state) in sdg.LOCAL_FILE_SYSTEMS
     where = publisher.url if publisher else run.output.path(card.NAME)
-    while this and run_id(run) == this:
-        seen, now = look(run), time.monotonic()
-        ending = seen.ending(others([*asked.job, *seen.jobs]), asked.patience, began)
-        early = f"the run has ended early: {ending}"
-        since = (since or now) if seen.finished or ending else 0.0
-        over = since and (now - since >= settling or (seen.finished and local))
-        sdg.say(f"{seen.line()}")
-        problem = publish(run, publisher, seen.markdown(ending) if over else None)
+    while first_id and run_id(run) == first_id:
+        overview, now = Overview.of_run(run), time.monotonic()
+        reason = overview.early_end(other_jobs([*args.job, *overview.jobs]), args.patience, began)
+        early = f"the run has ended early: {reason}"
+        since = (since or now) if overview.finished or reason else 0.0
+        over = since and (now - since >= settling or (overview.finished and local))
+        sdg.say(overview.log_line())
+        problem = update(run, publisher, overview.markdown(reason) if over else None)
         if over and problem:
-            raise sdg.OutputError(f"{early}; {problem}" if ending else problem)
-        if problem and problem != told:
-            sdg.say(f"{problem}; it is tried again every {asked.interval:g} s")
-        told = problem
-        if over and ending:
-            raise sdg.StateError(f"{early}. What it wrote: {where}")
+            raise sdg.OutputError(f"{early}; {problem}" if reason else problem)
+        if problem and problem != said:
+            sdg.say(f"{problem}; retrying every {args.interval:g} s")
+        said = problem
+        if over and reason:
+            raise sdg.StateError(f"{early}. Its output: {where}")
         if over:
             print(f"the run has finished: {where}")
             return True
-        time.sleep(min(asked.interval, max(0.1, since + settling - now)) if since else asked.interval)
+        time.sleep(min(args.interval, max(0.1, since + settling - now)) if since else args.interval)
     return False
 
 
 def run_id(run: sdg.Run) -> str:
-    """What tells a run from one that was started over in its place; "" if its state is gone."""
+    """The ID that a run gets when it is started, or started over; "" if its state cannot be read."""
     with contextlib.suppress(sdg.StateError):
-        return str(recorded.record_of(run.state).get("run"))
+        return str(recorded.load_record(run.state).get("run"))
     return ""
 
 
-def publish(run: sdg.Run, publisher: Publisher | None, last: str | None) -> str:
-    """Bring the Hub, or the card of an output elsewhere, up to date; `last` is what the card says of a run's end.
+def update(run: sdg.Run, publisher: Publisher | None, last: str | None) -> str:
+    """Bring the Hub, or the card of an output elsewhere, up to date.
+
+    Args:
+        run: the run.
+        publisher: publishes it; None if its output is not on the Hub.
+        last: what the card says on how the run ended; None while it goes on.
 
     Returns:
-        What stands in the way, "" if nothing does.
+        Why that failed, "" if it did not.
     """
+
+    def section() -> str:
+        return progress_section(run) if last is None else last
+
     try:
         if publisher is None:
-            card.write(run, progress(run) if last is None else last)
-            return ""
-        publisher.finish(lambda: progress(run) if last is None else last)
-        return ""
-    except sdg.Error as problem:
-        return str(problem)
-    except Exception as problem:  # noqa: BLE001 - the next look may go well, and the run has days to go
-        return f"unexpected {sdg.describe(problem)}"
+            card.write(run, section())
+        else:
+            publisher.finish(section)
+    except sdg.Error as exc:
+        return str(exc)
+    except Exception as exc:  # noqa: BLE001 - the next update may succeed, and the run may go on for days
+        return f"unexpected {sdg.describe(exc)}"
+    return ""

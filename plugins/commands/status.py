@@ -1,12 +1,11 @@
-"""The command `status`: how far a run is, and which of its ranks need somebody.
+"""The command `status`: the progress of a run, and which of its ranks need attention.
 
-It reads what the ranks note in the state, on the disk that they share; no server and no Hub is asked. Slurm is only
-asked whether the ranks' job is still in its queue.
+It reads what the ranks record in the state, on the disk that they share, and sends no request to a server or the Hub.
+It asks Slurm only whether the ranks' job is still in the queue.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import time
@@ -15,10 +14,12 @@ from typing import Any
 
 import sdg
 from sdg_plugins.common import recorded
-from sdg_plugins.common.ranks import Rank, Seen, any_queued, duration, overall, ranks_of
+from sdg_plugins.common.markdown import counted
+from sdg_plugins.common.options import Parser
+from sdg_plugins.common.ranks import Overview, Rank, any_queued, ranks_of, rounded_duration
 
-GROUPS = 10  # troubles that are shown: a thousand ranks have few reasons, or too many to read
-EXIT = "exit status: 0 nothing needs a person; 1 some ranks do, or there is no such run; 2 usage"
+GROUPS = 10  # groups of ranks that are shown: a thousand ranks fail for few reasons, or for too many to read
+EXIT = "exit status: 0 no rank needs attention; 1 some ranks do, or no such run exists; 2 usage error"
 
 
 @sdg.hookimpl
@@ -27,65 +28,55 @@ def register_commands(register: sdg.RegisterCommands) -> None:
 
 
 def status(argv: list[str]) -> int:
-    """Tell how far a run is, and which of its ranks need somebody."""
-    parser = argparse.ArgumentParser(prog="sdg.py status", description=status.__doc__, epilog=EXIT)
-    recorded.add_options(parser)
-    parser.add_argument("--ranks", action="store_true", help="a line for each rank")
-    parser.add_argument("--json", action="store_true", help="all of it as JSON, for programs")
-    asked = parser.parse_args(argv)
-    state = recorded.state_of(asked)
+    """Show the progress of a run, and which of its ranks need attention."""
+    parser = Parser(prog="sdg.py status", description=status.__doc__, epilog=EXIT)
+    recorded.add_run_options(parser)
+    parser.add_argument("--ranks", action="store_true", help="also print one line per rank")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON, for programs")
+    args = parser.parse_args(argv)
+    state = recorded.state_folder(args)
     if state.is_dir() and not (state / "run.json").exists() and not recorded.configs_in(state):
         raise sdg.StateError(f"no rank has begun yet in {state}")
-    ranks = ranks_of(state, int(recorded.record_of(state)["options"]["world_size"]))
-    seen = overall(ranks)
-    queued = any_queued(set(seen.jobs)) if not seen.finished else None
-    troubled = [rank for rank in ranks if needs_somebody(rank, seen, queued)]
-    if asked.json:
-        print(json.dumps(as_json(ranks, seen, queued, troubled), indent=2))
+    ranks = ranks_of(state, int(recorded.load_record(state)["options"]["world_size"]))
+    overview = Overview.of_ranks(ranks)
+    queued = any_queued(set(overview.jobs)) if not overview.finished else None
+    troubled = [rank for rank in ranks if needs_attention(rank, overview, queued)]
+    if args.json:
+        print(json.dumps(as_json(ranks, overview, queued, troubled), indent=2))
     else:
-        for line in lines(ranks, seen, queued, troubled, every=asked.ranks):
+        for line in overview_lines(overview, queued, troubled):
+            print(line)
+        for line in rank_table(ranks) if args.ranks else ():
             print(line)
     return 1 if troubled else 0
 
 
-def needs_somebody(rank: Rank, seen: Seen, queued: bool | None) -> bool:
-    """Whether a rank does not go on by itself, as far as one can tell."""
+def needs_attention(rank: Rank, overview: Overview, queued: bool | None) -> bool:
+    """True if a rank does not continue by itself, as far as the state and Slurm's queue show."""
     if rank.state in {"running", "finished"}:
         return False
     if rank.state in {"failed", "broken"}:
         return True
-    return not queued and (rank.state != "waiting" or not seen.states["running"])
+    return not queued and (rank.state != "waiting" or not overview.states["running"])
 
 
-def lines(ranks: list[Rank], seen: Seen, queued: bool | None, troubled: list[Rank], *, every: bool) -> Iterator[str]:
-    """What people read: the whole, then the ranks that need somebody, then each rank if `every` is wanted."""
-    share = f" ({int(100 * min(1.0, seen.documents / seen.expected))} %)" if seen.expected else ""
-    speed = f", {seen.speed()}" if seen.states["running"] else ""
-    yield f"{of(seen.documents, seen.expected)} documents{share}{speed}"
-    yield f"{seen.ranks:,} rank{'s' * (seen.ranks != 1)}: {seen.counted()}"
-    if seen.jobs and not seen.finished:
-        word = {
-            True: "in the queue",
-            False: "no longer in the queue",
-            None: "(squeue does not tell whether it is queued)",
-        }
-        yield f"Slurm job {', '.join(sorted(seen.jobs))} {word[queued]}"
+def overview_lines(overview: Overview, queued: bool | None, troubled: list[Rank]) -> Iterator[str]:
+    """Lines on the whole run, then on the ranks that need attention."""
+    share = f" ({int(100 * min(1.0, overview.documents / overview.expected))} %)" if overview.expected else ""
+    speed = f", {overview.speed()}" if overview.states["running"] else ""
+    yield f"{out_of(overview.documents, overview.expected)} documents{share}{speed}"
+    yield f"{counted(overview.ranks, 'rank')}: {overview.ranks_by_state()}"
+    if overview.jobs and not overview.finished:
+        where = {True: "in the queue", False: "no longer in the queue", None: "unknown, because squeue failed"}
+        yield f"Slurm job {', '.join(sorted(overview.jobs))}: {where[queued]}"
     if troubled:
         yield ""
-        yield from troubles(troubled)
-        yield f"run them again, with the options that they had: ranks {ranges([rank.number for rank in troubled])}"
-    if every:
-        yield ""
-        yield f"{'rank':>6}  {'state':<8}  {'documents':>21}  {'per s':>7}  {'heard of':<12}  where"
-        for rank in ranks:
-            done = of(rank.documents, rank.record.get("expected"))
-            where = ", ".join(filter(None, [rank.record.get("host"), job_of(rank), rank.error]))
-            line = f"{rank.number:>6}  {rank.state:<8}  {done:>21}  {rank.rate:>7,.1f}  {heard(rank):<12}  {where}"
-            yield line.rstrip()
+        yield from trouble_by_reason(troubled)
+        yield f"rerun with the original options: ranks {ranges([rank.number for rank in troubled])}"
 
 
-def troubles(troubled: list[Rank]) -> Iterator[str]:
-    """Ranks that need somebody, those of one state and reason together, the largest groups first."""
+def trouble_by_reason(troubled: list[Rank]) -> Iterator[str]:
+    """A line for each group of ranks with the same state and error, the largest groups first."""
 
     def reason(rank: Rank) -> tuple[str, str]:
         return rank.state, rank.error
@@ -94,30 +85,39 @@ def troubles(troubled: list[Rank]) -> Iterator[str]:
     groups.sort(key=lambda group: (-len(group), group[0].number))
     for group in groups[:GROUPS]:
         last = max(group, key=lambda rank: rank.updated)
-        what = last.error or {"waiting": "never begun"}.get(last.state, "no word of an error")
-        seen = ", ".join(filter(None, [heard(last), last.record.get("host"), job_of(last)]))
-        yield f"{last.state:<8}  rank {ranges([rank.number for rank in group])}: {what}" + (
-            f" ({seen})" if seen else ""
-        )
+        error = last.error or ("not started" if last.state == "waiting" else "no error recorded")
+        details = ", ".join(filter(None, [last_heartbeat(last), last.record.get("host"), job_of(last)]))
+        shown = f" ({details})" if details else ""
+        yield f"{last.state:<8}  rank {ranges([rank.number for rank in group])}: {error}{shown}"
     if rest := sum(len(group) for group in groups[GROUPS:]):
         yield f"          and {rest:,} more: see --ranks"
 
 
-def as_json(ranks: list[Rank], seen: Seen, queued: bool | None, troubled: list[Rank]) -> dict[str, Any]:
-    """All that is known; times in seconds, `updated` since the epoch, `queued` null where Slurm does not tell."""
-    left = (seen.expected or 0) - seen.documents
-    numbers = {rank.number for rank in troubled}
+def rank_table(ranks: list[Rank]) -> Iterator[str]:
+    """A table with a line for each rank."""
+    yield ""
+    yield f"{'rank':>6}  {'state':<8}  {'documents':>21}  {'per s':>7}  {'heartbeat':<12}  where"
+    for rank in ranks:
+        done = out_of(rank.documents, rank.record.get("expected"))
+        where = ", ".join(filter(None, [rank.record.get("host"), job_of(rank), rank.error]))
+        figures = f"{done:>21}  {rank.rate:>7,.1f}  {last_heartbeat(rank):<12}"
+        yield f"{rank.number:>6}  {rank.state:<8}  {figures}  {where}".rstrip()
+
+
+def as_json(ranks: list[Rank], overview: Overview, queued: bool | None, troubled: list[Rank]) -> dict[str, Any]:
+    """The report for programs. Times are in s, `updated` since the epoch; `queued` is null if `squeue` fails."""
+    left = (overview.expected or 0) - overview.documents
     return {
-        "finished": seen.finished,
-        "documents": seen.documents,
-        "expected": seen.expected,
-        "documents_per_second": round(seen.rate, 3),
-        "tokens_per_second": round(seen.tokens_per_second, 3),
-        "seconds_to_go": round(left / seen.rate) if left > 0 and seen.rate else None,
-        "states": {state: number for state, number in seen.states.items() if number},
-        "slurm_jobs": sorted(seen.jobs),
+        "finished": overview.finished,
+        "documents": overview.documents,
+        "expected": overview.expected,
+        "documents_per_second": round(overview.rate, 3),
+        "tokens_per_second": round(overview.tokens_per_second, 3),
+        "seconds_to_go": round(left / overview.rate) if left > 0 and overview.rate else None,
+        "states": {state: number for state, number in overview.states.items() if number},
+        "slurm_jobs": sorted(overview.jobs),
         "queued": queued,
-        "need_somebody": sorted(numbers),
+        "need_somebody": sorted(rank.number for rank in troubled),
         "ranks": [
             {
                 "rank": rank.number,
@@ -136,23 +136,23 @@ def as_json(ranks: list[Rank], seen: Seen, queued: bool | None, troubled: list[R
     }
 
 
-def of(documents: int, expected: int | None) -> str:
-    """So many of so many, as far as that is known."""
+def out_of(documents: int, expected: int | None) -> str:
+    """A number of documents, and how many are expected if that is known: `12 of 40`."""
     return f"{documents:,} of {expected:,}" if expected is not None else f"{documents:,}"
 
 
 def job_of(rank: Rank) -> str:
-    """The Slurm job that a rank was part of."""
+    """The Slurm job that a rank belongs to; "" if there is no job."""
     return f"job {rank.record['slurm_job']}" if rank.record.get("slurm_job") else ""
 
 
-def heard(rank: Rank) -> str:
-    """How long ago a rank was heard of."""
-    return f"{duration(max(0.0, time.time() - rank.updated))} ago" if rank.updated else ""
+def last_heartbeat(rank: Rank) -> str:
+    """The age of a rank's last heartbeat; "" if there was none."""
+    return f"{rounded_duration(max(0.0, time.time() - rank.updated))} ago" if rank.updated else ""
 
 
 def ranges(numbers: list[int]) -> str:
-    """Sorted numbers as `sbatch --array` takes them: 0-3,7."""
+    """Sorted numbers in the syntax of `sbatch --array`: `0-3,7`."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:

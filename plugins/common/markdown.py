@@ -1,12 +1,14 @@
+"""Text for cards, logs and terminals: whatever it contains, it stays in its line, cell or block of code."""
+
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    pass
+import sdg
 
+LONGEST_LINE = 300  # characters
+# URLs, IP addresses, hosts with ports, and absolute paths
 WHEREABOUTS = re.compile(
     r"\w+://[^\s'\")\]]+"
     r"|\[?\b(?:\d{1,3}\.){3}\d{1,3}\b\]?(?::\d+)?|\[[0-9a-fA-F:]*::?[0-9a-fA-F:.]*\](?::\d+)?"
@@ -15,8 +17,13 @@ WHEREABOUTS = re.compile(
 )
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: `1 file`, `2,000 files`."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def table(title: str, rows: Iterable[tuple[str, str]]) -> Iterator[str]:
-    """A table of names and values, these in markdown."""
+    """A table of names and values under a heading; the values are markdown."""
     yield f"### {title}\n\n| | |\n|---|---|"
     for name, value in rows:
         yield f"| {name} | {value} |"
@@ -24,30 +31,30 @@ def table(title: str, rows: Iterable[tuple[str, str]]) -> Iterator[str]:
 
 
 def visible(text: str) -> str:
-    """Text without characters that no file of markdown may have."""
+    """Text with normalized line ends, and without control characters other than tabs."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     return re.sub("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", "\ufffd", text)
 
 
-def line(value: Any) -> str:
-    """Text in one line, and not a long one."""
-    text = " ".join(visible(str(value)).split())
-    return text if len(text) <= 300 else text[:300] + "…"
+def short_line(value: object) -> str:
+    """Text in one line of at most LONGEST_LINE characters, without control characters."""
+    text = sdg.one_line(visible(str(value)))
+    return text if len(text) <= LONGEST_LINE else text[:LONGEST_LINE] + "…"
 
 
-def inline(value: Any) -> str:
-    """Text as part of a line or a table's cell: it reads the same, and has no other meaning."""
-    text = line(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+def inline(value: object) -> str:
+    """Text for a line or a table's cell, escaped so that markdown shows it as it is."""
+    text = short_line(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", text)
 
 
 def public(text: str) -> str:
-    """An error's text without what it tells of machines: URLs, hosts with ports, addresses, paths."""
+    """Text for a card that anyone may read: `…` instead of URLs, hosts, addresses and paths."""
     return WHEREABOUTS.sub("…", text)
 
 
 def fence(text: str, language: str = "") -> str:
-    """Text as a block of code that it cannot close."""
+    """Text as a block of code, with a fence that the text cannot close."""
     text = visible(text).replace("<!--", r"<\!--").strip("\n")
     marks = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text)), 3)
     return f"{marks}{language}\n{text}\n{marks}\n"

@@ -1,4 +1,4 @@
-"""Notes of everything that an engine sends and writes: for `--preview` and for the tests of plugins."""
+"""Record what an engine sends and writes, for `--preview` and for the tests of plugins."""
 
 from __future__ import annotations
 
@@ -18,7 +18,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass
 class Exchange:
-    """One request of a rollout: `path` below the API root, `payload` as sent, and the reply or the error."""
+    """One request of a rollout and its result.
+
+    Attributes:
+        path: below the API root.
+        payload: as it was sent.
+        reply: None if there was none.
+        error: why the request failed.
+    """
 
     path: str
     payload: dict[str, Any]
@@ -36,21 +43,29 @@ class Exchange:
 
 @dataclasses.dataclass
 class Outcome:
-    """What a document became: a row as written, a record as in `failed/`, or neither if it was filtered."""
+    """The outcome of a document.
+
+    Attributes:
+        id: of the document.
+        status: row, filtered or failed; "" if it was not finished.
+        row: as it was written.
+        failure: the record in `failed/`.
+        rollouts: the requests of each rollout.
+    """
 
     id: str
-    status: str  # row, filtered, failed; "" if it was not finished
+    status: str
     row: dict[str, Any] | None = None
     failure: dict[str, Any] | None = None
-    rollouts: list[list[Exchange]] = dataclasses.field(default_factory=list)  # the requests of each rollout
+    rollouts: list[list[Exchange]] = dataclasses.field(default_factory=list)
 
 
 class Notes:
-    """A plugin that notes what happens in a run, and wraps the rollout and the writer in use to do so.
+    """A plugin that records what happens in a run. For this it wraps the rollout and the writer in use.
 
     Attributes:
         requests: all requests, in the order in which they were sent.
-        outcomes: of all documents, in order; filled by `finish`.
+        outcomes: of all documents, in order; set by `finish`.
         schema: of the rows.
     """
 
@@ -63,16 +78,16 @@ class Notes:
         self._tables: dict[int, pa.Table] = {}
 
     def attach(self, plugins: sdg.Plugins, rollout: str, writer: str) -> None:
-        """Note what these plugins do: the rollout and the writer of these names, and all requests."""
+        """Record all requests, and what the rollout and the writer of these names do."""
         plugins.manager.register(self, f"notes {id(self)}")
         entry = plugins.rollouts[rollout]
         plugins.rollouts[rollout] = entry._replace(factory=self._noting_rollout(entry.factory))
         entry = plugins.writers[writer]
         plugins.writers[writer] = entry._replace(factory=self._noting_writer(entry.factory))
 
-    @sdg.hookimpl(trylast=True)  # nearest to the server: payloads are noted as they are sent
+    @sdg.hookimpl(trylast=True)  # nearest to the server: payloads are recorded as they are sent
     def wrap_requests(self, run: sdg.Run, send: sdg.Send) -> sdg.Send:
-        """See the hook."""
+        """See `sdg.Hooks`."""
 
         async def noted(request: sdg.Request) -> sdg.Response:
             exchange = Exchange(request.path, request.payload)
@@ -102,7 +117,7 @@ class Notes:
         return lambda run: NotingWriter(open_writer(run), self._tables)
 
     async def finish(self, engine: sdg.Engine) -> None:
-        """Collect the outcomes of an engine that has worked."""
+        """Collect the outcomes of an engine that has finished its work."""
         for chunk in (await engine.store.chunks()).values():
             self.outcomes.extend(self._of_chunk(engine, chunk))
 
@@ -110,25 +125,25 @@ class Notes:
         rows: Iterator[dict[str, Any]] = iter(())
         failures: Iterator[dict[str, Any]] = iter(())
         if chunk.written:
-            table = engine.outlet.writer.read(chunk)  # as it can be read; None for writers that do not read
-            table = self._tables[chunk.index] if table is None else table
+            table = engine.outlet.writer.read(chunk)
+            table = self._tables[chunk.index] if table is None else table  # some writers cannot read
             self.schema = table.schema if self.schema is None else self.schema
             rows, failures = iter(rows_of(table)), iter(read_failed(engine.run, chunk))
         for position in range(chunk.count):
-            name, rollouts = self._documents.get(chunk.start + position, ("", []))
+            id_, rollouts = self._documents.get(chunk.start + position, ("", []))
             if not chunk.written:
-                yield Outcome(name, "", rollouts=rollouts)
+                yield Outcome(id_, "", rollouts=rollouts)
             elif position in chunk.failed:
                 failure = next(failures)
                 yield Outcome(failure["id"], "failed", failure=failure, rollouts=rollouts)
             elif position in chunk.filtered:
-                yield Outcome(name, "filtered", rollouts=rollouts)
+                yield Outcome(id_, "filtered", rollouts=rollouts)
             else:
-                yield Outcome(name, "row", row=next(rows), rollouts=rollouts)
+                yield Outcome(id_, "row", row=next(rows), rollouts=rollouts)
 
 
 class NotingWriter:
-    """A writer that keeps the tables that another one writes."""
+    """A writer that keeps the tables that it passes to another one."""
 
     def __init__(self, writer: sdg.Writer, tables: dict[int, pa.Table]) -> None:
         self._writer, self._tables = writer, tables

@@ -1,4 +1,8 @@
-"""The processes of the resource `process_pool`: they know the plugins, and end with the run, whatever ends it."""
+"""The workers of the resource `process_pool`: they know the plugins, and end with the run however it ends.
+
+This is not in `plugins/resources/`, whose modules are all imported at every start: `concurrent.futures.process` is slow
+to import, and few runs need it.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +17,11 @@ from typing import Any
 
 import sdg
 
-LONGEST_REST = 20.0  # s that a process goes on after SIGTERM, which schedulers send to all: as long as the run may need
+SIGTERM_GRACE = 20.0  # s that a worker lives after SIGTERM, which schedulers send to all: the run may need as long
 
 
-class Work(Future[Any]):
-    """What a process of the pool is at: as the executor's own future but that the loss of a process ends the run.
+class WorkerFuture(Future[Any]):
+    """The executor's future, except that the death of a worker ends the run.
 
     Args:
         inner: the executor's future.
@@ -40,51 +44,52 @@ class Work(Future[Any]):
         if inner.cancelled():
             super().cancel()
             self.set_running_or_notify_cancel()
-        elif isinstance(problem := inner.exception(), BrokenProcessPool):
-            self.set_exception(lost(problem))
-        elif problem:
-            self.set_exception(problem)
+        elif isinstance(exc := inner.exception(), BrokenProcessPool):
+            self.set_exception(worker_died(exc))
+        elif exc:
+            self.set_exception(exc)
         else:
             self.set_result(inner.result())
 
 
-class Pool(ProcessPoolExecutor):
-    """A pool of a process for each core, whose loss ends the run: else documents would fail, and all further ones.
+class WorkerPool(ProcessPoolExecutor):
+    """One worker per core. The death of one ends the run: otherwise this document and all later ones would fail.
 
     Args:
-        plugins: what the run has loaded by --plugin, so that the processes find functions of these, too.
+        plugins: what the run has loaded by --plugin, so that workers find the functions of these plugins.
     """
 
     def __init__(self, plugins: list[str]) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         context = multiprocessing.get_context("spawn")  # a fork would copy the locks of threads, and the event loop
-        super().__init__(cores, context, sdg.begin_process, (plugins, __name__, "begin"))
+        super().__init__(cores, context, sdg.begin_process, (plugins, __name__, set_up_worker.__name__))
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """See `concurrent.futures.Executor.submit`. It, or its future, raises PluginError once a process has died."""
+        """See `concurrent.futures.Executor.submit`. It, or its future, raises PluginError once a worker has died."""
         try:
-            return Work(super().submit(fn, *args, **kwargs))
-        except BrokenProcessPool as problem:
-            raise lost(problem) from problem
+            return WorkerFuture(super().submit(fn, *args, **kwargs))
+        except BrokenProcessPool as exc:
+            raise worker_died(exc) from exc
 
     def kill(self) -> None:
-        """End the processes that are still at work."""
-        for process in list((getattr(self, "_processes", None) or {}).values()):  # `kill_workers` comes with 3.14
+        """Kill the workers that are still busy."""
+        for process in list((getattr(self, "_processes", None) or {}).values()):  # Python 3.14 has `kill_workers`
             process.kill()
 
 
-def lost(problem: BrokenProcessPool) -> sdg.PluginError:
-    """What ends the run: its documents stay unfinished, and their answers are kept."""
-    ended = sdg.PluginError("a process of the process_pool has died, of memory perhaps: mend that, and run again")
-    ended.__cause__ = problem
-    return ended
+def worker_died(exc: BrokenProcessPool) -> sdg.PluginError:
+    """The error that ends the run. Its documents stay unfinished, and their responses are kept."""
+    message = "a process of the process_pool has died, perhaps out of memory: fix the cause, then run again"
+    error = sdg.PluginError(message)
+    error.__cause__ = exc
+    return error
 
 
-def begin() -> None:
-    """Have this process, one of the pool, end with the run, and not before: signals to all are the run's to handle."""
+def set_up_worker() -> None:
+    """Make this process end with the run and not before: the run handles signals that are sent to all processes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: threading.Timer(LONGEST_REST, os._exit, [1]).start())
+    signal.signal(signal.SIGTERM, lambda *_: threading.Timer(SIGTERM_GRACE, os._exit, [1]).start())
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

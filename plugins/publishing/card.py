@@ -1,14 +1,13 @@
-"""The dataset card: README.md in the output, with a section for each config that a run wrote.
+"""The dataset card: README.md of the output, with a section for each config that a run wrote.
 
-A section stands between `<!-- sdg: begin NAME -->` and `<!-- sdg: end NAME -->` and is written anew each time; all
-other text of the card is people's, and stays as it is. In the front matter only the keys that differ are written anew
-(comments within these go), and a licence, language or tag that is there is never taken away.
+A section stands between `<!-- sdg: begin NAME -->` and `<!-- sdg: end NAME -->` and is replaced by each run of its
+config; all other text of the card belongs to its authors and is never changed. In the front matter only keys whose
+values differ are rewritten (without the comments inside them), and a license, language or tag is never removed.
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
 import contextlib
 import glob
 import io
@@ -28,34 +27,30 @@ from sdg_plugins.common.chunks import plain, rows_of
 from sdg_plugins.common.command_line import default_state_dir
 from sdg_plugins.common.files import codec_of, format_of, split_uri
 from sdg_plugins.common.markdown import fence, inline, table, visible
-from sdg_plugins.common.state import output_files, recorded_fields
+from sdg_plugins.common.state import output_files, recorded_fields, schema_of
 from sdg_plugins.common.statistics import rank_statistics, sum_statistics
-from sdg_plugins.publishing import hub
-from sdg_plugins.publishing.front_matter import BrokenCard, edit, split, update, words
+from sdg_plugins.publishing.front_matter import BrokenCard, split_card, text_or_texts, updated, with_values
+from sdg_plugins.publishing.hub import REPO_NAME, dataset_of_source, dataset_of_uri
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 NAME = "README.md"
-LONGEST_PROMPT = 4000  # characters: a card is read by people
-SAMPLES, COLUMNS = 2, 20
-SAMPLE_LIMITS = (600, 120, 30)  # characters of a string: less where a row has so many that the card gets long
-LONGEST_SAMPLE = 20_000  # characters
-FILES_TRIED = 100  # for sample rows: all documents of a chunk may be filtered
-LOCK_PATIENCE = 60.0  # s: ranks that end together write one after the other
+LONGEST_PROMPT = 4000  # characters of a prompt that are shown
+SAMPLES, COLUMNS = 2, 20  # rows, and columns of each
+SAMPLE_LIMITS = (600, 120, 30)  # characters of a string: the first limit with which the samples are short enough
+LONGEST_SAMPLE = 20_000  # characters of all samples
+FILES_TRIED = 100  # files searched for sample rows: all documents of a chunk may be filtered
+LOCK_PATIENCE = 60.0  # s: ranks that end at the same time write the card one after the other
 MARK = re.compile(r"^<!-- sdg: (begin|end) ([\w.-]+) -->[ \t]*\r?$", re.MULTILINE)
 FACTS = re.compile(r"^<!-- sdg: facts (\{.*\}) -->", re.MULTILINE)
-SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/(\w+)/?$")  # where the Hub's client puts models
+SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/(\w+)/?$")  # a model in the Hub client's cache
 SAMPLES_HEADING = "\n### Sample rows\n"
-
-
-def spooled(run: sdg.Run) -> bool:
-    """Whether the output is a folder of the state, from which it is published."""
-    return bool(run.options.writer == split_uri(run.options.output)[0])
+NO_FACTS: dict[str, Any] = {"rows": 0, "files": "", "columns": ""}
 
 
 def write(run: sdg.Run, progress: str = "") -> None:
-    """Bring the card in the output up to date. The rank that comes last sees the figures of all."""
+    """Bring the card in the output up to date; the last rank to write it includes the figures of all ranks."""
     import filelock
 
     shared = Path(default_state_dir(run.options.output, "data"))  # all configs of an output have one card
@@ -67,50 +62,51 @@ def write(run: sdg.Run, progress: str = "") -> None:
 
 
 def read(run: sdg.Run) -> str | None:
-    """The card that is in the output, None if there is none."""
+    """The card in the output, None if it has none. Raises BrokenCard."""
     try:
         with run.output.open(NAME) as file:
             return bytes(file.read()).decode()
     except FileNotFoundError:
         return None
-    except UnicodeDecodeError as problem:
-        raise BrokenCard(f"{run.output.path(NAME)} is not UTF-8 ({problem}): it is left as it is") from problem
+    except UnicodeDecodeError as exc:
+        raise BrokenCard(f"{run.output.path(NAME)} is not UTF-8 ({exc}): it is left unchanged") from exc
 
 
 def render(readme: str | None, run: sdg.Run, progress: str = "", folder: str = "", dataset: str = "") -> str:
-    """The whole card anew. The same input gives the same text.
+    """Return the card with the section of the run's config up to date; the same input gives the same text.
 
     Args:
-        readme: the card that is there.
-        run: only its state is read, and two rows of its output.
-        progress: markdown for the top of the config's section.
-        folder: where in the repository the run's folders lie, "" for its root.
+        readme: the card as it is, None if it does not exist.
+        run: only its state, and two rows of its output, are read.
+        progress: markdown for the top of the section.
+        folder: folder of the repository for the run's output, "" for its root.
         dataset: OWNER/NAME on the Hub, "" for an output elsewhere.
 
     Raises:
-        BrokenCard: what is there has front matter that nobody can read.
+        BrokenCard: its front matter cannot be read.
     """
     text = (readme or "").removeprefix("\ufeff")
     end = re.search(r"\r?\n", text)
     newline = end[0] if end else "\n"
-    block, body = split(text, f"{dataset} {NAME}".strip() if dataset else run.output.path(NAME))
+    front, body = split_card(text, f"{dataset} {NAME}".strip() if dataset else run.output.path(NAME))
     if not text.strip():
         body = f"\n# {inline(dataset.rpartition('/')[2]) or 'Synthetic data'}\n"
-    name, record = run.options.output_config, recorded.record_of(run.state)
+    name, record = run.options.output_config, recorded.load_record(run.state)
     present = {section.name: section for section in sections(body)}
-    facts = facts_of(run, record, folder)
-    lines = Part(run, record, facts, dataset).lines(progress, present[name].text if name in present else "")
-    body = put(body, name, "\n".join(lines).replace("\n", newline), newline)
+    lines = SectionRenderer(run, record, facts_of(run, record, folder), dataset).lines(
+        progress, present[name].text if name in present else ""
+    )
+    body = with_section(body, name, "\n".join(lines).replace("\n", newline), newline)
     configs = {section.name: section.facts for section in sections(body)}
-    front = update(block.values, configs, record["source"])
-    return f"---{newline}{edit(block, front, newline)}---{newline}{body}"
+    values = updated(front.values, configs, record["source"])
+    return f"---{newline}{with_values(front, values, newline)}---{newline}{body}"
 
 
 # ── Sections ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Section(NamedTuple):
-    """The part of a card's text that is written for one config."""
+    """The section of one config in a card, from `start` to `end` of the card's text."""
 
     name: str
     start: int
@@ -119,18 +115,15 @@ class Section(NamedTuple):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What other runs need to know of this one."""
+        """What the front matter needs of this config; see `facts_of`."""
         found = FACTS.search(self.text)
-        with contextlib.suppress(ValueError):  # mended by hand, and not well: the config's next run writes it anew
+        with contextlib.suppress(ValueError):  # broken by an edit: the next run of this config writes them again
             return {**NO_FACTS, **(json.loads(found[1]) if found else {})}
         return NO_FACTS
 
 
-NO_FACTS: dict[str, Any] = {"rows": 0, "files": "", "columns": ""}
-
-
 def sections(body: str) -> Iterator[Section]:
-    """The complete sections in a card; a mark that has lost its partner is text like any other."""
+    """The complete sections in a card; a mark without its counterpart is ordinary text."""
     opened: re.Match[str] | None = None
     seen = set()
     for mark in MARK.finditer(body):
@@ -144,8 +137,8 @@ def sections(body: str) -> Iterator[Section]:
         opened = None
 
 
-def put(body: str, name: str, text: str, newline: str) -> str:
-    """The card's text with a config's section in its place, else behind the last one, else at the end."""
+def with_section(body: str, name: str, text: str, newline: str) -> str:
+    """Put a config's section into a card: in its place, or behind the last section, or at the end."""
     text = text.removesuffix(newline)
     present = list(sections(body))
     for section in present:
@@ -158,15 +151,12 @@ def put(body: str, name: str, text: str, newline: str) -> str:
 
 
 def facts_of(run: sdg.Run, record: dict[str, Any], folder: str) -> dict[str, Any]:
-    """What other runs need to know of this one: its rows, where they are, and of which columns."""
-    import pyarrow as pa
+    """What the front matter needs of a config: number of rows, glob of its files, and a hash of its columns."""
     import xxhash
 
-    schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(record["source_schema"])))
     results = recorded_fields(run.state) or {}
-    columns = [(field.name, str(field.type)) for field in schema] + [
-        (name, str(kind)) for name, kind in results.items()
-    ]
+    columns = [(field.name, str(field.type)) for field in schema_of(record["source_schema"])]
+    columns += [(name, str(kind)) for name, kind in results.items()]
     suffix = re.search(r"\.\w+(\.(gz|zst))?$", run.options.output_filename)
     return {
         "rows": sum_statistics(rank_statistics(run.state)).get("rows", 0),
@@ -175,8 +165,14 @@ def facts_of(run: sdg.Run, record: dict[str, Any], folder: str) -> dict[str, Any
     }
 
 
-class Part(NamedTuple):
-    """The section of a config as markdown. All that comes from options or data goes through `inline` or `fence`."""
+class SectionRenderer(NamedTuple):
+    """Renders the section of a config. Text from options or data passes `inline` or `fence`, so it stays in its place.
+
+    Attributes:
+        record: the content of the run's `run.json`.
+        facts: see `facts_of`.
+        dataset: OWNER/NAME on the Hub, "" for an output elsewhere.
+    """
 
     run: sdg.Run
     record: dict[str, Any]
@@ -185,12 +181,12 @@ class Part(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options as the state has them."""
+        """The recorded options."""
         options: dict[str, Any] = self.record["options"]
         return options
 
     def lines(self, progress: str, earlier: str) -> Iterator[str]:
-        """The section; `earlier` is the one that is there."""
+        """The lines of the section; `earlier` is the text of the one that it replaces, "" if there was none."""
         name = self.run.options.output_config
         yield f"<!-- sdg: begin {name} -->"
         facts = json.dumps(self.facts).replace("<", r"\u003c").replace(">", r"\u003e")
@@ -201,57 +197,56 @@ class Part(NamedTuple):
             yield visible(progress).replace("<!--", "&lt;!--").strip("\n") + "\n"
         elif missing := self.unfinished(ranks):
             yield missing
-        yield from table("How it was made", self.making())
+        yield from table("How it was made", self.origin())
         yield from self.prompts()
         yield from table("Statistics", self.statistics(sum_statistics(ranks)))
-        yield "### How to load it\n\n" + fence(self.loading(), "python")
+        yield "### How to load it\n\n" + fence(self.loading_code(), "python")
         yield from self.samples(earlier)
         yield f"<!-- sdg: end {name} -->\n"
 
     def unfinished(self, ranks: list[dict[str, Any]]) -> str:
-        """A note that there will be more, "" if there will not."""
-        of = self.options["world_size"]
+        """A note that the run has not finished, "" if it has."""
+        total = self.options["world_size"]
         finished = sum(rank.get("rank", {}).get("status") == "finished" for rank in ranks)
-        how = "the run has not ended" if of == 1 else f"{finished} of {of} ranks have"
-        return "" if finished >= of else f"> **Not finished**: {how}.\n"
+        how = "the run has not ended" if total == 1 else f"{finished} of {total} ranks have finished"
+        return "" if finished >= total else f"> **Not finished**: {how}.\n"
 
-    def making(self) -> Iterator[tuple[str, str]]:
-        """How the rows came to be."""
+    def origin(self) -> Iterator[tuple[str, str]]:
+        """Model, source, rollout and sampling."""
         options, source = self.options, self.record["source"]
-        model, revision = model_of(self.run.model, options)
-        linked = hub.ON_THE_HUB.fullmatch(model) and not os.path.isdir(self.run.model)
+        model, revision = public_model(self.run.model, options)
+        linked = REPO_NAME.fullmatch(model) and not os.path.isdir(self.run.model)
         yield "Model", f"[{inline(model)}](https://huggingface.co/{model})" if linked else inline(model)
         if revision:
             yield "Model revision", inline(revision)
         yield "Source", self.source()
-        for key, title in (("license", "Licence of the source"), ("language", "Language of the source")):
-            value = words(source.get(key))
-            if value:
+        for key, title in (("license", "License of the source"), ("language", "Language of the source")):
+            if value := text_or_texts(source.get(key)):
                 yield title, inline(", ".join(value) if isinstance(value, list) else value)
         entry = self.run.plugins.rollouts.get(options["rollout"])
         version = self.record["identity"]["plugin_version"]
         yield "Rollout", inline(options["rollout"]) + (f": {inline(entry.help)}" if entry and entry.help else "")
-        yield "Version of its plugin", inline(version) or "unknown"
+        yield "Plugin version", inline(version) or "unknown"
         yield "Rollouts per document", f"{options['rollouts_per_document']:,}"
-        yield "Sampling", inline(sampling_of(options)) or "the model's own"
+        yield "Sampling", inline(sampling_of(options)) or "defaults of the model"
         if options.get("long_documents") == "split":
-            yield "Long documents", "run in parts, whose results were joined"
+            yield "Long documents", "split into parts, whose results were joined"
         yield "Server", inline(options["server"])
         yield "Fingerprint of the run", inline(self.record["fingerprint"])
         yield "`sdg` version", inline(self.record["sdg"])
 
     def source(self) -> str:
-        """The input, if it is public: where files lie on some machine is nobody's business."""
+        """The input if it is a dataset on the Hub, otherwise only its kind: paths and URLs stay private."""
         source = self.record["source"]
-        name = hub.hub_source(source) or hub.hub_source({"dataset": hub.hub_name(self.options["input"])})
+        name = dataset_of_source(source) or dataset_of_source({"dataset": dataset_of_uri(self.options["input"])})
         if not name:
-            kind = "local files" if split_uri(self.options["input"] or "")[0] == "file" else "files in a private place"
+            kind = "local files" if split_uri(self.options["input"] or "")[0] == "file" else "files in private storage"
             return kind if self.options["input"] else "docstrings of Python's standard library"
         details = [f"{key} {inline(source[key])}" for key in ("config", "split", "revision") if source.get(key)]
         return ", ".join([f"[{inline(name)}](https://huggingface.co/datasets/{name})", *details])
 
     def prompts(self) -> Iterator[str]:
-        """Prompt and system prompt, where the run had some of its own."""
+        """System prompt and prompt template, if the run had any."""
         for title, key in (("System prompt", "system_prompt"), ("Prompt", "prompt_template")):
             text = self.options.get(key)
             if isinstance(text, str) and text:
@@ -259,28 +254,27 @@ class Part(NamedTuple):
                 yield f"### {title}\n\n{fence(text[:LONGEST_PROMPT])}{note if len(text) > LONGEST_PROMPT else ''}"
 
     def statistics(self, total: dict[str, Any]) -> Iterator[tuple[str, str]]:
-        """The figures of all ranks and attempts."""
+        """The figures of all ranks over all their processes."""
         documents, seconds = total.get("documents", 0), total.get("seconds", 0.0)
         failed, of = total.get("failed", 0), max(documents, 1)
         for name in ("documents", "rows", "filtered", "failed"):
             yield name.capitalize(), f"{total.get(name, 0):,}"
         if truncated := total.get("truncated", 0):
             yield "Truncated to the model's context", f"{truncated:,}"
-        # Rounded down: 100 % is said of complete runs only.
+        # Rounded down: only complete runs have 100 %.
         yield "Completion rate", f"{math.floor(10_000 * (documents - failed) / of) / 100:.2f} %"
         prompt, completion = total.get("prompt_tokens", 0), total.get("completion_tokens", 0)
         for kind, tokens in (("Prompt", prompt), ("Completion", completion), ("Total", prompt + completion)):
             yield f"{kind} tokens", f"{tokens:,}; mean {tokens / of:,.1f} per document"
         yield "Completion tokens per second", f"{total.get('tokens_per_second', 0.0):,.1f}"
-        gpus = gpus_of(self.options)
-        if gpus:
+        if gpus := gpus_per_rank(self.options):
             hours = gpus * seconds / 3600
             yield "GPU hours, all ranks and attempts", f"{hours:,.2f}" if hours >= 0.1 else f"{hours:.2g}"
         else:
-            yield "Wall time, all ranks and attempts", duration(seconds)
+            yield "Wall time, all ranks and attempts", precise_duration(seconds)
 
-    def loading(self) -> str:
-        """Python that loads the rows."""
+    def loading_code(self) -> str:
+        """Python code that loads the rows."""
         name = json.dumps(self.run.options.output_config, ensure_ascii=False)
         first = "from datasets import load_dataset\n\n"
         if self.dataset or self.run.output.local:
@@ -291,22 +285,22 @@ class Part(NamedTuple):
         return f'{first}rows = load_dataset("{kind}", data_files={files}, split="train")'
 
     def samples(self, earlier: str) -> Iterator[str]:
-        """The first rows; those that the card has already once the files have gone elsewhere."""
-        rows = first_rows(self.run)
-        if rows:
-            yield SAMPLES_HEADING.removeprefix("\n") + "\n" + fence(shown(rows), "json")
-        else:
-            kept = earlier.replace("\r\n", "\n").rpartition(SAMPLES_HEADING)[2]
-            if kept != earlier.replace("\r\n", "\n"):
-                yield SAMPLES_HEADING.removeprefix("\n") + kept.rpartition("<!-- sdg: end")[0].removesuffix("\n")
+        """The first rows; those of the earlier section once the files have been moved away."""
+        if rows := first_rows(self.run):
+            yield SAMPLES_HEADING.removeprefix("\n") + "\n" + fence(samples_as_json(rows), "json")
+            return
+        earlier = earlier.replace("\r\n", "\n")
+        kept = earlier.rpartition(SAMPLES_HEADING)[2]
+        if kept != earlier:
+            yield SAMPLES_HEADING.removeprefix("\n") + kept.rpartition("<!-- sdg: end")[0].removesuffix("\n")
 
 
-def model_of(model: str, options: dict[str, Any]) -> tuple[str, str]:
-    """A model's name without the path that it may be, and its revision as far as it is known."""
+def public_model(model: str, options: dict[str, Any]) -> tuple[str, str]:
+    """The name of a model without the path that it may have, and its revision, "" if unknown."""
     revision = str(dict(options.get("server_arg") or []).get("revision", ""))
     if snapshot := SNAPSHOT.search(model):
         return f"{snapshot[1]}/{snapshot[2]}", snapshot[3]
-    if hub.ON_THE_HUB.fullmatch(model) and not os.path.isdir(model):
+    if REPO_NAME.fullmatch(model) and not os.path.isdir(model):
         return model, revision
     return re.split(r"[/\\]", model.rstrip("/\\"))[-1], revision
 
@@ -317,15 +311,15 @@ def sampling_of(options: dict[str, Any]) -> str:
     return ", ".join(f"{name} {json.dumps(value)}" for name, value in given.items() if name != "model")
 
 
-def gpus_of(options: dict[str, Any]) -> int:
-    """GPUs of one rank, 0 if the run has not started the server itself."""
+def gpus_per_rank(options: dict[str, Any]) -> int:
+    """The GPUs that a rank uses; 0 if the run did not launch the server."""
     if options["server"] not in {"vllm", "sglang"}:
         return 0
     return math.prod(int(options.get(name) or 1) for name in ("tp", "pp", "dp", "replicas"))
 
 
-def duration(seconds: float) -> str:
-    """Time in a unit that suits it."""
+def precise_duration(seconds: float) -> str:
+    """A duration in seconds, minutes or hours with one decimal, such as `1.5 minutes`."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} minutes" if seconds < 3600 else f"{seconds / 3600:,.1f} hours"
@@ -335,25 +329,25 @@ def duration(seconds: float) -> str:
 
 
 def first_rows(run: sdg.Run) -> list[dict[str, Any]]:
-    """The first rows of the first file that has some."""
+    """The first rows of the first file that has any."""
     import pyarrow as pa
 
     for file in output_files(run)[:FILES_TRIED]:
-        with contextlib.suppress(OSError, ValueError, pa.ArrowException):  # `verify` is there to name broken files
-            if rows := rows_in(run, file):
+        with contextlib.suppress(OSError, ValueError, pa.ArrowException):  # `verify` reports broken files
+            if rows := first_rows_of(run, file):
                 return rows
     return []
 
 
-def rows_in(run: sdg.Run, file: str) -> list[dict[str, Any]]:
-    """The first rows of a file, without columns of bytes."""
+def first_rows_of(run: sdg.Run, file: str) -> list[dict[str, Any]]:
+    """The first rows of a file, without columns that hold binary values."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     with run.output.open(file) as source:
         if format_of(file) == "parquet":
             parquet = pq.ParquetFile(source)
-            columns = [field.name for field in parquet.schema_arrow if not has_bytes(field.type)]
+            columns = [field.name for field in parquet.schema_arrow if not has_binary(field.type)]
             batch = next(parquet.iter_batches(SAMPLES, columns=columns[:COLUMNS]), None)
             return rows_of(pa.Table.from_batches([batch])) if batch is not None else []
         codec = codec_of(file)
@@ -362,30 +356,30 @@ def rows_in(run: sdg.Run, file: str) -> list[dict[str, Any]]:
     return [dict(itertools.islice(row.items(), COLUMNS)) for row in rows]
 
 
-def has_bytes(kind: pa.DataType) -> bool:
-    """Whether a type holds binary values, at any depth."""
+def has_binary(kind: pa.DataType) -> bool:
+    """True if a type holds binary values at any depth."""
     import pyarrow.types as t
 
     if t.is_binary(kind) or t.is_large_binary(kind) or t.is_fixed_size_binary(kind) or t.is_binary_view(kind):
         return True
     if t.is_dictionary(kind):
-        return has_bytes(kind.value_type)
-    return any(has_bytes(kind.field(i).type) for i in range(kind.num_fields))
+        return has_binary(kind.value_type)
+    return any(has_binary(kind.field(i).type) for i in range(kind.num_fields))
 
 
-def shown(rows: list[dict[str, Any]]) -> str:
-    """Rows as JSON of a size that can be read."""
+def samples_as_json(rows: list[dict[str, Any]]) -> str:
+    """Rows as JSON, shortened to about LONGEST_SAMPLE characters."""
     for limit in SAMPLE_LIMITS:
         cut = [shortened(row, limit) for row in rows]
         text = "\n".join(json.dumps(row, ensure_ascii=False, indent=2, default=plain) for row in cut)
         if len(text) <= LONGEST_SAMPLE:
             break
-    # Not an escape that JSON itself would make: it reads the same.
+    # No comment can begin, and the JSON has the same value.
     return text.replace("<!--", r"\u003c!--")
 
 
 def shortened(value: Any, limit: int) -> Any:
-    """A value with its long strings and lists cut."""
+    """A value whose long strings and lists are cut."""
     if isinstance(value, str):
         return value if len(value) <= limit else value[:limit] + "…"
     if isinstance(value, dict):

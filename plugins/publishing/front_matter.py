@@ -1,84 +1,91 @@
+"""The YAML front matter of a card: keys of ours are updated, other keys and comments stay as they are."""
+
 from __future__ import annotations
 
 import itertools
 import re
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import sdg
 from sdg_plugins.common.files import format_of
-from sdg_plugins.common.markdown import line
-from sdg_plugins.publishing.hub import hub_source
-
-if TYPE_CHECKING:
-    pass
+from sdg_plugins.common.markdown import short_line
+from sdg_plugins.publishing.hub import dataset_of_source
 
 TAGS = ["synthetic", "sdg"]
-FRONT = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
+FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
 
 
 class BrokenCard(sdg.OutputError):
-    """The card that is there has front matter which is no YAML mapping. It is left as it is."""
+    """The card has front matter that cannot be read, so it is left unchanged."""
 
 
-class Block(NamedTuple):
-    """Front matter as it stands there, and what it says."""
+class FrontMatter(NamedTuple):
+    """Front matter as text, and its values."""
 
     text: str
     values: dict[str, Any]
 
 
-def split(text: str, place: str) -> tuple[Block, str]:
-    """A card's front matter and the text below it."""
+def split_card(text: str, name: str) -> tuple[FrontMatter, str]:
+    """Split a card into its front matter and the text below it; `name` is that of the card in messages."""
     import yaml
 
-    found = FRONT.match(text)
-    way_out = f"mend it, or delete it with its two lines of ---. {place} is left as it is"
+    found = FRONT_MATTER.match(text)
+    way_out = f"fix it, or delete it with its two lines of ---. {name} is left unchanged"
     if not found:
         if re.match(r"\s*---[ \t]*\r?(\n|\Z)", text):
-            raise BrokenCard(f"{place}: the front matter has no end, a line of ---; {way_out}")
-        return Block("", {}), text
+            raise BrokenCard(f"{name}: the front matter has no closing line ---; {way_out}")
+        return FrontMatter("", {}), text
     try:
         values = yaml.safe_load(found[1])
-    except (yaml.YAMLError, ValueError, RecursionError) as problem:
-        reason = " ".join(str(problem).split())
-        raise BrokenCard(f"{place}: the front matter is no YAML ({reason}); {way_out}") from problem
+    except (yaml.YAMLError, ValueError, RecursionError) as exc:
+        raise BrokenCard(f"{name}: the front matter is not valid YAML ({sdg.one_line(exc)}); {way_out}") from exc
     if not isinstance(values, dict | None):
-        raise BrokenCard(f"{place}: the front matter is no mapping of keys to values; {way_out}")
+        raise BrokenCard(f"{name}: the front matter is not a mapping; {way_out}")
     if not isinstance((values or {}).get("configs"), list | None):
-        raise BrokenCard(f"{place}: `configs` in the front matter is no list; {way_out}")
-    return Block(found[1], values or {}), text[found.end() :]
+        raise BrokenCard(f"{name}: `configs` in the front matter is not a list; {way_out}")
+    return FrontMatter(found[1], values or {}), text[found.end() :]
 
 
-def update(front: dict[str, Any], configs: dict[str, dict[str, Any]], source: dict[str, Any]) -> dict[str, Any]:
-    """What the front matter should say."""
-    wanted = dict(front)
+# ── Values ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def updated(values: dict[str, Any], configs: dict[str, dict[str, Any]], source: dict[str, Any]) -> dict[str, Any]:
+    """The values of the front matter, brought up to date.
+
+    Args:
+        values: those of the card as it is.
+        configs: facts of each config in the card, by name; see `card.facts_of`.
+        source: what the reader recorded of the input.
+    """
+    wanted = dict(values)
     for key in ("license", "language"):
-        if wanted.get(key) is None and (value := words(source.get(key))):
+        if wanted.get(key) is None and (value := text_or_texts(source.get(key))):
             wanted[key] = value
     rows = sum(int(facts["rows"]) for facts in configs.values())
     wanted["size_categories"] = [size_category(rows)]
-    wanted["tags"] = joined(front.get("tags"), TAGS)
-    if hub := hub_source(source):
-        wanted["source_datasets"] = joined(front.get("source_datasets"), [hub])
-    wanted["configs"] = merge_configs(front.get("configs") or [], configs)
+    wanted["tags"] = extended(values.get("tags"), TAGS)
+    if dataset := dataset_of_source(source):
+        wanted["source_datasets"] = extended(values.get("source_datasets"), [dataset])
+    wanted["configs"] = merge_configs(values.get("configs") or [], configs)
     return wanted
 
 
-def words(value: Any) -> str | list[str] | None:
-    """A licence or language as a source has it, or several; None if that is neither."""
+def text_or_texts(value: Any) -> str | list[str] | None:
+    """A license or language of a source: a text, or a list of texts; None if it is neither."""
     if isinstance(value, list):
-        return [text for item in value if isinstance(item, str) and (text := line(item))]
-    return line(value) if isinstance(value, str) else None
+        return [text for item in value if isinstance(item, str) and (text := short_line(item))]
+    return short_line(value) if isinstance(value, str) else None
 
 
-def joined(present: Any, ours: list[str]) -> list[Any]:
-    """A list of the front matter with ours in it."""
+def extended(present: Any, ours: list[str]) -> list[Any]:
+    """A list in the front matter, with our items appended unless it has them."""
     kept = present if isinstance(present, list) else [] if present is None else [present]
     return [*kept, *(item for item in ours if item not in kept)]
 
 
 def size_category(rows: int) -> str:
-    """The Hub's word for so many rows."""
+    """The Hub's size category for a number of rows."""
     bounds = [f"{number}{unit}" for unit in "KMB" for number in (1, 10, 100)] + ["1T"]
     power = max(0, len(str(rows)) - 3) if rows else 0
     if power == 0:
@@ -87,18 +94,18 @@ def size_category(rows: int) -> str:
 
 
 def merge_configs(present: list[Any], configs: dict[str, dict[str, Any]]) -> list[Any]:
-    """The `configs` of the front matter: ours as the card's sections have them, `all` for several, others as they are.
+    """The `configs` of the front matter: ours updated, `all` added if there are several, all others as they are.
 
-    The first of ours is the default once there are several, so that `load_dataset` goes on to work without a name.
+    With several configs, the first of ours becomes the default, so that `load_dataset` still works without a name.
     """
     paths = {name: facts["files"] for name, facts in configs.items() if facts["files"]}
-    named = {name: entry for entry in present if (name := name_of(entry))}
+    named = {name: entry for entry in present if (name := config_name_of(entry))}
     ours = {name: {**named.get(name, {}), **config_entry(name, [path])} for name, path in paths.items()}
-    several = "all" not in paths and len(paths) > 1 and alike([configs[name] for name in paths])
+    several = "all" not in paths and len(paths) > 1 and same_columns([configs[name] for name in paths])
     known = {*paths.values(), *(path for name in paths for path in paths_of(named.get(name)))}
-    if "all" not in paths and "all" in named and known.issuperset(paths_of(named["all"]) or [""]):  # it was made here
+    if "all" not in paths and "all" in named and known.issuperset(paths_of(named["all"]) or [""]):  # an `all` of ours
         del named["all"]
-        present = [entry for entry in present if name_of(entry) != "all"]
+        present = [entry for entry in present if config_name_of(entry) != "all"]
     if several and "all" not in named:
         ours["all"] = config_entry("all", list(paths.values()))
     theirs = [entry for name, entry in named.items() if name not in ours]
@@ -107,23 +114,23 @@ def merge_configs(present: list[Any], configs: dict[str, dict[str, Any]]) -> lis
     if defaults and not taken and len(ours) + len(theirs) > 1:
         defaults[0]["default"] = True
     left = dict(ours)
-    merged = [left.pop(name_of(entry), entry) for entry in present]
+    merged = [left.pop(config_name_of(entry), entry) for entry in present]
     return [*merged, *left.values()]
 
 
-def name_of(entry: Any) -> str:
-    """The name of an entry of `configs`, "" if people wrote none."""
+def config_name_of(entry: Any) -> str:
+    """The name of an entry of `configs`, "" if it has none."""
     name = entry.get("config_name") if isinstance(entry, dict) else None
     return name if isinstance(name, str) else ""
 
 
 def config_entry(name: str, paths: list[str]) -> dict[str, Any]:
-    """A config for `load_dataset`."""
+    """An entry of `configs`, as `load_dataset` reads it."""
     return {"config_name": name, "data_files": [{"split": "train", "path": paths[0] if len(paths) == 1 else paths}]}
 
 
 def paths_of(entry: Any) -> list[str]:
-    """The files of a config that looks like one of `config_entry`, of any other none."""
+    """The paths in an entry that has the form of `config_entry`; empty for any other."""
     try:
         ((split, paths),) = [(files["split"], files["path"]) for files in entry["data_files"]]
     except (TypeError, KeyError, ValueError):
@@ -131,30 +138,33 @@ def paths_of(entry: Any) -> list[str]:
     return [str(path) for path in (paths if isinstance(paths, list) else [paths])] if split == "train" else []
 
 
-def alike(facts: list[dict[str, Any]]) -> bool:
-    """Whether configs can be loaded as one: of one format, with the same columns."""
+def same_columns(facts: list[dict[str, Any]]) -> bool:
+    """True if configs can be loaded as one: with the same columns, from files of the same format."""
     return len({(format_of(config["files"]), config["columns"]) for config in facts}) == 1
 
 
-def edit(block: Block, wanted: dict[str, Any], newline: str) -> str:
-    """The front matter's text with the keys that changed written anew."""
+# ── Text ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def with_values(front: FrontMatter, wanted: dict[str, Any], newline: str) -> str:
+    """The text of front matter with the values wanted; only keys whose values differ are rewritten, if possible."""
     import yaml
 
-    changed = {key: value for key, value in wanted.items() if key not in block.values or block.values[key] != value}
+    changed = {key: value for key, value in wanted.items() if key not in front.values or front.values[key] != value}
     if not changed:
-        return block.text
+        return front.text
     try:
-        text = replace_keys(block.text, changed, newline)
+        text = replace_keys(front.text, changed, newline)
         if yaml.safe_load(text) == wanted:
             return text
     except (yaml.YAMLError, ValueError):
-        pass  # braces, anchors, indented keys: nothing that can be edited by the line
+        pass  # braces, anchors, indented keys: it cannot be edited by the line
     text = yaml.safe_dump(wanted, sort_keys=False, allow_unicode=True)
     return str(text).replace("\n", newline)
 
 
 def replace_keys(text: str, changed: dict[str, Any], newline: str) -> str:
-    """A block of YAML with some of its top-level keys replaced, the others and the comments between them untouched."""
+    """Replace top-level keys in a block of YAML; other keys, and the comments between keys, stay untouched."""
     import yaml
 
     node = yaml.compose(text, yaml.SafeLoader)
@@ -165,14 +175,14 @@ def replace_keys(text: str, changed: dict[str, Any], newline: str) -> str:
         part = text[start:end]
         if key.value in changed:
             tail = re.search(r"(?:^[ \t]*(?:#[^\n]*)?\r?\n)*\Z", part, re.MULTILINE)
-            part = in_yaml(key.value, changed[key.value], newline) + (tail[0] if tail else "")
+            part = key_as_yaml(key.value, changed[key.value], newline) + (tail[0] if tail else "")
         parts.append(part)
     known = {key.value for key, _ in pairs}
-    return "".join(parts + [in_yaml(key, value, newline) for key, value in changed.items() if key not in known])
+    return "".join(parts + [key_as_yaml(key, value, newline) for key, value in changed.items() if key not in known])
 
 
-def in_yaml(key: str, value: Any, newline: str) -> str:
-    """One key of the front matter, as the Hub's client writes it."""
+def key_as_yaml(key: str, value: Any, newline: str) -> str:
+    """One key of the front matter with its value, in the style of the Hub's client."""
     from huggingface_hub import DatasetCardData
 
     text = DatasetCardData(**{key: value}).to_yaml()

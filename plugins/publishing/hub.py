@@ -1,9 +1,10 @@
-"""What all that talks to the Hugging Face Hub shares: addresses, errors in people's words, patience."""
+"""What readers and publishers of the Hugging Face Hub share: addresses, requests, errors and retries."""
 
 from __future__ import annotations
 
 import atexit
 import functools
+import importlib
 import itertools
 import json
 import logging
@@ -22,30 +23,18 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
-ON_THE_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-
-
-def hub_name(uri: str | None) -> str:
-    """OWNER/NAME of an input on the Hub, else ""."""
-    scheme, rest = split_uri(uri or "")
-    parts = rest.partition("@")[0].split("/")
-    return "/".join(parts[1:3]) if scheme == "hf" and parts[0] == "datasets" else ""
-
-
-def hub_source(source: dict[str, Any]) -> str:
-    """The dataset of a source if it is one on the Hub, else ""."""
-    name = source.get("dataset")
-    return name if isinstance(name, str) and ON_THE_HUB.fullmatch(name) else ""
-
-
 T = TypeVar("T")
+REPO_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 TIMEOUT = 300.0  # s of silence on a connection: the Hub takes minutes for a commit of many files
-PASSING = {408, 409, 412, 413, 425, 429}  # of the 4xx: another attempt, or a smaller one, may do; so after any 5xx
-QUIET = 30.0  # s that a disturbance may last before it is spoken of
+TRANSIENT = {408, 409, 412, 413, 425, 429}  # 4xx after which a retry, or a smaller commit, may succeed
+QUIET = 30.0  # s that an outage may last before it is reported
+
+
+# ── Addresses ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Address(NamedTuple):
-    """`hf://datasets/OWNER/NAME`, with the revision (of an input) and the folder (of an output) that it may name."""
+    """The parts of `hf://datasets/OWNER/NAME`: inputs may name a revision, outputs a folder."""
 
     repo: str
     revision: str | None = None
@@ -56,162 +45,80 @@ class Address(NamedTuple):
 
 
 def parse_address(uri: str) -> Address:
-    """The parts of `hf://datasets/OWNER/NAME[@REVISION][/FOLDER]`. Raises UsageError if it is something else."""
+    """The parts of `hf://datasets/OWNER/NAME[@REVISION][/FOLDER]`. Raises UsageError for anything else."""
     name = r"[\w.-]+"
     # A revision may be a branch, a tag, a hash, or a reference with slashes such as refs/pr/1.
     found = re.fullmatch(rf"hf://datasets/({name}/{name})(?:@(refs/[\w-]+/[\w.-]+|[^/@]+))?(?:/(.*))?", uri)
     if not found:
-        raise sdg.UsageError(f"{uri}: hf://datasets/OWNER/NAME is wanted, with @REVISION if need be")
+        raise sdg.UsageError(f"{uri}: expected hf://datasets/OWNER/NAME, optionally with @REVISION")
     repo, revision, folder = found.groups()
     return Address(repo, revision, (folder or "").strip("/"))
+
+
+def dataset_of_uri(uri: str | None) -> str:
+    """OWNER/NAME if an input is a dataset on the Hub, else ""."""
+    scheme, rest = split_uri(uri or "")
+    parts = rest.partition("@")[0].split("/")
+    return "/".join(parts[1:3]) if scheme == "hf" and parts[0] == "datasets" else ""
+
+
+def dataset_of_source(source: dict[str, Any]) -> str:
+    """OWNER/NAME if a recorded source is a dataset on the Hub, else ""."""
+    name = source.get("dataset")
+    return name if isinstance(name, str) and REPO_NAME.fullmatch(name) else ""
+
+
+# ── Requests ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def connect() -> HfApi:
     """The Hub's client, for HF_ENDPOINT and HF_TOKEN (or the token that `hf auth login` stored).
 
-    Its progress bars and its words on each attempt are switched off: people hear of the run, and of what lasts.
+    Its progress bars and warnings are switched off: outages that last are reported by `patiently` and the publisher.
     """
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.utils import disable_progress_bars
 
-    if re.search(r"[^!-~]", get_token() or ""):  # it would end in an error that quotes it
-        raise sdg.InputError("the token for the Hub (HF_TOKEN) has a character that no token has: copy it again")
+    if re.search(r"[^!-~]", get_token() or ""):  # the client's own error would quote the token
+        raise sdg.InputError("the token for the Hub (HF_TOKEN) contains an invalid character: copy it again")
     disable_progress_bars()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     return HfApi(library_name="sdg", library_version=sdg.__version__)
 
 
 def has_token() -> bool:
-    """Whether there is a token to show."""
+    """True if a token is set or stored."""
     from huggingface_hub import get_token
 
     return get_token() is not None
 
 
-def refusal(problem: BaseException, address: Address) -> str | None:
-    """Why the Hub says no, and will as often as it is asked; None if it may well say yes later."""
-    from huggingface_hub import errors
+def set_timeout() -> None:
+    """Limit how long a connection may be silent: by default the client waits forever."""
+    from huggingface_hub import get_session
 
-    problem = cause_of(problem)
-    status = getattr(getattr(problem, "response", None), "status_code", 0)
-    detail = " ".join(str(getattr(problem, "server_message", None) or "").split())
-    right = "the token's account has no right to it" if has_token() else "it is private: set HF_TOKEN"
-    said = {
-        errors.OfflineModeIsEnabled: "HF_HUB_OFFLINE is set, so the Hub is not asked: unset it",
-        client_library().UnsupportedProtocol: "HF_ENDPOINT is no address: begin it with https:// or http://",
-        errors.LocalTokenNotFoundError: "there is no token for the Hub: set HF_TOKEN, or run `hf auth login`",
-        errors.GatedRepoError: f"{address} is gated: accept its conditions on its page, as the owner of HF_TOKEN",
-        errors.RevisionNotFoundError: f"{address} has no revision {address.revision or 'main'}",
-        errors.RepositoryNotFoundError: f"there is no {address}, or {right}",
-        errors.HFValidationError: f"{address}: {' '.join(str(problem).split())}",
-    }
-    for kind, words in said.items():
-        if isinstance(problem, kind):
-            return words
-    if status == 401:
-        return f"the Hub does not know the token (HF_TOKEN): it was revoked, or mistyped; {address} wants a valid one"
-    if status in {402, 403}:
-        return (
-            f"the Hub refuses: {detail or 'the right is missing'} ({address}; has HF_TOKEN the right to write to it?)"
-        )
-    if 400 <= status < 500 and status not in PASSING:
-        return f"the Hub refuses ({status}): {detail or ' '.join(str(problem).split())[:300]} ({address})"
-    return None
+    session: Any = get_session()  # replaced after some errors, and None while another thread does that
+    if session is not None:
+        session.timeout = TIMEOUT
 
 
 def client_library() -> Any:
-    """What the Hub's client is made on: httpx before its version 2.0, httpx2 since."""
-    import importlib
-
+    """The HTTP library of the Hub's client: httpx before its version 2.0, httpx2 since."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return importlib.import_module(HfHubHTTPError.__mro__[1].__module__.partition(".")[0])
 
 
-def cause_of(problem: BaseException) -> BaseException:
-    """What an upload failed of: the client wraps it into a RuntimeError."""
-    while isinstance(problem, RuntimeError) and problem.__cause__:
-        problem = problem.__cause__
-    return problem
-
-
-def is_passing(problem: Exception) -> bool:
-    """Whether a failure may be over later: of the network, of the Hub, of a race with another commit, of the disk."""
-    # Xet's failures are plain ConnectionErrors and RuntimeErrors, answers cut short are ValueErrors of JSON.
-    transport = client_library().HTTPError
-    return isinstance(problem, transport | OSError | RuntimeError | json.JSONDecodeError | sqlite3.OperationalError)
-
-
-def pause_after(problem: BaseException, attempt: int, longest: float) -> float:
-    """Seconds until the next attempt: what the Hub asks for, else exponential back-off with full jitter."""
-    problem = cause_of(problem)
-    headers = getattr(getattr(problem, "response", None), "headers", {})
-    asked = retry_after(headers)
-    if asked is None:  # a quota of commits is told in words only
-        said = re.search(r"retry this action in (?:about )?(\d+) (second|minute|hour)", str(problem))
-        asked = said and int(said[1]) * {"second": 1.0, "minute": 60.0, "hour": 3600.0}[said[2]]
-    return asked + random.uniform(0, 1 + asked / 20) if asked else random.uniform(0, min(longest, 2.0**attempt))
-
-
-def describe(problem: BaseException) -> str:
-    """A failure that may pass, in a few words."""
-    problem = cause_of(problem)
-    if isinstance(problem, sqlite3.Error) or (isinstance(problem, OSError) and problem.filename):
-        return f"publishing is held up: {sdg.reason_of(problem)}"
-    status = getattr(getattr(problem, "response", None), "status_code", None)
-    detail = getattr(problem, "server_message", None) or str(problem).partition("\n")[0]
-    name = type(problem).__name__
-    return f"the Hub answers {status}: {detail}" if status else f"the Hub cannot be reached: {detail or name}"
-
-
-def patiently(call: Callable[[], T], address: Address, stopping: threading.Event) -> T:
-    """Ask the Hub until it answers: an outage of hours costs nothing but the delay.
-
-    Args:
-        call: asks; it may be called any number of times.
-        stopping: set when there is no point in going on.
-
-    Raises:
-        InputError: the Hub refuses, which it would do again.
-    """
-    waited, told = 0.0, False
-    for attempt in itertools.count():
-        set_timeout()
-        try:
-            return call()
-        except Exception as problem:
-            if reason := refusal(problem, address):
-                raise sdg.InputError(reason) from problem
-            if not is_passing(problem) or stopping.is_set():
-                raise
-            pause = pause_after(problem, attempt, longest=60.0)
-            waited += pause
-            if waited > QUIET and not told:
-                told = True
-                sdg.say(f"{describe(problem)}; asking again until it answers")
-            stopping.wait(pause)
-    raise AssertionError("unreachable")
-
-
-def set_timeout() -> None:
-    """Keep a connection that has gone silent from holding us for ever: by default the client waits without an end."""
-    from huggingface_hub import get_session
-
-    session: Any = get_session()  # made anew after some errors, and None while another thread is at that
-    if session is not None:
-        session.timeout = TIMEOUT
-
-
 @functools.cache
-def plain_client() -> Any:
-    """A client for files: the library's own is closed after an error, under the hands of all threads that read."""
+def file_client() -> Any:
+    """A client to read files: the library closes its own after an error, while other threads are reading with it."""
     client = client_library().Client(follow_redirects=True, timeout=60)
     atexit.register(client.close)
     return client
 
 
 def list_files(api: HfApi, repo: str, folder: str, revision: str) -> list[RepoFile]:
-    """All files below a folder ("" for all of the repository), sorted; none if it does not exist."""
+    """All files below a folder ("" for the whole repository), sorted; empty if the folder does not exist."""
     from huggingface_hub.errors import EntryNotFoundError
     from huggingface_hub.hf_api import RepoFile  # the package itself does not export it before 1.1
 
@@ -223,21 +130,124 @@ def list_files(api: HfApi, repo: str, folder: str, revision: str) -> list[RepoFi
 
 
 def get(api: HfApi, repo: str, path: str, revision: str, headers: dict[str, str] | None = None) -> Any:
-    """The response to one request for a file; raises what the client raises."""
+    """Request a file and return the response. Raises the exceptions of the Hub's client."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
     url = hf_hub_url(repo, path, repo_type="dataset", revision=revision, endpoint=api.endpoint)
-    answer = plain_client().get(url, headers={**build_hf_headers(library_name="sdg"), **(headers or {})})
-    hf_raise_for_status(answer)
-    return answer
+    response = file_client().get(url, headers={**build_hf_headers(library_name="sdg"), **(headers or {})})
+    hf_raise_for_status(response)
+    return response
 
 
 def read_bytes(api: HfApi, repo: str, path: str, revision: str) -> bytes | None:
-    """A small file, None if there is none."""
+    """The content of a small file, None if it does not exist."""
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
         return bytes(get(api, repo, path, revision).content)
     except EntryNotFoundError:
         return None
+
+
+# ── Errors and retries ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def refusal(exc: BaseException, address: Address) -> str | None:
+    """Reason for a permanent Hub error; None if a retry may succeed."""
+    from huggingface_hub import errors
+
+    exc = cause_of(exc)
+    status = http_status(exc) or 0
+    detail = sdg.one_line(getattr(exc, "server_message", None) or "")
+    access = "the token has no access to it" if has_token() else "it is private: set HF_TOKEN"
+    reasons = {
+        errors.OfflineModeIsEnabled: "HF_HUB_OFFLINE is set, so no request is sent to the Hub: unset it",
+        client_library().UnsupportedProtocol: "HF_ENDPOINT is not a URL: it must begin with https:// or http://",
+        errors.LocalTokenNotFoundError: "no token for the Hub: set HF_TOKEN, or run `hf auth login`",
+        errors.GatedRepoError: f"{address} is gated: accept its conditions on its page, with the account of HF_TOKEN",
+        errors.RevisionNotFoundError: f"{address} has no revision {address.revision or 'main'}",
+        errors.RepositoryNotFoundError: f"{address} does not exist, or {access}",
+        errors.HFValidationError: f"{address}: {sdg.one_line(exc)}",
+    }
+    for kind, reason in reasons.items():
+        if isinstance(exc, kind):
+            return reason
+    if status == 401:
+        return f"the Hub rejected the token (HF_TOKEN) for {address}: it may be revoked or mistyped; set a valid one"
+    if status in {402, 403}:
+        return f"the Hub refused: {detail or 'no permission'} ({address}; does HF_TOKEN have write access to it?)"
+    if 400 <= status < 500 and status not in TRANSIENT:
+        return f"the Hub refused ({status}): {detail or sdg.one_line(exc)[:300]} ({address})"
+    return None
+
+
+def cause_of(exc: BaseException) -> BaseException:
+    """The error behind a failed upload, which the client wraps into a RuntimeError."""
+    while isinstance(exc, RuntimeError) and exc.__cause__:
+        exc = exc.__cause__
+    return exc
+
+
+def http_status(exc: BaseException) -> int | None:
+    """The HTTP status of an error of the Hub's client, None if there was no response."""
+    return getattr(getattr(exc, "response", None), "status_code", None)
+
+
+def is_transient(exc: Exception) -> bool:
+    """True if a retry may succeed: failures of the network, the Hub or the disk, and races with other commits."""
+    # Xet raises plain ConnectionErrors and RuntimeErrors, a response that is cut short a ValueError of JSON.
+    transport = client_library().HTTPError
+    return isinstance(exc, transport | OSError | RuntimeError | json.JSONDecodeError | sqlite3.OperationalError)
+
+
+def transient_message(exc: BaseException) -> str:
+    """A transient error in one line."""
+    exc = cause_of(exc)
+    if isinstance(exc, sqlite3.Error) or (isinstance(exc, OSError) and exc.filename):
+        return f"publishing is delayed: {sdg.reason_of(exc)}"
+    status = http_status(exc)
+    detail = getattr(exc, "server_message", None) or str(exc).partition("\n")[0]
+    if status:
+        return f"the Hub responds {status}: {detail}"
+    return f"the Hub cannot be reached: {detail or type(exc).__name__}"
+
+
+def pause_after(exc: BaseException, attempt: int, longest: float) -> float:
+    """Seconds until the next attempt: as the Hub asks, otherwise exponential back-off with full jitter."""
+    exc = cause_of(exc)
+    asked = retry_after(getattr(getattr(exc, "response", None), "headers", {}))
+    if asked is None:  # the quota of commits is only mentioned in the message
+        said = re.search(r"retry this action in (?:about )?(\d+) (second|minute|hour)", str(exc))
+        asked = said and int(said[1]) * {"second": 1.0, "minute": 60.0, "hour": 3600.0}[said[2]]
+    return asked + random.uniform(0, 1 + asked / 20) if asked else random.uniform(0, min(longest, 2.0**attempt))
+
+
+def patiently(call: Callable[[], T], address: Address, stopping: threading.Event) -> T:
+    """Retry a request until the Hub responds: an outage of hours costs only the delay.
+
+    Args:
+        call: sends the request; may be called any number of times.
+        address: the dataset, for messages.
+        stopping: set when the run ends, after which a failure is raised.
+
+    Raises:
+        InputError: a permanent error of the Hub.
+    """
+    waited, said = 0.0, False
+    for attempt in itertools.count():
+        set_timeout()
+        try:
+            return call()
+        except Exception as exc:
+            if reason := refusal(exc, address):
+                raise sdg.InputError(reason) from exc
+            if not is_transient(exc) or stopping.is_set():
+                raise
+            pause = pause_after(exc, attempt, longest=60.0)
+            waited += pause
+            if waited > QUIET and not said:
+                said = True
+                sdg.say(f"{transient_message(exc)}; retrying")
+            stopping.wait(pause)
+    raise AssertionError("unreachable")

@@ -1,3 +1,5 @@
+"""What a publisher remembers of the files on the Hub, in `published.sqlite3` of the state."""
+
 from __future__ import annotations
 
 import contextlib
@@ -5,25 +7,30 @@ import json
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import sdg
-
-if TYPE_CHECKING:
-    pass
 
 
 class Known(NamedTuple):
     """What is remembered of a file on the Hub."""
 
-    run: str  # that it is of; `before RUN`: it was there, and that run was to delete it
+    run: str  # ID of the run that wrote it; `before ID` for a file that run ID, started with --fresh, will delete
     signature: str = ""
     hash: str = ""
     parts: tuple[str, ...] = ()
 
 
 class Ledger:
-    """What is remembered of published files, and all hashes that were ever sent: what has none of them is not ours."""
+    """Published files, and the hashes of all files ever sent: a large file with another hash was not sent from here.
+
+    Args:
+        path: the SQLite database.
+
+    Attributes:
+        files: what is remembered, by path in the repository.
+        sent: SHA-256 hashes.
+    """
 
     def __init__(self, path: Path) -> None:
         try:
@@ -36,46 +43,47 @@ class Ledger:
                 self._db.execute(f"CREATE TABLE IF NOT EXISTS {table}")
             rows = self._db.execute("SELECT path, run, signature, hash, parts FROM files").fetchall()
             self.files = {
-                path: Known(run, mark, hash_, tuple(json.loads(parts))) for path, run, mark, hash_, parts in rows
+                path: Known(run, signature, hash_, tuple(json.loads(parts)))
+                for path, run, signature, hash_, parts in rows
             }
             self.sent = {hash_ for (hash_,) in self._db.execute("SELECT hash FROM sent")}
         except sqlite3.OperationalError:
             raise  # locked, or the disk is full
-        except sqlite3.DatabaseError as problem:
-            raise sdg.StateError(f"{path} is broken: delete it, and what is on the Hub is looked at anew") from problem
+        except sqlite3.DatabaseError as exc:
+            raise sdg.StateError(f"{path} is broken: delete it; it is rebuilt from the files on the Hub") from exc
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """Make what is remembered in the body durable at once: each statement by itself would wait for the disk."""
+    def transaction(self) -> Iterator[None]:
+        """Commit the changes of the body at once: one by one, each would wait for the disk."""
         self._db.execute("BEGIN")
         try:
             yield
         finally:
-            self._db.execute("COMMIT")  # each is true by itself
+            self._db.execute("COMMIT")  # after an exception, too: each change is right by itself
 
-    def put(self, path: str, known: Known) -> None:
+    def remember(self, path: str, known: Known) -> None:
         """Remember a file."""
         if self.files.get(path) != known:
             self.files[path] = known
             row = (path, *known[:3], json.dumps(known.parts))
             self._db.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)", row)
 
-    def sending(self, hashes: list[str]) -> None:
-        """Remember what is about to be sent."""
-        with self.together():
+    def remember_sent(self, hashes: list[str]) -> None:
+        """Remember the hashes of files that are about to be sent."""
+        with self.transaction():
             self._db.executemany("INSERT OR IGNORE INTO sent VALUES (?)", [(hash_,) for hash_ in hashes])
         self.sent.update(hashes)
 
     def forget(self, path: str) -> None:
-        """A file is no longer there."""
+        """Forget a file that was deleted."""
         if self.files.pop(path, None):
             self._db.execute("DELETE FROM files WHERE path = ?", (path,))
 
     def setting(self, name: str, value: Any) -> Any:
-        """A setting of the run: what was put there first."""
+        """The value of a setting; it is `value` if it was not set before."""
         self._db.execute("INSERT OR IGNORE INTO settings VALUES (?, ?)", (name, json.dumps(value)))
         return json.loads(self._db.execute("SELECT value FROM settings WHERE name = ?", (name,)).fetchone()[0])
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the database."""
         self._db.close()

@@ -1,3 +1,5 @@
+"""The files that a run has written for the Hub: they wait in the folder `spool` of its state, and may be merged."""
+
 from __future__ import annotations
 
 import contextlib
@@ -14,75 +16,94 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import sdg
 from sdg_plugins.common import recorded
+from sdg_plugins.common.files import split_uri
 from sdg_plugins.common.state import chunk_files
 from sdg_plugins.common.statistics import statistics_of
 from sdg_plugins.publishing.ledger import Ledger
 
 if TYPE_CHECKING:
-    pass
+    import pyarrow as pa
 
-FOLDER = 9000  # chunks of one folder: the Hub takes 10,000 files
-SCRATCH = f"publishing-{platform.node()}-"  # folders for merged files, with the process that they are of
-ROW_GROUP = 128 << 20  # bytes of a merged file's row groups, as Arrow has them
+FOLDER = 9000  # chunks per folder: the Hub accepts 10,000 files in one
+SCRATCH = f"publishing-{platform.node()}-"  # prefix of folders for merged files, before the ID of their process
+ROW_GROUP = 128 << 20  # bytes of a row group in merged files, as Arrow counts them
 
 
-class Item(NamedTuple):
-    """A file as it should be on the Hub: one of the spool, or some of them merged."""
+def uses_spool(run: sdg.Run) -> bool:
+    """True if the output is on the Hub, so that files are written to the spool and published from there."""
+    return bool(run.options.writer == split_uri(run.options.output)[0])
+
+
+class HubFile(NamedTuple):
+    """A file as it should be on the Hub: one of the spool, or several of them merged."""
 
     path: str  # in the repository
     parts: tuple[str, ...]  # names in the spool
-    signature: str  # changes when their content does
-    group: str  # what is committed together or not at all: files that share their chunks out among them
+    signature: str  # sizes and times of the parts: changes when their content does
+    group: str  # files of a group share chunks, so they are committed together or not at all
 
 
 class Spool:
-    """The files that a run has written, and what they should be called on the Hub."""
+    """The files that a run has written, and the files that they should become on the Hub."""
 
     def __init__(self, run: sdg.Run, folder: str, ledger: Ledger) -> None:
         self.run, self.folder, self._ledger = run, folder, ledger
         options = run.options
-        names = string.Template(re.escape(options.output_filename).replace(r"\$\{", "${").replace(r"\}", "}"))
-        data = names.safe_substitute(rank=r"\d{5,}", chunk_index=r"(\d{5,})")
+        template = string.Template(re.escape(options.output_filename).replace(r"\$\{", "${").replace(r"\}", "}"))
+        name = template.safe_substitute(rank=r"\d{5,}", chunk_index=r"(\d{5,})")
         failed = os.path.dirname(run.failed_path_of(sdg.Chunk(0, 0)))
-        self._data = re.compile(f"{re.escape(options.output_config)}/{data}")
+        self._data = re.compile(f"{re.escape(options.output_config)}/{name}")
         self._failed = re.compile(rf"{re.escape(failed)}/\d{{5,}}_(\d{{5,}})\.jsonl")
-        # Merged files hold chunks of a range that is as wide for the whole run: a rerun makes the same files.
         self._size = options.max_file_size
 
     @property
     def begun(self) -> bool:
-        """Whether the run has begun."""
+        """True if the run has begun."""
         return (self.run.state / "run.json").exists()
 
     @property
     def folders(self) -> list[str]:
-        """The folders of the repository that hold nothing but what runs have written."""
-        return [self._placed(os.path.dirname(p(sdg.Chunk(0, 0)))) for p in (self.run.path_of, self.run.failed_path_of)]
+        """The folders of the repository to which the run's files belong."""
+        paths = (self.run.path_of(sdg.Chunk(0, 0)), self.run.failed_path_of(sdg.Chunk(0, 0)))
+        return [self._in_folder(os.path.dirname(path)) for path in paths]
 
-    def is_read_with_ours(self, path: str) -> bool:
-        """Whether `load_dataset` would take a file of the repository for one of this config."""
-        inside = path.removeprefix(f"{self.folder}/") if self.folder else path
+    def is_loaded_with_ours(self, path: str) -> bool:
+        """True if `load_dataset` would take a file of the repository for one of this config."""
+        inside = self._inside(path)
         config, suffix = f"{self.run.options.output_config}/", os.path.splitext(self.run.options.output_filename)[1]
         return inside.startswith(config) and inside.endswith(suffix)
 
     def name_of(self, path: str) -> str | None:
-        """The spool's name of a file in the repository: for a merged one of its first part. None for people's files."""
-        inside = path.removeprefix(f"{self.folder}/") if self.folder else path
+        """The name in the spool of a file in the repository (of its first part if it is merged); None for any other."""
+        inside = self._inside(path)
         for name in (inside, re.sub(r"/\d{5}/([^/]+)$", r"/\1", inside)):
             if self._index(name) is not None and self._path(name) == path:
                 return name
         return None
 
     def has_chunk_of(self, name: str) -> bool:
-        """Whether the chunk that a file of the spool belongs to is there, in its present form."""
+        """True if the spool has the chunk to which a file belongs."""
         return os.path.exists(self.run.output.path(self.run.path_of(sdg.Chunk(self._index(name) or 0, 0))))
 
     def _index(self, name: str) -> int | None:
+        """The index of the chunk to which a file of the spool belongs; None for any other file."""
         found = self._data.fullmatch(name) or self._failed.fullmatch(name)
         return int(found[1]) if found else None
 
-    def items(self) -> dict[str, Item]:
-        """All that should be on the Hub by now, by path."""
+    def _path(self, name: str) -> str:
+        """The path in the repository for a file of the spool: many chunks are spread over several folders."""
+        part = (self._index(name) or 0) // FOLDER
+        folder, _, base = name.rpartition("/")
+        return self._in_folder(f"{folder}/{part:05d}/{base}" if part else name)
+
+    def _in_folder(self, name: str) -> str:
+        return f"{self.folder}/{name}" if self.folder else name
+
+    def _inside(self, path: str) -> str:
+        return path.removeprefix(f"{self.folder}/") if self.folder else path
+
+    def files(self) -> dict[str, HubFile]:
+        """All files that should be on the Hub by now, by path."""
         signatures: dict[str, str] = {}
         data: dict[int, str] = {}
         grouped: list[tuple[str, tuple[str, ...]]] = []
@@ -93,39 +114,30 @@ class Spool:
                 data[int(found[1])] = name
             else:
                 grouped.append((name, (name,)))
-        merged = (
-            self._merged(data, signatures) if self._size else ((data[index], (data[index],)) for index in sorted(data))
-        )
-        grouped += merged
-        marks = [" ".join(signatures[part] for part in parts) for _, parts in grouped]
-        made = [
-            Item(self._path(parts[0]), parts, mark, group) for (group, parts), mark in zip(grouped, marks, strict=True)
+        if self._size:
+            grouped += self._merged(data, signatures)
+        else:
+            grouped += ((data[index], (data[index],)) for index in sorted(data))
+        files = [
+            HubFile(self._path(parts[0]), parts, " ".join(signatures[part] for part in parts), group)
+            for group, parts in grouped
         ]
-        return {item.path: item for item in made}
-
-    def _path(self, name: str) -> str:
-        """Where a file of the spool belongs in the repository: no folder may have too many files."""
-        part = (self._index(name) or 0) // FOLDER
-        folder, _, base = name.rpartition("/")
-        return self._placed(f"{folder}/{part:05d}/{base}" if part else name)
-
-    def _placed(self, name: str) -> str:
-        return f"{self.folder}/{name}" if self.folder else name
+        return {file.path: file for file in files}
 
     def _merged(self, data: dict[int, str], signatures: dict[str, str]) -> Iterator[tuple[str, tuple[str, ...]]]:
-        """Ranges of a rank's chunks and, for each, chunks in order that make a file of at most --max-file-size.
+        """Groups, each a range of a rank's chunks, and the parts of each file of a group, of at most --max-file-size.
 
-        As the run goes on, a range of a rank's chunks is complete, or the rank has ended: before that none of it is
-        published. How wide the range is depends on the first chunks that were written; the ledger keeps it.
+        A range is published when all its chunks are written, or its rank has finished. Its width follows from the
+        sizes of the first chunks and is kept in the ledger, so that a rerun makes the same files.
         """
         world = self.run.options.world_size
         sizes = {index: int(signatures[name].partition(" ")[0]) for index, name in data.items()}
         if not sizes:
             return
         mean = sum(sizes.values()) / len(sizes)
-        run = recorded.record_of(self.run.state)["run"]
+        run = recorded.load_record(self.run.state)["run"]
         width = self._ledger.setting(f"chunks_of_a_file of {run}", max(1, int(0.8 * self._size / max(1, mean))))
-        over = {i for i, rank in enumerate(self._ranks()) if rank.get("status") == "finished"}
+        over = {number for number, record in enumerate(self._records()) if record.get("status") == "finished"}
         ranges: dict[tuple[int, int], list[int]] = {}
         for index in sorted(data):
             ranges.setdefault((index % world, index // world // width), []).append(index)
@@ -134,6 +146,7 @@ class Spool:
                 yield from ((f"{rank} {number}", parts) for parts in self._packed(chunks, data, sizes))
 
     def _packed(self, chunks: list[int], data: dict[int, str], sizes: dict[int, int]) -> Iterator[tuple[str, ...]]:
+        """The parts of each file: as many chunks in order as fit into --max-file-size, but at least one."""
         begun: list[int] = []
         for index in chunks:
             if begun and sum(sizes[known] for known in begun) + sizes[index] > self._size:
@@ -143,23 +156,23 @@ class Spool:
         yield tuple(data[known] for known in begun)
 
     def expected(self) -> int:
-        """About how many files the run makes, as far as its ranks know."""
-        documents = sum(rank.get("expected") or 0 for rank in self._ranks())
+        """Roughly how many files the run makes, as far as its ranks know; 0 if they are merged."""
+        documents = sum(record.get("expected") or 0 for record in self._records())
         return 0 if self._size else int(documents / self.run.options.records_per_chunk)
 
-    def _ranks(self) -> list[dict[str, Any]]:
-        """How each rank is doing, by its number; {} for those that have not begun, or whose figures are broken."""
-        found = []
+    def _records(self) -> list[dict[str, Any]]:
+        """The record of each rank, in order; {} for ranks that have not begun, or whose figures are broken."""
+        records = []
         for rank in range(self.run.options.world_size):
             try:
-                found.append(statistics_of(self.run.state / f"{rank:05d}.stats.json").get("rank", {}))
-            except sdg.StateError:  # the card cannot be made either, and says why; files can be published
-                found.append({})
-        return found
+                records.append(statistics_of(self.run.state / f"{rank:05d}.stats.json").get("rank", {}))
+            except sdg.StateError:  # files can be published; the card cannot be made, and reports this error
+                records.append({})
+        return records
 
 
 class Content:
-    """The files of one round: merged into a folder where need be, hashed once."""
+    """The content of the files of one round: merges those that have several parts, into a scratch folder."""
 
     def __init__(self, run: sdg.Run) -> None:
         self._run = run
@@ -167,37 +180,37 @@ class Content:
         self._merged: dict[str, str] = {}
 
     def close(self) -> None:
-        """Delete what was made for this round."""
+        """Delete the scratch folder."""
         if self._scratch:
             shutil.rmtree(self._scratch)
 
-    def path(self, item: Item) -> str:
-        """A local file with the content that it should have."""
-        parts = [self._run.output.path(part) for part in item.parts]
+    def path(self, file: HubFile) -> str:
+        """A local file with the content of a file for the Hub."""
+        parts = [self._run.output.path(part) for part in file.parts]
         if len(parts) == 1:
             return parts[0]
-        if item.path not in self._merged:
+        if file.path not in self._merged:
             self._scratch = self._scratch or Path(
                 tempfile.mkdtemp(prefix=f"{SCRATCH}{os.getpid()}-", dir=self._run.state)
             )
             target = str(self._scratch / f"{len(self._merged)}{Path(parts[0]).suffix}")
             merge(parts, target)
-            self._merged[item.path] = target
-        return self._merged[item.path]
+            self._merged[file.path] = target
+        return self._merged[file.path]
 
-    def sha256(self, item: Item) -> str:
-        """The hash that the Hub knows large files by."""
-        with open(self.path(item), "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+    def sha256(self, file: HubFile) -> str:
+        """The hash by which the Hub identifies large files."""
+        with open(self.path(file), "rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
 
-    def git_hash(self, item: Item) -> str:
-        """The hash that git, and so the Hub, knows all other files by."""
-        content = Path(self.path(item)).read_bytes()
+    def git_hash(self, file: HubFile) -> str:
+        """The hash by which git, and so the Hub, identifies all other files."""
+        content = Path(self.path(file)).read_bytes()
         return hashlib.sha1(b"blob %d\0%b" % (len(content), content), usedforsecurity=False).hexdigest()
 
 
 def clear_scratch(state: Path) -> None:
-    """Delete what publishers on this machine left behind that were killed."""
+    """Delete the scratch folders of publishers on this machine that were killed."""
     for folder in state.glob(f"{SCRATCH}*"):
         pid = re.fullmatch(rf"{re.escape(SCRATCH)}(\d+)-\w+", folder.name)
         try:
@@ -205,12 +218,12 @@ def clear_scratch(state: Path) -> None:
         except ProcessLookupError:
             shutil.rmtree(folder, ignore_errors=True)
         except PermissionError:
-            continue  # somebody else's, and alive
+            continue  # a process of another user, still alive
 
 
 def merge(parts: list[str], target: str) -> None:
-    """Make one file of the rows of several: the same parts give the same bytes."""
-    if not target.endswith(".parquet"):  # lines, plain or compressed: both can be strung together
+    """Make one file with the rows of several; the same parts give the same bytes."""
+    if not target.endswith(".parquet"):  # JSON lines, plain or compressed: both may be concatenated
         with open(target, "wb") as file:
             for part in parts:
                 with open(part, "rb") as source:
@@ -219,9 +232,9 @@ def merge(parts: list[str], target: str) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    how = {"compression": "zstd", "write_page_index": True}
+    settings = {"compression": "zstd", "write_page_index": True}
     with contextlib.ExitStack() as stack:
-        writer = stack.enter_context(pq.ParquetWriter(target, pq.read_schema(parts[0]), **how))
+        writer = stack.enter_context(pq.ParquetWriter(target, pq.read_schema(parts[0]), **settings))
         begun: list[pa.Table] = []
         for number, part in enumerate(parts, 1):
             begun.append(pq.read_table(part))

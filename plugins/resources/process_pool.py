@@ -1,4 +1,4 @@
-"""A resource for rollouts that compute: a process for each core."""
+"""The resource `process_pool`, for rollouts that compute: one process per core."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import sdg
 if TYPE_CHECKING:
     from concurrent.futures import ProcessPoolExecutor
 
-PATIENCE = 5.0  # s that processes get to finish what they are at
+SHUTDOWN_GRACE = 5.0  # s that workers have to finish what they are doing
 
 
 @sdg.hookimpl
@@ -22,15 +22,15 @@ def register_resources(register: sdg.RegisterResources) -> None:
 
 @contextlib.asynccontextmanager
 async def process_pool(run: sdg.Run) -> AsyncIterator[ProcessPoolExecutor]:
-    """A process for each core: `await asyncio.get_running_loop().run_in_executor(process_pool, function, argument)`."""
-    from sdg_plugins.common.workers import Pool
+    """One process per core: `await asyncio.get_running_loop().run_in_executor(process_pool, function, argument)`."""
+    from sdg_plugins.common.workers import WorkerPool
 
-    pool = Pool(run.options.plugin or [])
+    pool = WorkerPool(run.options.plugin or [])
     try:
         yield pool
     finally:
-        ending = asyncio.create_task(asyncio.to_thread(pool.shutdown, cancel_futures=True))
-        _, late = await asyncio.wait([ending], timeout=PATIENCE)
-        if late:  # at work for a rollout that was cancelled
+        shutdown = asyncio.create_task(asyncio.to_thread(pool.shutdown, cancel_futures=True))
+        _, late = await asyncio.wait([shutdown], timeout=SHUTDOWN_GRACE)
+        if late:  # a worker is busy for a rollout that was canceled
             pool.kill()
-        await ending
+        await shutdown

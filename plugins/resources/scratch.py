@@ -1,7 +1,4 @@
-"""Resources for rollouts that do more than ask: processes, a folder, and chance that can be repeated.
-
-A rollout has them by naming a parameter `process_pool`, `temp_dir` or `rng`.
-"""
+"""The resources `temp_dir`, a temporary folder, and `rng`, reproducible random numbers."""
 
 from __future__ import annotations
 
@@ -33,7 +30,7 @@ async def temp_dir(run: sdg.Run) -> AsyncIterator[Path]:
 
 @contextlib.asynccontextmanager
 async def rng(run: sdg.Run) -> AsyncIterator[sdg.PerRollout]:
-    """A random.Random that each rollout begins anew from --seed, the document's id and the rollout's number."""
+    """A random.Random for each rollout, seeded with --seed, the document's id and the rollout's index."""
 
     def make(document: sdg.Document, generate: sdg.Generate) -> random.Random:
         return random.Random(f"{run.options.seed} {generate.index} {document.id}".encode(errors="surrogatepass"))

@@ -1,4 +1,4 @@
-"""Long texts: the document is a beginning, and each request adds a part to it."""
+"""The rollout `continue`: the document is the beginning of a long text, and each request adds a part to it."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ class Continued(TypedDict):
 
 @sdg.hookimpl
 def add_options(parser: sdg.Options) -> None:
-    parser.add_argument("--parts", metavar="N", type=sdg.number(int, 1), default=4, help="parts to add, at most [4]")
+    parser.add_argument("--parts", metavar="N", type=sdg.number(int, 1), default=4, help="maximum parts to add [4]")
 
 
 @sdg.hookimpl
 def register_rollouts(register: sdg.RegisterRollouts) -> None:
-    register("continue", go_on)
+    register("continue", continue_text)
 
 
-async def go_on(document: sdg.Document, generate: sdg.Generate, run: sdg.Run) -> Continued:
-    """Continue a document part by part, --parts at most."""
+async def continue_text(document: sdg.Document, generate: sdg.Generate, run: sdg.Run) -> Continued:
+    """Continue a document part by part, up to --parts."""
     chat = [{"role": "user", "content": PROMPT.format(text=document.text)}]
     parts: list[str] = []
     while len(parts) < run.options.parts:
@@ -40,6 +40,6 @@ async def go_on(document: sdg.Document, generate: sdg.Generate, run: sdg.Run) ->
         if parts and reply.text.strip(" .*\n") == "END":
             break
         parts.append(reply.text.strip())
-        # The conversation only grows at its end: servers have the rest of it in their prefix cache.
+        # The chat only grows at its end, so servers have the rest of it in their prefix cache.
         chat += [{"role": "assistant", "content": reply.text}, {"role": "user", "content": AGAIN}]
     return {"text": "\n\n".join(parts), "parts": len(parts), "finish_reason": reply.finish_reason}

@@ -1,4 +1,4 @@
-"""A score for each document, by a rubric, and a threshold."""
+"""The rollout `judge`: a score for each document by a rubric, and a threshold."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ what decides, then the score.
 
 @dataclass
 class Verdict:
-    reason: str  # first: a score that follows its reason is a better one
+    reason: str  # comes first: a score that follows its reason is better
     score: Literal[0, 1, 2, 3, 4, 5]
 
 
 @sdg.hookimpl
 def add_options(parser: sdg.Options) -> None:
-    text = "what the scores 0 to 5 stand for; or @FILE; default: educational value"
+    text = "meaning of the scores 0 to 5, or @FILE [educational value]"
     parser.add_argument("--rubric", metavar="TEXT", type=sdg.text_or_file, help=text)
-    text = "filter documents below it [0]"
+    text = "filter documents with a lower score [0]"
     parser.add_argument("--min-score", metavar="N", type=sdg.number(int, 0, 5), default=0, help=text)
 
 
@@ -37,7 +37,7 @@ def register_rollouts(register: sdg.RegisterRollouts) -> None:
 
 
 async def judge(document: sdg.Document, generate: sdg.Generate, ask: Ask, run: sdg.Run) -> Verdict | None:
-    """Score a document by --rubric, and keep it from --min-score on, with score and reason."""
+    """Score a document by --rubric, with a reason; filter it if the score is below --min-score."""
     rubric = (run.options.rubric or RUBRIC).strip()
     verdict = await ask(PROMPT.format(rubric=rubric, text=document.text), Verdict)
     return verdict if verdict.score >= run.options.min_score else None

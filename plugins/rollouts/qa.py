@@ -1,4 +1,4 @@
-"""Questions and answers on the document, as JSON that is checked."""
+"""The rollout `qa`: questions and answers about the document, as validated JSON."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Pairs:
 @sdg.hookimpl
 def add_options(parser: sdg.Options) -> None:
     kind = sdg.number(int, 1)
-    parser.add_argument("--pairs", metavar="N", type=kind, default=5, help="questions to ask for per document [5]")
+    parser.add_argument("--pairs", metavar="N", type=kind, default=5, help="questions per document [5]")
 
 
 @sdg.hookimpl
@@ -37,5 +37,5 @@ def register_rollouts(register: sdg.RegisterRollouts) -> None:
 
 
 async def qa(document: sdg.Document, generate: sdg.Generate, ask: Ask, run: sdg.Run) -> list[Pair]:
-    """Write --pairs of questions and answers on a document, each pair a result."""
+    """Write --pairs questions about a document with their answers; each pair is a result."""
     return (await ask(PROMPT.format(count=run.options.pairs, text=document.text), Pairs)).pairs

@@ -1,4 +1,4 @@
-"""Three steps: a draft, a critique of it, and the text that heeds the critique (Self-Refine; Madaan et al. 2023)."""
+"""The rollout `refine`: a draft, a critique of it, and a rewritten text (Self-Refine; Madaan et al. 2023)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Refined(TypedDict):
 
 @sdg.hookimpl
 def add_options(parser: sdg.Options) -> None:
-    text = "what to write about a document; or @FILE; default: an explanation"
+    text = "what to write about a document, or @FILE [an explanation]"
     parser.add_argument("--task", metavar="TEXT", type=sdg.text_or_file, help=text)
 
 
@@ -31,7 +31,7 @@ def register_rollouts(register: sdg.RegisterRollouts) -> None:
 
 
 async def refine(document: sdg.Document, generate: sdg.Generate, run: sdg.Run) -> Refined:
-    """Write what --task asks for, have it criticised, and write it anew."""
+    """Write what --task asks for, criticize the draft, and rewrite it."""
     task = (run.options.task or TASK).strip()
     chat = [{"role": "user", "content": f"{task}\n\n{document.text}"}]
     draft = await generate(chat)

@@ -1,7 +1,7 @@
-"""The document told anew in other styles: pretraining data from web text.
+"""The rollout `rephrase`: the document rewritten in other styles, as pretraining data from web text.
 
-That this helps was shown with few styles by WRAP (Maini et al. 2024) and Nemotron-CC (Su et al. 2024), and with these
-and more by later work at scale. The words of the prompts are our own.
+WRAP (Maini et al. 2024) and Nemotron-CC (Su et al. 2024) have shown with a few styles that this helps; later work has
+shown it with these and more styles at scale. The wording of the prompts is our own.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Rephrased(TypedDict):
 
 @sdg.hookimpl
 def add_options(parser: sdg.Options) -> None:
-    text = f"{', '.join(STYLES)}, or all; repeatable: a result for each [faq]"
+    text = f"{', '.join(STYLES)}, or all; repeatable, with one result per style [faq]"
     parser.add_argument("--style", metavar="NAME", action="append", choices=[*STYLES, "all"], help=text)
 
 
@@ -47,13 +47,13 @@ def register_rollouts(register: sdg.RegisterRollouts) -> None:
 
 
 async def rephrase(document: sdg.Document, generate: sdg.Generate, run: sdg.Run) -> list[Rephrased]:
-    """Rewrite a document in each --style; styles that fail leave the others standing."""
+    """Rewrite a document in each --style; a style that fails does not affect the others."""
 
     async def rewrite(style: str) -> Rephrased | sdg.RequestFailed:
         try:
             reply = await generate(PROMPT.format(style=STYLES[style], text=document.text))
-        except sdg.RequestFailed as problem:
-            return problem
+        except sdg.RequestFailed as exc:
+            return exc
         return {
             "style": style,
             "text": reply.text,
@@ -62,8 +62,8 @@ async def rephrase(document: sdg.Document, generate: sdg.Generate, run: sdg.Run)
             "usage": reply.usage,
         }
 
-    wanted = run.options.style or ["faq"]
-    styles = list(STYLES) if "all" in wanted else list(dict.fromkeys(wanted))
+    given = run.options.style or ["faq"]
+    styles = list(STYLES) if "all" in given else list(dict.fromkeys(given))
     outcomes = await asyncio.gather(*[rewrite(style) for style in styles])
     results = [outcome for outcome in outcomes if not isinstance(outcome, sdg.RequestFailed)]
     if not results:

@@ -1,4 +1,4 @@
-"""Summaries of one paragraph: the smallest useful plugin."""
+"""The rollout `summarize`: the smallest useful plugin."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ def register_rollouts(register: sdg.RegisterRollouts) -> None:
 
 
 async def summarize(document: sdg.Document, generate: sdg.Generate) -> sdg.Reply:
-    """Summarise a document in one paragraph."""
+    """Summarize a document in one paragraph."""
     return await generate(f"Summarise the following text in one paragraph.\n\n{document.text}")

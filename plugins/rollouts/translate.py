@@ -1,4 +1,4 @@
-"""Translations."""
+"""The rollout `translate`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ paragraphs stay, code and names do too. Answer with the translation alone.
 
 @sdg.hookimpl
 def add_options(parser: sdg.Options) -> None:
-    parser.add_argument("--target-language", metavar="NAME", default="French", help="in words, as in English [French]")
+    parser.add_argument("--target-language", metavar="NAME", default="French", help="name of a language [French]")
 
 
 @sdg.hookimpl

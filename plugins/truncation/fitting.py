@@ -1,8 +1,8 @@
-"""Prompts that fit the model's context: only the document in them is cut, or it is run in parts.
+"""Fit prompts to the model's context: cut the document in them and nothing else, or run it in parts.
 
-Every request of a rollout passes `Fitter.post`. Most of them surely fit, because a token is at least a byte, and cost
-nothing. For the others tokens are counted by `counting.py`. What the document is in a prompt is found by its text, so
-that rollouts need not know of this. Where nobody says how long the context is, the server's refusal tells it.
+Every request of a rollout passes `Fitter.send`. Most of them certainly fit, because a token is at least one byte, and
+cost nothing. For the others, `counting.py` counts tokens. The document is found in the prompt by its text, so rollouts
+need no code for this. If neither the user nor the server states the context, it is learned from the server's refusal.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import xxhash
 
 import sdg
 from sdg_plugins.servers.responses import error_in
-from sdg_plugins.truncation.counting import Tokens, ask, server_of
+from sdg_plugins.truncation.counting import Tokens, available_server, fetch_json
 from sdg_plugins.truncation.cutting import (
     PARAGRAPH,
     SENTENCE,
     WORD,
     Prompt,
-    ending,
+    last_end,
     search,
     texts_of,
     user_texts,
@@ -35,23 +35,22 @@ from sdg_plugins.truncation.cutting import (
 )
 from sdg_plugins.truncation.model_files import Unusable
 
-ANSWER_SHARE = 4  # one part in so many of the context is kept for the answer where no max_tokens is given
-TEMPLATE = 1024  # tokens that a chat template may add of its own, such as a default system prompt; see `allowance`
+COMPLETION_SHARE = 4  # one part in so many of the context is kept for the completion if there is no max_tokens
+TEMPLATE = 1024  # tokens that a chat template may add, such as a default system prompt; see `allowance`
 PER_MESSAGE = 16  # tokens that it adds to each message: role, separators
-ATTEMPTS = 6  # at a prompt that the server refuses as too long
-LOOSE = 8  # characters of a token: a text that has more for each token of the budget is not counted as a whole
-SMALLEST_PART = 32  # tokens of a document: with fewer an answer would be about nothing
-SEAM = 8  # tokens by which a document's own may grow where they meet the instructions
+ATTEMPTS = 6  # for a prompt that the server refuses as too long
+MOST_CHARACTERS = 8  # per token: a text with more for each token of the budget is not counted as a whole
+SMALLEST_PART = 32  # tokens of a document: a completion for fewer would be meaningless
+SEAM = 8  # tokens that a document may gain where it meets the instructions
 PARTS_AT_ONCE = 16
 CONTEXT_NAMES = ("max_model_len", "context_length", "context_window", "max_context_length")  # in lists of models
-CONTEXT_CODES = {"context_length_exceeded", "exceed_context_size_error"}  # OpenAI's and those who follow; llama.cpp's
+CONTEXT_CODES = {"context_length_exceeded", "exceed_context_size_error"}  # OpenAI and compatible ones; llama.cpp
 NUMBER = r"(\d{1,3}(?:,\d{3}){1,3}|\d{1,10})(?!\d)"  # bounded: a refusal may echo any document
-
 
 # vLLM: "maximum context length is 2048 tokens", "maximum model length of 2048"; SGLang: "context length (2048 tokens)";
 # llama.cpp: "n_ctx": 2048; TGI: "`inputs` tokens + `max_new_tokens` must be <= 2048", "`inputs` must have less than
 # 2048 tokens"; Gemini: "maximum number of tokens allowed (2048)"; Anthropic: "9000 tokens > 2048 maximum"
-CONTEXT_TOLD = re.compile(
+CONTEXT_STATED = re.compile(
     r"(?:context (?:length|size|window)|maximum model length|max_model_len|max_total_tokens|n_ctx|tokens >"
     r"|inputs\W+tokens \+ \W?max_new_tokens|inputs\W+must have|maximum number of tokens allowed)"
     rf"[^\d\n]{{0,20}}?{NUMBER}",
@@ -68,23 +67,23 @@ def wrap_requests(run: sdg.Run, send: sdg.Send) -> sdg.Send:
 # ── Fitting ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def output_of(payload: dict[str, Any]) -> int | None:
-    """Tokens that a payload asks for, None if it leaves that to the server."""
+def max_completion(payload: dict[str, Any]) -> int | None:
+    """Maximum completion tokens that a payload asks for; None if it leaves that to the server."""
     asked = payload.get("max_completion_tokens") or payload.get("max_tokens")
     return asked if isinstance(asked, int) else None
 
 
 def allowance(payload: dict[str, Any], limit: int) -> int:
-    """Tokens, at the most, that the model's template adds to a payload's texts."""
+    """Maximum tokens that the model's template adds to a payload's texts, for a context of `limit` tokens."""
     messages = payload.get("messages")
     return min(TEMPLATE, limit // 8) + PER_MESSAGE * len(messages) if messages else PER_MESSAGE
 
 
 def surely_fits(body: bytes, budget: int, tools: bool) -> bool:
-    """Whether a body cannot have more tokens than `budget`, without counting them.
+    """True if a body cannot have more tokens than `budget`; nothing is counted.
 
-    A token stands for at least one byte of the text, but tokenizers with a normal form (NFC) may make three times as
-    many bytes of it (https://unicode.org/faq/normalization.html). Templates write tools with more white space.
+    A token stands for at least one byte of text, but tokenizers that normalize it (NFC) may triple its bytes
+    (https://unicode.org/faq/normalization.html). Templates write tools with more white space.
     """
     size = len(body) * (2 if tools else 1)
     if size > budget:
@@ -93,7 +92,7 @@ def surely_fits(body: bytes, budget: int, tools: bool) -> bool:
 
 
 class Fitter:
-    """A link of `wrap_requests`: cuts the documents in prompts to the model's context, or has them run in parts."""
+    """Cuts the documents in prompts to the model's context, or has them run in parts: a link of `wrap_requests`."""
 
     def __init__(self, run: sdg.Run, send: sdg.Send) -> None:
         assert run.client
@@ -103,14 +102,14 @@ class Fitter:
         self._limit: int | None = run.options.model_max_context
         self._unasked = set(self.client.pool.upstreams)
         self._asking = asyncio.Lock()
-        self._bases: dict[bytes, int] = {}  # tokens of prompts without the document: most rollouts have one or two
+        self._bases: dict[bytes, int] = {}  # tokens of prompts without the document; most rollouts have one or two
         self._reported = False
 
     async def send(self, request: sdg.Request) -> sdg.Response:
-        """Send a request, with the document in it cut if necessary; that is noted in the response.
+        """Send a request, with the document in it cut if necessary; the response then has `sdg_truncated`.
 
         Raises:
-            RequestFailed: and `request.rollout.room` is set if the document must be split.
+            RequestFailed: `request.rollout.room` is set if the document must be run in parts.
         """
         limit, fitted = await self.context(), request
         if limit and not self._surely_fits(request, limit):
@@ -120,16 +119,16 @@ class Fitter:
                 response = await self._send(fitted)
                 break
             except sdg.RequestFailed as exc:
-                told, known = await self._limit_in(exc, fitted.payload) if attempt < ATTEMPTS else (None, False)
-                if told is None:
+                found, certain = await self._limit_in(exc, fitted.payload) if attempt < ATTEMPTS else (None, False)
+                if found is None:
                     raise
                 self.client.counts.subtract([f"given_up.{exc.cause}"])
-                shorter = await self._fit(request, told, 0.9 ** (attempt - 1))
+                shorter = await self._fit(request, found, 0.9 ** (attempt - 1))
                 if shorter is request:
                     self.client.counts[f"given_up.{exc.cause}"] += 1
                     raise
                 self.client.counts["retries.context"] += 1
-                fitted, limit = shorter, told if known else None
+                fitted, limit = shorter, found if certain else None
         self._learn(limit)
         if fitted is request:
             return response
@@ -138,42 +137,50 @@ class Fitter:
 
     def _surely_fits(self, request: sdg.Request, limit: int) -> bool:
         payload = request.payload
-        budget = limit - allowance(payload, limit) - (output_of(payload) or limit // ANSWER_SHARE)
+        budget = limit - allowance(payload, limit) - (max_completion(payload) or limit // COMPLETION_SHARE)
         return surely_fits(request.body, budget, "tools" in payload)
 
     async def _fit(self, request: sdg.Request, limit: int, share: float = 1.0) -> sdg.Request:
-        """The request, or one with less of the document; see `send`."""
+        """The request, or one with less of the document; see `send`.
+
+        Args:
+            request: with the whole document.
+            limit: tokens of the context.
+            share: of the room for the prompt that it may use.
+        """
         payload, rollout = request.payload, request.rollout
         assert rollout
         document = rollout.document
         prompt: Prompt = await _in_thread(len(document.text), lambda: Prompt(payload, document))
-        if not prompt.passages:
-            return request  # nothing that may be cut: the server decides
-        output = output_of(payload) or limit // ANSWER_SHARE
-        budget = int((limit - output) * share)
+        if not prompt.spans:
+            return request  # there is nothing to cut: the server decides
+        completion = max_completion(payload) or limit // COMPLETION_SHARE
+        budget = int((limit - completion) * share)
 
         async def count(most: int) -> int:
             return await self._count(prompt.cut(most), limit)
 
-        whole = await count(prompt.longest) if prompt.longest <= LOOSE * budget else None
+        whole = await count(prompt.longest) if prompt.longest <= MOST_CHARACTERS * budget else None
         if whole is not None and whole <= budget:
             return request
         base = await self._base(prompt, limit)
-        parts = f"{base:,} tokens without the document, and the answer up to {output:,} of the {limit:,}"
-        room = (budget - base) // len(prompt.passages)
+        need = f"the prompt needs {base:,} tokens without the document and the completion up to {completion:,}"
+        need = f"{need}, of a context of {limit:,}"
+        room = (budget - base) // len(prompt.spans)
         if room - SEAM < SMALLEST_PART:
-            raise self._too_long(f"the prompt has {parts} that the model takes: shorten the one, or lower --max-tokens")
+            raise self._too_long(f"{need}: shorten the prompt or lower --max-tokens")
         if self.mode == "split":
             rollout.room = min(room, rollout.room or room)
         if self.mode != "truncate":
-            raise self._too_long(f"the document does not fit; the prompt has {parts} that the model takes")
-        share = prompt.longest / sum(map(len, prompt.own))
-        guess = await self.tokens.guess(max(prompt.own, key=len), room, whole and (whole - base) * share)
+            raise self._too_long(f"the document does not fit: {need}")
+        longest_share = prompt.longest / sum(map(len, prompt.passages))
+        counted = whole and (whole - base) * longest_share
+        guess = await self.tokens.guess(max(prompt.passages, key=len), room, counted)
         most = await search(count, prompt.kept, prompt.longest, budget, (0, base), guess)
         if most >= prompt.longest:
             return request
         if not any(prompt.kept(most)):
-            raise self._too_long(f"the prompt has {parts} that the model takes: nothing is left for the document")
+            raise self._too_long(f"no room is left for the document: {need}")
         self._report(limit)
         return request.with_payload(prompt.cut(most))
 
@@ -198,158 +205,161 @@ class Fitter:
 
     def _report(self, limit: int) -> None:
         if not self._reported:
-            exceed = f"some documents exceed the model's context of {limit:,} tokens and are cut to it"
-            sdg.say(f"{exceed}, counted by {self.tokens.name}")
+            exceed = f"some documents exceed the model's context of {limit:,} tokens and are cut to fit"
+            sdg.say(f"{exceed}; tokens are counted by {self.tokens.name}")
             self._reported = True
 
     # The context
 
     async def context(self) -> int | None:
-        """Tokens of prompt and answer together, the least that --model-max-context and the servers that are up say."""
-        if self._unasked and (self._nobody_asked or any(upstream.up.is_set() for upstream in self._unasked)):
+        """Tokens of prompt and completion together; None if unknown.
+
+        This is the smallest number that --model-max-context and the servers that are up state.
+        """
+        if self._unasked and (self._none_asked or any(upstream.up.is_set() for upstream in self._unasked)):
             async with self._asking:
-                if self._unasked:  # else another request has asked meanwhile
+                if self._unasked:  # otherwise another request has asked meanwhile
                     await self._ask_servers()
         return self._limit
 
     @property
-    def _nobody_asked(self) -> bool:
+    def _none_asked(self) -> bool:
         return len(self._unasked) == len(self.client.pool.upstreams)
 
     async def _ask_servers(self) -> None:
-        if self._nobody_asked:  # it may still be loading
-            await server_of(self.client.pool)
+        if self._none_asked:  # the first one may still be loading
+            await available_server(self.client.pool)
         ready = {upstream for upstream in self._unasked if upstream.up.is_set()}
         for limit in await asyncio.gather(*map(self._context_of, ready)):
             self._learn(limit)
         self._unasked -= ready
 
     async def _context_of(self, upstream: sdg.Upstream) -> int | None:
-        """What a server says of its model in the list of models."""
+        """The context in a server's list of models."""
         try:
-            cards = (await ask(self.client, "GET", "/models", attempts=2, of=upstream))["data"]
+            cards = (await fetch_json(self.client, "GET", "/models", attempts=2, server=upstream))["data"]
             named = {card["id"]: card for card in cards}
             card = named.get(self.run.model) or (cards[0] if len(cards) == 1 else {})
-        except (Unusable, LookupError, TypeError):  # not every server has one
+        except (Unusable, LookupError, TypeError):  # not every server has a list
             return None
-        told = (card.get(name) for name in CONTEXT_NAMES)
-        return next((limit for limit in told if isinstance(limit, int) and limit > 0), None)
+        stated = (card.get(name) for name in CONTEXT_NAMES)
+        return next((limit for limit in stated if isinstance(limit, int) and limit > 0), None)
 
     def _learn(self, limit: int | None) -> None:
-        """Take a context that is smaller than what was known."""
+        """Adopt a context that is smaller than the one known so far."""
         if limit is not None and (self._limit is None or limit < self._limit):
             if self._limit is not None:
-                sdg.say(f"the server takes {limit:,} tokens, not {self._limit:,}: prompts are fitted to that")
+                sdg.say(f"the server accepts {limit:,} tokens, not {self._limit:,}: prompts are fitted to that")
             self._limit = limit
 
-    async def _limit_in(self, problem: sdg.RequestFailed, payload: dict[str, Any]) -> tuple[int | None, bool]:
-        """The context that a refusal tells of, and whether it is more than a try; None if it is about something else.
+    async def _limit_in(self, failure: sdg.RequestFailed, payload: dict[str, Any]) -> tuple[int | None, bool]:
+        """The context according to a refusal, and whether that is certain; None if it is about something else.
 
-        It must be a number that the tokens of this very prompt exceed. One that is not called the context is no more
-        than a try, and that only where the refusal has a code that says what it is about.
+        It must be a number that the tokens of this very prompt exceed. One that the refusal does not call the context
+        is a guess, and is only tried if the refusal has a code that says what it is about.
         """
-        nothing = None, False
-        if problem.status not in {400, 413, 422}:
-            return nothing
-        told, tries, coded = limits_in(problem, payload)
-        if not (told or coded) or not texts_of(payload):
-            return nothing
-        tokens = await self._count(payload, self._limit or TEMPLATE) + (output_of(payload) or 1)
-        for limits in (told, tries):
+        if failure.status not in {400, 413, 422}:
+            return None, False
+        stated, guesses, coded = limits_in(failure, payload)
+        if not (stated or coded) or not texts_of(payload):
+            return None, False
+        tokens = await self._count(payload, self._limit or TEMPLATE) + (max_completion(payload) or 1)
+        for limits in (stated, guesses):
             if exceeded := [limit for limit in limits if limit < tokens]:
-                return exceeded[0], limits is told
-        return (tokens // 2, False) if coded else nothing
+                return exceeded[0], limits is stated
+        return (tokens // 2, False) if coded else (None, False)
 
     # Lengths of text
 
     async def fitting_length(
         self, text: str, tokens: int, patterns: tuple[re.Pattern[str], ...], *, strip: bool = False
     ) -> int:
-        """How many characters of a text's beginning have `tokens` tokens or fewer, up to a good end.
+        """The length in characters of the longest beginning of a text that has at most `tokens` tokens.
 
-        With `strip` white space at that end is not counted.
+        Args:
+            text: the text.
+            tokens: how many its beginning may have.
+            patterns: where it may end; see `last_end`.
+            strip: do not count white space at the end.
         """
 
         def kept(most: int) -> int:
-            return ending(text, most, patterns)
+            return last_end(text, most, patterns)
 
         async def count(most: int) -> int:
             beginning = text[: kept(most)]
             return await self.tokens.count(beginning.rstrip() if strip else beginning)
 
-        whole = await count(len(text)) if len(text) <= LOOSE * tokens else None
+        whole = await count(len(text)) if len(text) <= MOST_CHARACTERS * tokens else None
         if whole is not None and whole <= tokens:
             return len(text)
         guess = await self.tokens.guess(text, tokens, whole)
         return kept(await search(count, kept, len(text), tokens, (0, 0), guess))
 
     async def part_ends(self, text: str, tokens: int) -> list[int]:
-        """Where the parts of a text end that have `tokens` tokens or fewer, and all about as many."""
+        """Where to split a text into parts of similar length that have at most `tokens` tokens each."""
         patterns = (PARAGRAPH, SENTENCE, WORD)
-        most, ends = await self.fitting_length(text[: LOOSE * tokens], tokens, patterns) or 1, [0]
+        most, ends = await self.fitting_length(text[: MOST_CHARACTERS * tokens], tokens, patterns) or 1, [0]
         while (left := len(text) - ends[-1]) > 0:
             even = math.ceil(left / math.ceil(left / most))
             part = text[ends[-1] : ends[-1] + even + 1]
-            part = part[: ending(part, even, patterns)]
+            part = part[: last_end(part, even, patterns)]
             if await self.tokens.count(part) > tokens:
-                part = part[: await self.fitting_length(part, tokens, patterns) or 1]  # a character at least
+                part = part[: await self.fitting_length(part, tokens, patterns) or 1]  # at least one character
             ends.append(ends[-1] + len(part))
         return ends[1:]
 
     # Parts
 
-    async def run_parts(self, rollout: sdg.RolloutRun, ends: list[int] | None) -> list[dict[str, Any]] | dict[str, Any]:
-        """Run the rollout for each part of its document, and join what comes of it.
+    async def run_parts(self, rollout: sdg.RolloutRun, ends: list[int] | None) -> sdg.Outcome:
+        """Run a rollout for each part of its document, and join the outcomes.
 
         Args:
             rollout: of the whole document, which did not fit.
-            ends: where the parts end, if an earlier process has settled that.
+            ends: where the parts end, if an earlier process has decided that.
         """
         document = rollout.document
         text = max(user_texts(document), key=len, default="") if document.messages else document.text
         if ends is None:
             ends = await self.part_ends(text, (rollout.room or 0) - SEAM)
         if len(ends) < 2:
-            return _failure("the prompt leaves no room for even a part of the document", 0)
+            message = "the prompt leaves no room for any part of the document"
+            return {"error": message, "error_type": "RequestFailed", "attempts": 0}
         pieces = [text[start:end] for start, end in itertools.pairwise([0, *ends])]
         parts = rollout.parts([part_of(document, text, piece) for piece in pieces], ends)
-        slots, broken = asyncio.Semaphore(PARTS_AT_ONCE), asyncio.Event()
+        slots, failed = asyncio.Semaphore(PARTS_AT_ONCE), asyncio.Event()
 
-        async def run(part: sdg.RolloutRun) -> list[dict[str, Any]] | dict[str, Any]:
+        async def run(part: sdg.RolloutRun) -> sdg.Outcome:
             async with slots:
-                # What follows a part that has failed would be paid for in vain.
-                outcome = [] if broken.is_set() or not part.document.text.strip() else await part.run()
+                # One failed part fails the document: requests for further parts would be wasted.
+                outcome = [] if failed.is_set() or not part.document.text.strip() else await part.run()
                 if isinstance(outcome, dict):
-                    broken.set()
+                    failed.set()
                 return outcome
 
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(run(part)) for part in parts]
-        return joined([task.result() for task in tasks])
+        return join_outcomes([task.result() for task in tasks])
 
 
 async def _in_thread(size: int, work: Callable[[], Any]) -> Any:
-    """The result of some work on text, done in a thread if it would hold up the event loop."""
+    """Do some work on a text of `size` characters, in a thread if it would block the event loop for too long."""
     return await asyncio.to_thread(work) if size > 200_000 else work()
 
 
-def _failure(message: str, attempts: int) -> dict[str, Any]:
-    return {"error": message, "error_type": "RequestFailed", "attempts": attempts}
-
-
 def part_of(document: sdg.Document, text: str, piece: str) -> sdg.Document:
-    """The document with a piece in place of a text: its own or, of a chat, of a message."""
+    """The document with a piece of a text in place of that text, which is its own or, in a chat, a message's."""
     if not document.messages:
         return dataclasses.replace(document, text=piece)
     texts = texts_of({"messages": document.messages})
-    place = next(place for place, own in texts.items() if own == text and document.messages[place[0]]["role"] == "user")
-    messages = with_texts({"messages": document.messages}, {place: piece})["messages"]
+    key = next(key for key, own in texts.items() if own == text and document.messages[key[0]]["role"] == "user")
+    messages = with_texts({"messages": document.messages}, {key: piece})["messages"]
     contents = [message["content"] for message in messages if isinstance(message.get("content"), str)]
     return dataclasses.replace(document, text="\n\n".join(contents), messages=messages)
 
 
-def joined(outcomes: list[list[dict[str, Any]] | dict[str, Any]]) -> list[dict[str, Any]] | dict[str, Any]:
-    """What the parts' outcomes are together: one text where each has one, else all results one after the other."""
+def join_outcomes(outcomes: list[sdg.Outcome]) -> sdg.Outcome:
+    """Join the outcomes of a document's parts: to one text if each has one, otherwise to a list of all results."""
     for number, outcome in enumerate(outcomes, 1):
         if isinstance(outcome, dict):
             return {**outcome, "error": f"part {number} of {len(outcomes)}: {outcome['error']}"}
@@ -372,30 +382,34 @@ def joined(outcomes: list[list[dict[str, Any]] | dict[str, Any]]) -> list[dict[s
 # ── Refusals ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def limits_in(problem: sdg.RequestFailed, payload: dict[str, Any]) -> tuple[list[int], list[int], bool]:
-    """Numbers in a refusal that are called the context; others that may be it; whether its code says that it is that.
+def limits_in(failure: sdg.RequestFailed, payload: dict[str, Any]) -> tuple[list[int], list[int], bool]:
+    """Find the model's context in a refusal.
 
-    What the prompt itself says of contexts does not count: a refusal may quote it.
+    Text that is also in the prompt does not count, because a refusal may quote it.
+
+    Returns:
+        The numbers that the refusal calls the context, other numbers that may be it, and whether the refusal has a code
+        for prompts that are too long.
     """
-    error = error_in(problem.body)
+    error = error_in(failure.body)
     coded = bool(CONTEXT_CODES & {value for value in error.values() if isinstance(value, str)})
-    texts, output = texts_of(payload).values(), output_of(payload) or 0
-    most = len(orjson.dumps(payload)) + output + TEMPLATE  # a token is a byte at least
+    texts, completion = texts_of(payload).values(), max_completion(payload) or 0
+    most = len(orjson.dumps(payload)) + completion + TEMPLATE  # a token has at least one byte
 
     def possible(numbers: Iterable[str]) -> list[int]:
         values = (int(number.replace(",", "")) for number in numbers)
-        return [value for value in values if SMALLEST_PART < value < most and value != problem.status]
+        return [value for value in values if SMALLEST_PART < value < most and value != failure.status]
 
-    said = words_of(error)
-    told = [match for match in CONTEXT_TOLD.finditer(said) if not any(match[0] in text for text in texts)]
-    numbers = set(possible(re.findall(rf"(?<!\d){NUMBER}", said)) if coded else []) - {output}
-    # "at least 1049 input tokens" is only what is left of the context beside the output, and one
-    tries = sorted(number for number in numbers if number + output - 1 not in numbers)
-    return possible(match[1] for match in told), tries, coded
+    refusal = refusal_text(error)
+    stated = [match for match in CONTEXT_STATED.finditer(refusal) if not any(match[0] in text for text in texts)]
+    numbers = set(possible(re.findall(rf"(?<!\d){NUMBER}", refusal)) if coded else []) - {completion}
+    # The number in "at least 1049 input tokens" is the context less the completion, plus one.
+    guesses = sorted(number for number in numbers if number + completion - 1 not in numbers)
+    return possible(match[1] for match in stated), guesses, coded
 
 
-def words_of(error: dict[str, Any]) -> str:
-    """An error's message and its numbers with their names; what else it holds may be the request's."""
+def refusal_text(error: dict[str, Any]) -> str:
+    """An error's message and its numbers with their names. Other fields are left out: they may echo the request."""
     numbers = [f"{name}: {value}" for name, value in error.items() if type(value) is int]
     messages = [error[name] for name in ("message", "detail", "error") if isinstance(error.get(name), str)]
     return "\n".join([*messages, *numbers])

@@ -18,9 +18,10 @@ from typing import Any
 import sdg
 from sdg_plugins.common.files import format_of
 from sdg_plugins.common.options import number
-from sdg_plugins.common.ranks import progress
+from sdg_plugins.common.ranks import progress_section
 from sdg_plugins.publishing import hub
-from sdg_plugins.publishing.publisher import FILES, Publisher
+from sdg_plugins.publishing.publisher import Publisher
+from sdg_plugins.publishing.quota import FILES
 
 POLL = 5.0  # s between two checks for new files
 
@@ -88,9 +89,9 @@ def open_output(run: sdg.Run) -> sdg.Writer:
             except Exception as exc:
                 if reason := hub.refusal(exc, publisher.address):
                     raise sdg.OutputError(reason) from exc
-                if not hub.is_passing(exc):
+                if not hub.is_transient(exc):
                     raise
-                sdg.say(f"{hub.describe(exc)}; the run starts, and publishes once the Hub is available again")
+                sdg.say(f"{hub.transient_message(exc)}; the run starts, and publishes once the Hub is available again")
     writer: sdg.Writer = run.plugins.find("writers", format_of(run.options.output_filename)).factory(run)
     return writer
 
@@ -164,7 +165,7 @@ class PublisherThread(threading.Thread):
                 pause = max(min(POLL, interval), 20 * (time.monotonic() - began))  # with many files a check takes long
                 if not (waiting or self._run.counts) or (began < due and waiting < FILES):
                     continue
-                publisher.publish_all(lambda: progress(self._run))
+                publisher.publish_all(lambda: progress_section(self._run))
                 reported = ""
             except Exception as exc:  # noqa: BLE001 - the run may last for days, and `finish` raises what persists
                 message = str(exc) if isinstance(exc, sdg.Error) else sdg.describe(exc)

@@ -1,4 +1,4 @@
-"""What people get wrong, and what breaks: one clear line that names the thing and the way out, and nothing is lost."""
+"""Mistakes of users, and failures: one clear line names the object and the way out, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from running import ECHO, Job, documents, wait_until
 
 @pytest.fixture
 def silent_job(job: Job, server: FakeServer) -> Iterator[Job]:
-    """A job that must end before it asks the model anything."""
+    """A job that must end before it sends a request."""
     job.input(documents(3))
     yield job
     assert not server.requests
@@ -53,7 +53,7 @@ def test_a_glob_without_match_is_named(silent_job: Job) -> None:
     assert finished.says("nowhere-*.parquet")
 
 
-def test_an_unknown_suffix_is_named_with_those_that_are_known(silent_job: Job) -> None:
+def test_an_unknown_suffix_is_named_with_the_known_ones(silent_job: Job) -> None:
     (silent_job.folder / "letters").mkdir()
     (silent_job.folder / "letters" / "a.docx").write_text("not for us")
 
@@ -98,7 +98,7 @@ def test_a_parquet_file_with_a_damaged_page_is_named_and_the_rest_is_kept(job: J
     assert len(set(server.prompts)) == len(server.prompts)
 
 
-def test_something_that_is_no_parquet_is_named(silent_job: Job) -> None:
+def test_a_file_that_is_not_parquet_is_named(silent_job: Job) -> None:
     (silent_job.folder / "notes.parquet").write_text("dear diary")
 
     finished = silent_job(input="notes.parquet")
@@ -144,7 +144,7 @@ def test_a_null_or_empty_text_fails_its_document_alone(job: Job, server: FakeSer
     assert server.prompts == ["fine"]
 
 
-def test_a_column_that_is_no_text_is_named_with_its_type(job: Job, server: FakeServer) -> None:
+def test_a_column_that_is_not_text_is_named_with_its_type(job: Job, server: FakeServer) -> None:
     job.input([{"id": "a", "text": 5}, {"id": "b", "text": 6}])
 
     finished = job()
@@ -334,7 +334,7 @@ def test_an_unwritable_output_is_named(job: Job, server: FakeServer) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 4 MB: mounting takes root."""
+    """A file system of 4 MB; only root can mount it."""
     disk = tmp_path / "disk"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], check=True)
@@ -351,7 +351,7 @@ FULL_WHILE_READING = (
     + """
     import errno
 
-    sdg.COMMIT_INTERVAL = 2.0  # so that the last commit, on the way out, completes chunks
+    sdg.COMMIT_INTERVAL = 2.0  # so that the last commit, at the end, completes chunks
 
     from sdg_plugins.common import chunks
 
@@ -386,7 +386,7 @@ def test_chunks_that_are_complete_when_the_disk_is_full_are_written_by_the_next_
     assert not answered & set(server.prompts)
 
 
-if os.geteuid() == 0:  # the others have test_a_full_disk_at_any_durable_step_loses_and_doubles_nothing
+if os.geteuid() == 0:  # the others have test_a_full_disk_at_any_durable_step_loses_and_duplicates_nothing
 
     def test_a_full_disk_stops_the_run_and_loses_nothing(job: Job, server: FakeServer, small_disk: Path) -> None:
         rows = [{"id": f"d{number:04}", "text": os.urandom(40_000).hex()} for number in range(150)]  # 6 MB in files
@@ -520,7 +520,7 @@ def test_an_endpoint_without_address_asks_for_one(silent_job: Job) -> None:
     ],
     ids=lambda value: next(iter(value), "") if isinstance(value, dict) else "",
 )
-def test_an_option_that_cannot_be_is_a_usage_error(options: dict[str, Any], words: list[str], silent_job: Job) -> None:
+def test_an_invalid_option_is_a_usage_error(options: dict[str, Any], words: list[str], silent_job: Job) -> None:
     finished = silent_job(**options)
 
     assert finished.rc == 2
@@ -553,7 +553,7 @@ WRONG_PLUGINS = {
     "no_import": ("import nonexistent_module\n", ["no_import.py:1", "nonexistent_module"]),
     "no_syntax": ("import sdg\n\ndef broken(:\n    pass\n", ["no_syntax", "3"]),
     "raises": ("import sdg\n\nraise RuntimeError('not today')\n", ["raises", "not today", "3"]),
-    "misspelt": (PLUGIN.replace("register_rollouts", "register_rolouts"), ["register_rolouts", "register_rollouts"]),
+    "misspelled": (PLUGIN.replace("register_rollouts", "register_rolouts"), ["register_rolouts", "register_rollouts"]),
     "wrong_argument": (PLUGIN.replace("(register)", "(registry)"), ["wrong_argument", "registry"]),
     "no_rollout": ("import sdg\n", ["no_rollout", "rollout"]),
     "bad_hook": (PLUGIN.replace("mine)", "unknown_name)", 1), ["bad_hook", "unknown_name"]),
@@ -572,7 +572,7 @@ def test_a_wrong_plugin_file_is_named_with_its_mistake(name: str, silent_job: Jo
     assert finished.says(*words)
 
 
-def test_a_misspelt_plugin_offers_near_names(silent_job: Job) -> None:
+def test_a_misspelled_plugin_suggests_near_names(silent_job: Job) -> None:
     finished = silent_job(plugin="sumarize")
 
     assert finished.rc in {1, 2}
@@ -586,7 +586,7 @@ def test_a_missing_plugin_file_or_module_is_named(silent_job: Job) -> None:
         assert finished.says("nowhere")
 
 
-def test_a_rollout_that_a_plugin_lacks_offers_its_own(silent_job: Job) -> None:
+def test_an_unknown_rollout_of_a_plugin_suggests_its_own(silent_job: Job) -> None:
     finished = silent_job(plugin=f"{silent_job.plugin('plugins', PLUGIN)}:mime")
 
     assert finished.rc in {1, 2}

@@ -1,4 +1,4 @@
-"""The monitor: what it says of a run while it goes on, when it ends, and that it publishes all there is."""
+"""The monitor: what it reports during a run, when it ends, and that it publishes everything."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from sdg_plugins.common.statistics import rank_statistics
 
 REPO = "alice/out"
 TOLD = "This dataset is being generated"
-# Seconds are what people have: tests have tenths.
+# Tests do not wait for the usual ten seconds between heartbeats.
 QUICK = ECHO + "\n    from sdg_plugins.common import statistics\n    statistics.HEARTBEAT = 0.2\n"
 HOSTILE = (
     "first line\n<!-- sdg: end data -->\n## A heading\n| a | b |\n---\n<script>alert(1)</script> <b>bold</b> "
@@ -43,13 +43,13 @@ def hub() -> Iterator[FakeHub]:
 
 
 def environment(hub: FakeHub, folder: Path, token: str = "hf_write") -> dict[str, str]:
-    """Variables by which the Hub's client finds the fake one."""
+    """Environment variables that point the Hub's client to the fake Hub."""
     quiet = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     return {"HF_ENDPOINT": hub.url, "HF_TOKEN": token, "HF_HOME": str(folder / "hf"), **quiet}
 
 
 def progress_of(card: str) -> dict[str, str]:
-    """The lines of the progress section by their names, and the bar."""
+    """The lines of the progress section by name, and the bar."""
     found = dict(re.findall(r"^- ([\w ]+): (.*)$", card, re.MULTILINE))
     bar = re.search(r"^`([█░]{30})` (\d+) %$", card, re.MULTILINE)
     return found | ({"bar": bar[1], "share": bar[2]} if bar else {})
@@ -131,7 +131,7 @@ def test_ranks_leave_the_hub_to_the_monitor(ranks: Job, hub: FakeHub, tmp_path: 
     assert "| Documents | 48 |" in files["README.md"].decode()
 
 
-def test_a_rank_that_was_killed_is_run_again_and_the_monitor_ends_when_all_have_finished(ranks: Job) -> None:
+def test_the_monitor_waits_for_the_rerun_of_a_rank_that_was_killed(ranks: Job) -> None:
     processes = start_ranks(ranks)
     wait_until(lambda: len(list(ranks.output.state.glob("0*.stats.json"))) == 3)
     monitor = watch(ranks)
@@ -149,7 +149,7 @@ def test_a_rank_that_was_killed_is_run_again_and_the_monitor_ends_when_all_have_
     assert "Not finished" not in card_of(ranks)
 
 
-def test_ranks_that_stopped_and_failed_are_told_and_a_rerun_of_them_is_waited_for(
+def test_stopped_and_failed_ranks_are_reported_and_a_rerun_of_them_is_followed(
     ranks: Job, servers: Callable[[], FakeServer]
 ) -> None:
     other = servers()
@@ -182,7 +182,7 @@ def test_ranks_that_stopped_and_failed_are_told_and_a_rerun_of_them_is_waited_fo
 
 
 class Story:
-    """A run of three ranks, or as many as asked for, of which a test tells what its state says."""
+    """A run whose state a test writes: of three ranks, unless `options` changes that."""
 
     def __init__(self, folder: Path, template: Path, hub: FakeHub) -> None:
         self.folder, self.hub, self.sdg = folder, hub, Sdg(folder)
@@ -197,7 +197,7 @@ class Story:
         (self.state / "run.json").write_text(json.dumps(record))
 
     def rank(self, number: int, status: str, documents: int = 40, ago: float = 0.0, **record: Any) -> None:
-        """Say how a rank is doing, and when it was heard of last."""
+        """Write the figures of a rank, `ago` seconds old."""
         figures = {"documents": documents, "rows": documents, "completion_tokens": 10 * documents, "seconds": 10.0}
         usual = {"expected": 100, "documents_per_second": 2.0, "error": None, "slurm_job": None}
         rank = {"status": status, "updated": time.time() - ago, **usual, **record}
@@ -218,7 +218,7 @@ class Story:
         temporary.rename(target)
 
     def squeue(self, script: str) -> None:
-        """Put a program of this name in the path."""
+        """Put a program named squeue into PATH."""
         folder = self.folder / "bin"
         folder.mkdir(exist_ok=True)
         (folder / "squeue").write_text(f"#!/bin/sh\n{script}\n")
@@ -241,7 +241,7 @@ class Story:
         return sorted(path for path in self.hub.files(REPO) if path.startswith("data/"))
 
     def waits_for(self, *words: str) -> dict[str, str]:
-        """The progress on the card, as soon as it has all these words."""
+        """The progress on the card, once the card contains all these words."""
         wait_until(lambda: all(word in self.card for word in words))
         return progress_of(self.card)
 
@@ -271,7 +271,7 @@ def test_a_run_that_never_begins_is_an_error_of_one_line(run_sdg: Sdg) -> None:
     finished = run_sdg("monitor", "--output", "nowhere", "--patience", "1", "--interval", "0.1")
 
     assert finished.rc == 1
-    assert finished.says("no run was begun in nowhere/.sdg")
+    assert finished.says("no run has begun in nowhere/.sdg")
 
 
 def test_all_finished_is_published_at_once_and_the_card_is_the_final_one(story: Story) -> None:
@@ -309,7 +309,7 @@ def test_a_run_without_any_figures_yet_is_given_time(story: Story) -> None:
     assert monitor.finish().rc == 0
 
 
-def test_a_rank_that_was_not_heard_of_lately_is_silent_and_silence_has_an_end(story: Story) -> None:
+def test_a_rank_without_heartbeats_is_silent_and_patience_with_it_ends(story: Story) -> None:
     story.ranks("finished", "running", "running", ago=300)
     story.rank(2, "running", ago=1)
     story.chunk(0)
@@ -322,7 +322,7 @@ def test_a_rank_that_was_not_heard_of_lately_is_silent_and_silence_has_an_end(st
     ended = story("--patience", "1")
 
     assert ended.rc == 1
-    assert "ended early: nothing was heard for 5 min, ranks: 1 finished, 2 silent" in ended.message
+    assert "ended early: no heartbeat for 5 min, ranks: 1 finished, 2 silent" in ended.message
     assert "**Ended early**" in story.card
     assert len(story.published) == 1
 
@@ -336,8 +336,8 @@ def test_the_last_error_names_its_rank_even_if_others_have_not_begun(story: Stor
     assert "1 failed, 2 waiting" in story.card
 
 
-def test_the_time_that_is_left_follows_from_the_recent_rate_of_the_ranks_that_run(story: Story) -> None:
-    # 200 of 300 documents in 30 s; by now it is one in ten seconds, and what ended ranks did once does not count.
+def test_the_remaining_time_follows_from_the_recent_rate_of_running_ranks(story: Story) -> None:
+    # 200 of 300 documents in 30 s; now it is one in ten seconds, and the rates of ended ranks do not count.
     story.rank(0, "finished", documents=100, documents_per_second=50.0)
     story.rank(1, "stopped", documents=60, documents_per_second=50.0)
     story.rank(2, "running", documents=40, documents_per_second=0.1)
@@ -374,7 +374,7 @@ def test_an_error_of_any_text_breaks_neither_card_nor_log(story: Story, status: 
 # ── Slurm ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_job_that_has_left_the_queue_ends_the_monitor_with_a_word_on_the_card(story: Story) -> None:
+def test_a_job_that_has_left_the_queue_ends_the_monitor_with_a_note_on_the_card(story: Story) -> None:
     story.ranks("finished", "stopped", slurm_job="77")
     story.chunk(0)
     (story.folder / "queue").write_text("77 78\n99 99\n")
@@ -394,7 +394,7 @@ def test_a_job_that_has_left_the_queue_ends_the_monitor_with_a_word_on_the_card(
     assert len(story.published) == 2
 
 
-def test_a_finish_that_is_seen_after_the_job_left_the_queue_is_a_finish(story: Story) -> None:
+def test_ranks_may_finish_just_before_their_job_leaves_the_queue(story: Story) -> None:
     story.ranks("finished", "finished", "running", slurm_job="77", ago=1000)
     story.squeue("exit 0")
     monitor = story.start("--patience", "3")
@@ -406,7 +406,7 @@ def test_a_finish_that_is_seen_after_the_job_left_the_queue_is_a_finish(story: S
     assert "Ended early" not in story.card
 
 
-def test_ranks_that_are_heard_of_are_believed_more_than_the_queue(story: Story) -> None:
+def test_heartbeats_count_more_than_the_queue(story: Story) -> None:
     story.ranks("stopped", "stopped", "running", slurm_job="77")
     story.squeue("echo 99 99")
     monitor = story.start("--patience", "1")
@@ -417,7 +417,7 @@ def test_ranks_that_are_heard_of_are_believed_more_than_the_queue(story: Story) 
     assert monitor.running
 
 
-def test_without_an_answer_of_slurm_the_shared_folder_tells_the_end(story: Story) -> None:
+def test_without_squeue_the_state_decides_when_the_run_has_ended(story: Story) -> None:
     story.ranks("stopped", "failed", "finished", slurm_job="77", error="no way")
     story.squeue("exit 1")
 
@@ -427,7 +427,7 @@ def test_without_an_answer_of_slurm_the_shared_folder_tells_the_end(story: Story
     assert "ended early: ranks: 1 stopped, 1 failed, 1 finished; last error: no way" in ended.message
 
 
-def test_a_monitor_inside_of_the_job_does_not_wait_for_its_own_end(story: Story) -> None:
+def test_a_monitor_inside_the_job_does_not_wait_for_itself(story: Story) -> None:
     story.ranks("stopped", "failed", "finished", slurm_job="77")
     story.squeue("echo 77 77")
 
@@ -451,13 +451,13 @@ def test_a_job_that_waits_in_the_queue_is_waited_for(story: Story) -> None:
     ended = story("--job", "77", "--patience", "1")
 
     assert ended.rc == 1
-    assert "job 77 is not in the queue, and nothing was begun" in ended.message
+    assert "job 77 is not in the queue, and no run has begun" in ended.message
 
 
-# ── States that are broken, or change under the monitor's eyes ───────────────────────────────────────────────────────
+# ── States that are broken, or change during monitoring ──────────────────────────────────────────────────────────────
 
 
-def test_a_broken_file_of_figures_is_named_and_may_be_mended_meanwhile(story: Story) -> None:
+def test_a_broken_file_of_figures_is_reported_and_may_be_replaced_meanwhile(story: Story) -> None:
     story.ranks("finished", "running", "finished")
     (story.state / "00001.stats.json").write_text("")
     ended = story("--patience", "1")
@@ -474,7 +474,7 @@ def test_a_broken_file_of_figures_is_named_and_may_be_mended_meanwhile(story: St
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"documents": 3, "rank": 7}'])
-def test_figures_that_are_none_are_an_error_that_names_the_file(tmp_path: Path, content: str) -> None:
+def test_invalid_figures_are_an_error_that_names_the_file(tmp_path: Path, content: str) -> None:
     (tmp_path / "00001.stats.json").write_text(content)
 
     with pytest.raises(sdg.StateError, match=r"00001\.stats\.json is broken .*: delete it"):
@@ -545,7 +545,7 @@ def test_a_run_that_is_started_over_is_followed(story: Story) -> None:
     assert "another-model" in story.card
 
 
-def test_a_plugin_that_is_not_on_this_machine_is_done_without(story: Story) -> None:
+def test_a_plugin_that_is_missing_on_this_machine_is_skipped(story: Story) -> None:
     story.options(plugin=["/nowhere/mine.py"])
     story.ranks("finished", "finished", "finished")
     story.chunk(0)
@@ -560,7 +560,7 @@ def test_a_plugin_that_is_not_on_this_machine_is_done_without(story: Story) -> N
 # ── A Hub that comes and goes, and monitors that do ──────────────────────────────────────────────────────────────────
 
 
-def test_a_hub_that_is_away_is_waited_for_also_at_the_end(story: Story) -> None:
+def test_a_hub_that_is_down_is_waited_for_also_at_the_end(story: Story) -> None:
     story.ranks("running", "running", "running")
     story.chunk(0)
     story.hub.down = True
@@ -582,7 +582,7 @@ def test_a_hub_that_is_away_is_waited_for_also_at_the_end(story: Story) -> None:
     assert TOLD not in story.card
 
 
-def test_a_token_that_is_revoked_is_told_once_and_nothing_is_lost(story: Story) -> None:
+def test_a_revoked_token_is_reported_once_and_nothing_is_lost(story: Story) -> None:
     story.ranks("running", "running", "running")
     monitor = story.start()
     story.waits_for("3 running")
@@ -595,7 +595,7 @@ def test_a_token_that_is_revoked_is_told_once_and_nothing_is_lost(story: Story) 
 
     assert ended.rc == 1
     assert "HF_TOKEN" in ended.message
-    assert len([line for line in ended.lines if "HF_TOKEN" in line and "tried again" in line]) == 1
+    assert len([line for line in ended.lines if "HF_TOKEN" in line and "retrying" in line]) == 1
     assert "HF_TOKEN" not in story.card
     story.hub.tokens["hf_new"] = Rights("alice")
     assert story(token="hf_new").rc == 0
@@ -603,7 +603,7 @@ def test_a_token_that_is_revoked_is_told_once_and_nothing_is_lost(story: Story) 
     assert TOLD not in story.card
 
 
-def test_a_run_that_ended_early_and_cannot_be_published_tells_both(story: Story) -> None:
+def test_a_run_that_ended_early_and_cannot_be_published_reports_both(story: Story) -> None:
     story.ranks("finished", "finished", "failed", error="no way")
     monitor = story.start("--patience", "3")
     story.waits_for("1 failed")
@@ -628,7 +628,7 @@ def test_a_monitor_that_is_interrupted_leaves_nothing_behind(
     monitor = story.start()
     wait_until(lambda: story.hub.counts["preupload"] > (operation == "lfs_put"))
 
-    time.sleep(1)  # it waits for the answer now
+    time.sleep(1)  # it waits for the response now
     monitor.send(signum)
 
     assert monitor.finish().rc == rc
@@ -656,14 +656,15 @@ def test_two_monitors_of_a_run_do_no_harm(story: Story) -> None:
 
 
 def shrink(story: Story, hour: float, commits: int, quota: int) -> None:
-    """Give the Hub's hours so many seconds, the Hub such a quota, and the publisher so many commits of it."""
-    module = "sys.modules['sdg_plugins.publishing.publisher']"
+    """Set the length of an hour in s, and in it the commits of the publisher and the quota of the Hub."""
+    module = "sys.modules['sdg_plugins.publishing.quota']"
     plugin = story.folder / "shrink.py"
     plugin.write_text(f"{textwrap.dedent(ECHO)}\nimport sys\n{module}.HOUR = {hour}\n{module}.COMMITS = {commits}\n")
     story.options(plugin=[str(plugin)])
     story.hub.hour, story.hub.commits_per_hour = hour, quota
 
 
+@pytest.mark.slow
 def test_a_hundred_ranks_are_published_within_the_quota_of_commits(story: Story) -> None:
     shrink(story, hour=3.0, commits=10, quota=12)  # a tenth of the real ones
     story.options(world_size=100)
@@ -703,7 +704,7 @@ def test_a_card_that_changes_all_the_time_does_not_use_up_the_quota(story: Story
     assert 429 not in story.hub.statuses("commit")
 
 
-# ── The record that a rank keeps of itself ───────────────────────────────────────────────────────────────────────────
+# ── What a rank records about itself ─────────────────────────────────────────────────────────────────────────────────
 
 
 def record_of(job: Job, rank: int = 0) -> dict[str, Any]:

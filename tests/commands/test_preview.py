@@ -1,4 +1,4 @@
-"""`--preview N`: the real path, on the terminal, and nothing anywhere else."""
+"""`--preview N` shows what a run would send and write, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from running import ROOT, Job, documents, wait_until
 
 
 def everything_in(folder: Path) -> dict[str, float]:
-    """All files and folders with the time of their last change, those aside that Python itself writes."""
+    """The modification times of all files and folders, except those that Python writes."""
     paths = [path for path in folder.rglob("*") if not {"__pycache__", "scratch"} & set(path.parts)]
     return {str(path): path.stat().st_mtime for path in paths}
 
@@ -84,7 +84,7 @@ def test_the_row_is_the_one_that_a_run_writes(job: Job) -> None:
     assert previewed == run
 
 
-def test_only_so_many_documents_are_run_and_no_more_than_asked_for(job: Job) -> None:
+def test_no_more_documents_are_run_than_requested(job: Job) -> None:
     job.input(documents(50))
     job(preview=3, records_per_chunk=2)
     assert len(job.server.requests) == 3
@@ -92,7 +92,7 @@ def test_only_so_many_documents_are_run_and_no_more_than_asked_for(job: Job) -> 
     assert len(job.server.requests) == 4
 
 
-def test_rows_of_other_writers_are_shown_as_these_write_them(job: Job, scratch: Path) -> None:
+def test_rows_are_shown_as_the_writer_in_use_writes_them(job: Job, scratch: Path) -> None:
     job.documents("one")
     shown = job(preview=1, output_filename="${chunk_index}.jsonl.gz")
     assert "text: one" in shown.stdout
@@ -123,7 +123,7 @@ def test_a_preview_works_beside_a_run_and_leaves_its_state_alone(job: Job) -> No
     assert len(job.output.rows()) == 4
 
 
-def test_a_state_of_other_options_does_not_matter(job: Job) -> None:
+def test_a_state_with_other_options_does_not_matter(job: Job) -> None:
     job.documents("one")
     output = job.succeed()
     before = everything_in(output.path)
@@ -131,7 +131,7 @@ def test_a_state_of_other_options_does_not_matter(job: Job) -> None:
     assert everything_in(output.path) == before
 
 
-def test_observers_are_not_told(job: Job) -> None:
+def test_observers_are_not_called(job: Job) -> None:
     observer = job.plugin(
         "nosy",
         """
@@ -185,7 +185,7 @@ def test_a_long_text_is_whole_and_a_very_long_one_is_cut_with_its_end(job: Job) 
     assert "FINISH" in out
 
 
-def test_what_a_document_has_for_a_terminal_is_not_obeyed(job: Job) -> None:
+def test_control_characters_in_a_document_are_escaped(job: Job) -> None:
     job.documents("red \x1b[31m bell \x07")
     out = job(preview=1).stdout
     assert "\x1b" not in out
@@ -235,7 +235,7 @@ def test_the_log_of_a_server_that_does_not_start_is_shown(job: Job) -> None:
     assert "kaboom" in shown.stderr
 
 
-def test_a_refused_key_ends_it_with_one_line(job: Job, scratch: Path) -> None:
+def test_a_refused_key_ends_the_preview_with_one_line(job: Job, scratch: Path) -> None:
     job.documents("one")
     job.server.api_key = "another"
     shown = job(preview=1)

@@ -1,4 +1,4 @@
-"""The commands for runs of many ranks: `status`, `check`, and what submit.sh makes of them."""
+"""The commands for runs of many ranks: `status`, `check`, and `submit.sh`, which uses them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 class State:
-    """A state of which a test says how the ranks are doing."""
+    """A state in which a test writes the figures of the ranks."""
 
     def __init__(self, folder: Path, template: Path, ranks: int) -> None:
         self.folder, self.sdg = folder, Sdg(folder)
@@ -49,7 +49,7 @@ class State:
         (self.path / "run.json").write_text(json.dumps(record))
 
     def rank(self, number: int, status: str, documents: int = 40, ago: float = 0.0, **record: Any) -> None:
-        """Say how a rank is doing, and when it was heard of last."""
+        """Write the figures of a rank, `ago` seconds old."""
         usual = {"expected": 100, "documents_per_second": 2.0, "error": None, "slurm_job": None, "host": "node7"}
         rank = {"status": status, "updated": time.time() - ago, **usual, **record}
         figures = {"documents": documents, "rows": documents, "completion_tokens": 10 * documents, "rank": rank}
@@ -71,56 +71,56 @@ def state(tmp_path: Path, template: Path) -> State:
 # ── status ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_run_that_goes_on_is_told_in_two_lines(state: State) -> None:
+def test_a_running_run_is_described_in_two_lines(state: State) -> None:
     for number in range(3):
         state.rank(number, "running")
 
-    told = state()
+    shown = state()
 
-    assert told.rc == 0
-    first, second = told.stdout.splitlines()
+    assert shown.rc == 0
+    first, second = shown.stdout.splitlines()
     assert first.startswith("120 of 400 documents (30 %), 6.0 documents/s, 60 tokens/s, 47 s to go")
     assert second == "4 ranks: 3 running, 1 waiting"
 
 
-def test_a_finished_run_needs_nobody(state: State) -> None:
+def test_a_finished_run_needs_no_attention(state: State) -> None:
     for number in range(4):
         state.rank(number, "finished", documents=100, documents_per_second=0.0)
 
-    told = state()
+    shown = state()
 
-    assert told.rc == 0
-    assert told.stdout.splitlines() == ["400 of 400 documents (100 %)", "4 ranks: 4 finished"]
+    assert shown.rc == 0
+    assert shown.stdout.splitlines() == ["400 of 400 documents (100 %)", "4 ranks: 4 finished"]
 
 
-def test_ranks_that_need_somebody_are_named_with_their_last_error(state: State) -> None:
+def test_ranks_that_need_attention_are_named_with_their_last_error(state: State) -> None:
     state.rank(0, "finished", documents=100)
     state.rank(1, "failed", error="no server answers at http://node9:1", ago=300, slurm_job="77")
     state.rank(2, "running", ago=600)
     (state.path / "00003.stats.json").write_text("{")
 
-    told = state()
+    shown = state()
 
-    assert told.rc == 1
-    assert "4 ranks: 1 finished, 1 failed, 1 silent, 1 broken" in told.stdout
+    assert shown.rc == 1
+    assert "4 ranks: 1 finished, 1 failed, 1 silent, 1 broken" in shown.stdout
     assert re.search(
-        r"^failed +rank 1: no server answers at http://node9:1 \(5 min ago, node7, job 77\)$", told.stdout, re.M
+        r"^failed +rank 1: no server answers at http://node9:1 \(5 min ago, node7, job 77\)$", shown.stdout, re.M
     )
-    assert re.search(r"^silent +rank 2: no word of an error \(10 min ago, node7\)$", told.stdout, re.M)
-    assert re.search(r"^broken +rank 3: .*00003.stats.json is broken", told.stdout, re.M)
-    assert told.stdout.rstrip().endswith("ranks 1-3")
+    assert re.search(r"^silent +rank 2: no error recorded \(10 min ago, node7\)$", shown.stdout, re.M)
+    assert re.search(r"^broken +rank 3: .*00003.stats.json is broken", shown.stdout, re.M)
+    assert shown.stdout.rstrip().endswith("ranks 1-3")
 
 
-def test_ranks_whose_job_is_in_the_queue_go_on_by_themselves(state: State) -> None:
+def test_ranks_whose_job_is_in_the_queue_need_no_attention(state: State) -> None:
     state.rank(0, "stopped", slurm_job="77")
     state.rank(1, "running", ago=600, slurm_job="77")
 
     queued, gone, failed = state(squeue="echo 77 78"), state(squeue="echo 9 9"), state
 
     assert queued.rc == 0
-    assert "Slurm job 77 in the queue" in queued.stdout
+    assert "Slurm job 77: in the queue" in queued.stdout
     assert gone.rc == 1
-    assert "Slurm job 77 no longer in the queue" in gone.stdout
+    assert "Slurm job 77: no longer in the queue" in gone.stdout
     assert gone.stdout.rstrip().endswith("ranks 0-3")
     failed.rank(2, "failed", error="a word", slurm_job="77")
     assert failed(squeue="echo 77 78").rc == 1
@@ -140,10 +140,10 @@ def test_programs_get_json(state: State) -> None:
     state.rank(0, "running")
     state.rank(1, "failed", error="a word")
 
-    told = state("--json")
+    shown = state("--json")
 
-    found = json.loads(told.stdout)
-    assert told.rc == 1
+    found = json.loads(shown.stdout)
+    assert shown.rc == 1
     assert found["states"] == {"running": 1, "failed": 1, "waiting": 2}
     assert found["need_somebody"] == [1]
     assert (found["documents"], found["expected"], found["seconds_to_go"]) == (80, 400, 160)
@@ -151,8 +151,8 @@ def test_programs_get_json(state: State) -> None:
     assert found["ranks"][1]["error"] == "a word"
 
 
-def test_what_cannot_be_told_is_one_clear_message(state: State, run_sdg: Sdg) -> None:
-    assert state.sdg("status", "--output", "nowhere").says("nowhere", "is --output right")
+def test_a_missing_or_broken_run_is_one_clear_message(state: State, run_sdg: Sdg) -> None:
+    assert state.sdg("status", "--output", "nowhere").says("nowhere", "is --output correct")
     (state.path / "run.json").write_text("{")
     assert state().says("run.json", "broken")
     (state.path / "run.json").unlink()
@@ -177,10 +177,10 @@ def test_a_thousand_ranks_are_readable_within_seconds_and_little_memory(tmp_path
         error = f"node{number} is gone" if number % 20 == 3 else "no server answers"
         state.rank(number, status, error=error if status == "failed" else None, slurm_job="77")
 
-    told = state(squeue="echo 77 1")
+    shown = state(squeue="echo 77 1")
 
-    assert told.rc == 1
-    lines = told.stdout.splitlines()
+    assert shown.rc == 1
+    lines = shown.stdout.splitlines()
     assert len(lines) < 20
     assert "1,000 ranks: 891 running, 99 failed, 10 waiting" in lines
     assert any(line.startswith("failed    rank 13,33,53") for line in lines)
@@ -211,7 +211,7 @@ def check(job: Job, **options: Any) -> Finished:
     return job.sdg("check", *job.command_line(options), **job.env)
 
 
-def test_check_finds_places_of_a_template_and_folders_that_cannot_be(job: Job) -> None:
+def test_check_finds_unknown_places_of_a_template_and_invalid_folders(job: Job) -> None:
     job.documents("one")
     assert check(job, plugin="prompt", prompt_template="[[DOCUMENT]] [[unknown]]").says("[[unknown]]", "[[id]]")
     (job.folder / "taken").write_text("")
@@ -229,7 +229,7 @@ def test_a_job_that_was_requeued_does_not_start_over(job: Job) -> None:
     assert job.output.ids() == ["one"]
 
 
-def test_options_that_fit_are_told_and_nothing_is_written(job: Job, server: FakeServer) -> None:
+def test_valid_options_are_confirmed_and_nothing_is_written(job: Job, server: FakeServer) -> None:
     job.input(documents(30))
     before = sorted(job.folder.rglob("*"))
 
@@ -266,7 +266,7 @@ def test_options_that_a_run_would_refuse_are_refused(job: Job, options: dict[str
     assert refused.says(*words)
 
 
-def test_a_run_of_other_options_is_found(job: Job) -> None:
+def test_a_run_with_different_options_is_found(job: Job) -> None:
     job.input(documents(3))
     job.succeed()
 
@@ -279,7 +279,7 @@ def test_a_run_of_other_options_is_found(job: Job) -> None:
     assert check(job).says("the state of its run does not")
 
 
-@pytest.mark.parametrize(("token", "words"), [("hf_read", "may only read"), (None, "no token"), ("hf_bob", "alice")])
+@pytest.mark.parametrize(("token", "words"), [("hf_read", "is read-only"), (None, "no token"), ("hf_bob", "alice")])
 def test_a_repository_that_cannot_be_written_is_found(job: Job, hub: FakeHub, token: str | None, words: str) -> None:
     hub.tokens |= {"hf_read": Rights("alice", write=False), "hf_bob": Rights("bob"), "hf_alice": Rights("alice")}
     job.input(documents(30))
@@ -294,7 +294,7 @@ def test_a_repository_that_cannot_be_written_is_found(job: Job, hub: FakeHub, to
     assert not (job.folder / ".sdg").exists()
 
 
-def test_ranks_without_work_are_told(job: Job) -> None:
+def test_ranks_without_work_are_reported(job: Job) -> None:
     job.input(documents(30))
 
     checked = check(job, records_per_chunk=10, world_size=8, rank=0)
@@ -317,7 +317,7 @@ def test_a_dry_run_prints_the_three_commands(job: Job) -> None:
 
     done = submit(job, "--dry-run", "--ranks=8", "--at-once", "3", "--time", "1:00:00", "--beside=-p cpu", "--nodes=2")
 
-    assert done.returncode == 2  # an endpoint is not of several nodes
+    assert done.returncode == 2  # an endpoint does not run on several nodes
     assert "--nodes" in done.stderr
     done = submit(job, "--dry-run", "--ranks=8", "--at-once", "3", "--time", "1:00:00", "--beside=-p cpu")
     assert done.returncode == 0, done.stderr

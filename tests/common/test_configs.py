@@ -80,7 +80,7 @@ def test_the_command_line_wins_over_all_configs(configs: Configs) -> None:
     assert {request.payload["max_tokens"] for request in configs.job.server.requests} == {7}
 
 
-def test_output_config_on_the_command_line_takes_one_of_them(configs: Configs) -> None:
+def test_output_config_on_the_command_line_selects_one_of_them(configs: Configs) -> None:
     assert configs(output_config="math").rc == 0
     assert configs.rows("math")
     assert not configs.rows("faq")
@@ -109,7 +109,7 @@ def test_a_rerun_sends_nothing_again(configs: Configs) -> None:
     assert {path: path.stat().st_mtime_ns for path in configs.job.folder.rglob("*.parquet")} == files
 
 
-def test_a_killed_run_goes_on_in_the_config_where_it_was(configs: Configs) -> None:
+def test_a_killed_run_resumes_in_the_config_where_it_was(configs: Configs) -> None:
     configs.job.input(documents(6))
     configs.job.server.behave(lambda payload, n: Delay(60) if "Count" in str(payload) and "5" in str(payload) else None)
     started = configs.job.start()
@@ -125,15 +125,15 @@ def test_a_killed_run_goes_on_in_the_config_where_it_was(configs: Configs) -> No
 
 
 def durable(state: Path) -> int:
-    """Documents of a state file that are final."""
+    """The number of final documents in a state file."""
     uri = f"file:{state}?mode=ro"
     with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=30)) as db, contextlib.suppress(sqlite3.Error):
         (number,) = db.execute("SELECT count(*) FROM documents").fetchone()
         return int(number)
-    return 0  # the table is not made yet
+    return 0  # the table does not exist yet
 
 
-def test_a_config_that_fails_leaves_the_others_alone_and_decides_the_exit_code(configs: Configs) -> None:
+def test_a_config_that_fails_does_not_stop_the_others_and_decides_the_exit_code(configs: Configs) -> None:
     configs.job.input(documents(150))
     configs.job.server.behave(lambda payload, n: Status(400) if "Ask" in str(payload) else None)
 
@@ -159,7 +159,7 @@ def test_a_config_without_its_input_is_named_and_the_others_run(configs: Configs
     assert len(configs.rows("math")) == 2
 
 
-def test_a_server_that_all_share_and_is_gone_ends_all(configs: Configs) -> None:
+def test_a_shared_server_that_is_down_ends_all(configs: Configs) -> None:
     configs.job.server.stop()
     finished = configs()
     assert finished.rc == 1
@@ -167,7 +167,7 @@ def test_a_server_that_all_share_and_is_gone_ends_all(configs: Configs) -> None:
     assert not (configs.job.folder / "out" / ".sdg" / "math" / "run.json").exists()
 
 
-def test_a_launched_server_that_cannot_start_ends_all_and_is_said_once(configs: Configs) -> None:
+def test_a_launched_server_that_cannot_start_ends_all_and_is_reported_once(configs: Configs) -> None:
     configs.job.options |= {"server": "command", "base_url": None, "model": "m"}
     finished = configs(server_command="/no/such/program {port}")
     assert finished.rc == 1
@@ -228,7 +228,7 @@ def test_each_config_may_have_a_plugin_of_its_own(configs: Configs) -> None:
     assert sorted(configs.prompts()) == ["alpha one"] * 2 + ["beta two"] * 2
 
 
-def test_the_state_lies_below_a_state_dir_that_is_given(configs: Configs) -> None:
+def test_the_state_is_below_a_state_dir_that_is_given(configs: Configs) -> None:
     assert configs(state_dir="elsewhere").rc == 0
     for name in ("faq", "math"):
         assert (configs.job.folder / "elsewhere" / name / "run.json").exists()
@@ -268,7 +268,7 @@ def test_a_preview_shows_each_config(configs: Configs) -> None:
         ("[configs]\nfaq = 5\n", ["run.toml", "configs"]),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_refused_and_the_config_named(configs: Configs, text: str, words: list[str]) -> None:
+def test_invalid_options_are_refused_and_the_config_is_named(configs: Configs, text: str, words: list[str]) -> None:
     configs.write(text)
     finished = configs()
     assert finished.rc == 2
@@ -285,7 +285,7 @@ def test_the_statistics_of_each_config_are_its_own(configs: Configs) -> None:
 
 
 @pytest.mark.parametrize("command", ["verify", "card", "status"])
-def test_commands_name_the_configs_that_there_are(configs: Configs, command: str) -> None:
+def test_commands_name_the_available_configs(configs: Configs, command: str) -> None:
     assert configs().rc == 0
 
     finished = configs.job.sdg(command, "--output", "out")
@@ -295,7 +295,7 @@ def test_commands_name_the_configs_that_there_are(configs: Configs, command: str
     assert configs.job.sdg(command, "--output", "out", "--output-config", "faq").rc == 0
 
 
-def test_several_inputs_are_refused_not_the_last_one_taken(configs: Configs) -> None:
+def test_several_inputs_are_refused(configs: Configs) -> None:
     configs.write('input = ["a.jsonl", "b.jsonl"]\n')
     assert configs(input=None).says("input", "several", "glob")
     assert configs(input=["a.jsonl", "b.jsonl"]).says("--input is given twice")

@@ -1,4 +1,4 @@
-"""The ledger: every document is a row, filtered, or failed, exactly once, and `verify` finds whatever is not."""
+"""Accounting: every document is a row, filtered or failed exactly once, and `verify` finds every deviation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from fake_server import Answer, FakeServer, Hang, Status, prompt_of
 from running import Finished, Job, Output, documents
 
-# The text of a document says what becomes of it.
+# The text of a document determines its outcome.
 SORTING = """
     import sdg
 
@@ -179,7 +179,7 @@ def test_files_completed_by_retry_failed_equal_those_of_a_clean_run(job: Job, se
     assert {name for name in healed.files() if "failed" in name} == set()
 
 
-def test_a_plain_rerun_leaves_the_failed_alone(sorting: Job, server: FakeServer) -> None:
+def test_a_plain_rerun_does_not_retry_failed_documents(sorting: Job, server: FakeServer) -> None:
     sorting.succeed()
     server.behave(lambda payload, n: None)
     server.forget()
@@ -330,7 +330,7 @@ def test_verify_accepts_what_is_complete_and_changes_nothing(finished_output: Ou
     assert job.output.files() == before
 
 
-def test_verify_names_the_documents_that_an_interrupted_run_left(job: Job, server: FakeServer) -> None:
+def test_verify_reports_the_documents_that_an_interrupted_run_left(job: Job, server: FakeServer) -> None:
     job.input(documents(10))
     server.behave(lambda payload, n: Status(401) if prompt_of(payload) == "document 5" else None)
     assert job(records_per_chunk=2, max_concurrent_generations=1).rc == 1
@@ -341,14 +341,14 @@ def test_verify_names_the_documents_that_an_interrupted_run_left(job: Job, serve
     assert verified.lines or verified.stdout
 
 
-def test_verify_says_that_there_is_nothing(job: Job) -> None:
+def test_verify_reports_that_there_is_no_run(job: Job) -> None:
     verified: Finished = job.sdg("verify", "--output", "nowhere")
 
     assert verified.rc == 1
     assert verified.says("nowhere")
 
 
-def test_verify_waits_for_no_server(job: Job, server: FakeServer) -> None:
+def test_verify_needs_no_server(job: Job, server: FakeServer) -> None:
     job.input(documents(3))
     job.succeed()
     server.behave(lambda payload, n: Hang())

@@ -1,4 +1,4 @@
-"""Mistakes in plugins are told in one line, in the plugin's terms, with its file and line."""
+"""Mistakes in plugins are reported in one line, in the plugin's terms, with its file and line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import textwrap
 import pytest
 from running import Job
 
-# A line that ends with `# !` is the one that the message must name.
+# The message must name the line that ends with `# !`.
 MISTAKES = {
     "import": ("import sdg\nimport no_such_module  # !\n", ["no_such_module", "cannot be imported"]),
     "import_of_a_name": ("import sdg\nfrom sdg import no_such_name  # !\n", ["no_such_name"]),
@@ -91,7 +91,7 @@ MISTAKES = {
         """,
         ["register_rollouts failed", "factory"],
     ),
-    "no_function": (
+    "not_a_function": (
         """
         import sdg
 
@@ -99,7 +99,7 @@ MISTAKES = {
         def register_rollouts(register):
             register("mine", "mine")
         """,
-        ["no_function", "rollout 'mine'", "str", "async function"],
+        ["not_a_function", "rollout 'mine'", "str", "async function"],
     ),
     "not_async": (
         """
@@ -174,13 +174,13 @@ MISTAKES = {
 
 
 def line_of(source: str) -> int:
-    """The number of the line that is marked."""
+    """The number of the marked line; 0 if there is none."""
     (number,) = [i for i, line in enumerate(source.splitlines(), 1) if line.endswith("# !")] or [0]
     return number
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_told_before_anything_runs_with_file_and_line(name: str, job: Job) -> None:
+def test_a_mistake_is_reported_before_anything_runs_with_file_and_line(name: str, job: Job) -> None:
     source, words = MISTAKES[name]
     job.documents("one")
     plugin = job.plugin(name, source)
@@ -200,8 +200,8 @@ RESULTS = {
     "a_list_of_numbers": ("return ['fine', 5]", "int", "a str, dict, Reply, list or None"),
     "no_await": ("return generate(document.text)", "coroutine", "is await missing?"),
     "a_generator": ("return (word for word in document.text)", "generator", "is list(…) missing?"),
-    "keys_that_are_no_names": ("return {5: 'five'}", "dict", "are not str"),
-    "no_json": ("return {'what': {1, 2}}", "set", "not JSON"),
+    "keys_that_are_not_names": ("return {5: 'five'}", "dict", "are not str"),
+    "not_json": ("return {'what': {1, 2}}", "set", "not JSON"),
 }
 
 
@@ -233,7 +233,7 @@ def test_a_result_of_a_wrong_kind_names_the_rollouts_definition(name: str, job: 
 
 
 def line_containing(source: str, text: str) -> int:
-    """The number of the first line with some text."""
+    """The number of the first line that contains a text."""
     return next(i for i, line in enumerate(source.splitlines(), 1) if text in line)
 
 
@@ -311,7 +311,7 @@ def observe(run):
     return contextlib.nullcontext()
 """
 
-# What is replaced in PARTS, what the message must say, and a part of the line that it must name.
+# What is replaced in PARTS and by what, words of the message, and a part of the line that it must name.
 SHAPES = {
     "fine": ("", "", [], ""),
     "reader_without_schema": (
@@ -329,10 +329,10 @@ SHAPES = {
         'schema = pa.schema([("text", pa.string())])', "schema = ['text']",
         ["reader 'few'", "`schema`", "list", "pyarrow.Schema"], "class FewReader",
     ),
-    "identity_that_is_no_json": (
+    "identity_that_is_not_json": (
         '{"few": 1}', '{"few": {1}}', ["reader 'few'", "`identity`", "JSON"], "class FewReader",
     ),
-    "reader_that_gives_dicts": (
+    "reader_that_returns_dicts": (
         'sdg.Block(pa.RecordBatch.from_pydict({"text": ["a"] * some}), "few", 0)', '{"text": "a"}',
         ["read() returned", "dict", "sdg.Block"], "class FewReader",
     ),
@@ -340,7 +340,7 @@ SHAPES = {
         '{"text": ["a"] * some}', '{"texts": ["a"] * some}', ["read() returned", "texts: string", "`schema`"],
         "class FewReader",
     ),
-    "reader_that_gives_too_much": (
+    "reader_that_returns_too_much": (
         "[\"a\"] * some", "[\"a\"] * 5", ["read() returned batches of [5] rows when asked for 1"], "class FewReader",
     ),
     "reader_that_raises": (
@@ -386,7 +386,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_a_part_of_a_wrong_shape_says_what_it_lacks(name: str, job: Job) -> None:
+def test_an_object_of_a_wrong_shape_is_reported_with_what_it_lacks(name: str, job: Job) -> None:
     old, new, words, place = SHAPES[name]
     assert old in PARTS
     source = PARTS.replace(old, new, 1).replace("SERVER", job.server.url)
@@ -408,7 +408,7 @@ def test_a_part_of_a_wrong_shape_says_what_it_lacks(name: str, job: Job) -> None
         assert f"parts.py:{line})" in finished.message, (line, finished.message)
 
 
-def test_an_installed_packages_command_that_raises_is_told_with_its_place(job: Job) -> None:
+def test_an_installed_packages_command_that_raises_is_reported_with_file_and_line(job: Job) -> None:
     site = job.folder / "site"
     (site / "broken_commands-1.0.dist-info").mkdir(parents=True)
     (site / "broken_commands-1.0.dist-info" / "METADATA").write_text("Name: broken-commands\nVersion: 1.0\n")
@@ -427,7 +427,7 @@ def test_an_installed_packages_command_that_raises_is_told_with_its_place(job: J
     assert finished.says("the installed package broken-commands", "no_such_module", "broken_commands.py:1)")
 
 
-def test_a_traceback_is_shown_to_who_wants_one(job: Job) -> None:
+def test_a_traceback_is_shown_on_request(job: Job) -> None:
     job.documents("one")
     source, _ = MISTAKES["hook_raises"]
     finished = job(plugin=job.plugin("wrong", source), env={"SDG_TRACEBACK": "1"}, bugs=True)
@@ -436,7 +436,7 @@ def test_a_traceback_is_shown_to_who_wants_one(job: Job) -> None:
     assert 'in helper\n    return {}["nothing"]' in finished.stderr
 
 
-def test_two_files_that_are_called_alike_are_two_plugins(job: Job) -> None:
+def test_two_files_with_the_same_name_are_two_plugins(job: Job) -> None:
     for folder, name in (("a", "first"), ("b", "second")):
         (job.folder / folder).mkdir()
         job.plugin(

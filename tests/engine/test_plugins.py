@@ -1,4 +1,4 @@
-"""Plugins: the nine hooks through a plugin that uses all of them, and what the registry refuses."""
+"""Plugins: the hooks through a plugin that uses nearly all of them, and what the registry refuses."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_a_plugins_options_are_part_of_the_fingerprint_of_its_rollout(job: Job) 
     assert changed.says("shout", "?", "!!", "--fresh")
 
 
-def test_two_plugins_of_one_name_are_an_error(run_sdg: Sdg) -> None:
+def test_two_plugins_that_register_one_name_are_an_error(run_sdg: Sdg) -> None:
     for name in ("one", "two"):
         code = (
             "import sdg\n@sdg.hookimpl\ndef register_rollouts(register):\n    register('same', same)\n"
@@ -205,11 +205,11 @@ def test_plugins_lists_names_with_their_package_and_help(run_sdg: Sdg, command: 
     finished = run_sdg(*command)
     assert finished.rc == 0
     assert "summarize" in finished.stdout
-    assert "Summarise a document in one paragraph." in finished.stdout
+    assert "Summarize a document in one paragraph." in finished.stdout
     assert ("Shout." in finished.stdout) == (len(command) > 1)
 
 
-def test_values_that_cannot_be_compared_do_no_harm_in_a_plugin(job: Job) -> None:
+def test_values_in_a_plugin_that_cannot_be_compared_do_no_harm(job: Job) -> None:
     source = """
         import sdg
 
@@ -252,7 +252,7 @@ def test_a_plugin_that_registers_nothing_is_refused(job: Job) -> None:
     assert job(plugin="empty.py").says("empty.py registers nothing", "@sdg.hookimpl")
 
 
-def test_the_name_of_a_file_that_is_there_is_offered(job: Job) -> None:
+def test_the_name_of_an_existing_file_is_suggested(job: Job) -> None:
     (job.folder / "headline.py").write_text("")
     job.documents("one")
 

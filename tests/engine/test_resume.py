@@ -1,4 +1,4 @@
-"""Crashes, interruptions and reruns: nothing is lost, doubled or bought again, and nothing is mixed in silence."""
+"""Crashes, interruptions and reruns: nothing is lost, duplicated or sent again, and runs are not mixed."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ FILTERING = """
 
 # ── kill -9 ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-TEXTS = ["one", "reject two", "filter three", "filter four", "five"]  # three chunks, all fates
+TEXTS = ["one", "reject two", "filter three", "filter four", "five"]  # three chunks, all outcomes
 
-# What a crash may hit: options of a run that went well, and of the one that is disturbed after it.
+# What a crash may hit: options of a run that succeeds, if any, and of the one that is disturbed after it.
 SCENARIOS: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
     "first run": (None, {}),
     "more documents": ({"max_documents": 3}, {}),
@@ -79,7 +79,7 @@ class Crashes:
         return job
 
     def continued(self, name: str, server: FakeServer) -> Job:
-        """A job that goes on with what the run before left."""
+        """A job that continues the previous run."""
         job = self.job(name, server)
         if self.before is not None:
             shutil.copytree(self.folder / "before" / "output", job.output.path)
@@ -121,7 +121,8 @@ def _names(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-# Before each odd step and after each odd step: that is once between any two steps.
+@pytest.mark.slow
+# Before and after each odd step: that is once between any two steps.
 @pytest.mark.parametrize(
     ("scenario", "fault", "every"),
     [
@@ -131,7 +132,7 @@ def _names(folder: Path) -> set[str]:
         ("retry failed", "kill-before", 3),
     ],
 )
-def test_a_kill_at_any_durable_step_loses_and_doubles_nothing(
+def test_a_kill_at_any_durable_step_loses_and_duplicates_nothing(
     scenario: str, fault: str, every: int, tmp_path: Path
 ) -> None:
     crashes = Crashes(tmp_path, scenario)
@@ -140,8 +141,8 @@ def test_a_kill_at_any_durable_step_loses_and_doubles_nothing(
     def fault_at(number: int) -> int | AssertionError:
         try:
             rc = 0 if finished.is_set() else crashes.fault_then_resume(fault, number)
-        except AssertionError as problem:
-            return problem
+        except AssertionError as exc:
+            return exc
         if rc == 0:
             finished.set()  # the run has fewer steps
         return rc
@@ -154,7 +155,8 @@ def test_a_kill_at_any_durable_step_loses_and_doubles_nothing(
     assert codes[-1] == 0
 
 
-def test_a_full_disk_at_any_durable_step_loses_and_doubles_nothing(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_full_disk_at_any_durable_step_loses_and_duplicates_nothing(tmp_path: Path) -> None:
     crashes = Crashes(tmp_path, "first run")
 
     with ThreadPoolExecutor(3) as pool:
@@ -163,8 +165,9 @@ def test_a_full_disk_at_any_durable_step_loses_and_doubles_nothing(tmp_path: Pat
     assert set(codes) == {1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
-def test_kills_at_random_moments_lose_and_double_nothing(
+def test_kills_at_random_moments_lose_and_duplicate_nothing(
     seed: int, job: Job, server: FakeServer, servers: Callable[[], FakeServer]
 ) -> None:
     chance = random.Random(seed)
@@ -269,12 +272,12 @@ def test_answers_that_come_after_the_signal_are_kept(job: Job, server: FakeServe
     server.release()
     finished = running.finish()
     assert finished.rc == 143
-    bought = {request.prompt for request in server.answered}
+    received = {request.prompt for request in server.answered}
 
     server.forget()
     output = job.succeed()
     assert len(output.rows()) == 50
-    assert not bought & set(server.prompts)
+    assert not received & set(server.prompts)
 
 
 def test_a_signal_before_the_first_answer_is_clean(job: Job, server: FakeServer) -> None:
@@ -318,8 +321,8 @@ def test_concurrency_and_address_may_change(job: Job, server: FakeServer, server
     running.send(signal.SIGTERM)
     server.stop()
     assert running.finish().rc == 143
-    bought = {request.prompt for request in server.answered}
-    assert len(bought) == 20
+    received = {request.prompt for request in server.answered}
+    assert len(received) == 20
 
     other = servers()
     output = job.succeed(
@@ -327,7 +330,7 @@ def test_concurrency_and_address_may_change(job: Job, server: FakeServer, server
     )
 
     assert output.ids() == [row["id"] for row in documents(40)]
-    assert not bought & set(other.prompts)
+    assert not received & set(other.prompts)
     assert output.data() == job.succeed(records_per_chunk=50, output="undisturbed", base_url=other.url).data()
 
 
@@ -435,7 +438,7 @@ def test_more_documents_complete_the_partial_chunk(job: Job, server: FakeServer)
     assert job.verify().rc == 0
 
 
-def test_state_may_lie_elsewhere(job: Job, server: FakeServer) -> None:
+def test_the_state_may_be_elsewhere(job: Job, server: FakeServer) -> None:
     job.input(documents(4))
     job.succeed(state_dir="state")
     server.forget()
@@ -465,7 +468,7 @@ def test_ranks_share_the_input_without_gap_or_overlap(job: Job, server: FakeServ
     assert job.verify().rc == 0
 
 
-def test_slurm_gives_rank_and_world_size(job: Job, server: FakeServer) -> None:
+def test_slurm_sets_rank_and_world_size(job: Job, server: FakeServer) -> None:
     job.input(documents(12))
     array = {"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_COUNT": "2"}
     array |= {"SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "2"}
@@ -475,7 +478,7 @@ def test_slurm_gives_rank_and_world_size(job: Job, server: FakeServer) -> None:
     assert sorted(job.output.data()) == ["data/00001_00001.parquet", "data/00001_00003.parquet"]
 
 
-def test_verify_misses_a_rank_that_has_not_run(job: Job) -> None:
+def test_verify_reports_a_rank_that_has_not_run(job: Job) -> None:
     job.input(documents(20))
     assert job(records_per_chunk=4, rank=0, world_size=2).rc == 0
 
@@ -498,7 +501,7 @@ def test_a_second_process_of_the_same_rank_is_refused(job: Job, server: FakeServ
     assert job.output.ids() == [row["id"] for row in documents(5)]
 
 
-def test_the_lock_of_a_killed_process_does_not_hold(job: Job, server: FakeServer) -> None:
+def test_the_lock_of_a_killed_process_is_released(job: Job, server: FakeServer) -> None:
     job.input(documents(5))
     server.behave(lambda payload, n: Hang())
     first = job.start()
@@ -510,7 +513,7 @@ def test_the_lock_of_a_killed_process_does_not_hold(job: Job, server: FakeServer
     assert len(job.succeed().rows()) == 5
 
 
-def test_a_straggler_does_not_hold_up_later_chunks(job: Job, server: FakeServer) -> None:
+def test_a_straggler_does_not_delay_later_chunks(job: Job, server: FakeServer) -> None:
     job.input(documents(40))
     server.behave(lambda payload, n: Hang() if prompt_of(payload) == "document 0" else None)
 
@@ -523,7 +526,7 @@ def test_a_straggler_does_not_hold_up_later_chunks(job: Job, server: FakeServer)
     assert job.output.ids() == [row["id"] for row in documents(40)]
 
 
-def test_run_that_got_nowhere_does_not_stand_in_the_way_of_a_corrected_one(job: Job, server: FakeServer) -> None:
+def test_a_run_that_found_no_server_does_not_block_a_corrected_one(job: Job, server: FakeServer) -> None:
     job.documents("a", "b")
     server.stop()
     job.sdg("--base-url", server.url, "--input", job.options["input"], "--output", "output", "--model", "typo")
@@ -537,7 +540,7 @@ def test_run_that_got_nowhere_does_not_stand_in_the_way_of_a_corrected_one(job: 
     assert refused.says("max_tokens: 7 → 8")
 
 
-def test_run_whose_documents_got_no_answer_may_begin_anew_with_other_options(job: Job, server: FakeServer) -> None:
+def test_a_run_without_responses_may_be_repeated_with_other_options(job: Job, server: FakeServer) -> None:
     job.documents("a", "b")
     server.behave(lambda payload, n: Hang())
     first = job.start(max_tokens=7)

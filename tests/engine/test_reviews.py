@@ -1,4 +1,4 @@
-"""What hostile reviews have found, so that it stays mended."""
+"""Regression tests for defects that reviews and trials have found."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def rollout(body: str) -> str:
     )
 
 
-def test_a_cancellation_of_the_rollouts_own_making_fails_its_document_alone(job: Job) -> None:
+def test_a_task_that_a_rollout_cancels_itself_fails_only_its_document(job: Job) -> None:
     job.input(documents(20))
     body = (
         "if document.id in ('d0003', 'd0017'):\n    task = asyncio.ensure_future(asyncio.sleep(9))\n"
@@ -47,7 +47,7 @@ def test_a_cancellation_of_the_rollouts_own_making_fails_its_document_alone(job:
     assert job.verify().rc == 0
 
 
-def test_an_interruption_that_a_rollout_swallows_is_no_failure(job: Job, server: FakeServer) -> None:
+def test_an_interruption_that_a_rollout_swallows_is_not_a_failure(job: Job, server: FakeServer) -> None:
     job.input(documents(12))
     server.behave(lambda payload, n: Hang() if n == 1 else None)
     body = (
@@ -75,7 +75,7 @@ def test_fresh_deletes_only_what_a_run_has_written(job: Job) -> None:
     (output.path / "failed").mkdir(exist_ok=True)
     for name in strangers:
         (job.folder / name).write_text("mine")
-    assert job(state_dir=".", fresh=True, output_filename="${chunk_index}.parquet").rc == 1  # mine.parquet is no chunk
+    assert job(state_dir=".", fresh=True, output_filename="${chunk_index}.parquet").rc == 1  # because of mine.parquet
     (job.folder / "output/data/mine.parquet").unlink()
     job.succeed(state_dir=".", fresh=True, output_filename="${chunk_index}.parquet")
     assert [path.name for path in (output.path / "data").iterdir()] == ["00000.parquet"]
@@ -95,7 +95,7 @@ def test_a_key_that_a_server_echoes_is_written_nowhere(job: Job, server: FakeSer
     assert KEY[:8] not in written
 
 
-def test_failures_that_come_early_count_in_the_end(job: Job, server: FakeServer) -> None:
+def test_early_failures_count_at_the_end(job: Job, server: FakeServer) -> None:
     job.input(documents(200))
     server.behave(lambda payload, n: Status(400) if int(prompt_of(payload).split()[1]) < 50 else None)
     finished = job(max_concurrent_generations=5)
@@ -114,13 +114,13 @@ def test_unusual_line_ends_in_a_failed_document_can_be_retried(job: Job, server:
     assert len(output.rows()) == 2
 
 
-def test_a_mended_plugin_may_retry_what_failed(job: Job) -> None:
+def test_a_fixed_plugin_may_retry_failed_documents(job: Job) -> None:
     job.documents("one", "two")
     job.succeed(plugin=job.plugin("mine", rollout("return 1 / 0 if document.id == 'one' else 'fine'")))
-    mended = job.plugin("mine", rollout("return 'mended'"))
-    assert job(plugin=mended).rc == 1
-    output = job.succeed(plugin=mended, retry_failed=True)
-    assert output.texts() == {"one": ["mended"], "two": ["fine"]}
+    fixed = job.plugin("mine", rollout("return 'fixed'"))
+    assert job(plugin=fixed).rc == 1
+    output = job.succeed(plugin=fixed, retry_failed=True)
+    assert output.texts() == {"one": ["fixed"], "two": ["fine"]}
 
 
 def test_categories_and_views_pass_unchanged(job: Job) -> None:
@@ -172,7 +172,7 @@ def test_servers_with_different_models_are_refused(job: Job, servers: Any) -> No
     assert finished.says("another", job.server.models[0])
 
 
-def test_one_dead_server_of_two_at_the_start_is_done_without(job: Job) -> None:
+def test_a_run_starts_without_one_dead_server_of_two(job: Job) -> None:
     job.documents("one", "two", "three")
     finished = job(base_url=["http://127.0.0.1:9", job.server.url])
     assert finished.rc == 0
@@ -180,14 +180,14 @@ def test_one_dead_server_of_two_at_the_start_is_done_without(job: Job) -> None:
     assert len(job.output.rows()) == 3
 
 
-def test_a_csv_header_with_a_name_twice_is_refused(job: Job) -> None:
+def test_a_csv_header_with_a_duplicate_name_is_refused(job: Job) -> None:
     (job.folder / "twice.csv").write_text("text,a,a\nx,1,2\n")
     finished = job(input="twice.csv")
     assert finished.rc == 1
     assert finished.says("twice.csv", "twice")
 
 
-def test_a_resource_that_breaks_is_named(job: Job) -> None:
+def test_a_resource_that_fails_is_named(job: Job) -> None:
     code = rollout("return ''").replace("(document, generate)", "(document, generate, broken)") + (
         "\n@sdg.hookimpl\ndef register_resources(register):\n    register('broken', broken)\n\n"
         "def broken(run):\n    '''Broken.'''\n    raise ValueError('no such thing')\n"
@@ -198,7 +198,7 @@ def test_a_resource_that_breaks_is_named(job: Job) -> None:
     assert finished.says("broken", "no such thing", "mine.py")
 
 
-def test_a_plugin_that_blocks_cannot_hold_up_the_end(job: Job, server: FakeServer) -> None:
+def test_a_plugin_that_blocks_cannot_delay_the_end_of_the_run(job: Job, server: FakeServer) -> None:
     job.documents("one", "two")
     body = "await asyncio.to_thread(__import__('time').sleep, 60)\nreturn 'x'"
     started = job.start(plugin=job.plugin("mine", rollout(body)))
@@ -211,10 +211,10 @@ def test_a_plugin_that_blocks_cannot_hold_up_the_end(job: Job, server: FakeServe
     assert time.monotonic() - began < 20
 
 
-# ── What a new user tried ────────────────────────────────────────────────────────────────────────────────────────────
+# ── Found by new users ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_fresh_deletes_nothing_where_a_file_is_not_a_runs(job: Job, server: FakeServer) -> None:
+def test_fresh_deletes_nothing_if_a_file_does_not_belong_to_a_run(job: Job, server: FakeServer) -> None:
     job.input(documents(5))
     job.succeed()
     before = job.output.files()
@@ -228,7 +228,7 @@ def test_fresh_deletes_nothing_where_a_file_is_not_a_runs(job: Job, server: Fake
     assert len(server.requests) == 5
 
 
-def test_a_file_that_was_taken_away_is_made_anew(job: Job, server: FakeServer) -> None:
+def test_a_file_that_was_deleted_is_written_again(job: Job, server: FakeServer) -> None:
     job.input(documents(30))
     before = job.succeed(records_per_chunk=10).data()
     (job.output.path / "data" / "00000_00001.parquet").unlink()
@@ -289,14 +289,14 @@ def test_hidden_folders_and_outputs_of_runs_are_not_read(job: Job, server: FakeS
 
 
 @pytest.mark.parametrize("option", ["input", "output", "state_dir"])
-def test_an_empty_option_is_no_default(job: Job, option: str) -> None:
+def test_an_empty_option_is_not_the_default(job: Job, option: str) -> None:
     job.input(documents(3))
     finished = job(**{option: ""})
     assert finished.rc == 2
     assert finished.says(f"--{option.replace('_', '-')} is empty")
 
 
-def test_retry_failed_of_nothing_is_refused(job: Job, server: FakeServer) -> None:
+def test_retry_failed_without_a_run_is_refused(job: Job, server: FakeServer) -> None:
     job.input(documents(3))
     finished = job(retry_failed=True)
     assert finished.rc == 1
@@ -305,7 +305,7 @@ def test_retry_failed_of_nothing_is_refused(job: Job, server: FakeServer) -> Non
 
 
 @pytest.mark.parametrize("name", ["../${chunk_index}.jsonl", "/tmp/${chunk_index}.jsonl"])
-def test_files_are_not_written_beside_the_output(job: Job, name: str) -> None:
+def test_files_are_not_written_outside_the_output(job: Job, name: str) -> None:
     job.input(documents(3))
     finished = job(output_filename=name)
     assert finished.rc == 2
@@ -313,14 +313,14 @@ def test_files_are_not_written_beside_the_output(job: Job, name: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["/chat/completions", "/completions/"])
-def test_a_base_url_may_be_that_of_an_endpoint(job: Job, server: FakeServer, path: str) -> None:
+def test_a_base_url_may_be_the_url_of_an_endpoint(job: Job, server: FakeServer, path: str) -> None:
     job.input(documents(3))
     job.succeed(base_url=server.url + path)
     assert len(server.answered) == 3
 
 
 @pytest.mark.parametrize("odd", ["plain text", [{"role": "user", "content": [{"type": "text", "text": "parts"}]}]])
-def test_an_odd_chat_among_others_fails_alone(job: Job, odd: object) -> None:
+def test_an_unusual_chat_among_others_fails_alone(job: Job, odd: object) -> None:
     chats: list[object] = [[{"role": "user", "content": f"hello {number}"}] for number in range(20)]
     chats[0], chats[7] = odd, [{"role": "user", "content": "hello", "name": 3}]
     chats[8] = [{"role": "user", "content": "hello", "name": "x"}]
@@ -383,10 +383,10 @@ def test_the_card_of_a_run_that_ended_early_says_so_and_names_no_machine(
     assert not [word for word in ("gpu-7", "scratch", "10.0.0.7", str(job.folder)) if word in card]
 
 
-# ── What a hostile tester tried ──────────────────────────────────────────────────────────────────────────────────────
+# ── Found by hostile tests ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_an_interrupt_is_heeded_when_nobody_reads_standard_error(job: Job, server: FakeServer) -> None:
+def test_an_interrupt_works_when_standard_error_is_closed(job: Job, server: FakeServer) -> None:
     job.input(documents(30))
     server.behave(lambda payload, n: Delay(0.5))
     started = job.start(max_concurrent_generations=1)
@@ -404,7 +404,7 @@ def test_an_interrupt_is_heeded_when_nobody_reads_standard_error(job: Job, serve
 @pytest.mark.parametrize(
     "name", ["${rank}/${chunk_index}.parquet", "$rank-${chunk_index}.parquet", "a$$${chunk_index}"]
 )
-def test_names_of_files_that_would_not_be_found_again_are_refused(job: Job, name: str) -> None:
+def test_file_names_that_could_not_be_found_again_are_refused(job: Job, name: str) -> None:
     job.input(documents(3))
     finished = job(output_filename=name)
     assert finished.rc == 2
@@ -412,7 +412,7 @@ def test_names_of_files_that_would_not_be_found_again_are_refused(job: Job, name
 
 
 @pytest.mark.parametrize("tokens", [2**64 - 1, 2**62, -5, True, None, "7", {}])
-def test_absurd_counts_of_tokens_are_not_taken(job: Job, server: FakeServer, tokens: object) -> None:
+def test_absurd_token_counts_are_ignored(job: Job, server: FakeServer, tokens: object) -> None:
     job.input(documents(5))
     body = {"choices": [{"message": {"content": "fine"}}], "usage": {"prompt_tokens": tokens, "completion_tokens": 1}}
     server.behave(lambda payload, n: Raw(json.dumps(body).encode()))
@@ -421,7 +421,7 @@ def test_absurd_counts_of_tokens_are_not_taken(job: Job, server: FakeServer, tok
     assert output.stats()["prompt_tokens"] in {0, 5}
 
 
-def test_dates_beyond_pythons_do_not_hold_up_the_failed(job: Job) -> None:
+def test_dates_beyond_pythons_range_do_not_block_failed_documents(job: Job) -> None:
     far = pa.array([2**62, 0, -(2**62)], pa.timestamp("us", tz="Asia/Tokyo"))
     job.input(pa.table({"text": ["a", None, "c"], "when": far, "day": pa.array([2**30, 1, 2], pa.date32())}))
 
@@ -487,7 +487,7 @@ BREAKING = """
 """
 
 
-def test_what_ends_programs_in_plugins_is_said_and_ends_no_more_than_it_must(job: Job) -> None:
+def test_exits_in_plugins_are_reported_and_end_no_more_than_they_must(job: Job) -> None:
     file = job.plugin("breaking", BREAKING)
     job.input(documents(5))
 
@@ -513,8 +513,8 @@ def test_an_error_with_half_a_character_is_retried(job: Job, server: FakeServer)
 def test_results_of_more_than_a_gigabyte_are_written_in_pieces(tmp_path: Path) -> None:
     async def outcomes() -> tuple[list[bytes], int]:
         async with sdg.Store.open(tmp_path / "state.sqlite3", Counter()) as store:
-            limit = store._db._conn.setlimit  # to be called in the connection's thread
-            await store._db._execute(limit, sqlite3.SQLITE_LIMIT_LENGTH, 5000)  # the real one would take long to reach
+            limit = store._db._conn.setlimit  # must be called in the connection's thread
+            await store._db._execute(limit, sqlite3.SQLITE_LIMIT_LENGTH, 5000)  # the real one is too large for a test
             chunk = sdg.Chunk(1, 0, 100)
             for position in range(100):
                 store.finished(1 << 32 | position, "row", b'"%s"' % (b"x" * 500))
@@ -528,16 +528,16 @@ def test_results_of_more_than_a_gigabyte_are_written_in_pieces(tmp_path: Path) -
     assert [position for part in lists for position, _, _ in json.loads(part)] == list(range(100))
 
 
-def test_a_number_that_is_none_is_no_json(job: Job) -> None:
+def test_nan_is_not_json(job: Job) -> None:
     job.input(documents(2))
     finished = job(generation='{"n": NaN}')
     assert finished.rc == 2
     assert finished.says("--generation", "invalid JSON")
 
 
-def test_something_is_said_while_the_bars_library_is_being_imported(
+def test_say_works_while_tqdm_is_being_imported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "tqdm", types.ModuleType("tqdm"))  # as a signal may find it
+    monkeypatch.setitem(sys.modules, "tqdm", types.ModuleType("tqdm"))  # as a signal during its import finds it
     sdg.say("interrupted")
     assert capsys.readouterr().err == "sdg: interrupted\n"

@@ -1,4 +1,4 @@
-"""Some of the scenarios of `soak.py`, such that each of its choices is among them."""
+"""A few scenarios of `soak.py` that together cover all of its choices."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import soak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [5, 18, 20, 42, 49, 52])
 def test_disturbances_of_any_kind_make_no_difference(seed: int, tmp_path: Path) -> None:
     soak.check(seed, tmp_path)

@@ -48,7 +48,7 @@ def test_the_store_has_what_was_handed_in_and_nothing_else(steps: list[tuple[Any
 
 
 async def against_a_model(path: Path, steps: list[tuple[Any, ...]]) -> None:
-    """Play steps on a store and on plain dictionaries; both must agree whenever the store is opened."""
+    """Apply steps to a store and to plain dictionaries. Both must agree each time the store is opened."""
     answers: dict[int, dict[bytes, bytes]] = {}
     finished: dict[int, str] = {}
     written: set[int] = set()
@@ -114,7 +114,7 @@ def test_any_results_fit_one_schema_and_lose_nothing(results: list[dict[str, Any
 
 
 def without_nulls(value: Any) -> Any:
-    """Arrow has every field in every struct: a missing key and a null are the same there."""
+    """Remove nulls: Arrow has every field in every struct, so a missing key and a null are the same."""
     if isinstance(value, dict):
         return {
             key: without_nulls(item) for key, item in value.items() if item is not None and without_nulls(item) != {}
@@ -134,7 +134,7 @@ def test_ranks_expect_every_document_once(total: int, size: int, world: int, mos
 
 
 class FixedReader:
-    """Knows its total."""
+    """A reader that knows its total."""
 
     def __init__(self, rows: int) -> None:
         self._rows = rows

@@ -1,6 +1,6 @@
 """The README's generated parts are up to date, and its snippets work.
 
-`python tests/packaging/test_docs.py` writes the generated parts anew.
+`python tests/packaging/test_docs.py` writes the generated parts again.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def hooks() -> str:
     for name, hook in vars(sdg.Hooks).items():
         if not name.startswith("_"):
             parameters = ", ".join(list(inspect.signature(hook).parameters)[1:])
-            items.append(f"- **`{name}({parameters})`**: {' '.join((inspect.getdoc(hook) or '').split())}")
+            items.append(f"- **`{name}({parameters})`**: {sdg.one_line(inspect.getdoc(hook) or '')}")
     return "\n".join(items)
 
 
@@ -68,15 +68,20 @@ def options() -> str:
 
 
 def protocols() -> str:
-    """A list of what plugins register and what that makes, with the members' docstrings."""
+    """A list of what plugins register, and of the protocols for what that creates, with their members' docstrings."""
     items = []
     for name in PROTOCOLS:
         protocol = getattr(sdg, name)
-        items.append(f"- **`{name}`**: {' '.join((inspect.getdoc(protocol) or '').split())}")
+        if not isinstance(protocol, type):  # an alias, described by the comment in its line
+            described = re.search(rf"^{name} = (.+?)  # (.+)$", inspect.getsource(sdg), re.MULTILINE)
+            assert described, name
+            items.append(f"- **`{name}`**: `{described[1]}`: {described[2]}.")
+            continue
+        items.append(f"- **`{name}`**: {sdg.one_line(inspect.getdoc(protocol) or '')}")
         for member, thing in vars(protocol).items():
             if member.startswith("_") and member != "__call__":
                 continue
-            text = " ".join((inspect.getdoc(thing) or "").partition("\n\nArgs:")[0].split())
+            text = sdg.one_line((inspect.getdoc(thing) or "").partition("\n\nArgs:")[0])
             items.append(f"  - `{signature(member, thing)}`: {text}")
     return "\n".join(items)
 
@@ -99,7 +104,7 @@ PARTS = {"hooks": hooks, "protocols": protocols, "plugins": plugins, "options": 
 
 
 def generated(text: str) -> str:
-    """The README with its generated parts made anew."""
+    """The README with its generated parts updated."""
     for name, make in PARTS.items():
         pattern = re.compile(rf"(<!-- {name}: .*? -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
         text, found = pattern.subn(lambda match, make=make: f"{match[1]}{make()}\n{match[2]}", text)
@@ -214,7 +219,7 @@ def test_the_readmes_preview_runs(job: Job, plugin_files: dict[str, str]) -> Non
 
 
 def make_texts(path: Path) -> None:
-    """The database of the README's reader, made as it is told there."""
+    """Create the database of the README's reader as described there."""
     (code,) = re.findall(r"^python -c '(.*?)'$", README.read_text(), re.DOTALL | re.MULTILINE)
     subprocess.run([sys.executable, "-c", code], cwd=path.parent, check=True)
     assert path.exists()

@@ -1,4 +1,4 @@
-"""A package of plugins, installed beside `sdg` from wheels into a fresh virtual environment, as users would have it."""
+"""A package of plugins, installed with `sdg` from wheels into a fresh virtual environment, as users would do."""
 
 from __future__ import annotations
 
@@ -64,18 +64,18 @@ async def undecorated(run: sdg.Run) -> AsyncIterator[list[str]]:
 
 
 class Environment:
-    """A virtual environment with nothing of its own but what the test installs; it sees this one's packages."""
+    """A virtual environment with only what the test installs; it sees the packages of the current one."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         venv.create(folder, with_pip=False)
         self.python = folder / "bin" / "python"
         there = self("-c", "import site; print(site.getsitepackages()[0])").strip()
-        # Editable installs here are not seen there: the .pth files in a folder that a .pth file names do not count.
+        # Editable installs are not visible there: .pth files have no effect in a folder that a .pth file names.
         Path(there, "dependencies.pth").write_text("\n".join(site.getsitepackages()))
 
     def __call__(self, *arguments: object, folder: Path | None = None, rc: int = 0) -> str:
-        """Run this environment's Python; returns what it says."""
+        """Run this environment's Python and return its output."""
         unwanted = ("PYTHON", "SDG_", "OPENAI_", "SLURM_")
         env = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
         command = [str(self.python), *map(str, arguments)]
@@ -89,7 +89,7 @@ class Environment:
 
 
 def wheel(source: Path, folder: Path) -> Path:
-    """Make a wheel of a project, without its dependencies and without a network."""
+    """Build a wheel of a project, without its dependencies and without a network."""
     how = ["--no-deps", "--no-build-isolation", "--quiet", "--disable-pip-version-check", "--wheel-dir", str(folder)]
     subprocess.run([sys.executable, "-m", "pip", "wheel", *how, str(source)], check=True, capture_output=True)
     (made,) = folder.glob("*.whl")
@@ -121,7 +121,7 @@ def test_the_wheel_is_what_runs(environment: Environment, tmp_path: Path) -> Non
     assert all(path.startswith(str(environment.folder)) for path in where.split()), where
 
 
-def test_plugins_shows_what_a_package_has_with_its_name_and_version(environment: Environment, tmp_path: Path) -> None:
+def test_plugins_lists_what_a_package_registers_with_its_version(environment: Environment, tmp_path: Path) -> None:
     lines = environment.sdg("plugins", folder=tmp_path).splitlines()
     for name in ("txt", "explain", "glossary", "orc", "mirror"):
         (line,) = [line for line in lines if line.split()[:1] == [name]]
@@ -159,7 +159,7 @@ def test_the_packages_own_tests_pass(environment: Environment, tmp_path: Path) -
 
 
 def mypy(environment: Environment, *files: object, folder: Path, rc: int = 0) -> str:
-    """What mypy says of files whose imports are the environment's."""
+    """The output of mypy for some files, with the environment's packages."""
     return environment("-m", "mypy", "--strict", "--cache-dir", os.devnull, *files, folder=folder, rc=rc)
 
 

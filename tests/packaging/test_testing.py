@@ -1,4 +1,4 @@
-"""The helpers for tests of plugins: what they give, and which broken contracts they find."""
+"""`sdg_plugins.testing`: what the helpers return, and which broken contracts they find."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from sdg_plugins.writers.parquet import ParquetWriter
 
 
 async def echo(document: sdg.Document, generate: sdg.Generate) -> sdg.Reply:
-    """Ask what the document says."""
+    """Send the document."""
     return await generate(document.messages or document.text, temperature=0.5)
 
 
@@ -104,12 +104,12 @@ def test_a_plugins_options_are_there_and_resources_can_be_replaced() -> None:
     tried = try_rollout(prompt.prompt, "a", options={"prompt-template": "Say [[DOCUMENT]]", "system-prompt": "Shout."})
     assert [message["content"] for message in tried.requests[0].payload["messages"]] == ["Shout.", "Say a"]
 
-    async def told(document: sdg.Document, generate: sdg.Generate, clock: Any) -> str:
+    async def clocked(document: sdg.Document, generate: sdg.Generate, clock: Any) -> str:
         return f"at {clock}"
 
-    assert try_rollout(told, "a", resources={"clock": 5}).texts == ["at 5"]
+    assert try_rollout(clocked, "a", resources={"clock": 5}).texts == ["at 5"]
     with pytest.raises(sdg.PluginError, match="resource 'clock'"):
-        try_rollout(told, "a")
+        try_rollout(clocked, "a")
 
 
 def test_a_mistake_is_raised() -> None:
@@ -151,7 +151,7 @@ def test_the_bundled_readers_keep_the_contract(tmp_path: Path) -> None:
 
 
 class CountReader:
-    """Counts to ten; subclasses do it wrongly."""
+    """Counts to ten; subclasses break the contract."""
 
     schema = pa.schema([("text", pa.string())])
     identity: Mapping[str, Any] = {"count": 10}
@@ -196,7 +196,7 @@ class TakesBookmarksForRows(CountReader):
 
 
 class NeverEnds(CountReader):
-    """Begins anew after the end."""
+    """Starts over after the end."""
 
     def read(self, rows: int) -> list[sdg.Block | sdg.BadRow]:
         self.row %= 10
@@ -204,7 +204,7 @@ class NeverEnds(CountReader):
 
 
 class Random(CountReader):
-    """Is not the same from one opening to the next."""
+    """Has another identity each time it is opened."""
 
     opened = 0
 
@@ -215,21 +215,21 @@ class Random(CountReader):
 
 
 class Miscounts(CountReader):
-    """Is wrong about its length."""
+    """Reports a wrong total."""
 
     def total(self) -> int | None:
         return 11
 
 
 class NamesByPiece(CountReader):
-    """Names rows by where reading began."""
+    """Numbers rows from where reading began."""
 
     def read(self, rows: int) -> list[sdg.Block | sdg.BadRow]:
         return [sdg.Block(part.batch, "count", 0) for part in super().read(rows) if isinstance(part, sdg.Block)]
 
 
 class Greedy(CountReader):
-    """Gives more than is asked for."""
+    """Returns more rows than requested."""
 
     def read(self, rows: int) -> list[sdg.Block | sdg.BadRow]:
         return super().read(rows + 1)
@@ -283,13 +283,13 @@ def one_file(run: sdg.Run) -> sdg.Writer:
     return Writer()
 
 
-@pytest.mark.parametrize(("writer", "said"), [(one_file, "read"), (Amnesiac, "gives None for chunk 0")])
+@pytest.mark.parametrize(("writer", "said"), [(one_file, "read"), (Amnesiac, "returned None for chunk 0")])
 def test_a_writer_that_breaks_the_contract_is_found(writer: Any, said: str) -> None:
     with pytest.raises(AssertionError, match=said):
         check_writer(writer, {"output-filename": "${chunk_index}.jsonl"})
 
 
-def test_a_server_is_asked_and_left() -> None:
+def test_a_server_is_started_used_and_stopped() -> None:
     assert check_server(demo.demo, prompt="Say it.\n\nThis is what there is to say.") == "This is what there is to say."
 
 

@@ -1,4 +1,4 @@
-"""The dataset card: what it says, what of people's text it keeps, and that nothing breaks out of it."""
+"""The dataset card: what it says, that text written by hand stays, and that nothing breaks out of its section."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from running import ROOT, Job, Output, documents, wait_until
 
 import sdg
 from sdg_plugins.common import recorded
-from sdg_plugins.common.markdown import line, visible
+from sdg_plugins.common.markdown import short_line, visible
 from sdg_plugins.publishing import card as cards
 from sdg_plugins.publishing.front_matter import BrokenCard, size_category
 
@@ -47,7 +47,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Output:
 
 
 class Past:
-    """A copy of a finished run whose state can be made to say anything."""
+    """A copy of a finished run whose state a test may change."""
 
     def __init__(self, output: Output, folder: Path) -> None:
         shutil.copytree(output.path, folder)
@@ -62,8 +62,8 @@ class Past:
         record["identity"]["model"] = model or record["identity"]["model"]
         (self.output.state / "run.json").write_text(json.dumps(record))
         parser = argparse.ArgumentParser()
-        recorded.add_options(parser)
-        run = recorded.open_run(parser.parse_args(["--output", str(self.output.path)]))
+        recorded.add_run_options(parser)
+        run = recorded.load_run(parser.parse_args(["--output", str(self.output.path)]))
         run.options.output_config = config
         return run
 
@@ -97,14 +97,14 @@ def paths_of(card: str) -> dict[str, Any]:
 
 
 def cells_of(card: str) -> dict[str, str]:
-    """The tables' names and values."""
+    """Names and values in the tables."""
     return dict(re.findall(r"^\| (\S.*?) \| (.*) \|$", card, re.MULTILINE))
 
 
 # ── What it says ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_finished_run_has_a_card_of_what_was_made_and_how(past: Past) -> None:
+def test_the_card_of_a_finished_run_says_what_was_made_and_how(past: Past) -> None:
     run = past.run(
         {**SOURCE, "config": "default", "split": "train"},
         model="Qwen/Qwen3-8B",
@@ -158,13 +158,13 @@ def test_the_same_run_gives_the_same_card(past: Past) -> None:
     assert cards.render(None, past.run(SOURCE)) == first
 
 
-def test_a_servers_wall_time_counts_where_no_gpus_were_ours(past: Past) -> None:
+def test_wall_time_is_given_if_the_server_was_not_launched_by_the_run(past: Past) -> None:
     past.figures(seconds=90.0)
 
     assert cells_of(cards.render(None, past.run()))["Wall time, all ranks and attempts"] == "1.5 minutes"
 
 
-def test_a_run_that_goes_on_shows_its_progress_and_no_longer_when_it_is_done(past: Past) -> None:
+def test_progress_is_shown_during_the_run_and_removed_at_its_end(past: Past) -> None:
     during = cards.render(None, past.run(), progress="**Half** of it <!-- sdg: end data -->")
     after = cards.render(during, past.run())
 
@@ -181,7 +181,7 @@ def test_a_run_that_was_stopped_says_so(past: Past) -> None:
     assert "0 of 3 ranks have" in cards.render(None, past.run(world_size=3))
 
 
-def test_nothing_of_the_machine_is_in_a_card(past: Past) -> None:
+def test_a_card_names_no_paths_hosts_or_urls_of_the_machine(past: Past) -> None:
     run = past.run(
         model="/secret/models/Qwen3-8B/",
         input="/secret/docs",
@@ -217,7 +217,7 @@ def test_nothing_of_the_machine_is_in_a_card(past: Past) -> None:
         ("../Qwen", "Qwen"),
     ],
 )
-def test_a_model_is_linked_only_if_it_can_be_one_of_the_hub(past: Past, model: str, shown: str) -> None:
+def test_a_model_is_linked_only_if_it_may_be_on_the_hub(past: Past, model: str, shown: str) -> None:
     assert cells_of(cards.render(None, past.run(model=model)))["Model"] == shown
 
 
@@ -227,7 +227,7 @@ def test_a_model_in_the_hubs_cache_has_a_revision(past: Past) -> None:
     assert cells_of(card)["Model revision"] == "feedbeef"
 
 
-def test_a_folder_named_like_a_model_of_the_hub_is_none(past: Past, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_named_like_a_model_on_the_hub_is_not_linked(past: Past, monkeypatch: pytest.MonkeyPatch) -> None:
     (past.output.path / "owner/model").mkdir(parents=True)
     monkeypatch.chdir(past.output.path)
 
@@ -248,7 +248,7 @@ def test_long_prompts_are_shortened(past: Past) -> None:
     assert "4,000 of 5,000 characters" in card
 
 
-def test_sample_rows_are_short_and_without_bytes(past: Past) -> None:
+def test_sample_rows_are_short_and_without_binary_columns(past: Past) -> None:
     struct = pa.struct([("path", pa.string()), ("bytes", pa.binary())])
     columns = {
         "text": ["t" * 10_000] * 3,
@@ -281,7 +281,7 @@ def sample_rows(card: str) -> list[dict[str, Any]]:
     return rows
 
 
-def test_sample_rows_come_from_the_first_file_that_has_some(past: Past) -> None:
+def test_sample_rows_come_from_the_first_file_with_rows(past: Past) -> None:
     schema = pq.read_schema(past.output.path / "data/00000_00000.parquet")
     past.rows(schema.empty_table())
 
@@ -297,13 +297,13 @@ def test_sample_rows_stay_when_the_files_have_been_published_and_are_gone(past: 
     assert "Sample rows" not in cards.render(None, past.run())
 
 
-def test_a_broken_file_costs_no_card(past: Past) -> None:
+def test_a_broken_file_is_skipped_for_sample_rows(past: Past) -> None:
     (past.output.path / "data/00000_00000.parquet").write_bytes(b"PAR1")
 
     assert sample_rows(cards.render(None, past.run()))[0]["id"] == "d0004"
 
 
-# ── What of people's text it keeps ───────────────────────────────────────────────────────────────────────────────────
+# ── Text that was written by hand ────────────────────────────────────────────────────────────────────────────────────
 
 BY_HAND = """\
 ---
@@ -381,7 +381,7 @@ def test_line_ends_survive(past: Past) -> None:
     assert cards.render(windows, past.run(SOURCE)) == windows
 
 
-def test_marks_that_lost_their_partner_are_text(past: Past) -> None:
+def test_marks_without_their_counterpart_are_text(past: Past) -> None:
     before = f"{BEGIN}\nkept 1\n{END.replace('data', 'other')}\nkept 2\n{END}\nkept 3\n"
 
     once = cards.render(before, past.run())
@@ -403,20 +403,20 @@ def test_marks_that_lost_their_partner_are_text(past: Past) -> None:
         "d: 2024-99-99",
     ],
 )
-def test_broken_front_matter_is_named_and_left(past: Past, front: str) -> None:
-    with pytest.raises(BrokenCard, match=r"README\.md.*mend it"):
+def test_broken_front_matter_is_reported_and_left_unchanged(past: Past, front: str) -> None:
+    with pytest.raises(BrokenCard, match=r"README\.md.*fix it"):
         cards.render(f"---\n{front}\n---\nText\n", past.run())
 
 
 def test_front_matter_without_an_end_is_broken(past: Past) -> None:
-    with pytest.raises(BrokenCard, match=r"me/mine README\.md: the front matter has no end"):
+    with pytest.raises(BrokenCard, match=r"me/mine README\.md: the front matter has no closing line"):
         cards.render("---\nlicense: mit\n\n# Title\n", past.run(), dataset="me/mine")
 
 
 # ── Several configs ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_several_configs_share_a_card_with_one_of_all(past: Past) -> None:
+def test_several_configs_share_a_card_and_get_a_config_of_all(past: Past) -> None:
     one = cards.render(None, past.run(SOURCE))
     two = cards.render(one, past.run(SOURCE, config="terse"))
     three = cards.render(two, past.run(SOURCE, config="2024"), folder="sub/dir")
@@ -430,7 +430,7 @@ def test_several_configs_share_a_card_with_one_of_all(past: Past) -> None:
     assert cards.render(three, past.run(SOURCE, config="terse")) == three
 
 
-def test_sizes_are_those_of_all_configs_together(past: Past) -> None:
+def test_the_size_category_counts_the_rows_of_all_configs(past: Past) -> None:
     past.figures(rows=600)
     one = cards.render(None, past.run())
     two = cards.render(one, past.run(config="terse"))
@@ -450,7 +450,7 @@ def test_size_categories_are_the_hubs(rows: int, category: str) -> None:
     assert size_category(rows) == category
 
 
-def test_a_config_named_all_by_hand_is_left(past: Past) -> None:
+def test_a_config_named_all_by_hand_is_left_unchanged(past: Past) -> None:
     by_hand = "---\nconfigs:\n- config_name: all\n  data_files: '**/*.csv'\n---\n"
     card = cards.render(cards.render(by_hand, past.run()), past.run(config="terse"))
 
@@ -458,7 +458,7 @@ def test_a_config_named_all_by_hand_is_left(past: Past) -> None:
     assert [config["config_name"] for config in front_of(card)["configs"]] == ["all", "data", "terse"]
 
 
-def test_a_config_of_ours_named_all_is_no_sum(past: Past) -> None:
+def test_a_config_of_a_run_named_all_holds_only_its_own_files(past: Past) -> None:
     two = cards.render(cards.render(None, past.run()), past.run(config="terse"))
 
     assert paths_of(cards.render(two, past.run(config="all")))["all"] == "all/**/*.parquet"
@@ -473,7 +473,7 @@ def test_configs_of_different_columns_or_formats_are_not_offered_as_one(past: Pa
     assert list(paths_of(columns)) == ["data", "terse"]
 
 
-def test_a_default_by_hand_counts(past: Past) -> None:
+def test_a_default_set_by_hand_is_kept(past: Past) -> None:
     two = cards.render(cards.render(None, past.run()), past.run(config="terse"))
     moved = two.replace("  default: true\n", "").replace(
         "- config_name: terse\n", "- config_name: terse\n  default: true\n"
@@ -489,7 +489,7 @@ def test_a_default_by_hand_counts(past: Past) -> None:
 
 
 @pytest.mark.parametrize("name", ["on", "1", "null", "2024", "1e3", "0o17", "-", "1.5", "y", "data-1", "default"])
-def test_names_of_configs_stay_text(past: Past, name: str) -> None:
+def test_names_of_configs_stay_strings_in_yaml(past: Past, name: str) -> None:
     card = cards.render(cards.render(None, past.run(config=name)), past.run())
 
     assert name in paths_of(card)
@@ -566,8 +566,8 @@ def test_nothing_from_data_or_options_breaks_out(
     assert text.endswith(f"{END}{after}")
     front = front_of(card)
     assert set(front) <= {"license", "language", "size_categories", "tags", "source_datasets", "configs"}
-    assert front.get("license", "") == line(words)
-    assert front.get("language", [""]) == [line(words)]
+    assert front.get("license", "") == short_line(words)
+    assert front.get("language", [""]) == [short_line(words)]
     assert front.get("source_datasets", [words]) == [words]
     assert front["configs"][0]["config_name"] == "data"
     absent = {"### Prompt": not prompt, "### System prompt": not system}
@@ -593,7 +593,7 @@ HEADINGS = [
 
 
 def headings_of(text: str) -> list[str]:
-    """The headings of markdown, those in fences aside. The progress is the monitor's markdown, and none of ours."""
+    """The headings outside of fences. Those in the progress do not count: it is the monitor's markdown."""
     lines, fence, headings = text.split("\n"), "", []
     inside = lines[lines.index("### How it was made") :]
     for row in ["## Config `data`", *inside]:
@@ -644,7 +644,7 @@ def readme_of(output: Output) -> str:
     return (output.path / "README.md").read_bytes().decode()
 
 
-def test_every_run_leaves_a_card_and_a_rerun_the_same_one(job: Job) -> None:
+def test_every_run_writes_a_card_and_a_rerun_the_same_one(job: Job) -> None:
     job.input(documents(6))
 
     output = job.succeed(records_per_chunk=2)
@@ -659,7 +659,7 @@ def test_every_run_leaves_a_card_and_a_rerun_the_same_one(job: Job) -> None:
     assert readme_of(output) == first
 
 
-def test_the_rank_that_comes_last_has_the_figures_of_all(job: Job) -> None:
+def test_the_last_rank_writes_the_figures_of_all(job: Job) -> None:
     job.input(documents(12))
 
     job.succeed(records_per_chunk=2, rank=0, world_size=2)
@@ -670,7 +670,7 @@ def test_the_rank_that_comes_last_has_the_figures_of_all(job: Job) -> None:
     assert "Not finished" not in readme_of(job.output)
 
 
-def test_a_run_that_is_interrupted_has_a_card_of_what_there_is(job: Job, server: FakeServer) -> None:
+def test_an_interrupted_run_writes_a_card_of_what_it_has(job: Job, server: FakeServer) -> None:
     job.input(documents(8))
     server.behave(lambda payload, n: Hang() if prompt_of(payload) == "document 7" else None)
     started = job.start(records_per_chunk=2)
@@ -686,7 +686,7 @@ def test_a_run_that_is_interrupted_has_a_card_of_what_there_is(job: Job, server:
     assert "Not finished" not in card
 
 
-def test_a_run_that_got_nowhere_leaves_no_card(job: Job, server: FakeServer) -> None:
+def test_a_run_without_documents_writes_no_card(job: Job, server: FakeServer) -> None:
     job.input(documents(3))
     server.behave(lambda payload, n: Status(401))
 
@@ -694,7 +694,7 @@ def test_a_run_that_got_nowhere_leaves_no_card(job: Job, server: FakeServer) -> 
     assert not (job.output.path / "README.md").exists()
 
 
-def test_a_broken_card_is_kept_and_said_and_the_run_succeeds(job: Job) -> None:
+def test_a_broken_card_is_kept_and_reported_and_the_run_succeeds(job: Job) -> None:
     job.input(documents(2))
     job.output.path.mkdir()
     broken = "---\nlicense: [\n---\nBy hand\n"
@@ -702,16 +702,16 @@ def test_a_broken_card_is_kept_and_said_and_the_run_succeeds(job: Job) -> None:
 
     finished = job()
     assert finished.rc == 0
-    assert finished.says("README.md", "front matter", "mend it")
+    assert finished.says("README.md", "front matter", "fix it")
     assert readme_of(job.output) == broken
 
     written = job.sdg("card", "--output", job.output.path)
     assert written.rc == 1
-    assert written.says("README.md", "front matter", "mend it")
+    assert written.says("README.md", "front matter", "fix it")
     assert readme_of(job.output) == broken
 
 
-def test_a_card_that_is_no_text_is_kept(job: Job) -> None:
+def test_a_card_that_is_not_utf8_is_kept(job: Job) -> None:
     job.input(documents(2))
     job.output.path.mkdir()
     (job.output.path / "README.md").write_bytes(b"\xff\xfe\x00")
@@ -733,11 +733,11 @@ def test_starting_over_keeps_text_by_hand(job: Job) -> None:
     assert cells_of(readme_of(output))["Rows"] == "2"
 
 
-def test_the_command_says_that_there_is_no_run(job: Job) -> None:
+def test_the_command_reports_that_the_run_does_not_exist(job: Job) -> None:
     assert job.sdg("card", "--output", "nowhere").says("nowhere")
 
 
-def test_no_hub_client_is_loaded_to_say_what_there_is(job: Job) -> None:
+def test_listing_plugins_loads_no_heavy_library(job: Job) -> None:
     script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import sdg; sdg.main(['plugins'])\n"
     script += "assert not {'huggingface_hub', 'yaml', 'pyarrow'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
@@ -769,7 +769,7 @@ def test_load_dataset_finds_the_rows_and_nothing_else(job: Job, server: FakeServ
     kept = [f"d{number:04}" for number in range(9) if number != 3]
     assert sorted(load(output.path, "data")) == kept
 
-    # as the publisher lays out many files
+    # as the publisher spreads many files over folders
     (output.path / "data/00001").mkdir()
     moved = sorted(path for path in (output.path / "data").iterdir() if path.is_file())[-1]
     moved.rename(output.path / "data/00001" / moved.name)

@@ -1,4 +1,4 @@
-"""The fake Hub is right where the real client says so: `huggingface_hub` and `datasets` work against it."""
+"""The fake Hub behaves as its real clients expect: `huggingface_hub` and `datasets` work against it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 os.environ |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-pytest.importorskip("huggingface_hub")  # and with it yaml
+pytest.importorskip("huggingface_hub")  # which also brings yaml
 
 from fake_hub import FakeHub, Rights
 from huggingface_hub import (
@@ -326,7 +326,7 @@ def test_a_refusal_has_not_landed(hub, api):
 
 @pytest.mark.parametrize("landed", [False, True])
 def test_a_client_that_dies_after_its_request(hub, landed):
-    """What came whole is done all the same, a request cut short is not, and neither is the hub's error."""
+    """A request that arrived whole is processed, one that was cut short is not, and neither is an error of the Hub."""
     hub.create("alice/docs")
     hub.fail("commit", delay=0.2, landed=landed)
     line = b'{"key": "header", "value": {"summary": "m"}}\n'
@@ -377,7 +377,7 @@ def test_readers_lag_behind(hub, api):
     assert api().dataset_info("alice/docs").sha == second
 
 
-def test_what_is_no_route_is_an_error(hub, api):
+def test_an_unknown_route_is_an_error(hub, api):
     with pytest.raises(errors.HfHubHTTPError):
         api().model_info("alice/docs")
     assert "no route" in hub.errors.pop()

@@ -1,4 +1,4 @@
-"""Publishing to the Hub: the real client against a Hub on loopback, with all that goes wrong between them."""
+"""Publishing to the Hub: the real client against a Hub on loopback, with faults between them."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ import pyarrow.parquet as pq
 import pytest
 from fake_hub import FakeHub, Rights
 from fake_server import Delay, Status
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 from running import Finished, Job, Output, documents, wait_until
 
 import sdg
 from sdg_plugins.common.command_line import FILENAME
 from sdg_plugins.common.files import output_place
-from sdg_plugins.publishing import hub as hub_plugin, publisher as publisher_plugin, spool as spool_plugin
+from sdg_plugins.publishing import hub as hub_plugin, quota as quota_plugin, spool as spool_plugin
 from sdg_plugins.publishing.ledger import Ledger
+from sdg_plugins.publishing.publisher import Publisher
 from sdg_plugins.publishing.spool import Spool
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -57,7 +58,7 @@ class HubJob(Job):
         self.env = hub.environment(folder, TOKEN)
 
     def command(self, name: str, *arguments: str, env: dict[str, str] | None = None) -> Finished:
-        """Another command on the run."""
+        """Run another command on this run."""
         return self.sdg(name, "--output", URI, *arguments, **{**self.env, **(env or {})})
 
     @property
@@ -66,13 +67,13 @@ class HubJob(Job):
 
     @property
     def spool(self) -> dict[str, bytes]:
-        """What the run has written, by name."""
+        """The files that the run has written, by name."""
         files = (self.state / "spool").rglob("[!.]*.*")
         return {str(path.relative_to(self.state / "spool")): path.read_bytes() for path in files if path.is_file()}
 
     @property
     def there(self) -> dict[str, bytes]:
-        """What is on the Hub, by name, aside from what is not data."""
+        """The files on the Hub by name, except the card and .gitattributes."""
         files = self.hub.files(REPO) if REPO in self.hub.repos else {}
         return {name: content for name, content in files.items() if name not in {".gitattributes", "README.md"}}
 
@@ -82,7 +83,7 @@ class HubJob(Job):
 
     @property
     def finished(self) -> bool:
-        """Whether everything is generated."""
+        """True if everything is generated."""
         figures = self.state / "00000.stats.json"
         return figures.exists() and json.loads(figures.read_text())["rank"]["status"] == "finished"
 
@@ -144,19 +145,19 @@ def test_a_rerun_of_a_finished_run_commits_nothing(job: HubJob) -> None:
     commits = len(job.hub.commits(REPO))
     assert job().rc == 0
     assert job.command("card").rc == 0
-    (job.state / "published.sqlite3").unlink()  # it only remembers
+    (job.state / "published.sqlite3").unlink()  # a cache
     assert job().rc == 0
     assert len(job.hub.commits(REPO)) == commits
 
 
-def test_the_token_stands_nowhere(job: HubJob) -> None:
+def test_the_token_is_written_nowhere(job: HubJob) -> None:
     finished = job()
     written = [path.read_bytes() for path in job.folder.rglob("*") if path.is_file()]
     said = [finished.stdout.encode(), finished.stderr.encode(), *job.hub.files(REPO).values(), *written]
     assert not any(TOKEN.encode() in text for text in said)
 
 
-def test_data_and_progress_are_there_while_the_run_goes_on(job: HubJob) -> None:
+def test_data_and_progress_are_published_during_the_run(job: HubJob) -> None:
     job.input(documents(60))
     job.server.behave(lambda payload, n: Delay(0.3))
     started = job.start(max_concurrent_generations=2)
@@ -171,12 +172,12 @@ def test_data_and_progress_are_there_while_the_run_goes_on(job: HubJob) -> None:
     assert all(times == 1 for path, times in changes(job.hub).items() if path.startswith("data/"))
 
 
-def test_a_public_repository_is_made_only_if_asked_for(job: HubJob) -> None:
+def test_a_public_repository_is_created_only_on_request(job: HubJob) -> None:
     assert job(output_public=True).rc == 0
     assert not job.hub.repos[REPO].private
 
 
-def test_a_repository_that_is_there_keeps_its_other_files_and_its_visibility(job: HubJob) -> None:
+def test_an_existing_repository_keeps_its_other_files_and_its_visibility(job: HubJob) -> None:
     job.hub.create(REPO)
     theirs = {"data/notes.txt": b"mine", "train.parquet": b"?", "other/00000_00000.parquet": b"?"}
     job.hub.push(REPO, {**theirs, "README.md": b"---\nlicense: mit\n---\n# My own words\n"})
@@ -187,7 +188,7 @@ def test_a_repository_that_is_there_keeps_its_other_files_and_its_visibility(job
     assert "license: mit" in job.card
 
 
-def test_rows_of_others_are_not_mixed_with(job: HubJob) -> None:
+def test_rows_of_others_in_the_same_config_are_refused(job: HubJob) -> None:
     job.hub.create(REPO)
     job.hub.push(REPO, {"data/train-0.parquet": b"?"})
     for more in ({}, {"fresh": True}):
@@ -260,7 +261,7 @@ def test_verify_looks_at_the_hub_too(job: HubJob) -> None:
     finished = job.command("verify")
     assert finished.rc == 1
     assert [line.split()[2] for line in finished.lines] == [f"data/00000_000{i}.parquet" for i in ("02", "03", "99")]
-    assert "somebody else" in finished.lines[1]
+    assert "someone else" in finished.lines[1]
 
 
 def test_fresh_deletes_what_the_earlier_run_has_published_and_nothing_else(job: HubJob) -> None:
@@ -277,13 +278,13 @@ def test_output_of_an_unknown_run_is_refused_and_deleted_with_fresh(job: HubJob)
         path.unlink() if path.is_file() else path.rmdir()
     refused = job(max_documents=8)
     assert refused.rc == 1
-    assert refused.says("data/00000_00000.parquet", "no state of its run", "--fresh")
+    assert refused.says("data/00000_00000.parquet", "the state of its run is not here", "--fresh")
     assert job(fresh=True, max_documents=8).rc == 0
     assert job.all_is_there()
     assert len(job.there) == 2
 
 
-def test_an_output_that_is_called_alike_gets_no_state_of_another(job: HubJob) -> None:
+def test_outputs_with_similar_names_do_not_share_a_state(job: HubJob) -> None:
     assert job(output="hf://datasets/alice/a-b").rc == 0
     refused = job(output="hf://datasets/alice-a/b", no_publish=True)
     assert refused.rc == 1
@@ -312,7 +313,7 @@ def test_small_chunks_are_merged_in_order(job: HubJob) -> None:
     assert other.says("--max-file-size", "20000", "--fresh")
 
 
-def test_merged_files_follow_when_the_input_grows(job: HubJob) -> None:
+def test_merged_files_are_replaced_when_the_input_grows(job: HubJob) -> None:
     job.input(documents(100))
     assert job(max_file_size="20kB", max_documents=47).rc == 0
     assert ids(job.there) == [f"d{i:04}" for i in range(47)]
@@ -320,7 +321,7 @@ def test_merged_files_follow_when_the_input_grows(job: HubJob) -> None:
     assert ids(job.there) == [f"d{i:04}" for i in range(93)]
 
 
-def test_what_is_merged_stays_on_the_hub_while_a_run_grows_again(job: HubJob) -> None:
+def test_merged_rows_stay_on_the_hub_while_the_run_grows(job: HubJob) -> None:
     job.input(documents(100))
     assert job(max_file_size="20kB", max_documents=23).rc == 0
     assert ids(job.there) == [f"d{i:04}" for i in range(23)]
@@ -334,7 +335,7 @@ def test_what_is_merged_stays_on_the_hub_while_a_run_grows_again(job: HubJob) ->
     assert ids(job.there)[:23] == [f"d{i:04}" for i in range(23)]
 
 
-def test_files_that_are_merged_anew_are_replaced_in_one_commit(bench: Callable[..., Bench], hub: FakeHub) -> None:
+def test_files_that_are_merged_again_are_replaced_in_one_commit(bench: Callable[..., Bench], hub: FakeHub) -> None:
     made = bench(max_file_size=12_000)
     hub.create(REPO)
     (made.run.state / "00000.stats.json").write_text(json.dumps({"rank": {"status": "finished"}}))
@@ -343,7 +344,7 @@ def test_files_that_are_merged_anew_are_replaced_in_one_commit(bench: Callable[.
         publisher.publish_all()
         files = len(made.there())
         made.write(*range(0, 40, 2), text="x" * 3000)
-        publisher._files = 3
+        publisher.quota.files = 3
         while publisher.publish():
             pass
     assert len(made.there()) > files
@@ -352,7 +353,7 @@ def test_files_that_are_merged_anew_are_replaced_in_one_commit(bench: Callable[.
         assert sorted(map(int, ids(there))) == list(range(40)), commit.title
 
 
-def test_a_failed_fresh_run_is_no_leave_to_delete_later(job: HubJob) -> None:
+def test_a_failed_fresh_run_does_not_allow_later_runs_to_delete(job: HubJob) -> None:
     job.hub.create(REPO)
     job.hub.push(REPO, {"data/00000_00777.parquet": b"?"})
     assert job().rc == 1
@@ -368,11 +369,11 @@ def test_two_runs_to_one_config_do_not_overwrite_each_other(job: HubJob) -> None
     job.hub.push(REPO, {"data/00000_00001.parquet": b"of another run"})
     finished = job()
     assert finished.rc == 1
-    assert "data/00000_00001.parquet was written by somebody else" in finished.message
+    assert "data/00000_00001.parquet was written by someone else" in finished.message
     assert job.there == {**before, "data/00000_00001.parquet": b"of another run"}
 
 
-def test_a_config_may_be_called_like_a_part_of_a_folder(job: HubJob) -> None:
+def test_a_config_may_have_the_name_of_a_part_of_a_path(job: HubJob) -> None:
     job.server.behave(lambda payload, n: Status(400) if "document 7" in str(payload) else None)
     assert job(max_failure_rate=1, output_config="20241").rc == 0
     assert job(max_failure_rate=1).rc == 0
@@ -392,7 +393,7 @@ def test_a_lost_ledger_costs_nothing_after_failures_were_retried(job: HubJob) ->
     assert job.all_is_there()
 
 
-def test_a_broken_ledger_is_named(job: HubJob) -> None:
+def test_a_broken_ledger_is_reported(job: HubJob) -> None:
     assert job().rc == 0
     (job.state / "published.sqlite3").write_bytes(b"no database at all" * 100)
     finished = job()
@@ -400,7 +401,7 @@ def test_a_broken_ledger_is_named(job: HubJob) -> None:
     assert finished.says("published.sqlite3", "delete it")
 
 
-def test_a_hub_that_cannot_be_asked_is_no_outage(job: HubJob) -> None:
+def test_a_wrong_setting_of_the_hub_is_an_error_and_not_an_outage(job: HubJob) -> None:
     for env, word in (
         ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE"),
         ({"HF_ENDPOINT": "huggingface.example"}, "HF_ENDPOINT"),
@@ -410,6 +411,7 @@ def test_a_hub_that_cannot_be_asked_is_no_outage(job: HubJob) -> None:
         assert finished.says(word)
 
 
+@settings(deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 60), min_size=1, max_size=60),
     world=st.integers(1, 3),
@@ -445,7 +447,7 @@ def test_merging_keeps_each_chunk_once_and_in_order(
 
 
 def make_run(folder: Path, **options: Any) -> sdg.Run:
-    """A run as its state remembers it, with nothing written."""
+    """A run as loaded from its state, with no files written."""
     import argparse
 
     plugins, _ = sdg.Plugins.load([])
@@ -489,8 +491,8 @@ class Bench:
             path.parent.mkdir(parents=True, exist_ok=True)
             pq.write_table(table.replace_schema_metadata({"chunk": f"{index} {text}"}), path)
 
-    def publisher(self) -> publisher_plugin.Publisher:
-        return publisher_plugin.Publisher(self.run)
+    def publisher(self) -> Publisher:
+        return Publisher(self.run)
 
     def files(self) -> dict[str, bytes]:
         return Output(self.spool).files()
@@ -514,6 +516,7 @@ def bench(tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> Call
     return lambda **options: Bench(tmp_path, hub, **options)
 
 
+@pytest.mark.slow
 def test_a_thousand_chunks_through_faults_land_once_in_few_commits(bench: Callable[..., Bench], hub: FakeHub) -> None:
     made = bench()
     made.write(*range(1000))
@@ -582,11 +585,11 @@ def test_a_replica_that_lags_behind_costs_nothing(bench: Callable[..., Bench], h
     assert hub.statuses("commit") == [200, 200, 200]
 
 
-def test_an_hour_has_no_more_commits_than_the_hub_takes(
+def test_an_hour_has_no_more_commits_than_the_hub_accepts(
     bench: Callable[..., Bench], hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(publisher_plugin, "HOUR", 3.0)
-    monkeypatch.setattr(publisher_plugin, "COMMITS", 10)
+    monkeypatch.setattr(quota_plugin, "HOUR", 3.0)
+    monkeypatch.setattr(quota_plugin, "COMMITS", 10)
     hub.commits_per_hour, hub.hour = 12, 3.0
     made = bench()
     hub.create(REPO)
@@ -601,12 +604,13 @@ def test_an_hour_has_no_more_commits_than_the_hub_takes(
 def test_a_backlog_takes_more_files_a_commit_when_commits_get_scarce(bench: Callable[..., Bench], hub: FakeHub) -> None:
     publisher = bench().publisher()
     with contextlib.closing(publisher):
-        assert publisher._most(1000) == 100
-        publisher._commits.extend([time.monotonic()] * 96)
-        assert publisher._most(1000) == 250
-        publisher._commits.extend([time.monotonic()] * 4)
-        assert publisher._most(5000) == 1000
-        assert publisher.quota_pause() > 3000
+        quota = publisher.quota
+        assert quota.files_for(1000) == 100
+        quota._times.extend([time.monotonic()] * 96)
+        assert quota.files_for(1000) == 250
+        quota._times.extend([time.monotonic()] * 4)
+        assert quota.files_for(5000) == 1000
+        assert quota.pause() > 3000
 
 
 def test_a_commit_that_is_too_large_is_halved(bench: Callable[..., Bench], hub: FakeHub) -> None:
@@ -633,12 +637,12 @@ def test_no_folder_gets_too_many_files(
         assert "data/00001/00000_00010.parquet" in there
         assert "data/00002/00000_00024.parquet" in there
         assert len(there) == 25
-        made.write(15, text="anew")
+        made.write(15, text="again")
         publisher.publish_all()
     assert made.there()["data/00001/00000_00015.parquet"] == made.files()["data/00000_00015.parquet"]
 
 
-def test_more_files_than_the_hub_takes_are_foretold(
+def test_more_files_than_the_hub_accepts_are_announced(
     bench: Callable[..., Bench], hub: FakeHub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = bench(records_per_chunk=10)
@@ -652,6 +656,7 @@ def test_more_files_than_the_hub_takes_are_foretold(
 # ── Trouble ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 def test_a_publisher_that_is_killed_at_any_time_publishes_every_file_once(job: HubJob) -> None:
     job.input(documents(240))
     assert job(records_per_chunk=1, no_publish=True).rc == 0
@@ -669,20 +674,20 @@ def test_a_publisher_that_is_killed_at_any_time_publishes_every_file_once(job: H
     assert not list(job.state.glob("publishing-*"))
 
 
-def test_no_token(job: HubJob) -> None:
+def test_a_missing_token_is_a_usage_error(job: HubJob) -> None:
     finished = job(env={"HF_TOKEN": ""})
     assert finished.rc == 2
     assert finished.says("no token", "HF_TOKEN")
 
 
-def test_a_token_that_may_only_read(job: HubJob) -> None:
+def test_a_read_only_token_is_refused(job: HubJob) -> None:
     finished = job(env={"HF_TOKEN": "hf_read"})
     assert finished.rc == 1
-    assert finished.says("only read", URI)
+    assert finished.says("read-only", URI)
     assert not job.server.requests
 
 
-def test_a_token_that_nobody_knows(job: HubJob) -> None:
+def test_an_unknown_token_is_refused(job: HubJob) -> None:
     finished = job(env={"HF_TOKEN": "hf_mistyped_secret"})
     assert finished.rc == 1
     assert finished.says("HF_TOKEN", REPO)
@@ -690,7 +695,7 @@ def test_a_token_that_nobody_knows(job: HubJob) -> None:
     assert not job.server.requests
 
 
-def test_a_repository_of_somebody_else(job: HubJob) -> None:
+def test_a_repository_of_someone_else_is_refused(job: HubJob) -> None:
     job.hub.create(REPO)
     for private in (False, True):
         job.hub.repos[REPO].private = private
@@ -701,13 +706,13 @@ def test_a_repository_of_somebody_else(job: HubJob) -> None:
 
 
 @pytest.mark.parametrize("uri", ["hf://datasets/alice", "hf://alice/out", "hf://models/alice/out", URI + "@main"])
-def test_an_address_that_is_none(job: HubJob, uri: str) -> None:
+def test_an_invalid_address_is_a_usage_error(job: HubJob, uri: str) -> None:
     finished = job(output=uri)
     assert finished.rc == 2
     assert finished.says("hf://")
 
 
-def test_a_token_that_is_revoked_in_the_middle_costs_nothing_but_the_delay(job: HubJob) -> None:
+def test_a_token_that_is_revoked_during_the_run_loses_nothing(job: HubJob) -> None:
     job.input(documents(40))
     job.server.behave(lambda payload, n: Delay(0.4))
     started = job.start(max_concurrent_generations=2)
@@ -725,7 +730,7 @@ def test_a_token_that_is_revoked_in_the_middle_costs_nothing_but_the_delay(job: 
     assert job.all_is_there()
 
 
-def test_the_hub_is_away_at_the_start_and_comes_back_at_the_end(job: HubJob) -> None:
+def test_a_hub_that_is_down_until_the_end_of_the_run_gets_everything(job: HubJob) -> None:
     job.hub.stop()
     started = job.start()
     wait_until(lambda: len(job.spool) == 5)
@@ -737,7 +742,7 @@ def test_the_hub_is_away_at_the_start_and_comes_back_at_the_end(job: HubJob) -> 
     assert job.all_is_there()
 
 
-def test_ctrl_c_while_the_hub_is_away_leaves_everything_for_the_next_run(job: HubJob) -> None:
+def test_ctrl_c_while_the_hub_is_down_leaves_everything_for_the_next_run(job: HubJob) -> None:
     job.hub.stop()
     started = job.start()
     wait_until(lambda: len(job.spool) == 5)
@@ -763,17 +768,17 @@ def test_ctrl_c_does_not_wait_for_an_upload_that_hangs(job: HubJob, hanging: str
     finished = started.finish()
     assert finished.rc == 130
     assert "not published yet" in finished.stderr
-    assert time.monotonic() - began < sdg.LAST_RESORT  # else it did not end by itself
+    assert time.monotonic() - began < sdg.LAST_RESORT  # otherwise it was killed
     fault.times = 0
     assert job().rc == 0
     assert job.all_is_there()
 
 
-def test_a_storage_quota_that_is_used_up_is_said(job: HubJob) -> None:
+def test_an_exhausted_storage_quota_is_reported(job: HubJob) -> None:
     job.hub.quota_bytes = 10
     finished = job()
     assert finished.rc == 1
-    assert "refuses" in finished.message
+    assert "refused" in finished.message
     assert len(job.spool) == 5
     job.hub.quota_bytes = None
     assert job().rc == 0
@@ -786,7 +791,7 @@ def test_a_card_with_broken_front_matter_is_kept_and_everything_else_published(j
     job.hub.push(REPO, {"README.md": broken})
     finished = job()
     assert finished.rc == 1
-    assert finished.stderr.count("front matter is no YAML") == 1
+    assert finished.stderr.count("front matter is not valid YAML") == 1
     assert "not the card" in finished.message
     assert job.all_is_there()
     assert job.hub.files(REPO)["README.md"] == broken

@@ -1,4 +1,4 @@
-"""Resources: those of plugins, processes, a folder, chance, and an OpenAI client whose calls go through the engine."""
+"""Resources: those of plugins, and the bundled process_pool, temp_dir, rng and openai."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fake_server import Answer, FakeServer, Hang, Status, prompt_of
 from replaying import answers_in, check_replay, own
 from running import ROOT, Job, documents, wait_until
 
-from sdg_plugins.common import workers as pool
+from sdg_plugins.common.workers import WorkerFuture
 
 # ── Of plugins ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -178,7 +178,7 @@ FRAIL = """
     def work(text):
         while not os.path.exists("go"):
             time.sleep(0.05)
-        if not os.path.exists("mended"):
+        if not os.path.exists("fixed"):
             os._exit(9)
         return text.upper()
 
@@ -188,7 +188,7 @@ FRAIL = """
 """
 
 
-def test_a_process_that_dies_fails_no_document_and_no_answer_is_paid_again(job: Job, server: FakeServer) -> None:
+def test_a_process_that_dies_fails_no_document_and_no_request_is_sent_again(job: Job, server: FakeServer) -> None:
     own(job, FRAIL)
     job.input(documents(10))
     running = job.start()
@@ -200,26 +200,26 @@ def test_a_process_that_dies_fails_no_document_and_no_answer_is_paid_again(job: 
     assert finished.rc == 1
     assert finished.says("process_pool", "run again")
     assert (job.output.rows(), job.output.failures()) == ([], [])
-    (job.folder / "mended").touch()
+    (job.folder / "fixed").touch()
     assert len(job.succeed().rows()) == 10
     assert len(server.requests) == 10
 
 
-def test_work_of_a_process_pool_can_be_cancelled_from_both_ends() -> None:
+def test_the_future_of_a_worker_can_be_canceled_from_both_ends() -> None:
     inner: Future[Any] = Future()
-    work = pool.Work(inner)
+    work = WorkerFuture(inner)
     assert work.cancel()
     assert inner.cancelled()
     assert wait([work], timeout=30).done == {work}
 
     inner = Future()
-    work = pool.Work(inner)
+    work = WorkerFuture(inner)
     inner.cancel()
     assert work.cancelled()
     assert wait([work], timeout=30).done == {work}
 
     inner = Future()
-    work = pool.Work(inner)
+    work = WorkerFuture(inner)
     inner.set_running_or_notify_cancel()
     assert work.running()
     assert not work.cancel()
@@ -227,7 +227,7 @@ def test_work_of_a_process_pool_can_be_cancelled_from_both_ends() -> None:
     assert work.result(timeout=30) == 5
 
 
-# ── A folder, chance ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── temp_dir and rng ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_the_temporary_folder_is_gone_when_the_run_has_ended(job: Job) -> None:
@@ -256,7 +256,7 @@ RANDOM = """
 """
 
 
-def test_chance_is_the_same_again_and_differs_by_document_rollout_and_seed(job: Job, server: FakeServer) -> None:
+def test_random_numbers_are_reproducible_and_differ_by_document_rollout_and_seed(job: Job, server: FakeServer) -> None:
     own(job, RANDOM)
     job.documents("a", "b")
 
@@ -269,7 +269,7 @@ def test_chance_is_the_same_again_and_differs_by_document_rollout_and_seed(job: 
     assert len(set(drawn)) == len(drawn) >= 8
 
 
-def test_chance_is_replayed(job: Job, server: FakeServer) -> None:
+def test_random_numbers_are_replayed(job: Job, server: FakeServer) -> None:
     own(job, RANDOM)
     job.documents("a", "b")
 
@@ -279,7 +279,7 @@ def test_chance_is_replayed(job: Job, server: FakeServer) -> None:
 # ── An OpenAI client ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_an_openai_client_asks_through_the_engine(job: Job, server: FakeServer) -> None:
+def test_an_openai_client_sends_through_the_engine(job: Job, server: FakeServer) -> None:
     own(
         job,
         """
@@ -380,7 +380,7 @@ def test_errors_are_openais_and_only_the_engine_retries(job: Job, server: FakeSe
     assert sent == dict.fromkeys(once, 1) | dict.fromkeys(twice, 2) | dict.fromkeys(never, 0)
 
 
-def test_a_document_that_does_not_fit_is_told_as_openai_tells_it(job: Job, server: FakeServer) -> None:
+def test_a_document_that_does_not_fit_has_openais_error_code(job: Job, server: FakeServer) -> None:
     own(
         job,
         """
@@ -391,8 +391,8 @@ def test_a_document_that_does_not_fit_is_told_as_openai_tells_it(job: Job, serve
                 await openai.chat.completions.create(
                     model="", messages=[{"role": "user", "content": document.text}], max_tokens=16
                 )
-            except sdk.BadRequestError as problem:
-                return f"{problem.status_code} {problem.code}"
+            except sdk.BadRequestError as exc:
+                return f"{exc.status_code} {exc.code}"
         """,
     )
     server.count, server.max_model_len = lambda payload: len(prompt_of(payload).split()), 100
@@ -460,7 +460,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_a_run_that_wants_no_client_imports_none(job: Job) -> None:
+def test_a_run_without_the_client_does_not_import_it(job: Job) -> None:
     own(
         job,
         f"""

@@ -1,4 +1,4 @@
-"""JSON by shape: what is asked for, what is read, asking again, servers that do not know `response_format`."""
+"""The resource `ask`: requests, parsing, asking again, and servers without `response_format`."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def take(job: Job, rollout: str) -> None:
     job.options["plugin"] = f"{job.folder / 'own.py'}:{rollout}"
 
 
-def test_a_shape_is_asked_for_and_its_value_is_the_result(shapes: Job, server: FakeServer) -> None:
+def test_a_shape_is_requested_and_its_value_is_the_result(shapes: Job, server: FakeServer) -> None:
     server.behave(lambda payload, n: json.dumps(WHOLE))
     shapes.documents("a text")
 
@@ -129,7 +129,7 @@ def test_a_json_schema_without_the_library_says_how_to_get_it(shapes: Job, serve
     take(shapes, "schema")
     package = shapes.folder / "without" / "jsonschema"
     package.mkdir(parents=True)
-    (package / "__init__.py").write_text("raise ImportError('there is none')")
+    (package / "__init__.py").write_text("raise ImportError('not installed')")
     shapes.documents("a text")
 
     finished = shapes(env={"PYTHONPATH": str(package.parent)})
@@ -139,7 +139,7 @@ def test_a_json_schema_without_the_library_says_how_to_get_it(shapes: Job, serve
     assert not server.requests
 
 
-def test_a_wrong_schema_ends_the_run(shapes: Job, server: FakeServer) -> None:
+def test_an_invalid_schema_ends_the_run(shapes: Job, server: FakeServer) -> None:
     wrong = SHAPES.replace('{"type": "object"', '{"type": "objekt"')
     shapes.plugin("own", wrong)
     take(shapes, "schema")
@@ -152,7 +152,7 @@ def test_a_wrong_schema_ends_the_run(shapes: Job, server: FakeServer) -> None:
     assert not server.requests
 
 
-def test_a_shape_that_cannot_be_ends_the_run(shapes: Job, server: FakeServer) -> None:
+def test_an_unsupported_shape_ends_the_run(shapes: Job, server: FakeServer) -> None:
     shapes.plugin("own", SHAPES.replace("list[Part])", "open)"))
     take(shapes, "many")
     shapes.documents("a text")
@@ -176,7 +176,7 @@ def test_a_list_may_be_a_shape(shapes: Job, server: FakeServer) -> None:
     assert [result["word"] for result in results] == ["x", "y"]
 
 
-def test_asking_again_is_bounded_and_the_last_problem_is_told(shapes: Job, server: FakeServer) -> None:
+def test_asking_again_is_bounded_and_the_last_problem_is_reported(shapes: Job, server: FakeServer) -> None:
     server.behave(lambda payload, n: "I would rather not." if len(payload["messages"]) < 4 else '{"kind": "c"}')
     shapes.documents("a text")
 
@@ -219,7 +219,7 @@ def test_a_server_that_refuses_response_format_is_asked_without_it(
     assert kinds == {True: 2, False: 40}  # the two that began together
 
 
-def test_a_refusal_that_has_another_cause_is_the_documents_own(shapes: Job, server: FakeServer) -> None:
+def test_a_refusal_for_another_reason_fails_only_its_document(shapes: Job, server: FakeServer) -> None:
     server.behave(
         lambda payload, n: Status(400, message="too long") if "3" in prompt_of(payload) else json.dumps(WHOLE)
     )
@@ -233,7 +233,7 @@ def test_a_refusal_that_has_another_cause_is_the_documents_own(shapes: Job, serv
     assert sum("response_format" in request.payload for request in server.requests) == 6
 
 
-def test_once_response_format_has_been_taken_a_refused_document_is_asked_once_more_without_it(
+def test_once_response_format_was_accepted_a_refused_document_is_asked_once_more_without_it(
     shapes: Job, server: FakeServer
 ) -> None:
     server.behave(lambda payload, n: Status(400) if "5" in prompt_of(payload) else json.dumps(WHOLE))
@@ -263,7 +263,7 @@ def test_of_two_servers_one_may_refuse_response_format(
     assert len(output.rows()) == 20
 
 
-def test_a_run_can_go_on_with_a_server_that_refuses_response_format(
+def test_a_run_can_resume_with_a_server_that_refuses_response_format(
     shapes: Job, server: FakeServer, servers: Callable[[], FakeServer]
 ) -> None:
     other = servers()
@@ -309,7 +309,7 @@ AROUND = [
 
 def as_object(value: Any) -> Any:
     if not isinstance(value, dict):
-        raise ValueError("no object")
+        raise ValueError("not an object")
     return value
 
 
@@ -320,21 +320,21 @@ def test_json_is_found_in_whatever_stands_around_it(
     text = json.dumps(value, indent=indent, ensure_ascii=ascii_only)
     assume(around.strip() == "{}" or ("</think>" not in text and "`" not in text))
 
-    assert structured.read(around.format(text), as_object) == value
+    assert structured.parse_answer(around.format(text), as_object) == value
 
 
 @pytest.mark.parametrize(
     "text", ["", "no", "{", "}{", "[1, 2", "```json\n```", "<think>{}</think>", '{"a": 1,}', "[1]"]
 )
-def test_what_is_no_json_object_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"no JSON|no object"):
-        structured.read(text, as_object)
+def test_text_without_a_json_object_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"no JSON|not an object"):
+        structured.parse_answer(text, as_object)
 
 
 NESTED = "[" * 100_000 + "]" * 100_000
 
 
-def test_json_that_is_nested_too_deeply_is_asked_for_again(shapes: Job, server: FakeServer) -> None:
+def test_json_that_is_nested_too_deeply_is_requested_again(shapes: Job, server: FakeServer) -> None:
     server.behave(lambda payload, n: NESTED if len(payload["messages"]) == 1 else json.dumps(WHOLE))
     shapes.documents("a text")
 
@@ -342,16 +342,16 @@ def test_json_that_is_nested_too_deeply_is_asked_for_again(shapes: Job, server: 
     assert len(server.requests) == 2
 
 
-def test_a_value_that_is_too_deep_to_be_validated_is_wrong() -> None:
+def test_a_value_that_is_too_deep_to_be_validated_is_invalid() -> None:
     nests = {"$ref": "#/$defs/nest", "$defs": {"nest": {"type": "array", "items": {"$ref": "#/$defs/nest"}}}}
 
     with pytest.raises(ValueError, match="nested too deeply"):
-        structured.read("[" * 400 + "]" * 400, structured.form_of(nests).parse)
+        structured.parse_answer("[" * 400 + "]" * 400, structured.form_of(nests).parse)
 
 
 @dataclass
 class Tricky:
-    """Keys that are words of schemas, too."""
+    """Keys that are also keywords of schemas."""
 
     type: str
     properties: list[str]
@@ -360,7 +360,7 @@ class Tricky:
     required: bool = False
 
 
-def test_keys_that_are_words_of_schemas_are_only_keys() -> None:
+def test_keys_that_are_keywords_of_schemas_are_only_keys() -> None:
     form = structured.form_of(Tricky)
 
     names = ["type", "properties", "title", "default", "required"]

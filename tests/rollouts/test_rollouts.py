@@ -1,4 +1,4 @@
-"""Rollouts: steps, branches and samples, the bundled ones, their prompts, and that each of them can be replayed."""
+"""Rollouts: steps, branches, samples and replays, and the bundled rollouts with their prompts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BUNDLED = sorted(LOADED.rollouts)
 
 
 def as_asked(payload: dict[str, Any], n: int) -> str | None:
-    """An answer of the shape that is asked for."""
+    """An answer of the requested shape, if one is requested."""
     wanted = payload.get("response_format")
     return json.dumps(demo.by_schema(wanted["json_schema"]["schema"], prompt_of(payload))) if wanted else None
 
@@ -98,7 +98,7 @@ def test_a_failed_branch_fails_its_document_and_takes_its_siblings_along(
     running = job.start()
     wait_until(lambda: len(server.requests) == 5)
     (job.folder / "siblings are in flight").touch()
-    wait_until(lambda: server.in_flight == 3)  # those of "fine": nobody waits for the others any more
+    wait_until(lambda: server.in_flight == 3)  # those of "fine": the others have been canceled
     server.release()
     finished = running.finish()
 
@@ -125,7 +125,7 @@ def test_a_rollout_may_do_without_a_failed_branch(job: Job, server: FakeServer) 
     assert len(job.succeed().texts()["one"]) == 2
 
 
-def test_a_branch_that_is_left_behind_asks_nothing_any_more(job: Job, server: FakeServer) -> None:
+def test_a_branch_that_is_left_behind_sends_nothing_more(job: Job, server: FakeServer) -> None:
     own(
         job,
         """
@@ -161,7 +161,7 @@ def test_an_error_of_the_run_in_a_branch_ends_the_run(job: Job) -> None:
         job,
         """
         async def fail():
-            raise sdg.PluginError("the plugin cannot go on: mend it")
+            raise sdg.PluginError("the plugin cannot go on: fix it")
 
         async def own(document, generate):
             async with asyncio.TaskGroup() as group:
@@ -173,7 +173,7 @@ def test_an_error_of_the_run_in_a_branch_ends_the_run(job: Job) -> None:
     finished = job()
 
     assert finished.rc == 1
-    assert finished.says("the plugin cannot go on: mend it")
+    assert finished.says("the plugin cannot go on: fix it")
     assert not job.output.failures()
 
 
@@ -227,7 +227,6 @@ def test_a_rollout_knows_which_of_several_it_is(job: Job) -> None:
 
 # ── Replay ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-# The rollout itself, kept from ending as long as there is a file `hold`: its answers are stored, its results are not.
 FAN_OUT = """
     async def own(document, generate):
         draft = await generate(f"{document.id}: draft")
@@ -237,13 +236,14 @@ FAN_OUT = """
 
 
 def durable_answers(job: Job) -> set[str]:
-    """The answers in the state, by what the server makes of each payload."""
+    """The server's answers in the state."""
     uri = f"file:{job.output.state}/00000.sqlite3?mode=ro"
     with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=30)) as state:
         bodies = [body for (body,) in state.execute("SELECT CAST(body AS TEXT) FROM requests")]
     return {answer for body in bodies for answer in re.findall(r"answer [0-9a-f]{16}", body)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chance", [random.Random(1), random.Random(2)], ids=["1", "2"])
 def test_kills_between_branches_lose_nothing_and_send_no_durable_answer_again(
     chance: random.Random, job: Job, server: FakeServer
@@ -314,7 +314,7 @@ def test_a_bundled_rollout_runs_in_the_demonstration_with_fields_as_annotated(ro
     assert "5 rows, 0 filtered, 0 failed" in finished.stdout
     assert annotated_fields(LOADED.rollouts[rollout].factory) is not None
     results = [result for row in Output(run_sdg.folder / "out").rows() for result in row["rollout_results"]]
-    assert {result["extra"] for result in results} == {None}  # where surprises would be
+    assert {result["extra"] for result in results} == {None}  # where unexpected fields would be
 
 
 def test_a_copy_of_a_bundled_rollout_runs_under_a_name_of_its_own(run_sdg: Any) -> None:
@@ -338,7 +338,7 @@ def test_a_copy_of_a_bundled_plugin_finds_what_the_original_imports(run_sdg: Any
 
 
 @pytest.mark.parametrize("rollout", BUNDLED)
-def test_a_bundled_rollout_can_be_read_at_a_glance(rollout: str) -> None:
+def test_a_bundled_rollout_has_at_most_90_lines(rollout: str) -> None:
     path = Path(sys.modules[LOADED.rollouts[rollout].plugin].__file__ or "")
     assert len(path.read_text().splitlines()) <= 90
 
@@ -396,7 +396,7 @@ def test_qa_gives_a_result_for_each_pair(job: Job, server: FakeServer) -> None:
     assert "Write 3 questions" in server.prompts[0]
 
 
-def test_judge_keeps_score_and_reason_and_filters_what_is_below(job: Job, server: FakeServer) -> None:
+def test_judge_keeps_score_and_reason_and_filters_low_scores(job: Job, server: FakeServer) -> None:
     server.behave(lambda payload, n: json.dumps({"reason": "because", "score": int(prompt_of(payload)[-1])}))
     job.documents("text 2", "text 3", "text 5")
 
@@ -409,7 +409,7 @@ def test_judge_keeps_score_and_reason_and_filters_what_is_below(job: Job, server
     assert job.verify().rc == 0
 
 
-def test_refine_criticises_its_draft_and_mends_it(job: Job, server: FakeServer) -> None:
+def test_refine_criticizes_its_draft_and_rewrites_it(job: Job, server: FakeServer) -> None:
     server.behave(lambda payload, n: ["draft", "critique", "final"][len(payload["messages"]) // 2])
     job.documents("hello")
 
@@ -462,7 +462,7 @@ def test_an_unknown_column_is_refused_before_anything_is_sent(job: Job, server: 
     assert not server.requests
 
 
-def test_a_template_without_any_place_is_refused(job: Job, server: FakeServer) -> None:
+def test_a_template_without_any_placeholder_is_refused(job: Job, server: FakeServer) -> None:
     job.documents("a")
 
     finished = job(plugin="prompt", prompt_template="Tell me something")
@@ -517,10 +517,10 @@ TEXTS = st.text(st.sampled_from("[]aDOCUMENTid{}\\g<1> "), max_size=30)
 
 
 @given(TEXTS, TEXTS, TEXTS)
-def test_what_is_filled_in_is_not_expanded(before: str, after: str, text: str) -> None:
-    before, after = (prompts.PLACE.sub("", part) for part in (before.replace("[", "("), after.replace("]", ")")))
+def test_replacements_in_a_template_are_not_expanded(before: str, after: str, text: str) -> None:
+    before, after = (prompts.PLACEHOLDER.sub("", part) for part in (before.replace("[", "("), after.replace("]", ")")))
     document = sdg.Document("id", text, None, 0, dict)
 
-    filled = prompts.filled(f"{before}[[DOCUMENT]]{after}", document)
+    filled = prompts.fill(f"{before}[[DOCUMENT]]{after}", document)
 
     assert filled == f"{before}{text}{after}"

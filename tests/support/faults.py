@@ -23,7 +23,7 @@ from typing import Any
 import aiosqlite
 
 import sdg
-from sdg_plugins.commands import run
+from sdg_plugins.commands import jobs
 
 MODE, _, NUMBER = os.environ.get("SDG_TEST_FAULT", ":0").partition(":")
 TRACE = os.environ.get("SDG_TEST_STEPS")
@@ -89,7 +89,7 @@ async def _no_heartbeat(engine: sdg.Engine) -> AsyncIterator[None]:
     yield
 
 
-run.heartbeat = _no_heartbeat  # it comes when it likes: steps would have other numbers each time
+jobs.heartbeat = _no_heartbeat  # it comes when it likes: steps would have other numbers each time
 
 
 @sdg.hookimpl

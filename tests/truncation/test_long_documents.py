@@ -60,14 +60,14 @@ def long(job: Job, server: FakeServer) -> Job:
 
 
 class WithoutOffsets(counting.LocalCounter):
-    """Counts, as a server does, and does not tell where tokens end."""
+    """Counts as a server does, without the positions of tokens."""
 
     async def guess(self, text: str, tokens: int) -> int | None:
         return None
 
 
 class Recorder:
-    """In place of the client: what would have been sent."""
+    """Takes the place of the client, and records what would be sent."""
 
     def __init__(self) -> None:
         self.pool = SimpleNamespace(upstreams=[])
@@ -89,12 +89,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_tokenizer.save(tmp_path_factory.mktemp("tokenizer") / "model")
 
 
-Counters = dict[str, counting.Counter]
+Counters = dict[str, counting.TokenCounter]
 
 
 @pytest.fixture(scope="module")
 def counters(model: Path) -> Counters:
-    """All ways of counting, but for the server's own."""
+    """All ways of counting except the server's."""
     files = {name: model / name for name in model_files.FILES[:2]}
     return {
         "offsets": counting.LocalCounter(files),
@@ -104,7 +104,7 @@ def counters(model: Path) -> Counters:
     }
 
 
-def fitter(counter: counting.Counter, limit: int, mode: str = "truncate") -> tuple[fitting.Fitter, Recorder]:
+def fitter(counter: counting.TokenCounter, limit: int, mode: str = "truncate") -> tuple[fitting.Fitter, Recorder]:
     recorder = Recorder()
     options = SimpleNamespace(long_documents=mode, model_max_context=limit, model="m")
     made = fitting.Fitter(SimpleNamespace(options=options, model="m", client=recorder), recorder.send)
@@ -117,15 +117,15 @@ def document_of(text: str, messages: list[dict[str, Any]] | None = None) -> sdg.
 
 
 def post(
-    counter: counting.Counter, limit: int, document: sdg.Document, payload: dict[str, Any]
+    counter: counting.TokenCounter, limit: int, document: sdg.Document, payload: dict[str, Any]
 ) -> tuple[sdg.Reply | str, dict[str, Any]]:
-    """The reply, or the reason of the failure, and what was sent."""
+    """The reply or the reason for the failure, and what was sent."""
     made, recorder = fitter(counter, limit)
     rollout = SimpleNamespace(document=document, room=None)
     try:
         reply, _ = asyncio.run(made.send(sdg.Request("/chat/completions", payload, rollout)))
-    except sdg.RequestFailed as problem:
-        return f"{problem.cause}: {problem}", {"sent": recorder.sent}
+    except sdg.RequestFailed as exc:
+        return f"{exc.cause}: {exc}", {"sent": recorder.sent}
     return reply, recorder.sent[0]
 
 
@@ -168,7 +168,7 @@ def test_a_prompt_of_any_text_fits_and_its_instructions_are_whole(
     counters: Counters, text: str, before: str, after: str, limit: int, data: st.DataObject
 ) -> None:
     counter = counters[data.draw(st.sampled_from(["offsets", "counts", "no template"]))]
-    assume(text.strip() not in before and text.strip() not in after)  # it could not be told from the document
+    assume(text.strip() not in before and text.strip() not in after)  # the document could not be found
     before, after = f"{before}\n<text>\n", f"\n</text>\n{after}"
     payload = {"model": "m", "max_tokens": 50, "messages": [{"role": "user", "content": before + text + after}]}
 
@@ -255,7 +255,7 @@ def test_a_rollout_can_cut_any_text_by_itself(counters: Counters, text: str, tok
 
 @settings(max_examples=200, deadline=None)
 @given(text=documents_of_any_kind, budget=st.integers(1, 3000))
-def test_what_surely_fits_does_even_in_a_normal_form(text: str, budget: int) -> None:
+def test_what_surely_fits_also_fits_when_normalized(text: str, budget: int) -> None:
     tokens = max(tiny_tokenizer.count({"prompt": form}) for form in (text, unicodedata.normalize("NFC", text)))
 
     fits = fitting.surely_fits(orjson.dumps({"prompt": text}), budget, tools=False)
@@ -323,7 +323,7 @@ def test_a_long_document_is_cut_to_fit_by_the_servers_tokens(long: Job, server: 
     assert long.verify().rc == 0
 
 
-def test_short_documents_ask_no_tokenizer(long: Job, server: FakeServer) -> None:
+def test_short_documents_need_no_tokenizer(long: Job, server: FakeServer) -> None:
     long.input([{"id": str(number), "text": f"Text {number}."} for number in range(20)])
 
     output = long.succeed()
@@ -359,7 +359,7 @@ def test_the_models_own_files_count_where_the_server_does_not(long: Job, server:
 
 
 class ModelHub(http.server.BaseHTTPRequestHandler):
-    """The Hub with one model, as far as its client asks for files."""
+    """A Hub with one model, whose files it serves."""
 
     folder: Path
     asked: list[str]
@@ -392,7 +392,7 @@ class ModelHub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def model_hub(model: Path) -> Iterator[tuple[str, list[str]]]:
-    """Its URL, and what it was asked for."""
+    """The URL of a Hub with one model, and the requests that it has received."""
     handler = type("Handler", (ModelHub,), {"folder": model, "asked": []})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as hub:
         threading.Thread(target=hub.serve_forever, daemon=True).start()
@@ -422,7 +422,7 @@ def test_a_models_files_come_from_the_hub_and_then_from_its_cache(
     ] * 2
 
 
-def test_a_server_that_counts_only_texts_is_left_room_for_its_template(long: Job, server: FakeServer) -> None:
+def test_room_is_left_for_the_template_of_a_server_that_counts_only_texts(long: Job, server: FakeServer) -> None:
     server.context = None
     server.count = lambda payload: tiny_tokenizer.count(payload) if "prompt" in payload else None
     long.documents(prose(4000))
@@ -435,7 +435,7 @@ def test_a_server_that_counts_only_texts_is_left_room_for_its_template(long: Job
     assert CONTEXT - ANSWER - 2 * allowed < tiny_tokenizer.count(server.requests[0].payload) <= CONTEXT - ANSWER
 
 
-def test_without_any_tokenizer_tokens_are_estimated_and_that_is_said(long: Job, server: FakeServer) -> None:
+def test_without_any_tokenizer_tokens_are_estimated_and_that_is_reported(long: Job, server: FakeServer) -> None:
     server.behave(lambda payload, n: Status(400) if tiny_tokenizer.count(payload) > CONTEXT - ANSWER else None)
     server.count = None
     long.documents(prose(4000))
@@ -464,7 +464,7 @@ IMPATIENT = """
 """
 
 
-def test_a_tokenizer_is_not_lost_when_who_first_asks_for_it_gives_up(long: Job, server: FakeServer) -> None:
+def test_a_tokenizer_is_not_lost_when_the_first_caller_gives_up(long: Job, server: FakeServer) -> None:
     def count(payload: dict[str, Any]) -> int:
         time.sleep(1.5 if len(server.tokenize_requests) == 1 else 0)
         return tiny_tokenizer.count(payload)
@@ -487,18 +487,18 @@ def test_a_tokenizer_that_fails_in_the_middle_is_replaced(long: Job, server: Fak
     finished = long()
 
     assert [row["rollout_results"][0]["truncated"] for row in long.output.rows()] == [True, True]
-    assert "does not work any more" in finished.stderr
+    assert "no longer works" in finished.stderr
     assert all(tiny_tokenizer.count(request.payload) <= CONTEXT - ANSWER for request in server.requests)
 
 
-@pytest.mark.parametrize("told", [None, 100_000])
-def test_a_context_that_only_a_refusal_tells_is_learned_from_it(
-    long: Job, server: FakeServer, told: int | None
+@pytest.mark.parametrize("stated", [None, 100_000])
+def test_a_context_that_only_a_refusal_states_is_learned_from_it(
+    long: Job, server: FakeServer, stated: int | None
 ) -> None:
     server.max_model_len = None
     long.documents(*[f"{number} {prose(4000)}" for number in range(4)])
 
-    output = long.succeed(model_max_context=told, max_concurrent_documents=1)
+    output = long.succeed(model_max_context=stated, max_concurrent_documents=1)
 
     assert all(row["rollout_results"][0]["truncated"] for row in output.rows())
     assert len(server.requests) == 5  # one that was refused
@@ -527,7 +527,7 @@ def test_a_context_that_only_a_refusal_tells_is_learned_from_it(
         {"error": "Bad Request", "message": "The context window of 512 tokens is exceeded.", "code": 400},
     ],
 )
-def test_a_refusal_is_understood_in_other_servers_words(long: Job, server: FakeServer, body: dict[str, Any]) -> None:
+def test_the_refusals_of_other_servers_are_understood(long: Job, server: FakeServer, body: dict[str, Any]) -> None:
     server.max_model_len = server.context = None
     long.documents(prose(4000))
     server.behave(lambda payload, n: Raw(orjson.dumps(body), 400) if tiny_tokenizer.count(payload) > 448 else None)
@@ -608,7 +608,7 @@ def test_a_number_that_is_not_called_the_context_is_tried_and_not_learned(long: 
 
 
 @pytest.mark.parametrize("how", ["truncate", "split"])
-def test_a_document_of_which_next_to_nothing_would_be_left_fails(long: Job, server: FakeServer, how: str) -> None:
+def test_a_document_of_which_almost_nothing_would_be_left_fails(long: Job, server: FakeServer, how: str) -> None:
     empty = tiny_tokenizer.count({"messages": [{"role": "user", "content": BEFORE + AFTER}]})
     server.max_model_len = server.context = empty + ANSWER + fitting.SMALLEST_PART
     long.documents(prose(800))
@@ -617,13 +617,13 @@ def test_a_document_of_which_next_to_nothing_would_be_left_fails(long: Job, serv
 
     (failure,) = output.failures()
     assert f"{empty} tokens without the document" in failure["error"]
-    assert f"of the {server.context} that the model takes" in failure["error"]
+    assert f"of a context of {server.context}" in failure["error"]
     assert server.requests == []
 
 
 @settings(max_examples=300, deadline=None)
 @given(one=st.text("ab", max_size=30), other=st.text("ab", max_size=30), data=st.data())
-def test_what_two_texts_have_in_common_around_two_places(one: str, other: str, data: st.DataObject) -> None:
+def test_what_two_texts_have_in_common_around_two_positions(one: str, other: str, data: st.DataObject) -> None:
     here, there = data.draw(st.integers(0, len(one))), data.draw(st.integers(0, len(other)))
     most = data.draw(st.integers(0, here))
 
@@ -696,10 +696,10 @@ STEPS = """
     async def steps(document, generate):
         draft = await generate({"prompt": f"Draft: {document.text[:3000].strip()} Draft:"})
         messages = [
-            {"role": "system", "content": "Mend the summary. " * 10},
+            {"role": "system", "content": "Fix the summary. " * 10},
             {"role": "user", "content": [{"type": "text", "text": document.text}]},
             {"role": "assistant", "content": draft.text},
-            {"role": "user", "content": "Now mend it."},
+            {"role": "user", "content": "Now fix it."},
         ]
         reply = await generate(messages)
         return {"text": reply.text, "draft": draft.text, "cut": [draft.truncated, reply.truncated]}
@@ -716,7 +716,7 @@ def test_later_steps_keep_earlier_answers_and_cut_the_document(long: Job, server
 
     server.count = lambda payload: tiny_tokenizer.count(flat(payload))
     draft = "An earlier answer, " * 20
-    server.behave(lambda payload, n: draft if "prompt" in payload else "mended")
+    server.behave(lambda payload, n: draft if "prompt" in payload else "fixed")
     long.documents(prose(4000))
 
     output = long.succeed(plugin=long.plugin("steps", STEPS))
@@ -725,7 +725,7 @@ def test_later_steps_keep_earlier_answers_and_cut_the_document(long: Job, server
     assert first["prompt"].startswith("Draft: This is sentence")
     assert first["prompt"].endswith("text. Draft:")
     system, document, answer, last = second["messages"]
-    assert (system["content"], answer["content"], last["content"]) == ("Mend the summary. " * 10, draft, "Now mend it.")
+    assert (system["content"], answer["content"], last["content"]) == ("Fix the summary. " * 10, draft, "Now fix it.")
     assert document["content"][0]["text"].endswith(" of the text.")
     assert all(tiny_tokenizer.count(flat(payload)) <= CONTEXT - ANSWER for payload in (first, second))
     result = output.rows()[0]["rollout_results"][0]
@@ -733,7 +733,7 @@ def test_later_steps_keep_earlier_answers_and_cut_the_document(long: Job, server
     assert result["truncated"]
 
 
-def test_of_a_chat_the_longest_thing_that_the_user_says_is_cut(long: Job, server: FakeServer) -> None:
+def test_the_longest_message_of_the_user_in_a_chat_is_cut(long: Job, server: FakeServer) -> None:
     chat = [
         {"role": "system", "content": "Be brief. " * 8},
         {"role": "user", "content": prose(40)},
@@ -751,7 +751,7 @@ def test_of_a_chat_the_longest_thing_that_the_user_says_is_cut(long: Job, server
     assert 0.9 * (CONTEXT - ANSWER) < tiny_tokenizer.count(server.requests[0].payload) <= CONTEXT - ANSWER
 
 
-def test_a_prompt_without_the_document_is_left_to_the_server(long: Job, server: FakeServer) -> None:
+def test_a_prompt_without_the_document_is_sent_unchanged(long: Job, server: FakeServer) -> None:
     source = SANDWICH.replace("document.text", "'other words ' * 1000")
     long.documents("A text that is in no prompt. " * 10)
 
@@ -765,13 +765,13 @@ def test_a_prompt_without_the_document_is_left_to_the_server(long: Job, server: 
 
 
 def numbers(text: str) -> list[int]:
-    """The sentences' numbers in a prompt or a result."""
+    """The numbers of the sentences in a prompt or a result."""
     return [int(number) for number in re.findall(r"number (\d+)", text)]
 
 
 @pytest.fixture
 def split(long: Job, server: FakeServer) -> Job:
-    """A job that splits, and whose answers name the sentences that they have seen."""
+    """A job that splits documents, with a server whose answers name the sentences in the prompt."""
     long.options["long_documents"] = "split"
     server.behave(lambda payload, n: "number " + " number ".join(map(str, numbers(prompt_of(payload)))))
     return long
@@ -864,7 +864,7 @@ REFINE = """
             draft = await generate(f"Draft: {document.text}")
         except sdg.RequestFailed:
             return "I do not care."
-        return await generate(f"{document.text} Mend this draft: {draft} {'Now. ' * 40}")
+        return await generate(f"{document.text} Fix this draft: {draft} {'Now. ' * 40}")
 """
 
 
@@ -878,7 +878,7 @@ def test_a_part_whose_later_steps_do_not_fit_is_split_again(split: Job, server: 
     assert all(tiny_tokenizer.count(request.payload) <= CONTEXT - ANSWER for request in server.requests)
 
 
-def test_a_chat_is_split_where_the_user_says_most(split: Job, server: FakeServer) -> None:
+def test_a_chat_is_split_in_the_longest_message_of_the_user(split: Job, server: FakeServer) -> None:
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": prose(1600)}]
     split.input([{"id": "chat", "text": chat}])
 
@@ -904,7 +904,7 @@ TWO_STEPS = """
 
 
 @pytest.mark.parametrize("how", ["truncate", "split"])
-def test_a_rerun_asks_neither_server_nor_tokenizer_for_what_is_answered(
+def test_a_rerun_asks_neither_server_nor_tokenizer_about_stored_responses(
     long: Job, server: FakeServer, servers: Callable[[], FakeServer], how: str
 ) -> None:
     long.input([{"id": str(number), "text": f"Text {number}. {prose(1600)}"} for number in range(3)])

@@ -1,8 +1,7 @@
-"""A rollout of two steps with an option and a resource of its own."""
+"""A rollout of two steps, with its own option and resource."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 from collections.abc import AsyncIterator
@@ -15,8 +14,8 @@ Glossary = dict[str, str]
 
 
 @sdg.hookimpl
-def add_options(parser: argparse._ArgumentGroup) -> None:
-    parser.add_argument("--glossary", metavar="FILE.json", help="words that are known, with their explanations")
+def add_options(parser: sdg.Options) -> None:
+    parser.add_argument("--glossary", metavar="FILE.json", help="known words with their explanations")
 
 
 @sdg.hookimpl

@@ -32,12 +32,12 @@ async def mirror(run: sdg.Run) -> AsyncIterator[list[str]]:
 
 
 async def models(request: web.Request) -> web.Response:
-    """The only model."""
+    """List the only model."""
     return web.json_response({"data": [{"id": MODEL}]})
 
 
 async def answer(request: web.Request) -> web.Response:
-    """An answer in the form that OpenAI's protocol has."""
+    """Respond in the format of OpenAI's API."""
     payload = await request.json()
     word = payload["messages"][-1]["content"].split()[-1]
     choice = {"finish_reason": "stop", "message": {"role": "assistant", "content": word}}

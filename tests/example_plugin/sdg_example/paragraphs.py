@@ -30,7 +30,7 @@ class ParagraphReader:
         if row < self._row:
             self._go(0, 0)
         if bookmark:
-            file, start = json.loads(bookmark)  # the file, and the row that it begins with
+            file, start = json.loads(bookmark)  # the file, and the number of its first row
             if file > self._file:
                 self._go(file, start)
         while self._row < row and self._paragraph() is not None:
@@ -54,12 +54,12 @@ class ParagraphReader:
         return self._files.continues(earlier)
 
     def _go(self, file: int, start: int) -> None:
-        """Go to the beginning of a file; `start` is the row that it begins with."""
+        """Go to the beginning of a file; `start` is the number of its first row."""
         self._file, self._row, self._start = file, start, start
         self._paragraphs: list[str] | None = None
 
     def _paragraph(self) -> str | None:
-        """The paragraph at the present row; None after the last one."""
+        """The paragraph at the current row; None after the last one."""
         while self._file < len(self._files.names):
             if self._paragraphs is None:
                 with self._files.open(self._file) as file:

@@ -1,4 +1,4 @@
-"""Each part alone, without a server; then all of them together is for the command line."""
+"""Each plugin on its own, without a server."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_a_known_word_costs_one_request(tmp_path: Path) -> None:
     assert len(tried.requests) == 1
 
 
-def test_a_stand_in_for_the_resource_does_too() -> None:
+def test_the_resource_can_be_replaced() -> None:
     tried = try_rollout(explain, "A text", answers="epistemic", resources={"glossary": {"epistemic": "of knowledge"}})
     assert tried.rows[0]["rollout_results"][0]["known"] is True
 
@@ -55,5 +55,5 @@ def test_the_writer_keeps_the_contract() -> None:
     check_writer(OrcWriter, {"output-filename": "${rank}_${chunk_index}.orc"})
 
 
-def test_the_server_answers() -> None:
+def test_the_server_responds() -> None:
     assert check_server(mirror, prompt="Say hello") == "hello"

@@ -1,0 +1,343 @@
+"""Jobs: a config's run, from the lock of its rank to the report at its end.
+
+All jobs of a process run one after the other beside one server, each as far as it gets: what ends one of them leaves
+the others alone, except signals and failures of the server that they share.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import inspect
+import os
+import signal
+import sqlite3
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import sdg
+from sdg_plugins.common.checks import (
+    check_columns,
+    check_reader,
+    check_servers,
+    check_shape,
+    created,
+    entering,
+    reading,
+)
+from sdg_plugins.common.chunks import Intake, Outlet
+from sdg_plugins.common.command_line import Config
+from sdg_plugins.common.files import output_place
+from sdg_plugins.common.progress import progress, report
+from sdg_plugins.common.state import check_state_dir, claim_state, lock_rank, remember_source, start_over
+from sdg_plugins.common.statistics import (
+    heartbeat,
+    recording_the_end,
+    statistics,
+    status_of,
+    write_rank,
+    write_statistics,
+)
+from sdg_plugins.servers.client import Client
+from sdg_plugins.servers.connecting import connect
+
+Servers = Sequence[str | sdg.Upstream]
+Connect = Callable[[sdg.Run, Servers], contextlib.AbstractAsyncContextManager[Client]]
+Present = Callable[[sdg.Engine, "Stop"], contextlib.AbstractAsyncContextManager[None]]  # entered around `Engine.work`
+
+
+class Stop:
+    """Ends a run for a reason; the first reason counts. A second signal does not wait for requests in flight.
+
+    Args:
+        cancel: ends it when no engine is working.
+        everything: for one of several jobs: ends all of them, if the server fails that they share.
+        name: of the job, printed before its reason.
+
+    Attributes:
+        stopping: set when it ends early, for threads.
+        gently: how to end it while an engine is working.
+    """
+
+    def __init__(self, cancel: Callable[[], object], everything: Stop | None = None, name: str = "") -> None:
+        self.reason: sdg.Error | None = None
+        self.stopping = threading.Event()
+        self.gently: Callable[[], None] | None = None
+        self._cancel, self._everything, self._name = cancel, everything, name
+
+    def __call__(self, reason: sdg.Error) -> None:
+        first, self.reason = self.reason is None, self.reason or reason
+        if first:
+            self.stopping.set()
+            self._say(reason)
+        shared = isinstance(reason, sdg.ServerError | sdg.Interrupted)
+        if self._everything and self._everything.reason is None and shared:
+            self._everything(reason)
+        if first:
+            (self.gently or self._cancel)()
+        elif isinstance(reason, sdg.Interrupted) and not self._everything:
+            self._cancel()
+
+    def _say(self, reason: sdg.Error) -> None:
+        if reason.said:
+            return
+        sdg.say(f"{self._name}{reason}")
+        reason.said = True
+        if isinstance(reason, sdg.Interrupted):  # whatever a plugin does: completed responses are durable by then
+            watchdog = threading.Timer(sdg.LAST_RESORT, os._exit, [reason.exit_code])
+            watchdog.daemon = True
+            watchdog.start()
+
+
+@contextlib.contextmanager
+def signals(stop: Stop) -> Iterator[None]:
+    """Stop the run on SIGINT, SIGTERM, and SIGUSR1 (which Slurm can send before the time limit)."""
+    loop = asyncio.get_running_loop()
+    handled = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    for signum in handled:
+        loop.add_signal_handler(signum, stop, sdg.Interrupted(signum))
+    try:
+        yield
+    finally:
+        for signum in handled:
+            loop.remove_signal_handler(signum)
+
+
+@contextlib.asynccontextmanager
+async def reported(engine: sdg.Engine, stop: Stop) -> AsyncIterator[None]:
+    """Show an engine's progress, keep its figures, and print at the end what was written where."""
+    async with progress(engine), heartbeat(engine):
+        yield
+    figures = await statistics(engine, await engine.store.tally())
+    record = {"status": status_of(stop.reason), "expected": engine.intake.expected()}
+    write_rank(engine.run, figures, record, stop.reason)
+    write_statistics(engine.run)
+    if figures["documents"] or not stop.reason:
+        with contextlib.suppress(BrokenPipeError):  # no one reads it: the run is as good as before
+            print(report(engine, figures), flush=True)
+
+
+class Job:
+    """One config's run, from the first look at its output until its observers are left.
+
+    Observers are left when the server has stopped, with the exception that ended the run raised through them.
+
+    Args:
+        config: its options and plugins.
+        everything: stops all jobs of this process.
+        name: printed before its messages, "" if it is the only job.
+        present: a context manager around the engine's work: shows it.
+        connecting: yields the client for the servers.
+
+    Attributes:
+        problem: what ended it early.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        everything: Stop,
+        name: str = "",
+        present: Present = reported,
+        connecting: Connect = connect,
+    ) -> None:
+        task = asyncio.current_task()
+        assert task
+        self.stop = Stop(task.cancel, everything, name)
+        self.run = open_run(config, self.stop)
+        self.problem: BaseException | None = None
+        self._task, self._everything, self._name = task, everything, name
+        self._present, self._connecting = present, connecting
+        self._observers = contextlib.AsyncExitStack()
+        self._writer: sdg.Writer
+
+    async def prepare(self) -> None:
+        """Open the writer: problems with the output are reported before a server starts."""
+        options = self.run.options
+        entry = self.run.plugins.writers[options.writer]
+        with sdg.at_work(f"the writer of {sdg.redact(options.output)}", entry.factory):
+            self._writer = await asyncio.to_thread(created, entry.factory, self.run)
+        check_shape(self._writer, sdg.Writer, f"the writer {options.writer!r} of plugin {entry.plugin}")
+
+    async def work(self, servers: Servers) -> None:
+        """Run to the end, or as far as it gets."""
+        self._everything.gently = lambda: self.stop(cast("sdg.Error", self._everything.reason))
+        try:
+            with lock_rank(self.run), recording_the_end(self.run, lambda: self.stop.reason):
+                await self._work(servers)
+        except asyncio.CancelledError:
+            if self.stop.reason is None:
+                raise
+            self._task.uncancel()
+        except Exception as exc:  # noqa: BLE001 - it is raised when all jobs have run that can
+            self.problem = self.stop.reason or explained(exc, self.run)
+            if isinstance(self.problem, sdg.ServerError):  # the other jobs would ask the same server
+                self._everything.reason = self._everything.reason or self.problem
+        finally:
+            self._everything.gently = None
+        self.problem = self.problem or self.stop.reason
+
+    async def _work(self, servers: Servers) -> None:
+        check_state_dir(self.run)
+        if self.run.options.fresh:
+            start_over(self.run)
+        remember_source(self.run)
+        async with self._engine(await self._reader(), servers) as engine:
+            await self._observe()
+            _tune_collector()
+            async with self._present(engine, self.stop):
+                self.stop.gently = engine.stop
+                try:
+                    await engine.work()
+                finally:
+                    self.stop.gently = None
+
+    async def _reader(self) -> sdg.Reader:
+        """Open the input; sets `run.schema`."""
+        run, options = self.run, self.run.options
+        entry = run.plugins.readers[options.reader]
+        with reading(options.input, entry.factory):
+            reader: sdg.Reader = await asyncio.to_thread(created, entry.factory, run)
+        check_reader(reader, f"the reader {options.reader!r} of plugin {entry.plugin}")
+        check_columns(reader.schema, options)
+        run.schema = reader.schema
+        return reader
+
+    @contextlib.asynccontextmanager
+    async def _engine(self, reader: sdg.Reader, servers: Servers) -> AsyncIterator[sdg.Engine]:
+        """An engine with all that it needs: client, state, resources."""
+        run = self.run
+        async with contextlib.AsyncExitStack() as stack:
+            run.client = client = await stack.enter_async_context(self._connecting(run, servers))
+            claim_state(run, reader)
+            path = run.state / f"{run.options.rank:05d}.sqlite3"
+            store = await stack.enter_async_context(sdg.Store.open(path, run.counts))
+            send = run.plugins.linked(run, client.send)
+            resources = await self._resources(stack)
+            yield sdg.Engine(run, store, Intake(run, reader), Outlet(run, self._writer), send, resources)
+
+    async def _resources(self, stack: contextlib.AsyncExitStack) -> dict[str, Any]:
+        """Enter the resources that the rollout has parameters for."""
+        rollout = self.run.plugins.rollouts[self.run.options.rollout].factory
+        entered = {}
+        for parameter in list(inspect.signature(rollout).parameters.values())[2:]:
+            if entry := self.run.plugins.resources.get(parameter.name):
+                with sdg.at_work(f"the resource {parameter.name!r}", entry.factory):
+                    resource = entering(entry, "resource", parameter.name, self.run)
+                    entered[parameter.name] = await stack.enter_async_context(resource)
+        return entered
+
+    async def _observe(self) -> None:
+        """Enter the observers."""
+        if self.run.plugins.quiet:
+            return
+        for impl, call in self.run.plugins.calls("observe", run=self.run):
+            with sdg.at_work(f"plugin {impl.plugin_name}: observe", impl.plugin):
+                if (observer := call()) is not None:
+                    await self._observers.enter_async_context(observer)
+
+    async def leave(self) -> None:
+        """Leave the observers; with several configs, say how this one ended."""
+        try:
+            async with self._observers:
+                if problem := self.problem or self._everything.reason:
+                    raise problem
+        except (asyncio.CancelledError, Exception) as exc:  # noqa: BLE001 - it is raised when all jobs are left
+            raised, ended = explained(exc, self.run), self._everything.reason or self.problem
+            if ended and raised is not ended and not isinstance(raised, asyncio.CancelledError):
+                sdg.say(f"{self._name}an observer failed, too: {sdg.describe(raised)}")
+            self.problem = ended or raised
+            if self._name and isinstance(self.problem, sdg.Error) and not self.problem.said:
+                sdg.say(f"{self._name}{self.problem}")
+                self.problem.said = True
+
+
+def open_run(config: Config, stop: Stop) -> sdg.Run:
+    """The run of a config, with its output and state folders created."""
+    options, state = config.options, Path(config.options.state_dir)
+    run = sdg.Run(options, config.plugins, output_place(options, state), state, stop, stop.stopping)
+    try:
+        run.state.mkdir(parents=True, exist_ok=True)
+        if run.output.local:
+            os.makedirs(run.output.path(options.output_config), exist_ok=True)
+    except OSError as exc:
+        message = f"{exc.filename} cannot be created: {sdg.reason_of(exc)}; choose another --output"
+        raise sdg.OutputError(message) from exc
+    return run
+
+
+async def run_all(configs: list[Config], present: Present = reported) -> None:
+    """Run the jobs of some configs; raises the worst of their errors."""
+    task = asyncio.current_task()
+    assert task
+    stop = Stop(task.cancel)
+    jobs: list[Job] = []
+    try:
+        with signals(stop):
+            for config in configs:
+                name = f"config {config.name}: " if len(configs) > 1 else ""
+                jobs.append(Job(config, stop, name, present))
+                await jobs[-1].prepare()
+            await serve(jobs, stop)
+            for job in jobs:
+                await job.leave()
+    except (asyncio.CancelledError, Exception) as exc:
+        if stop.reason is None or exc is stop.reason:
+            raise
+        raise stop.reason from exc
+    finally:
+        for stopping in [stop, *(job.stop for job in jobs)]:
+            stopping.stopping.set()  # threads that still wait for a remote server keep the process from ending
+    problems = [problem for problem in [stop.reason, *(job.problem for job in jobs)] if problem]
+    if problems:
+        raise max(problems, key=lambda problem: getattr(problem, "exit_code", 1))
+
+
+async def serve(jobs: list[Job], stop: Stop) -> None:
+    """Start the server, and have each job use it in its turn, until something stops them all."""
+    run = dataclasses.replace(jobs[0].run, stop=stop, stopping=stop.stopping)
+    name = run.options.server
+    entry = run.plugins.servers[name]
+    try:
+        async with contextlib.AsyncExitStack() as stack:
+            with sdg.at_work(f"the server {name!r}", entry.factory):
+                servers = await stack.enter_async_context(entering(entry, "server", name, run))
+                check_servers(servers, f"the server {name!r} of plugin {entry.plugin}{sdg.place_of(entry.factory)}")
+            for job in jobs if servers else []:  # none: we have lent our GPUs to a run elsewhere, which has ended
+                if stop.reason is None:
+                    await job.work(servers)
+    except (asyncio.CancelledError, Exception) as exc:  # noqa: BLE001 - raised when all observers are left
+        for job in jobs:
+            job.problem = job.problem or stop.reason or explained(exc, run)
+
+
+def explained(exc: BaseException, run: sdg.Run) -> BaseException:
+    """The exception to report for a failure: those of databases and disks do not say what they concern."""
+    exc = sdg.first_cause(exc)
+    state = f"state {run.options.state_dir}"
+    error: sdg.Error
+    if type(exc) is sqlite3.DatabaseError:
+        error = sdg.StateError(f"{state} is broken ({exc}): restore it from a backup, or start over with --fresh")
+    elif isinstance(exc, sqlite3.Error):
+        error = sdg.StateError(f"{state}: {sdg.reason_of(exc)}")
+    elif isinstance(exc, OSError):
+        error = sdg.OutputError(f"{exc.filename or run.options.output}: {sdg.reason_of(exc)}")
+    else:
+        return exc
+    error.__cause__ = exc
+    return error
+
+
+def _tune_collector() -> None:
+    """Make garbage collection rare: 10,000 requests in flight are a million objects, and full passes half the time."""
+    import gc
+
+    import pyarrow as pa
+
+    pa.array(["if pandas is installed, Arrow imports it here rather than in the middle of the run"])
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 50, 50)
