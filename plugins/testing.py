@@ -39,6 +39,8 @@ from sdg_plugins.common.state import lock_rank
 from sdg_plugins.servers.client import Client
 from sdg_plugins.servers.connecting import connect
 from sdg_plugins.servers.pool import Pool
+from sdg_plugins.servers.responses import parse_reply
+from sdg_plugins.servers.transport import Transport
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -416,7 +418,7 @@ async def connect_offline(run: sdg.Run, servers: Servers) -> AsyncIterator[Clien
     """A client without servers."""
     run.model = run.options.model or MODEL
     async with aiohttp.ClientSession() as session:
-        yield Client(session, Pool([], 1), run)
+        yield Client(Transport(session, run.options.request_timeout), Pool([], 1), run)
 
 
 class ScriptedServer:
@@ -436,7 +438,7 @@ class ScriptedServer:
             if isinstance(answer, Exception):
                 raise answer
             body = json.dumps(response_body(answer, request.payload)).encode()
-            return sdg.Response(Client.parse(body), body)
+            return sdg.Response(parse_reply(json.loads(body)), body)
 
         return scripted
 

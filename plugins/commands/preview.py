@@ -27,7 +27,7 @@ from sdg_plugins.common.chunks import plain
 from sdg_plugins.common.command_line import Config
 from sdg_plugins.common.files import format_of, split_uri
 from sdg_plugins.common.notes import Exchange, Notes, Outcome
-from sdg_plugins.servers.responses import SHORTEST_KEY
+from sdg_plugins.common.secrets import secrets_of
 
 LONGEST = 10_000  # characters of a text that are shown: a few pages
 TAIL = 2_000  # of these, from the end of the text
@@ -61,7 +61,7 @@ def preview(configs: list[Config]) -> None:
         await notes.finish(engine)
         if len(configs) > 1:
             print(heading(f"config {engine.run.options.output_config}", "━"))
-        print(without_secrets(text_of(notes), engine.run.options.api_key_env), flush=True)
+        print(secrets_of(engine.run.options).hidden_in(text_of(notes)), flush=True)
 
     with tempfile.TemporaryDirectory(prefix="sdg-preview-") as folder:
         previews = [preview_config(config, folder, config.options.preview) for config in configs]
@@ -74,7 +74,7 @@ def preview(configs: list[Config]) -> None:
             failed = isinstance(sdg.first_cause(exc), sdg.ServerError)
             for log in Path(folder).rglob("logs/*.log") if failed else ():  # the folder is about to be deleted
                 lines = log.read_text(errors="replace").splitlines()[-LOG_LINES:]
-                sdg.say(without_secrets("\n".join([f"the end of {log.name}:", *lines])))
+                sdg.say(secrets_of(configs[0].options).hidden_in("\n".join([f"the end of {log.name}:", *lines])))
             raise
 
 
@@ -187,17 +187,3 @@ def heading(text: str, line: str = "─") -> str:
     text = printable(text)
     full = f"{line * 3} {text} {line * max(3, width - len(text) - 5)}"
     return f"\x1b[1m{full}\x1b[0m" if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else full
-
-
-def without_secrets(text: str, *names: str) -> str:
-    """A text without the values of environment variables that hold secrets, which a plugin may have sent.
-
-    Args:
-        text: the text.
-        names: of further variables.
-    """
-    for name in (*names, "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
-        secret = os.environ.get(name, "")
-        if len(secret) >= SHORTEST_KEY:
-            text = text.replace(secret, "***")
-    return text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import base64
 import json
 import os
@@ -34,6 +35,12 @@ class Secrets:
     def hidden_in(self, text: str) -> str:
         """A text without the secrets."""
         return self.hidden(text.encode(errors="surrogatepass")).decode(errors="surrogatepass")
+
+
+def secrets_of(options: argparse.Namespace) -> Secrets:
+    """All secrets of a run: what is sent to servers, and the keys of the Hub and of S3."""
+    sent = [options.api_key_env, *dict(options.header_env or []).values()]
+    return Secrets([*sent, "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"])
 
 
 def forms_of(value: str) -> Iterable[bytes]:

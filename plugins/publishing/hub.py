@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import sdg
 from sdg_plugins.common.files import split_uri
-from sdg_plugins.servers.responses import retry_after
+from sdg_plugins.servers.waiting import retry_after
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import orjson
 
 import sdg
-from sdg_plugins.common.secrets import Secrets
+from sdg_plugins.common.secrets import secrets_of
 from sdg_plugins.servers.refusals import WHATEVER_IS_ASKED, error_inside, refused, smallest, way_out
 from sdg_plugins.servers.responses import count_choices, error_text, merged, parse_reply, read_json, tokens_in, worst
 from sdg_plugins.servers.transport import Answer, Broken, Transport, Unreached
@@ -41,7 +41,7 @@ class Client:
 
     def __init__(self, transport: Transport, pool: Pool, run: sdg.Run) -> None:
         self.transport, self.pool, self.counts, self._stop = transport, pool, run.counts, run.stop
-        self.secrets = Secrets(secret_names(run))
+        self.secrets = secrets_of(run.options)
         self.stream: bool = run.options.stream
         self.max_retries: int = run.options.max_retries
         self.keep_empty: bool = run.options.empty_answers == "keep"
@@ -51,6 +51,11 @@ class Client:
         self._fine_until = 0.0  # loop time until which an answered probe counts
         self._probed_status: int | None = None  # of the last probe that was refused
         self._ignores_n = False
+
+    @property
+    def answers(self) -> bool:
+        """True once the server has answered something, if only the smallest request."""
+        return self.pool.successes > 0 or self._fine_until > 0
 
     def parse(self, body: bytes) -> sdg.Reply:
         """The reply in a stored response."""
@@ -262,8 +267,3 @@ class Client:
         """Several responses as one."""
         body = merged(bodies)
         return sdg.Response(self.parse(body), body)
-
-
-def secret_names(run: sdg.Run) -> list[str]:
-    """The environment variables whose values are sent to servers and must not appear anywhere."""
-    return [run.options.api_key_env, *dict(run.options.header_env or []).values()]

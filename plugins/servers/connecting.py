@@ -14,8 +14,8 @@ from collections.abc import AsyncIterator, Sequence
 from typing import NamedTuple
 
 import sdg
-from sdg_plugins.common.secrets import Secrets
-from sdg_plugins.servers.client import Client, secret_names
+from sdg_plugins.common.secrets import Secrets, secrets_of
+from sdg_plugins.servers.client import Client
 from sdg_plugins.servers.load import watch_load
 from sdg_plugins.servers.pool import Pace, Pool
 from sdg_plugins.servers.responses import error_text, read_json
@@ -135,7 +135,7 @@ async def find_root(run: sdg.Run, transport: Transport, url: str) -> Found:
         answer = answers[root] = await get(transport, root, "/models", url)
         if answer.status == 200 and (models := models_in(answer.body)) is not None:
             return Found(root, models)
-    secrets = Secrets(secret_names(run))
+    secrets = secrets_of(run.options)
     if not run.options.model:
         refuse_without_list(url, answers, secrets, run.options.api_key_env)
     for root in answers:

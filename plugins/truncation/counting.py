@@ -20,10 +20,11 @@ import orjson
 import sdg
 from sdg_plugins.servers.client import LONGEST_PAUSE, Client
 from sdg_plugins.servers.pool import Pool
-from sdg_plugins.servers.responses import without_key
+from sdg_plugins.servers.transport import Broken, Unreached, root_of
 from sdg_plugins.truncation.cutting import texts_of
 from sdg_plugins.truncation.model_files import FILES, Unusable, chat_template, model_files, template_arguments
 
+PATIENCE = 60.0  # s for one response
 COUNTS_AT_ONCE = 16
 LONGEST_INLINE = 4096  # characters that are tokenized on the event loop: a thread would take longer
 CHARACTERS_PER_TOKEN = 3.5  # as long as nothing has been counted
@@ -51,49 +52,44 @@ async def available_server(pool: Pool) -> sdg.Upstream:
 
 
 async def fetch_json(
-    client: Client, method: str, path: str, body: Any = None, attempts: int = 1, server: sdg.Upstream | None = None
+    client: Client, path: str, body: Any = None, attempts: int = 1, server: sdg.Upstream | None = None
 ) -> Any:
     """Fetch a server's JSON response to a request that is not a completion.
 
     Args:
-        client: whose session and pool are used.
-        method: of HTTP.
+        client: whose transport and pool are used.
         path: below the server's address; `/models` is below its API root.
-        body: sent as JSON, if not None.
+        body: posted as JSON; None gets the page.
         attempts: how often to send it.
         server: the server to ask; by default any one that is available.
 
     Raises:
         Unusable: there was no response, or not a JSON one.
     """
-    import aiohttp
-
-    data, reason = (None if body is None else orjson.dumps(body)), ""
+    reason = ""
     for attempt in range(attempts):
         if attempt:
             await asyncio.sleep(random.uniform(0, min(LONGEST_PAUSE, 2.0**attempt)))
         upstream = server or await available_server(client.pool)
-        url = upstream.url + path if path == "/models" else upstream.url.removesuffix("/v1") + path
-        sent = asyncio.get_running_loop().time()
+        root = upstream.url if path == "/models" else root_of(upstream.url)
+        sent, where = asyncio.get_running_loop().time(), sdg.redact(root + path)
         try:
-            timeout = aiohttp.ClientTimeout(total=60)
-            async with client.session.request(method, url, data=data, timeout=timeout) as response:
-                raw = without_key(await response.read(), client.key_name)
-            if response.status == 200:
-                return orjson.loads(raw)
-            reason = f"{response.status} from {sdg.redact(url)}"
-            if response.status < 500 and response.status not in {408, 425, 429}:
-                raise Unusable(reason, response.status)
+            if body is None:
+                answer = await client.transport.get(root, path, PATIENCE)
+            else:
+                answer = await client.transport.post(root, path, orjson.dumps(body))
+            if answer.status == 200:
+                return orjson.loads(client.secrets.hidden(answer.body))
+            reason = f"{answer.status} from {where}"
+            if answer.status < 500 and answer.status not in {408, 425, 429}:
+                raise Unusable(reason, answer.status)
         except ValueError as exc:
-            raise Unusable(f"the response of {sdg.redact(url)} is not JSON") from exc
-        except (aiohttp.ClientError, OSError) as exc:
-            reason = f"{sdg.redact(url)}: {sdg.redact(str(exc)) or type(exc).__name__}"
-            if isinstance(exc, aiohttp.ClientConnectorError):
-                client.pool.failed(upstream, sent, patience=1)
+            raise Unusable(f"the response of {where} is not JSON") from exc
+        except (Unreached, Broken, TimeoutError) as exc:
+            reason = f"{where}: {sdg.redact(str(exc))}"
+            if isinstance(exc, Unreached):
+                client.pool.failed(upstream, sent, reason, patience=1)
     raise Unusable(reason)
-
-
-# ── Ways of counting ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class TokenCounter(Protocol):
@@ -152,7 +148,7 @@ class ServerCounter:
 
     async def _tokenize(self, question: dict[str, Any]) -> int:
         attempts = 1 + self._client.max_retries
-        answer = await fetch_json(self._client, "POST", "/tokenize", {"model": self._model, **question}, attempts)
+        answer = await fetch_json(self._client, "/tokenize", {"model": self._model, **question}, attempts)
         count = answer.get("count") if isinstance(answer, dict) else None
         if not isinstance(count, int):
             raise Unusable("the response of the server's /tokenize has no count")

@@ -20,7 +20,7 @@ import orjson
 import xxhash
 
 import sdg
-from sdg_plugins.servers.responses import error_in
+from sdg_plugins.servers.responses import error_in, words_in
 from sdg_plugins.truncation.counting import Tokens, available_server, fetch_json
 from sdg_plugins.truncation.cutting import (
     PARAGRAPH,
@@ -35,6 +35,7 @@ from sdg_plugins.truncation.cutting import (
 )
 from sdg_plugins.truncation.model_files import Unusable
 
+SURELY_SHORT = 4000  # bytes of a request that every model takes
 COMPLETION_SHARE = 4  # one part in so many of the context is kept for the completion if there is no max_tokens
 TEMPLATE = 1024  # tokens that a chat template may add, such as a default system prompt; see `allowance`
 PER_MESSAGE = 16  # tokens that it adds to each message: role, separators
@@ -49,13 +50,19 @@ NUMBER = r"(\d{1,3}(?:,\d{3}){1,3}|\d{1,10})(?!\d)"  # bounded: a refusal may ec
 
 # vLLM: "maximum context length is 2048 tokens", "maximum model length of 2048"; SGLang: "context length (2048 tokens)";
 # llama.cpp: "n_ctx": 2048; TGI: "`inputs` tokens + `max_new_tokens` must be <= 2048", "`inputs` must have less than
-# 2048 tokens"; Gemini: "maximum number of tokens allowed (2048)"; Anthropic: "9000 tokens > 2048 maximum"
+# 2048 tokens"; Gemini: "maximum number of tokens allowed (2048)"; Anthropic: "9000 tokens > 2048 maximum"; Mistral:
+# "too large for model with 2048 maximum context length"; others: "input limit of 2048", "exceeds the 2048 token limit"
 CONTEXT_STATED = re.compile(
     r"(?:context (?:length|size|window)|maximum model length|max_model_len|max_total_tokens|n_ctx|tokens >"
-    r"|inputs\W+tokens \+ \W?max_new_tokens|inputs\W+must have|maximum number of tokens allowed)"
-    rf"[^\d\n]{{0,20}}?{NUMBER}",
+    r"|inputs\W+tokens \+ \W?max_new_tokens|inputs\W+must have|maximum number of tokens allowed"
+    r"|(?:input|prompt|token|sequence)s?(?: token| length)? limit|max(?:imum)?[ _](?:input|prompt|seq(?:uence)?)"
+    r"[ _](?:length|len|tokens|size))"
+    rf"[^\d\n]{{0,20}}?{NUMBER}"
+    rf"|(?<!\d){NUMBER}[ -](?:tokens? )?(?:max(?:imum)? (?:context|input|prompt|sequence|model)"
+    r"|context (?:length|size|window|limit)|tokens? (?:limit|maximum)|limit)",
     re.IGNORECASE,
 )
+OTHER_CODES = {"content_filter", "content_policy_violation", "invalid_api_key", "model_not_found"}  # not of a length
 
 
 @sdg.hookimpl
@@ -104,6 +111,7 @@ class Fitter:
         self._asking = asyncio.Lock()
         self._bases: dict[bytes, int] = {}  # tokens of prompts without the document; most rollouts have one or two
         self._reported = False
+        self._longest = 0  # bytes of a request that was answered
 
     async def send(self, request: sdg.Request) -> sdg.Response:
         """Send a request, with the document in it cut if necessary; the response then has `sdg_truncated`.
@@ -130,6 +138,7 @@ class Fitter:
                 self.client.counts["retries.context"] += 1
                 fitted, limit = shorter, found if certain else None
         self._learn(limit)
+        self._longest = max(self._longest, len(fitted.body))
         if fitted is request:
             return response
         body = orjson.dumps({**orjson.loads(response.body), "sdg_truncated": True})
@@ -237,7 +246,7 @@ class Fitter:
     async def _context_of(self, upstream: sdg.Upstream) -> int | None:
         """The context in a server's list of models."""
         try:
-            cards = (await fetch_json(self.client, "GET", "/models", attempts=2, server=upstream))["data"]
+            cards = (await fetch_json(self.client, "/models", attempts=2, server=upstream))["data"]
             named = {card["id"]: card for card in cards}
             card = named.get(self.run.model) or (cards[0] if len(cards) == 1 else {})
         except (Unusable, LookupError, TypeError):  # not every server has a list
@@ -252,22 +261,29 @@ class Fitter:
                 sdg.say(f"the server accepts {limit:,} tokens, not {self._limit:,}: prompts are fitted to that")
             self._limit = limit
 
-    async def _limit_in(self, failure: sdg.RequestFailed, payload: dict[str, Any]) -> tuple[int | None, bool]:
+    async def _limit_in(self, failure: sdg.RequestFailed, request: sdg.Request) -> tuple[int | None, bool]:
         """The context according to a refusal, and whether that is certain; None if it is about something else.
 
         It must be a number that the tokens of this very prompt exceed. One that the refusal does not call the context
-        is a guess, and is only tried if the refusal has a code that says what it is about.
+        is a guess, and is only tried if the refusal has a code that says what it is about. A refusal in unknown words
+        may be about the length if shorter requests are answered: half of it is tried.
         """
-        if failure.status not in {400, 413, 422}:
+        payload = request.payload
+        if failure.status not in {400, 413, 422} or not texts_of(payload):
             return None, False
         stated, guesses, coded = limits_in(failure, payload)
-        if not (stated or coded) or not texts_of(payload):
+        if not (stated or coded) and not self._may_be_too_long(failure, request):
             return None, False
         tokens = await self._count(payload, self._limit or TEMPLATE) + (max_completion(payload) or 1)
         for limits in (stated, guesses):
             if exceeded := [limit for limit in limits if limit < tokens]:
                 return exceeded[0], limits is stated
-        return (tokens // 2, False) if coded else (None, False)
+        return (None, False) if stated and not coded else (tokens // 2, False)
+
+    def _may_be_too_long(self, failure: sdg.RequestFailed, request: sdg.Request) -> bool:
+        """True if nothing speaks against a refusal being about the length: a longer request has not been answered."""
+        other = OTHER_CODES & words_in(error_in(failure.body))
+        return not other and self.client.answers and len(request.body) > max(self._longest, SURELY_SHORT)
 
     # Lengths of text
 
@@ -405,7 +421,7 @@ def limits_in(failure: sdg.RequestFailed, payload: dict[str, Any]) -> tuple[list
     numbers = set(possible(re.findall(rf"(?<!\d){NUMBER}", refusal)) if coded else []) - {completion}
     # The number in "at least 1049 input tokens" is the context less the completion, plus one.
     guesses = sorted(number for number in numbers if number + completion - 1 not in numbers)
-    return possible(match[1] for match in stated), guesses, coded
+    return possible(match[1] or match[2] for match in stated), guesses, coded
 
 
 def refusal_text(error: dict[str, Any]) -> str:
