@@ -795,7 +795,7 @@ def test_the_parts_of_a_document_are_run_and_their_texts_joined(split: Job, serv
         assert part.prompt.endswith(AFTER)
         assert 0.4 * (CONTEXT - ANSWER) < tiny_tokenizer.count(part.payload) <= CONTEXT - ANSWER
     assert output.stats()["truncated"] == 0
-    assert "| Long documents | run in parts" in (output.path / "README.md").read_text()
+    assert "| Long documents | split into parts" in (output.path / "README.md").read_text()
     assert split.verify().rc == 0
 
 
