@@ -1541,7 +1541,7 @@ class Engine:
             await self._draining
         if self._open and not self.stopping:
             raise StateError(f"chunks {sorted(self._open)[:5]} are unfinished: run again, and please report this")
-        self._check_failure_rate(self.tally["failed"], sum(self.tally.values()))
+        self._check_failure_rate(self.tally["failed"], sum(self.tally.values()), least=1)
 
     def stop(self) -> None:
         """Start nothing new, give requests in flight a moment, then cancel them."""
@@ -1701,9 +1701,9 @@ class Engine:
             if len(self._recent) == RECENT:
                 self._check_failure_rate(sum(self._recent), RECENT, "the last ")
 
-    def _check_failure_rate(self, failed: int, documents: int, which: str = "") -> None:
+    def _check_failure_rate(self, failed: int, documents: int, which: str = "", least: int = 100) -> None:
         most = self.run.options.max_failure_rate
-        if documents >= 100 and failed > most * documents and not self.stopping:
+        if documents >= least and failed > most * documents and not self.stopping:
             reasons = [f"; {times} times: {self.examples[kind]}" for kind, times in self.reasons.most_common(1)]
             self.run.stop(
                 TooManyFailures(

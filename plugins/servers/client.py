@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import orjson
 
@@ -19,15 +19,7 @@ if TYPE_CHECKING:
     from sdg_plugins.servers.pool import Pool, Suspicion
 
 STORM_PATIENCE = 10  # × --max-retries: overloaded responses that one request accepts while others are answered
-FINE = 10.0  # s that an answered probe shows that a server does not refuse everything
 LONGEST_PAUSE = 60.0  # s: the longest pause between two attempts, unless the server asks for more
-
-
-class Before(NamedTuple):
-    """How things stood when a request was sent: responses received so far, and whether streams were asked for."""
-
-    successes: int
-    stream: bool
 
 
 class Client:
@@ -48,14 +40,14 @@ class Client:
         self._options = run.options
         self._time = asyncio.get_running_loop().time
         self._probing = asyncio.Lock()
-        self._fine_until = 0.0  # loop time until which an answered probe counts
+        self._answered_at = 0.0  # loop time at which the last answered probe was sent
         self._probed_status: int | None = None  # of the last probe that was refused
         self._ignores_n = False
 
     @property
     def answers(self) -> bool:
         """True once the server has answered something, if only the smallest request."""
-        return self.pool.successes > 0 or self._fine_until > 0
+        return self.pool.successes > 0 or self._answered_at > 0
 
     def parse(self, body: bytes) -> sdg.Reply:
         """The reply in a stored response."""
@@ -78,7 +70,7 @@ class Client:
             upstream = await self.pool.acquire(suspicion, request)
             if suspicion and upstream is not suspicion.upstream:
                 suspicion = None
-            crashes, before = upstream.crashes, Before(self.pool.successes, self.stream)
+            crashes, successes, streamed = upstream.crashes, self.pool.successes, self.stream
             try:
                 response = await self._attempt(upstream, request)
                 upstream.quarantine.cleared += suspicion is not None
@@ -91,9 +83,9 @@ class Client:
             finally:
                 self.pool.release(upstream)
             died = doubtful and await self.pool.examine(upstream, crashes)
-            if not self.pool.stopped and await self._refuses_everything(upstream, request, failure, before):
+            if not self.pool.stopped and await self._refuses_everything(upstream, request, failure, streamed):
                 self._stop(sdg.ServerError(f"{failure}; {way_out(failure, self._options)}"))
-            if self.pool.stopped and (failure.retry or failure.status in {401, 402, 403}):
+            if self.pool.stopped and (failure.retry or failure.account or failure.status in WHATEVER_IS_ASKED):
                 raise asyncio.CancelledError  # the run's fault, not the document's
             if failure.unreached:
                 continue  # the server is set aside or down: waiting for a slot is the pause
@@ -101,7 +93,7 @@ class Client:
                 suspicion = self._suspect(upstream, suspicion, together)
                 continue
             failure.attempts = attempts = attempts + 1
-            others = self.pool.successes > before.successes
+            others = self.pool.successes > successes
             storms += failure.overload and others
             spent += not failure.overload
             if self._is_given_up(failure, spent, storms):
@@ -211,46 +203,43 @@ class Client:
     # Whose fault it is
 
     async def _refuses_everything(
-        self, upstream: sdg.Upstream, request: sdg.Request, failure: sdg.RequestFailed, before: Before
+        self, upstream: sdg.Upstream, request: sdg.Request, failure: sdg.RequestFailed, streamed: bool
     ) -> bool:
         """True if a refusal concerns the account or the URL rather than this request.
 
-        It does not if another request was answered meanwhile; otherwise the smallest possible request decides.
+        The smallest possible request decides, sent after the refusal came: the account may have just come to its end.
+        A server that refuses everything with 400 may respond only in streams: then the request is sent again.
         """
-        if failure.account:
-            return True
-        status = failure.status or 0
+        status, came = failure.status or 0, self._time()
         doubtful = status in WHATEVER_IS_ASKED or 300 <= status < 400
-        first = status == 400 and not self.pool.successes  # it may respond only in streams
-        if not (doubtful or first):
-            return False
+        if failure.account or failure.retry or not (doubtful or (status == 400 and not streamed)):
+            return failure.account
         async with self._probing:
-            if self.stream and not before.stream:
-                failure.retry = True
+            if status == 400 and (self.stream or self.answers):
+                failure.retry = self.stream
                 return False
-            if self.pool.successes > before.successes or self._time() < self._fine_until:
-                return False
-            if await self._answers(upstream, request, self.stream):
-                self._fine_until = self._time() + FINE
+            if self._answered_at > came or await self._answers(upstream, request, self.stream):
                 return False
             refuses = doubtful and self._probed_status == status
             if status == 400 and not self.stream and await self._answers(upstream, request, stream=True):
                 sdg.say(f"{sdg.redact(upstream.url)} responds only in streams: --stream is on from now on")
                 self.stream = failure.retry = True
-                return False
             return refuses
 
     async def _answers(self, upstream: sdg.Upstream, request: sdg.Request, stream: bool) -> bool:
         """True if a server answers the smallest possible request of this kind."""
         self.counts["probes"] += 1
+        sent = self._time()
         try:
             self.understood(upstream, await self.exchange(upstream, smallest(request), stream))
         except sdg.RequestFailed as exc:
             self._probed_status = exc.status
-            return exc.cause in {"empty", "refusal"}  # a completion of a few tokens may hold only reasoning
+            if exc.cause not in {"empty", "refusal"}:  # a completion of a few tokens may hold only reasoning
+                return False
         except (Unreached, Broken, TimeoutError):
             self._probed_status = None
             return False
+        self._answered_at = sent
         return True
 
     # Fewer completions than asked for

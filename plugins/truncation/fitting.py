@@ -127,7 +127,7 @@ class Fitter:
                 response = await self._send(fitted)
                 break
             except sdg.RequestFailed as exc:
-                found, certain = await self._limit_in(exc, fitted.payload) if attempt < ATTEMPTS else (None, False)
+                found, certain = await self._limit_in(exc, fitted) if attempt < ATTEMPTS else (None, False)
                 if found is None:
                     raise
                 self.client.counts.subtract([f"given_up.{exc.cause}"])

@@ -309,6 +309,8 @@ class FakeServer:
             answer = None
         if isinstance(answer, Status):
             return _error(answer)
+        if isinstance(answer, Raw):
+            return web.Response(status=answer.status, body=answer.body, content_type="application/json")
         body = _body(record, Answer("Hi"))
         return await self._stream(request, record, body) if record.payload.get("stream") else web.json_response(body)
 
