@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from fake_server import Answer, FakeServer, Hang, Status, prompt_of
+from fake_server import PROBE, Answer, FakeServer, Hang, Status, prompt_of
 from running import Finished, Job, Output, documents
 
 # The text of a document determines its outcome.
@@ -136,13 +136,19 @@ def test_too_many_failures_stop_the_run_early(job: Job, server: FakeServer) -> N
     assert len(output.failed()) == 100
 
 
-def test_few_documents_may_all_fail(job: Job, server: FakeServer) -> None:
-    job.input(documents(20))
-    server.behave(lambda payload, n: Status(400))
+@pytest.mark.parametrize(("failing", "rate", "code"), [(20, 0.1, 3), (2, 0.1, 0), (3, 0.1, 3), (1, 0, 3), (0, 0, 0)])
+def test_the_failure_rate_of_few_documents_is_judged_at_the_end(
+    job: Job, server: FakeServer, failing: int, rate: float, code: int
+) -> None:
+    rows = documents(20)
+    job.input(rows)
+    bad = {row["text"] for row in rows[:failing]}
+    server.behave(lambda payload, n: Status(400) if prompt_of(payload) in bad else None)
 
-    output = job.succeed(max_failure_rate=0.01)
+    assert job(max_failure_rate=rate).rc == code
 
-    assert len(output.failed()) == 20
+    assert len(job.output.failed()) == failing
+    assert len(job.output.rows()) == 20 - failing
     assert job.verify().rc == 0
 
 
@@ -332,7 +338,7 @@ def test_verify_accepts_what_is_complete_and_changes_nothing(finished_output: Ou
 
 def test_verify_reports_the_documents_that_an_interrupted_run_left(job: Job, server: FakeServer) -> None:
     job.input(documents(10))
-    server.behave(lambda payload, n: Status(401) if prompt_of(payload) == "document 5" else None)
+    server.behave(lambda payload, n: Status(401) if prompt_of(payload) in {"document 5", PROBE} else None)
     assert job(records_per_chunk=2, max_concurrent_generations=1).rc == 1
 
     verified = job.verify()

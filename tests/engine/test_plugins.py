@@ -278,7 +278,7 @@ def test_an_observer_that_fails_does_not_hide_why_the_run_ended(job: Job, server
     job.documents(*map(str, range(200)))
     server.behave(lambda payload, n: Status(400))
 
-    finished = job(plugin=["observer.py", job.options["plugin"]])
+    finished = job(plugin=["observer.py", job.options["plugin"]], max_failure_rate=0.1)
 
     assert finished.rc == 3
     assert "no room on the board" in finished.stderr

@@ -576,7 +576,7 @@ def test_numbers_in_one_documents_refusal_cut_no_document(long: Job, server: Fak
     (failure,) = output.failures()
     assert str(refusal.status) in failure["error"]
     assert [row["rollout_results"][0]["truncated"] for row in output.rows()] == [False]
-    assert len(server.requests) == 2
+    assert len(server.requests) <= 2 + fitting.ATTEMPTS  # a refusal in unknown words is tried with half of the document
 
 
 def test_a_refusal_that_quotes_a_document_about_contexts_is_not_taken_for_one(long: Job, server: FakeServer) -> None:
