@@ -326,7 +326,7 @@ class Upstream:
         answers: responses received; with `progressed` it tells the plugin whether the server still works.
         progressed: loop time of the last response or token, or of the first request after an idle period.
         failures: failed requests in a row, of requests that were sent one after the other.
-        storms: overloaded responses since the last one that was answered, of requests sent one after the other.
+        overloaded_at: loop time since which it has had no capacity for any request; 0 if it has some.
         until: loop time before which no request is sent, for this `reason`.
         convicted: requests that have crashed the server with no other request in flight.
     """
@@ -341,16 +341,16 @@ class Upstream:
         self.up = asyncio.Event()
         self.gone = False
         self.status = ""
-        self.crashes = self.active = self.answers = self.failures = self.storms = self.convicted = 0
+        self.crashes = self.active = self.answers = self.failures = self.convicted = 0
         self.reason = ""
-        self.progressed = self.until = self.failed_at = 0.0
+        self.progressed = self.until = self.failed_at = self.overloaded_at = 0.0
         self.changed: Callable[[bool], None] = lambda risen: None  # set by the pool
         if examine is None:
             self.up.set()
 
     def rise(self) -> None:
         """The server is ready for requests."""
-        self.failures = self.storms = 0
+        self.failures, self.overloaded_at = 0, 0.0
         self.until = 0.0
         self.up.set()
         self.changed(True)

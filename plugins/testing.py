@@ -343,7 +343,8 @@ def with_config(
                 plugins.add(module, "")
         plugins.readers["rows"] = sdg.Entry(lambda run: RowsReader([]), __name__, "")
         rollout = register(plugins)
-        common = {"output": f"{folder}/output", "state-dir": f"{folder}/state", "max-concurrent-documents": 1}
+        common: dict[str, Any] = {"output": f"{folder}/output", "state-dir": f"{folder}/state"}
+        common |= {"max-concurrent-documents": 1, "max-failure-rate": 1}  # failures are results, too
         argv = as_arguments({**common, "no-progress": True, **options}, [])
         try:
             config = parse_with(plugins, rollout, argv)

@@ -19,7 +19,59 @@ if TYPE_CHECKING:
     from sdg_plugins.servers.pool import Pool, Suspicion
 
 STORM_PATIENCE = 10  # × --max-retries: overloaded responses that one request accepts while others are answered
+LONELY = 2  # overloaded responses in a row to one request, with no other answered: is it this request?
 LONGEST_PAUSE = 60.0  # s: the longest pause between two attempts, unless the server asks for more
+
+
+class Tries:
+    """What has become of one request so far.
+
+    Args:
+        most: attempts after the first one that may fail.
+        answered: responses to all requests so far.
+
+    Attributes:
+        sent: attempts.
+        spent: those that count, because the server could have answered.
+        alone: those in a row for which no server had capacity, nor for any other request.
+        answered: responses to all requests, at the last attempt.
+        failure: the last one.
+        pause: seconds before the next one.
+        suspicion: that the request has crashed its server.
+    """
+
+    def __init__(self, most: int, answered: int) -> None:
+        self.most, self.answered = most, answered
+        self.sent = self.spent = self.alone = self._storms = 0
+        self.pause = 0.0
+        self.failure: sdg.RequestFailed | None = None
+        self.suspicion: Suspicion | None = None
+
+    def another_after(self, failure: sdg.RequestFailed, answered: int) -> bool:
+        """Take in a failure; True if another attempt is worth while.
+
+        That a server has no capacity counts only if it has answered others since, and then for little: many requests
+        may compete for the few that it accepts.
+        """
+        self.failure, failure.attempts, self.pause = failure, self.sent, 0.0
+        if failure.overload:  # the server is set aside: waiting for a slot is the pause
+            others = answered > self.answered
+            self._storms, self.alone = self._storms + others, 0 if others else self.alone + 1
+        else:
+            self.spent, self.alone = self.spent + 1, 0
+            longest = min(LONGEST_PAUSE, 0.5 * 2.0 ** min(self.spent, 10))
+            self.pause = max(failure.retry_after or 0.0, random.uniform(0, longest))  # full jitter
+        self.answered = answered
+        most = self.most if failure.most_attempts is None else min(self.most, failure.most_attempts - 1)
+        return failure.retry and self.spent <= most and self._storms <= STORM_PATIENCE * self.most
+
+    def failed_alone(self, answered: int) -> None:
+        """The server has capacity, but had none for this request; raise the last failure if no attempt is left."""
+        assert self.failure
+        self.spent, self.alone, self.answered = self.spent + 1, 0, answered
+        if self.spent > self.most:
+            self.failure.retry = False
+            raise self.failure
 
 
 class Client:
@@ -29,15 +81,16 @@ class Client:
         transport: sends bytes over HTTP.
         pool: the servers.
         run: whose options and counts are used.
+        doubt: what speaks against the model, before anything was asked.
     """
 
-    def __init__(self, transport: Transport, pool: Pool, run: sdg.Run) -> None:
+    def __init__(self, transport: Transport, pool: Pool, run: sdg.Run, doubt: str = "") -> None:
         self.transport, self.pool, self.counts, self._stop = transport, pool, run.counts, run.stop
         self.secrets = secrets_of(run.options)
         self.stream: bool = run.options.stream
         self.max_retries: int = run.options.max_retries
         self.keep_empty: bool = run.options.empty_answers == "keep"
-        self._options = run.options
+        self._options, self._doubt = run.options, doubt
         self._time = asyncio.get_running_loop().time
         self._probing = asyncio.Lock()
         self._answered_at = 0.0  # loop time at which the last answered probe was sent
@@ -64,16 +117,15 @@ class Client:
         Raises:
             RequestFailed: it was refused, or no attempt is left.
         """
-        attempts = spent = storms = 0
-        suspicion: Suspicion | None = None
+        tries = Tries(self.max_retries, self.pool.successes)
         while True:
-            upstream = await self.pool.acquire(suspicion, request)
-            if suspicion and upstream is not suspicion.upstream:
-                suspicion = None
-            crashes, successes, streamed = upstream.crashes, self.pool.successes, self.stream
+            upstream = await self.pool.acquire(tries.suspicion, request)
+            if tries.suspicion and upstream is not tries.suspicion.upstream:
+                tries.suspicion = None
+            crashes, streamed = upstream.crashes, self.stream
             try:
-                response = await self._attempt(upstream, request)
-                upstream.quarantine.cleared += suspicion is not None
+                response = await self._try(upstream, request, tries)
+                upstream.quarantine.cleared += tries.suspicion is not None
                 return response
             except sdg.RequestFailed as exc:
                 failure, together = exc, upstream.quarantine.together
@@ -84,29 +136,38 @@ class Client:
                 self.pool.release(upstream)
             died = doubtful and await self.pool.examine(upstream, crashes)
             if not self.pool.stopped and await self._refuses_everything(upstream, request, failure, streamed):
-                self._stop(sdg.ServerError(f"{failure}; {way_out(failure, self._options)}"))
+                self._stop(sdg.ServerError(f"{failure}; {way_out(failure, self._options, self._doubt)}"))
             if self.pool.stopped and (failure.retry or failure.account or failure.status in WHATEVER_IS_ASKED):
                 raise asyncio.CancelledError  # the run's fault, not the document's
             if failure.unreached:
                 continue  # the server is set aside or down: waiting for a slot is the pause
             if died:
-                suspicion = self._suspect(upstream, suspicion, together)
+                tries.suspicion = self._suspect(upstream, tries.suspicion, together)
                 continue
-            failure.attempts = attempts = attempts + 1
-            others = self.pool.successes > successes
-            storms += failure.overload and others
-            spent += not failure.overload
-            if self._is_given_up(failure, spent, storms):
+            if not tries.another_after(failure, self.pool.successes):
                 self.counts[f"given_up.{failure.cause}"] += 1
                 raise failure
             self.counts[f"retries.{failure.cause}"] += 1
-            if not failure.overload:  # otherwise the server is set aside
-                longest = min(LONGEST_PAUSE, 0.5 * 2.0 ** min(spent, 10))
-                await asyncio.sleep(max(failure.retry_after or 0.0, random.uniform(0, longest)))  # full jitter
+            await asyncio.sleep(tries.pause)
 
-    def _is_given_up(self, failure: sdg.RequestFailed, spent: int, storms: int) -> bool:
-        most = self.max_retries if failure.most_attempts is None else min(self.max_retries, failure.most_attempts - 1)
-        return not failure.retry or spent > most or storms > STORM_PATIENCE * self.max_retries
+    async def _try(self, upstream: sdg.Upstream, request: sdg.Request, tries: Tries) -> sdg.Response:
+        """One attempt, after a smallest request if a server has had no capacity for this one again and again."""
+        if tries.alone >= LONELY and self.pool.successes == tries.answered:
+            await self._find_capacity(upstream, request)
+            tries.failed_alone(self.pool.successes)
+        tries.sent += 1
+        return await self._attempt(upstream, request)
+
+    async def _find_capacity(self, upstream: sdg.Upstream, request: sdg.Request) -> None:
+        """Send the smallest request. Raises RequestFailed if the server has no capacity for that either."""
+        self.counts["requests"] -= 1
+        self.counts["probes"] += 1
+        try:
+            await self._attempt(upstream, smallest(request))
+        except sdg.RequestFailed as exc:
+            if exc.retry and exc.cause != "empty":  # a completion of a few tokens may hold only reasoning
+                raise
+            self.pool.succeeded(upstream)
 
     def _suspect(self, upstream: sdg.Upstream, earlier: Suspicion | None, together: int) -> Suspicion:
         """Suspect a request of having crashed its server, with `together` requests in flight; raise if it is proved."""
@@ -143,6 +204,9 @@ class Client:
         except sdg.RequestFailed as exc:
             self._learn(upstream, exc, sent)
             raise
+        if self._doubt:
+            sdg.say(f"{self._doubt}; but it answers")
+            self._doubt = ""
         self.pool.succeeded(upstream)
         self.pool.set_aside(upstream, quota_pause(answer.headers), "the quota in its headers is used up")
         self.pool.pace.correct(request, response.reply.usage)

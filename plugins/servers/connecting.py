@@ -50,12 +50,12 @@ async def connect(run: sdg.Run, servers: Sequence[str | sdg.Upstream]) -> AsyncI
         trust_env=not local,
     ) as session:
         transport = Transport(session, options.request_timeout)
-        upstreams = await find_upstreams(run, transport, servers)
+        upstreams, doubt = await find_upstreams(run, transport, servers)
         pool = Pool(upstreams, limit, Pace(options.requests_per_minute, options.tokens_per_minute))
         for upstream in pool.upstreams:
             upstream.model = run.model
         async with watch_load(transport, pool):
-            yield Client(transport, pool, run)
+            yield Client(transport, pool, run, doubt)
 
 
 def headers_of(run: sdg.Run) -> dict[str, str]:
@@ -76,21 +76,24 @@ def headers_of(run: sdg.Run) -> dict[str, str]:
 
 async def find_upstreams(
     run: sdg.Run, transport: Transport, servers: Sequence[str | sdg.Upstream]
-) -> list[sdg.Upstream]:
-    """The servers, each with its API root; settles `run.model`."""
+) -> tuple[list[sdg.Upstream], str]:
+    """The servers, each with its API root, and what speaks against the model; settles `run.model`."""
     launched = [server for server in servers if isinstance(server, sdg.Upstream)]
     known = [server.model for server in launched if server.model]
     if len(known) == len(servers):
         run.model = known[0]
-        return launched
+        return launched, ""
     for upstream in launched:
         await upstream.up.wait()
     urls = [server if isinstance(server, str) else server.url for server in servers]
-    roots = await find_roots(run, transport, urls)
-    return [
+    roots, served = await find_roots(run, transport, urls)
+    run.model = choose_model(run.options.model, served)
+    upstreams = [
         server if isinstance(server, sdg.Upstream) else sdg.Upstream(root)
         for server, root in zip(servers, roots, strict=True)
     ]
+    doubt = "" if run.model in served or not served else unlisted(run.model, served)
+    return upstreams, doubt
 
 
 class Found(NamedTuple):
@@ -98,11 +101,10 @@ class Found(NamedTuple):
 
     root: str
     models: list[str] | None
-    doubts: str = ""  # why the list cannot be relied on
 
 
-async def find_roots(run: sdg.Run, transport: Transport, urls: list[str]) -> list[str]:
-    """The API roots of some base URLs; settles `run.model`."""
+async def find_roots(run: sdg.Run, transport: Transport, urls: list[str]) -> tuple[list[str], list[str]]:
+    """The API roots of some base URLs, and the models that they list."""
     found = [await try_root(run, transport, url) for url in urls]
     dead = [outcome for outcome in found if isinstance(outcome, sdg.Unreachable)]
     if len(dead) == len(found):
@@ -110,14 +112,16 @@ async def find_roots(run: sdg.Run, transport: Transport, urls: list[str]) -> lis
     for exc in dead:
         sdg.say(f"{exc} Meanwhile the other servers are used.")
     live = [outcome for outcome in found if isinstance(outcome, Found)]
-    run.model = choose_model(run.options.model, sorted({model for each in live for model in each.models or []}))
+    served = sorted({model for each in live for model in each.models or []})
+    model = choose_model(run.options.model, served)
     for each in live:
-        if each.models and run.model not in each.models and any(run.model in (other.models or []) for other in live):
-            raise sdg.ServerError(f"{sdg.redact(each.root)} does not serve {run.model}, but {', '.join(each.models)}")
-    return [
+        if each.models and model not in each.models and model in served:
+            raise sdg.ServerError(f"{sdg.redact(each.root)} does not serve {model}, but {', '.join(each.models)}")
+    roots = [
         candidates_of(url)[0] if isinstance(each, sdg.Unreachable) else each.root
         for url, each in zip(urls, found, strict=True)
     ]
+    return roots, served
 
 
 async def try_root(run: sdg.Run, transport: Transport, url: str) -> Found | sdg.Unreachable:
@@ -209,14 +213,17 @@ def models_in(raw: bytes) -> list[str] | None:
 def choose_model(asked: str | None, served: list[str]) -> str:
     """The model to ask for; ServerError if the choice is open. A name that is not listed may be an alias."""
     if asked:
-        if served and asked not in served:
-            near = difflib.get_close_matches(asked, served, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            sdg.say(f"the server does not list --model {asked}, but {', '.join(served[:20])}{hint}")
         return asked
     if len(served) == 1:
         return served[0]
     raise sdg.ServerError(f"--model is needed; the server serves: {', '.join(served[:20]) or 'no model that it lists'}")
+
+
+def unlisted(model: str, served: list[str]) -> str:
+    """What to say of a model that the server does not list."""
+    near = difflib.get_close_matches(model, served, n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    return f"the server does not list --model {model}, but {', '.join(served[:20])}{hint}"
 
 
 def limit_of_files(requests: int) -> int:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 FIRST_LIMIT = 64  # requests in flight on a server whose load is unknown: doubled each second while it copes
 PATIENCE = 8  # failures in a row before a server is set aside
 LONGEST_ASIDE = 30.0  # s that a server is set aside for its failures, unless it asks for more
+SHORT_ASIDE, LATER_ASIDE = 2.0, 0.1  # s and, once an overload lasts longer than 20 s, the share of its duration
 CAREFUL = 60.0  # s after an overload in which the limit grows slowly: quotas are counted by the minute
 WORTH_SAYING = 30.0  # s of a pause that is reported on its own
 CONVICTING = 3  # crashes after which a request that was alone with its server is to blame
@@ -244,9 +245,8 @@ class Pool:
         self.successes += 1
         upstream.answers += 1
         upstream.progressed = now = self._loop.time()
-        if upstream.failures or upstream.storms:
-            upstream.failures = upstream.storms = 0
-            upstream.until = 0.0
+        if upstream.failures or upstream.overloaded_at:
+            upstream.failures, upstream.overloaded_at, upstream.until = 0, 0.0, 0.0
         upstream.limit.answered(now)
 
     def overloaded(self, upstream: sdg.Upstream, sent: float, asked: float | None, reason: str) -> None:
@@ -264,8 +264,10 @@ class Pool:
         pause = 0.0
         if sent >= upstream.limit.halved_at:
             upstream.limit.halve(upstream.active, now)
-            pause = min(LONGEST_ASIDE, 0.5 * 2.0 ** min(upstream.storms, 10)) * random.uniform(0.75, 1.25)
-            upstream.storms += 1
+            upstream.overloaded_at = upstream.overloaded_at or now
+            lasts = now - upstream.overloaded_at
+            pause = max(0.5, min(SHORT_ASIDE, lasts), min(LONGEST_ASIDE, LATER_ASIDE * lasts))
+            pause *= random.uniform(0.75, 1.25)
         self.set_aside(upstream, max(pause, asked or 0.0), reason)
 
     def set_aside(self, upstream: sdg.Upstream, seconds: float, reason: str = "") -> None:
@@ -361,7 +363,7 @@ class Pool:
             quarantine = upstream.quarantine
             if upstream.until > now or not upstream.up.is_set() or quarantine.waiting or quarantine.share:
                 continue
-            allowed = 1 if upstream.failures >= 3 or upstream.storms else upstream.limit.value
+            allowed = 1 if upstream.failures >= 3 or upstream.overloaded_at else upstream.limit.value
             if upstream.active + 1 <= allowed and (not best or upstream.active < best.active):
                 best = upstream
         if best:

@@ -71,8 +71,8 @@ def smallest(request: sdg.Request) -> sdg.Request:
     return sdg.Request(request.path, payload, body=orjson.dumps(payload))
 
 
-def way_out(failure: sdg.RequestFailed, options: argparse.Namespace) -> str:
-    """What a person can do about a server that refuses everything."""
+def way_out(failure: sdg.RequestFailed, options: argparse.Namespace, doubt: str) -> str:
+    """What a person can do about a server that refuses everything. `doubt`: what speaks against the model."""
     again = "then run the same command again"
     if failure.account or failure.status == 402:
         return f"settle it with the provider, {again}"
@@ -82,4 +82,6 @@ def way_out(failure: sdg.RequestFailed, options: argparse.Namespace) -> str:
         return f"may the key in ${options.api_key_env} use this model? Change that, {again}"
     if failure.status is not None and 300 <= failure.status < 400:
         return "set --base-url to that URL"
+    if doubt:
+        return doubt
     return "even the smallest request is refused: are --base-url, --model and the sampling options correct?"

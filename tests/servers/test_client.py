@@ -11,7 +11,7 @@ from email.utils import formatdate, parsedate_to_datetime
 from typing import Any
 
 import pytest
-from fake_server import Answer, Delay, Drop, FakeServer, Hang, Raw, Status, prompt_of
+from fake_server import PROBE, Answer, Delay, Drop, FakeServer, Hang, Raw, Status, prompt_of
 from running import Job, documents, wait_until
 
 from sdg_plugins.servers.waiting import quota_pause, retry_after
@@ -88,7 +88,8 @@ def test_the_text_of_an_error_does_not_decide_whether_it_is_retried(job: Job, se
 
 def test_a_refused_key_stops_the_run(job: Job, server: FakeServer) -> None:
     job.input(documents(100))
-    server.behave(lambda payload, n: Status(401, message="key expired") if prompt_of(payload) == "document 3" else None)
+    expired = Status(401, message="key expired")
+    server.behave(lambda payload, n: expired if prompt_of(payload) in {"document 3", PROBE} else None)
 
     finished = job(env={"OPENAI_API_KEY": KEY}, max_concurrent_generations=1)
 
@@ -204,9 +205,10 @@ def test_a_server_whose_quota_is_exhausted_gets_no_request_until_the_reset(job: 
         ({"x-ratelimit-remaining-requests": "1", "x-ratelimit-reset-requests": "9s"}, 0),
         ({"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "6m0s"}, 360),
         ({"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "20ms"}, 0.02),
-        ({"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "1h2m3.5s"}, 3600),
+        ({"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "1h2m3.5s"}, 3723.5),
         ({"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "12.5"}, 12.5),
-        ({"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "1.2.3 soon"}, 0),
+        ({"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "9d"}, 86_400),
+        ({"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "soon"}, 0),
         ({"x-ratelimit-remaining-requests": "0"}, 0),
     ],
 )
@@ -256,6 +258,7 @@ BROKEN = {
     "connection closed": Drop(),
     "connection closed in the body": Drop(sent=100),
 }
+COMPLETE = {"text is a number", "empty text", "null text"}  # an answer, if not one of any use
 
 
 def test_a_broken_response_is_retried_then_recorded(job: Job, server: FakeServer) -> None:
@@ -271,15 +274,16 @@ def test_a_broken_response_is_retried_then_recorded(job: Job, server: FakeServer
 
     assert output.ids() == ["fine", *[f"{fault}, once" for fault in BROKEN]]
     assert list(output.failed()) == [f"{fault}, always" for fault in BROKEN]
-    assert {record["attempts"] for record in output.failures()} == {3}
-    assert {record["error_type"] for record in output.failures()} == {"RequestFailed"}
-    assert all(record["error"] for record in output.failures())
     sent = Counter(server.prompts)
     assert {sent[f"{fault}, once"] for fault in BROKEN} == {2}
-    assert {sent[f"{fault}, always"] for fault in BROKEN} == {3}
+    attempts = {fault: sent[f"{fault}, always"] for fault in BROKEN}
+    assert attempts == {fault: 2 if fault in COMPLETE else 3 for fault in BROKEN}
+    assert [record["attempts"] for record in output.failures()] == [*attempts.values()]
+    assert {record["error_type"] for record in output.failures()} == {"RequestFailed"}
+    assert all(record["error"] for record in output.failures())
     retries = output.stats()["retries"]
     assert set(retries) == {"body", "empty", "connection"}
-    assert sum(retries.values()) == 3 * len(BROKEN)
+    assert sum(retries.values()) == sum(attempts.values())
     assert retries["connection"] == 3 * 2
 
 
@@ -329,22 +333,33 @@ def test_a_storm_of_429_fails_nothing_and_stays_bounded(job: Job, server: FakeSe
 
 def test_the_load_grows_back_after_a_storm(job: Job, server: FakeServer) -> None:
     job.input(documents(600))
-    storm = 40
+    storm_s = 2
     busy_again = []
 
     def calm_down(payload: dict[str, Any], n: int) -> Any:
-        if len(server.requests) <= storm:
+        if time.monotonic() < began + storm_s:
             return Status(503)
         if server.in_flight == 20:
             busy_again.append(payload)
         return Delay(0.005) if busy_again else Delay(0.02)
 
     server.behave(calm_down)
+    began = time.monotonic()
 
     output = job.succeed(max_concurrent_generations=20)
 
     assert not output.failures()
     assert busy_again
+
+
+def test_a_request_for_which_a_server_never_has_capacity_fails(job: Job, server: FakeServer) -> None:
+    job.documents("fine", "never")
+    server.behave(lambda payload, n: Status(503) if prompt_of(payload) == "never" else None)
+
+    output = job.succeed(max_retries=2)
+
+    assert list(output.failed()) == ["never"]
+    assert server.prompts.count("never") == output.failures()[0]["attempts"] <= 10 * 2 + 1
 
 
 def test_requests_go_to_the_least_loaded_server(
@@ -500,8 +515,8 @@ def test_an_unknown_model_names_those_that_are_served(job: Job, server: FakeServ
     finished = job(model="smal-model")
 
     assert finished.rc == 1
-    assert finished.says("smal-model", "small-model", "large-model", "--model")
-    assert not server.requests
+    assert finished.says("the model smal-model does not exist", "small-model", "large-model", "did you mean")
+    assert not job.output.failures()
 
 
 def test_several_models_require_a_choice(job: Job, server: FakeServer) -> None:
