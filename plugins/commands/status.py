@@ -44,7 +44,7 @@ def status(argv: list[str]) -> int:
     if args.json:
         print(json.dumps(as_json(ranks, overview, queued, troubled), indent=2))
     else:
-        for line in overview_lines(overview, queued, troubled):
+        for line in overview_lines(ranks, overview, queued, troubled):
             print(line)
         for line in rank_table(ranks) if args.ranks else ():
             print(line)
@@ -60,7 +60,9 @@ def needs_attention(rank: Rank, overview: Overview, queued: bool | None) -> bool
     return not queued and (rank.state != "waiting" or not overview.states["running"])
 
 
-def overview_lines(overview: Overview, queued: bool | None, troubled: list[Rank]) -> Iterator[str]:
+def overview_lines(
+    ranks: list[Rank], overview: Overview, queued: bool | None, troubled: list[Rank]
+) -> Iterator[str]:
     """Lines on the whole run, then on the ranks that need attention."""
     share = f" ({int(100 * min(1.0, overview.documents / overview.expected))} %)" if overview.expected else ""
     speed = f", {overview.speed()}" if overview.states["running"] else ""
@@ -69,10 +71,21 @@ def overview_lines(overview: Overview, queued: bool | None, troubled: list[Rank]
     if overview.jobs and not overview.finished:
         where = {True: "in the queue", False: "no longer in the queue", None: "unknown, because squeue failed"}
         yield f"Slurm job {', '.join(sorted(overview.jobs))}: {where[queued]}"
+    yield from waiting_lines(ranks)
     if troubled:
         yield ""
         yield from trouble_by_reason(troubled)
         yield f"rerun with the original options: ranks {ranges([rank.number for rank in troubled])}"
+
+
+def waiting_lines(ranks: list[Rank]) -> Iterator[str]:
+    """A line for each group of ranks that wait for a server for the same reason."""
+    groups: dict[str, list[int]] = {}
+    for rank in ranks:
+        if rank.waiting:
+            groups.setdefault(rank.waiting, []).append(rank.number)
+    for reason, numbers in itertools.islice(groups.items(), GROUPS):
+        yield f"waiting   rank {ranges(numbers)}: {reason}"
 
 
 def trouble_by_reason(troubled: list[Rank]) -> Iterator[str]:
@@ -129,6 +142,7 @@ def as_json(ranks: list[Rank], overview: Overview, queued: bool | None, troubled
                 "updated": rank.updated or None,
                 "host": rank.record.get("host"),
                 "slurm_job": rank.record.get("slurm_job"),
+                "waiting": rank.waiting or None,
                 "error": rank.error or None,
             }
             for rank in ranks

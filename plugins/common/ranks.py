@@ -46,6 +46,15 @@ class Rank(NamedTuple):
         return float(self.record.get("updated", 0.0))
 
     @property
+    def waiting(self) -> str:
+        """Until when it sends nothing, and why; "" if it does not wait for a server."""
+        pause = self.record.get("waiting") or {}
+        if self.state != "running" or pause.get("until", 0.0) <= time.time():
+            return ""
+        until = time.strftime("%Y-%m-%d %H:%M", time.localtime(pause["until"]))
+        return f"nothing is sent until {until}: {short_line(pause['reason'])}"
+
+    @property
     def error(self) -> str:
         """Why it ended early, in one line; "" if it did not."""
         return short_line(self.record["error"]) if self.record.get("error") else ""
@@ -80,6 +89,7 @@ class Overview(NamedTuple):
     rate: float  # documents per second, over the last heartbeats
     tokens_per_second: float
     error: str  # the last one, with its rank
+    waiting: str  # why a rank sends nothing just now, if one does
     jobs: frozenset[str]  # IDs of Slurm jobs
     updated: float  # time of the last heartbeat of any rank, in s since the epoch
 
@@ -104,6 +114,7 @@ class Overview(NamedTuple):
             rate=rate,
             tokens_per_second=rate * total.get("completion_tokens", 0) / max(1, documents),
             error=f"{last.error} (rank {last.number})" if last else "",
+            waiting=next((rank.waiting for rank in ranks if rank.waiting), ""),
             jobs=frozenset(str(rank.record["slurm_job"]) for rank in ranks if rank.record.get("slurm_job")),
             updated=max((rank.updated for rank in ranks), default=0.0),
         )
@@ -170,6 +181,8 @@ class Overview(NamedTuple):
             f"- speed: {self.speed()}",
             f"- ranks: {self.ranks_by_state()}",
         ]
+        if self.waiting:
+            lines.append(f"- waiting: {inline(public(self.waiting))}")
         if self.error:
             lines.append(f"- last error: {inline(public(self.error))}")
         return "\n".join(lines) + "\n"

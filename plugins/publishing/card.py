@@ -261,6 +261,9 @@ class SectionRenderer(NamedTuple):
             yield name.capitalize(), f"{total.get(name, 0):,}"
         if truncated := total.get("truncated", 0):
             yield "Truncated to the model's context", f"{truncated:,}"
+        if reasons := total.get("finish_reasons"):
+            most = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
+            yield "Completions by finish reason", ", ".join(f"{inline(name)} {number:,}" for name, number in most)
         # Rounded down: only complete runs have 100 %.
         yield "Completion rate", f"{math.floor(10_000 * (documents - failed) / of) / 100:.2f} %"
         prompt, completion = total.get("prompt_tokens", 0), total.get("completion_tokens", 0)

@@ -88,8 +88,8 @@ async def complete(request: web.Request) -> web.Response:
     if payload.get("model") != MODEL:
         return web.json_response({"error": {"message": f"the only model is {MODEL}", "code": 404}}, status=404)
     chat = "messages" in payload
-    texts = [message.get("content") for message in payload["messages"]] if chat else [payload.get("prompt")]
-    prompt = max(["", *(text for text in texts if isinstance(text, str))], key=len)  # the one with the document
+    contents = [message.get("content") for message in payload["messages"]] if chat else [payload.get("prompt")]
+    prompt = max(["", *map(text_of, contents)], key=len)  # the one with the document
     document = prompt.partition("\n\n")[2] or prompt  # the rollout `summarize` puts its instruction before it
     response_format = payload.get("response_format") or {}
     if response_format.get("type") == "json_schema":
@@ -102,6 +102,13 @@ async def complete(request: web.Request) -> web.Response:
     body = {"id": "demo", "object": "chat.completion" if chat else "text_completion", "created": int(time.time())}
     usage = {**tokens, "total_tokens": sum(tokens.values())}
     return web.json_response({**body, "model": MODEL, "choices": choices, "usage": usage})
+
+
+def text_of(content: Any) -> str:
+    """The text of a message's content, which may be a list of parts: images and the like are left out."""
+    parts = content if isinstance(content, list) else [content]
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    return "\n\n".join(text for text in texts if isinstance(text, str))
 
 
 def by_schema(schema: dict[str, Any], text: str) -> Any:

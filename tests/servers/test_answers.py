@@ -75,6 +75,7 @@ def test_unusual_final_reasons_are_kept_and_counted(job: Job, server: FakeServer
     assert job.output.stats()["finish_reasons"] == dict.fromkeys(sorted(reasons), 1)
     assert "1 content_filter" in finished.stdout
     assert "1 odd_one" in finished.stdout
+    assert r"content\_filter 1" in (job.output.path / "README.md").read_text()
 
 
 def test_results_without_a_reason_of_their_own_get_the_worst_of_their_replies(job: Job, server: FakeServer) -> None:
@@ -273,12 +274,14 @@ def test_a_long_wait_is_shown_with_its_reason(job: Job, server: FakeServer) -> N
     record = job.output.state / "00000.stats.json"
     wait_until(lambda: record.exists() and "waiting" in json.loads(record.read_text())["rank"])
     waiting = json.loads(record.read_text())["rank"]["waiting"]
-    time.sleep(0.1)
+    report = job.sdg("status", "--output", job.output.path).stdout
     running.send(15)
     finished = running.finish()
 
     assert abs(waiting["until"] - time.time() - 14400) < 60
     assert words in waiting["reason"]
+    assert "waiting   rank 0: nothing is sent until" in report
+    assert words in report
     assert "nothing is sent to" in finished.stderr
     assert words in finished.stderr
     assert finished.rc == 143

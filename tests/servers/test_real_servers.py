@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import socket
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -146,6 +148,38 @@ def test_vllm_whose_engine_is_killed_costs_no_document(vllm: Real) -> None:
     finished = kill_in_the_middle(vllm, "VLLM::EngineCore")
 
     assert "loading weights" in finished.stderr
+
+
+def test_no_row_holds_a_completion_that_vllm_broke_off(vllm: Real) -> None:
+    """Ended by SIGTERM, vLLM's engine responds with the partial texts, a status of 200 and finish_reason abort."""
+    vllm.input(documents(60))
+    tokens = 1200
+    started = vllm.start(max_tokens=tokens, generation='{"ignore_eos": true}', max_concurrent_generations=60)
+    state = vllm.output.state / "00000.stats.json"
+    wait_until(lambda: state.exists() and generating(vllm), 200)
+
+    os.kill(vllm.pid_of("VLLM::EngineCore"), signal.SIGTERM)
+
+    finished = started.finish(500)
+    assert finished.rc == 0, finished
+    results = [row["rollout_results"][0] for row in vllm.output.rows()]
+    assert [result["usage"]["completion_tokens"] for result in results] == [tokens] * 60
+    assert {result["finish_reason"] for result in results} == {"length"}
+    assert sum(vllm.output.stats()["retries"].values()) >= 1
+
+
+def generating(job: Real) -> bool:
+    """True if the server has generated some tokens of each request, and none to its end."""
+    port = next(iter(re.findall(r"--port[= ](\d+)", " ".join(job.processes().values()))), None)
+    if not port:
+        return False
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+            figures = answer.read().decode()
+    except OSError:
+        return False
+    generated = re.search(r"^vllm:generation_tokens_total\{.*\} ([\d.e+]+)$", figures, re.MULTILINE)
+    return generated is not None and float(generated[1]) > 60 * 50
 
 
 FORGETFUL = """
