@@ -303,6 +303,9 @@ class Chunk:
     written: bool = False
     filtered: tuple[int, ...] = ()  # positions in the chunk
     failed: tuple[int, ...] = ()
+    size: int | None = None  # of its file in bytes, when it was written
+    hash: str | None = None  # XXH3 of its file
+    failed_hash: str | None = None  # and of the file of its failed documents
 
     @property
     def rows(self) -> int:
@@ -997,7 +1000,7 @@ LOCAL_FILE_SYSTEMS = {"apfs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "hfs", "o
 TABLES = """
     CREATE TABLE IF NOT EXISTS chunks (
         chunk INTEGER PRIMARY KEY, start INTEGER, count INTEGER, bookmark TEXT,
-        written INTEGER, filtered TEXT, failed TEXT);
+        written INTEGER, filtered TEXT, failed TEXT, size INTEGER, hash TEXT, failed_hash TEXT);
     -- id = chunk << 32 | position: a chunk is one range of the tree
     CREATE TABLE IF NOT EXISTS documents (id INTEGER PRIMARY KEY, status TEXT, body TEXT);
     CREATE TABLE IF NOT EXISTS requests (document INTEGER, key BLOB, body TEXT);
@@ -1065,6 +1068,11 @@ class Store:
         for pragma in (f"journal_mode={mode}", "synchronous=FULL", "cache_size=-8192"):
             await self._db.execute(f"PRAGMA {pragma}")
         await self._db.executescript(TABLES + f"PRAGMA user_version={STATE_VERSION};")
+        async with self._db.execute("PRAGMA table_info(chunks)") as cursor:
+            columns = {row[1] for row in await cursor.fetchall()}
+        for column in ("size INTEGER", "hash TEXT", "failed_hash TEXT"):  # an older sdg did not record them
+            if column.split()[0] not in columns:
+                await self._db.execute(f"ALTER TABLE chunks ADD COLUMN {column}")
         async with self._db.execute("SELECT name, value FROM totals") as cursor:
             self.base = Counter({name: value async for name, value in cursor})
 
@@ -1159,7 +1167,7 @@ class Store:
                 self._chunks, self._documents, self._requests = [], [], {}
                 totals, handed = list(self.totals().items()), self._handed
                 unsaved, began = self._answers.copy(), time.monotonic()
-                await self._insert("chunks", 7, [_chunk_row(chunk) for chunk in chunks])
+                await self._insert("chunks", 10, [_chunk_row(chunk) for chunk in chunks])
                 await self._insert("documents", 3, documents)
                 await self._insert("requests", 3, [(i, *answer) for i, own in requests.items() for answer in own])
                 await self._insert("totals", 2, totals)
@@ -1185,7 +1193,7 @@ class Store:
         """The chunk's file is durable: record that, and drop the documents and responses it was made of."""
         span = (chunk.index << 32, (chunk.index + 1) << 32)
         async with self._transaction():
-            await self._insert("chunks", 7, [_chunk_row(chunk)])
+            await self._insert("chunks", 10, [_chunk_row(chunk)])
             await self._db.execute("DELETE FROM documents WHERE id >= ? AND id < ?", span)
             await self._db.execute("DELETE FROM requests WHERE document >= ? AND document < ?", span)
 
@@ -1193,7 +1201,7 @@ class Store:
         """Make a written chunk open again, with the documents that stay as they are."""
         async with self._transaction():
             await self._insert("documents", 3, [(chunk.index << 32 | i, status, body) for i, status, body in outcomes])
-            await self._insert("chunks", 7, [_chunk_row(chunk)])
+            await self._insert("chunks", 10, [_chunk_row(chunk)])
 
     async def forget_failures(self) -> None:
         """Make the failed documents of open chunks unfinished."""
@@ -1270,19 +1278,20 @@ async def _database(path: Path) -> AsyncIterator[aiosqlite.Connection]:
 
 
 def _chunk_row(chunk: Chunk) -> tuple[Any, ...]:
-    return (*dataclasses.astuple(chunk)[:5], json.dumps(chunk.filtered), json.dumps(chunk.failed))
+    *first, filtered, failed, size, hash_, failed_hash = dataclasses.astuple(chunk)
+    return (*first, json.dumps(filtered), json.dumps(failed), size, hash_, failed_hash)
 
 
 async def recorded_chunks(db: aiosqlite.Connection) -> dict[int, Chunk]:
     """All chunks in a state file, by index."""
     async with db.execute("SELECT * FROM chunks ORDER BY chunk") as cursor:
         rows = await cursor.fetchall()
-    return {
-        index: Chunk(
-            index, start, count, bookmark, bool(written), tuple(json.loads(filtered)), tuple(json.loads(failed))
-        )
-        for index, start, count, bookmark, written, filtered, failed in rows
-    }
+    chunks = {}
+    for row in rows:
+        start, count, bookmark, written, filtered, failed, *stamps = (*row[1:], None, None, None)[:9]
+        final = bool(written), tuple(json.loads(filtered)), tuple(json.loads(failed))
+        chunks[row[0]] = Chunk(row[0], start, count, bookmark, *final, *stamps)
+    return chunks
 
 
 def file_system_of(path: Path) -> str:

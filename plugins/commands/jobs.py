@@ -34,7 +34,7 @@ from sdg_plugins.common.crew import GRACE, Crew
 from sdg_plugins.common.ending import same_folder, signals
 from sdg_plugins.common.files import output_place
 from sdg_plugins.common.progress import progress, report
-from sdg_plugins.common.state import check_state_dir, claim_state, lock_rank, remember_source, start_over
+from sdg_plugins.common.state import check_state_dir, claim_state, discarded, lock_rank, remember_source, start_over
 from sdg_plugins.common.statistics import (
     heartbeat,
     recording_the_end,
@@ -171,7 +171,7 @@ class Job:
 
     async def _work(self, servers: Servers) -> None:
         check_state_dir(self.run)
-        if self.run.options.fresh:
+        if self.run.options.fresh or discarded(self.run):
             start_over(self.run)
         remember_source(self.run)
         async with self._engine(await self._reader(), servers) as engine:

@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import os
+import shutil
 import sqlite3
 import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import sdg
 from sdg_plugins.common import recorded
@@ -18,7 +23,7 @@ from sdg_plugins.common.chunks import OpenChunk, id_column_of, read_failed
 from sdg_plugins.common.files import format_of
 from sdg_plugins.common.markdown import counted
 from sdg_plugins.common.options import Parser
-from sdg_plugins.common.state import output_files
+from sdg_plugins.common.state import differences, output_files, parse_run
 from sdg_plugins.publishing.publisher import Publisher
 from sdg_plugins.publishing.spool import uses_spool
 
@@ -48,12 +53,13 @@ def discrepancies(run: sdg.Run, counts: dict[str, int]) -> Iterator[str]:
     options = run.options
     with reading(options.input):
         reader = run.plugins.readers[options.reader].factory(run)
+    yield from discrepancies_of_input(run, reader)
     writer = run.plugins.writers[format_of(options.output_filename)].factory(run)
     known = {}
     for rank in range(options.world_size):
         path = run.state / f"{rank:05d}.sqlite3"
         if path.exists():
-            known.update(asyncio.run(read_chunks(path.absolute().as_uri())))
+            known.update(asyncio.run(read_chunks(path)))
         else:
             yield f"rank {rank} has not run: {path} is missing"
     expected = set()
@@ -72,7 +78,8 @@ def discrepancies(run: sdg.Run, counts: dict[str, int]) -> Iterator[str]:
             counts["failed"] += len(chunk.failed)
     for index in known:
         yield f"chunk {index} is recorded, but the input no longer has its rows"
-    for file in output_files(run):
+    failed_folder = os.path.dirname(run.failed_path_of(sdg.Chunk(0, 0)))
+    for file in [*output_files(run), *run.output.list(failed_folder)]:
         if file not in expected:
             yield f"{run.output.path(file)} does not belong to a finished chunk"
     if uses_spool(run):
@@ -95,15 +102,38 @@ def all_chunks(run: sdg.Run, reader: sdg.Reader) -> Iterator[OpenChunk]:
             return
 
 
-async def read_chunks(uri: str) -> dict[int, sdg.Chunk]:
-    """The chunks that a rank has recorded in its database, which `uri` names."""
+def discrepancies_of_input(run: sdg.Run, reader: sdg.Reader) -> Iterator[str]:
+    """The differences between the input and what it was when the run began, beside rows that were added."""
+    recorded_input = parse_run(run.state / "run.json", (run.state / "run.json").read_bytes())["identity"]["input"]
+    identity = json.loads(json.dumps(dict(reader.identity)))
+    if identity != recorded_input and not reader.continues(recorded_input):
+        for difference in list(differences(recorded_input, identity))[:10]:
+            yield f"the input has changed since the run: {difference}"
+
+
+async def read_chunks(path: Path) -> dict[int, sdg.Chunk]:
+    """The chunks that a rank has recorded in its database."""
     import aiosqlite
 
     try:
-        async with aiosqlite.connect(f"{uri}?mode=ro", uri=True) as db:
-            return await sdg.recorded_chunks(db)
+        with readable(path) as uri:
+            async with aiosqlite.connect(uri, uri=True) as db:
+                return await sdg.recorded_chunks(db)
     except sqlite3.Error as exc:
-        raise sdg.StateError(f"state {uri} cannot be read: {exc}") from exc
+        raise sdg.StateError(f"state {path} cannot be read: {exc}") from exc
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[str]:
+    """The URI of a database, or of a copy if its folder is read-only: SQLite has to write beside it."""
+    if os.access(path.parent, os.W_OK):
+        yield f"{path.absolute().as_uri()}?mode=ro"
+        return
+    with tempfile.TemporaryDirectory(prefix="sdg-verify-") as folder:
+        for suffix in ("", "-wal", "-journal"):
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copyfile(f"{path}{suffix}", f"{folder}/{path.name}{suffix}")
+        yield f"{(Path(folder) / path.name).as_uri()}"
 
 
 def discrepancies_of_chunk(run: sdg.Run, chunk: sdg.Chunk, ids: list[str], writer: sdg.Writer) -> Iterator[str]:
@@ -112,13 +142,17 @@ def discrepancies_of_chunk(run: sdg.Run, chunk: sdg.Chunk, ids: list[str], write
     gone = {*chunk.filtered, *chunk.failed}
     expected = [ids[position] for position in range(chunk.count) if position not in gone]
     try:
+        yield from changed_files(run, chunk)
         table = writer.read(chunk)
         failed = [record["id"] for record in read_failed(run, chunk)]
     except (OSError, ValueError, KeyError) as exc:
         yield f"{path} or its failed records cannot be read: {exc}"
         return
+    fingerprint = (table.schema.metadata or {}).get(b"sdg.fingerprint") if table is not None else None
     if table is None:
         yield f"{path} is gone: it had {counted(chunk.rows, 'row')}"
+    elif fingerprint and fingerprint.decode() != run.fingerprint:
+        yield f"{path} belongs to a different run: its fingerprint is {fingerprint.decode()}, not {run.fingerprint}"
     elif table.num_rows != chunk.rows:
         yield f"{path} has {counted(table.num_rows, 'row')}, expected {chunk.rows:,}"
     elif chunk.rows:
@@ -131,3 +165,11 @@ def discrepancies_of_chunk(run: sdg.Run, chunk: sdg.Chunk, ids: list[str], write
     if failed != [ids[position] for position in chunk.failed]:
         documents = counted(len(chunk.failed), "failed document")
         yield f"{run.output.path(run.failed_path_of(chunk))} does not list its {documents}"
+
+
+def changed_files(run: sdg.Run, chunk: sdg.Chunk) -> Iterator[str]:
+    """The files of a chunk whose content is not the one that was written; a file that is gone is reported elsewhere."""
+    for name, expected in ((run.path_of(chunk), chunk.hash), (run.failed_path_of(chunk), chunk.failed_hash)):
+        stamp = run.output.stamp(name) if expected else None
+        if stamp and stamp.hash != expected:
+            yield f"{run.output.path(name)} has changed since it was written"
