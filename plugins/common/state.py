@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-OWNER = "elsewhere.json"  # in the default state folder of an output: names the run whose state is in another one
+OWNER = ".sdg-{}.json"  # in an output: the state of its run, if that is not in the output's `.sdg`
 
 
 # ── Shared files ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -186,32 +186,33 @@ def claim_state(run: sdg.Run, reader: sdg.Reader) -> None:
         replace_file(run, path.name, json.dumps(now, indent=2).encode())
 
 
-def owner_of(run: sdg.Run) -> Path:
-    """Where a run with its state elsewhere says so: in the default folder for the state of its output."""
-    return Path(default_state_dir(run.options.output, run.options.output_config)).absolute() / OWNER
+def owner_of(run: sdg.Run) -> Path | None:
+    """The file by which a run whose state is elsewhere claims a local output."""
+    if not run.output.local or split_uri(run.options.output)[0] != "file":
+        return None
+    return Path(run.output.path(OWNER.format(run.options.output_config.replace("/", "-"))))
 
 
 def refuse_owned(run: sdg.Run, mine: str | None) -> None:
     """Raise OutputError if the output belongs to another run than `mine`, whose state is in another folder."""
-    owner = owner_of(run)
-    if not run.output.local or split_uri(run.options.output)[0] != "file":
+    default = Path(default_state_dir(run.options.output, run.options.output_config)).absolute()
+    if (owner := owner_of(run)) is None:
         return
-    for path in [owner, owner.with_name("run.json")] if run.state != owner.parent else [owner]:
+    for path in [owner, default / "run.json"] if run.state != default else [owner]:
         with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
             other = json.loads(path.read_bytes())
             if other["run"] != mine:
                 raise sdg.OutputError(
-                    f"{run.options.output} belongs to the run with the state {other.get('state', owner.parent)}: "
+                    f"{run.options.output} belongs to the run with the state {other.get('state', default)}: "
                     "choose another --output, or that --state-dir"
                 )
 
 
 def claim_output(run: sdg.Run, mine: str) -> None:
     """Make the output this run's. A state in the default folder is a claim by itself."""
-    owner = owner_of(run)
-    if run.output.local and split_uri(run.options.output)[0] == "file" and run.state != owner.parent:
-        owner.parent.mkdir(parents=True, exist_ok=True)
-        publish_in(owner.parent, OWNER, json.dumps({"run": mine, "state": str(run.state)}).encode(), mine)
+    default = Path(default_state_dir(run.options.output, run.options.output_config)).absolute()
+    if (owner := owner_of(run)) and run.state != default:
+        publish_in(owner.parent, owner.name, json.dumps({"run": mine, "state": str(run.state)}).encode(), mine)
     refuse_owned(run, mine)  # another process may have claimed it just now
 
 
@@ -397,7 +398,7 @@ def release_output(run: sdg.Run) -> None:
     """Take back what `claim_output` has claimed."""
     owner = owner_of(run)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        if json.loads(owner.read_bytes())["state"] == str(run.state):
+        if owner and json.loads(owner.read_bytes())["state"] == str(run.state):
             owner.unlink()
 
 
