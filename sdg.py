@@ -340,8 +340,12 @@ class Run:
 
     def failed_path_of(self, chunk: Chunk) -> str:
         """The file of the chunk's failed documents, relative to the output."""
-        folder = "failed" if self.options.output_config == "data" else f"failed/{self.options.output_config}"
-        return f"{folder}/{chunk.index % self.options.world_size:05d}_{chunk.index:05d}.jsonl"
+        return failed_path(self.options.output_config, chunk.index % self.options.world_size, chunk.index)
+
+
+def failed_path(config: str, rank: int, chunk_index: int) -> str:
+    """The file of a chunk's failed documents, relative to the output."""
+    return f"{'failed' if config == 'data' else f'failed/{config}'}/{rank:05d}_{chunk_index:05d}.jsonl"
 
 
 class Request:
@@ -567,7 +571,6 @@ hookspec = pluggy.HookspecMarker("sdg")
 hookimpl = pluggy.HookimplMarker("sdg")
 
 # Handed to the `register_*` hooks: `register(name, factory)`. The factory's docstring is its one-line help.
-Register = Callable[[str, Any], None]
 RegisterReaders = Callable[[str, OpenReader], None]
 RegisterRollouts = Callable[[str, Rollout], None]
 RegisterResources = Callable[[str, OpenResource], None]

@@ -12,10 +12,9 @@ import sdg
 from sdg_plugins.common import recorded
 from sdg_plugins.common.checks import check_columns, check_reader, reading
 from sdg_plugins.common.command_line import Config, parse_configs
-from sdg_plugins.common.files import output_place, split_uri
+from sdg_plugins.common.files import output_place, split_uri, uses_spool
 from sdg_plugins.common.markdown import counted
 from sdg_plugins.common.state import changes_since, check_state_dir, different_run, refuse_strangers, remember_source
-from sdg_plugins.publishing.spool import uses_spool
 from sdg_plugins.rollouts import prompt
 from sdg_plugins.servers import command, sglang
 from sdg_plugins.servers.launching import launching
@@ -66,7 +65,7 @@ def check_config(config: Config) -> None:
     if options.rollout == "prompt" and options.prompt_template:
         prompt.check_places(options.prompt_template, run)
     check_earlier_run(run, reader)
-    if uses_spool(run):
+    if uses_spool(run.options):
         check_publishing(run)
     documents = reader.total()
     if documents is not None:

@@ -15,12 +15,11 @@ import sdg
 from sdg_plugins.common import recorded
 from sdg_plugins.common.checks import reading
 from sdg_plugins.common.chunks import OpenChunk, id_column_of, read_failed
-from sdg_plugins.common.files import format_of
+from sdg_plugins.common.files import format_of, rank_file, uses_spool
 from sdg_plugins.common.markdown import counted
 from sdg_plugins.common.options import Parser
 from sdg_plugins.common.state import output_files
 from sdg_plugins.publishing.publisher import Publisher
-from sdg_plugins.publishing.spool import uses_spool
 
 
 @sdg.hookimpl
@@ -51,7 +50,7 @@ def discrepancies(run: sdg.Run, counts: dict[str, int]) -> Iterator[str]:
     writer = run.plugins.writers[format_of(options.output_filename)].factory(run)
     known = {}
     for rank in range(options.world_size):
-        path = run.state / f"{rank:05d}.sqlite3"
+        path = rank_file(run.state, rank, "sqlite3")
         if path.exists():
             known.update(asyncio.run(read_chunks(path.absolute().as_uri())))
         else:
@@ -75,7 +74,7 @@ def discrepancies(run: sdg.Run, counts: dict[str, int]) -> Iterator[str]:
     for file in output_files(run):
         if file not in expected:
             yield f"{run.output.path(file)} does not belong to a finished chunk"
-    if uses_spool(run):
+    if uses_spool(run.options):
         with contextlib.closing(Publisher(run)) as publisher:
             yield from publisher.discrepancies()
 

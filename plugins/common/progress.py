@@ -7,7 +7,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import sdg
@@ -37,7 +37,9 @@ async def progress(engine: sdg.Engine) -> AsyncIterator[None]:
 
     def show() -> None:
         bar.total = engine.intake.expected()
-        words = time_to_go(engine, bar.format_interval) + figures_of(engine)
+        seconds = seconds_to_go(engine)
+        left = f"ETA {bar.format_interval(int(seconds))}, {rate_of(engine):,.1f} documents/s, " if seconds else ""
+        words = left + figures_of(engine)
         room = max(20, columns - 45)  # the bar needs the rest
         words = words if len(words) <= room else words[:room].rpartition(", ")[0]
         bar.set_description_str(words, refresh=False)
@@ -62,11 +64,10 @@ def rate_of(engine: sdg.Engine) -> float:
     return engine.finished / max(engine.client.pool.seconds, 1e-9)
 
 
-def time_to_go(engine: sdg.Engine, shown: Callable[[int], str]) -> str:
-    """Remaining time and documents per second, for the bar."""
-    rate = rate_of(engine)
-    left = max(0, (engine.intake.expected() or 0) - sum(engine.tally.values()))
-    return f"ETA {shown(int(left / rate))}, {rate:,.1f} documents/s, " if rate and left else ""
+def seconds_to_go(engine: sdg.Engine) -> float | None:
+    """The remaining time at the present rate; None if the rate or the total is unknown."""
+    total, rate = engine.intake.expected(), rate_of(engine)
+    return max(0, total - sum(engine.tally.values())) / rate if total and rate else None
 
 
 def figures_of(engine: sdg.Engine) -> str:
@@ -91,7 +92,8 @@ def progress_line(engine: sdg.Engine) -> str:
     """The bar as a line for a log file."""
     done, total, rate = sum(engine.tally.values()), engine.intake.expected(), rate_of(engine)
     of = f" of {total:,}" if total else ""
-    left = f", {max(0, total - done) / rate:,.0f} s to go" if total and rate else ""
+    seconds = seconds_to_go(engine)
+    left = f", {seconds:,.0f} s to go" if seconds is not None else ""
     return f"{done:,}{of} documents, {rate:,.1f} documents/s{left}, {figures_of(engine)}"
 
 

@@ -58,6 +58,11 @@ def load_record(state: Path) -> dict[str, Any]:
     return parse_run(path, path.read_bytes())
 
 
+def run_id(state: Path) -> str:
+    """The ID that a run gets when it is started, or started over. Raises StateError."""
+    return str(load_record(state)["run"])
+
+
 def configs_in(state: Path) -> list[str]:
     """The configs whose states are sub-folders of a state folder."""
     return sorted(path.parent.name for path in state.glob("*/run.json"))
