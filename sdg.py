@@ -788,6 +788,8 @@ class Plugins:
         entries: dict[str, Entry] = getattr(self, kind)
         if name in entries:
             return entries[name]
+        if kind == "commands" and (option := option_for(name, self)):
+            raise UsageError(f"unknown command {name!r}; did you mean {option} {name}?")
         raise UsageError(f"unknown {kind[:-1]} {name!r}; {nearest(name, entries, cutoff=0.5)}")
 
     def calls(self, hook: str, **arguments: Any) -> Iterator[tuple[pluggy.HookImpl, Callable[[], Any]]]:
@@ -854,6 +856,13 @@ class Plugins:
             raise UsageError(f"{target} has no rollout {name!r}; available: {', '.join(own) or 'none'}")
         stem = module.__name__.rpartition(".")[2]
         return name or (own[0] if len(own) == 1 else stem if stem in own else ""), own
+
+
+def option_for(word: str, plugins: Plugins) -> str:
+    """The option of `run` that a word belongs to that stands without one; "" if there is none."""
+    if word in plugins.rollouts or word.endswith(".py"):
+        return "--plugin"
+    return "--input" if "://" in word or Path(word).exists() else ""
 
 
 def check_hooks(module: types.ModuleType) -> None:
@@ -1169,7 +1178,8 @@ class Store:
 
     async def chunks(self) -> dict[int, Chunk]:
         """All chunks that were ever read, by index."""
-        return await recorded_chunks(self._db)
+        async with self._db.execute("SELECT * FROM chunks ORDER BY chunk") as cursor:
+            return {row[0]: chunk_of(row) async for row in cursor}
 
     async def tally(self) -> Counter[str]:
         """How many documents are a row, filtered or failed."""
@@ -1233,16 +1243,11 @@ def _chunk_row(chunk: Chunk) -> tuple[Any, ...]:
     return (*dataclasses.astuple(chunk)[:5], json.dumps(chunk.filtered), json.dumps(chunk.failed))
 
 
-async def recorded_chunks(db: aiosqlite.Connection) -> dict[int, Chunk]:
-    """All chunks in a state file, by index."""
-    async with db.execute("SELECT * FROM chunks ORDER BY chunk") as cursor:
-        rows = await cursor.fetchall()
-    return {
-        index: Chunk(
-            index, start, count, bookmark, bool(written), tuple(json.loads(filtered)), tuple(json.loads(failed))
-        )
-        for index, start, count, bookmark, written, filtered, failed in rows
-    }
+def chunk_of(row: Sequence[Any]) -> Chunk:
+    """The chunk in a row of the table `chunks`."""
+    index, start, count, bookmark, written, filtered, failed = row
+    filtered, failed = tuple(json.loads(filtered)), tuple(json.loads(failed))
+    return Chunk(index, start, count, bookmark, bool(written), filtered, failed)
 
 
 def file_system_of(path: Path) -> str:

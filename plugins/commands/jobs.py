@@ -111,13 +111,13 @@ async def reported(engine: sdg.Engine, stop: Stop) -> AsyncIterator[None]:
     """Show an engine's progress, keep its figures, and print at the end what was written where."""
     async with progress(engine), heartbeat(engine):
         yield
-    figures = await statistics(engine, await engine.store.tally())
+    figures, chunks = await statistics(engine, await engine.store.tally()), await engine.store.chunks()
     record = {"status": status_of(stop.reason), "expected": engine.intake.expected()}
     write_rank(engine.run, figures, record, stop.reason)
     write_statistics(engine.run)
     if figures["documents"] or not stop.reason:
         with contextlib.suppress(BrokenPipeError):  # no one reads it: the run is as good as before
-            print(report(engine, figures), flush=True)
+            print(report(engine, figures, chunks.values()), flush=True)
 
 
 class Job:

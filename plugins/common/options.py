@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -138,12 +139,18 @@ class Options:
         return inner
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser that suggests close matches for unknown options."""
+def program() -> str:
+    """The name by which this program was called: `sdg` if it is installed, else `sdg.py`."""
+    return "sdg" if Path(sys.argv[0]).name == "sdg" else "sdg.py"
 
-    def __init__(self, **settings: Any) -> None:
+
+class Parser(argparse.ArgumentParser):
+    """A parser that suggests close matches for unknown options, and calls the program as it was called."""
+
+    def __init__(self, *, prog: str, usage: str | None = None, **settings: Any) -> None:
         self.flags: list[str] = []
-        super().__init__(allow_abbrev=False, **settings)
+        usage = usage and usage.replace("sdg.py", program())
+        super().__init__(allow_abbrev=False, prog=prog.replace("sdg.py", program(), 1), usage=usage, **settings)
 
     def add_argument(self, *flags: Any, **settings: Any) -> argparse.Action:
         """See `argparse`."""
