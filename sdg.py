@@ -91,6 +91,7 @@ if TYPE_CHECKING:
         text_or_file as text_or_file,
     )
     from sdg_plugins.common.results import base_fields as base_fields, checker as checker, results_type as results_type
+    from sdg_plugins.python import run as run
     from sdg_plugins.servers.client import Client
     from sdg_plugins.servers.pool import Limit, Quarantine
     from sdg_plugins.truncation.fitting import Fitter
@@ -111,6 +112,7 @@ HELPERS = {
     **dict.fromkeys(("InputFiles", "Place", "filesystem", "format_of", "list_files", "split_uri"), "common.files"),
     **dict.fromkeys(("Option", "Options", "json_object", "number", "one_of", "text_or_file"), "common.options"),
     **dict.fromkeys(("base_fields", "checker", "results_type"), "common.results"),
+    "run": "python",
 }
 
 if not TYPE_CHECKING:
@@ -460,6 +462,7 @@ class Error(Exception):
 
     exit_code = 1
     said = False  # already printed on stderr, when it began to stop the run
+    result: Any = None  # what was made before, for callers of `sdg.run`
 
 
 class UsageError(Error):

@@ -123,9 +123,13 @@ def view_of(run: sdg.Run, record: Record, full: bool) -> View:
         shown = {prompt: shown[prompt]}
     note = NOTES.get(record.status, "" if record.place else "not in a file yet: its chunk is not finished")
     kept = results if full else [plain_fields(result) for result in results]
-    left_out = sorted(source.keys() - shown.keys()) + sorted(
-        {name for before, after in zip(results, kept, strict=True) for name in before.keys() - after.keys()}
-    )
+    hidden = {
+        name
+        for before, after in zip(results, kept, strict=True)
+        for name, value in before.items()
+        if value is not None and name not in after
+    }
+    left_out = sorted({*source, *hidden} - shown.keys())
     return View(record.id, note, prompt, shown, kept, failure, left_out)
 
 
@@ -141,7 +145,8 @@ def results_in(run: sdg.Run, row: Mapping[str, Any]) -> tuple[list[dict[str, Any
 
 def plain_fields(result: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a result that a person reads: not null, not nested, and saying something."""
-    return {name: value for name, value in result.items() if not is_nested(value) and USUAL.get(name, ...) != value}
+    known = {name: value for name, value in result.items() if value is not None and USUAL.get(name, ...) != value}
+    return {name: value for name, value in known.items() if not is_nested(value)}
 
 
 def is_nested(value: Any) -> bool:

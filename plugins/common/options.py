@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import orjson
+
+import sdg
 
 # ── Values ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -144,6 +148,19 @@ def program() -> str:
     return "sdg" if Path(sys.argv[0]).name == "sdg" else "sdg.py"
 
 
+_refusing: ContextVar[bool] = ContextVar("refusing", default=False)
+
+
+@contextlib.contextmanager
+def refusing() -> Iterator[None]:
+    """Let parsers raise UsageError for wrong options, instead of printing their usage and ending the program."""
+    token = _refusing.set(True)
+    try:
+        yield
+    finally:
+        _refusing.reset(token)
+
+
 class Parser(argparse.ArgumentParser):
     """A parser that suggests close matches for unknown options, and calls the program as it was called."""
 
@@ -156,6 +173,12 @@ class Parser(argparse.ArgumentParser):
         """See `argparse`."""
         self.flags.extend(flags)
         return super().add_argument(*flags, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        """See `argparse`."""
+        if _refusing.get():
+            raise sdg.UsageError(message)
+        super().error(message)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """See `argparse`."""

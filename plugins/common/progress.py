@@ -34,6 +34,7 @@ async def progress(engine: sdg.Engine) -> AsyncIterator[None]:
     terminal = sys.stderr.isatty()
     began = sum(engine.tally.values())
     columns, lines = os.get_terminal_size(sys.stderr.fileno()) if terminal else (0, 0)
+    terminal = terminal or "ipykernel" in sys.modules  # a notebook shows a bar as well
     shape = "{n_fmt}/{total_fmt} {percentage:3.0f}%|{bar}| {desc}"
     columns, lines = columns or 80, lines or 24  # some terminals report no size
     bar = tqdm(initial=began, disable=not terminal, bar_format=shape, ncols=columns, nrows=lines)

@@ -12,8 +12,10 @@ from typing import Any
 import sdg
 from sdg_plugins.common.checks import reading
 from sdg_plugins.common.command_line import default_state_dir
-from sdg_plugins.common.files import expanded, output_place
+from sdg_plugins.common.files import expanded, output_place, split_uri
 from sdg_plugins.common.state import parse_run, remember_source
+
+MEMORY = "memory"  # scheme of an input that was given to `sdg.run` as values
 
 
 def add_run_options(parser: argparse.ArgumentParser, required: bool = False) -> None:
@@ -103,7 +105,9 @@ def configs_in(state: Path) -> list[str]:
 
 
 def reader_of(run: sdg.Run) -> sdg.Reader:
-    """Open the input of a run. Raises InputError."""
+    """Open the input of a run. Raises InputError, or StateError if the input was in memory."""
+    if run.options.input and split_uri(run.options.input)[0] == MEMORY:
+        raise sdg.StateError("the input of this run was given in Python, in memory: it cannot be read again")
     entry = run.plugins.find("readers", run.options.reader)
     with reading(run.options.input, entry.factory):
         reader: sdg.Reader = entry.factory(run)
