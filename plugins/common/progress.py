@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import Any
 
 import sdg
-from sdg_plugins.common.command_line import default_state_dir
+from sdg_plugins.common.files import default_state_dir
 from sdg_plugins.common.markdown import counted
 from sdg_plugins.common.options import program
 from sdg_plugins.common.statistics import retries_in
@@ -154,10 +154,10 @@ def unfinished_lines(engine: sdg.Engine, documents: int, in_files: int) -> Itera
 def failure_lines(engine: sdg.Engine, folder: str) -> Iterator[str]:
     """Where the failed documents are, and the most common reasons of this process."""
     yield f"failed  {folder}; run them again with --retry-failed"
-    for kind, times in engine.reasons.most_common(3):
-        yield f"        {times} × {engine.examples[kind][:150]}"
-    if len(engine.reasons) > 3:
-        yield f"        and {len(engine.reasons) - 3:,} more reasons"
+    for kind, times in engine.failures.reasons.most_common(3):
+        yield f"        {times} × {engine.failures.examples[kind][:150]}"
+    if len(engine.failures.reasons) > 3:
+        yield f"        and {len(engine.failures.reasons) - 3:,} more reasons"
 
 
 def show_command(run: sdg.Run) -> str:

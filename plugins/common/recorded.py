@@ -11,8 +11,7 @@ from typing import Any
 
 import sdg
 from sdg_plugins.common.checks import reading
-from sdg_plugins.common.command_line import default_state_dir
-from sdg_plugins.common.files import expanded, output_place, split_uri
+from sdg_plugins.common.files import default_state_dir, expanded, output_place, split_uri
 from sdg_plugins.common.state import parse_run, remember_source
 
 MEMORY = "memory"  # scheme of an input that was given to `sdg.run` as values
