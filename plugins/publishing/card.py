@@ -220,9 +220,9 @@ class SectionRenderer(NamedTuple):
         yield "Model", f"[{inline(model)}](https://huggingface.co/{model})" if linked else inline(model)
         if revision:
             yield "Model revision", inline(revision)
-        for name, options in self.record["identity"].get("models", {}).items():
-            own, _ = public_model(options["model"], self.options["models"].get(name, {}))
-            given = sampling_of({**dict.fromkeys(SAMPLING), **options})
+        for name, further in self.record["identity"].get("models", {}).items():
+            own, _ = public_model(further["model"], options["models"].get(name, {}))
+            given = sampling_of({**dict.fromkeys(SAMPLING), **further})
             yield f"Model `{inline(name)}`", inline(own) + (f"; sampling: {inline(given)}" if given else "")
         yield "Source", self.source()
         for key, title in (("license", "License of the source"), ("language", "Language of the source")):

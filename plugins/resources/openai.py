@@ -1,7 +1,8 @@
 """The resource `openai`: an `AsyncOpenAI` whose calls go through the engine, for libraries that need one.
 
-A call whose `model` is the name of a further model goes there; `extra_body={"to": NAME}` does the same. Calls are cached, limited, retried and counted like those of `generate`. The SDK takes more than a millisecond of
-CPU time per call, so prefer `generate` unless something needs the SDK.
+A call whose `model` is the name of a further model goes there; so does one with `extra_body={"to": NAME}`. Calls are
+cached, limited, retried and counted like those of `generate`. The SDK takes more than a millisecond of CPU time per
+call, so prefer `generate` unless something needs the SDK.
 """
 
 from __future__ import annotations
