@@ -91,6 +91,7 @@ if TYPE_CHECKING:
     from sdg_plugins.common.results import base_fields as base_fields, checker as checker, results_type as results_type
     from sdg_plugins.common.secrets import redact as redact
     from sdg_plugins.common.tasks import background as background
+    from sdg_plugins.python import run as run
     from sdg_plugins.servers.client import Client
     from sdg_plugins.servers.pool import Pool
     from sdg_plugins.servers.upstream import Upstream as Upstream
@@ -112,6 +113,7 @@ HELPERS = {
     **dict.fromkeys(("InputFiles", "Place", "filesystem", "format_of", "list_files", "split_uri"), "common.files"),
     **dict.fromkeys(("Option", "Options", "json_object", "number", "one_of", "text_or_file"), "common.options"),
     **dict.fromkeys(("base_fields", "checker", "results_type"), "common.results"),
+    "run": "python",
     "Upstream": "servers.upstream",
     "background": "common.tasks",
     "redact": "common.secrets",
@@ -425,6 +427,7 @@ class Error(Exception):
 
     exit_code = 1
     said = False  # already printed on stderr, when it began to stop the run
+    result: Any = None  # what was made before, for callers of `sdg.run`
 
 
 class UsageError(Error):
@@ -744,6 +747,8 @@ class Plugins:
         entries: dict[str, Entry] = getattr(self, kind)
         if name in entries:
             return entries[name]
+        if kind == "commands" and (option := option_for(name, self)):
+            raise UsageError(f"unknown command {name!r}; did you mean {option} {name}?")
         raise UsageError(f"unknown {kind[:-1]} {name!r}; {nearest(name, entries, cutoff=0.5)}")
 
     def calls(self, hook: str, **arguments: Any) -> Iterator[tuple[pluggy.HookImpl, Callable[[], Any]]]:
@@ -785,6 +790,13 @@ class Plugins:
                 f"plugin {plugin}: the {kind[:-1]} {name!r} is a {type(factory).__name__}, expected {expected}"
             )
         entries[name] = Entry(factory, *of)
+
+
+def option_for(word: str, plugins: Plugins) -> str:
+    """The option of `run` that a word belongs to that stands without one; "" if there is none."""
+    if word in plugins.rollouts or word.endswith(".py"):
+        return "--plugin"
+    return "--input" if "://" in word or Path(word).exists() else ""
 
 
 def _check_hooks(module: types.ModuleType) -> None:
@@ -1061,7 +1073,8 @@ class Store:
 
     async def chunks(self) -> dict[int, Chunk]:
         """All chunks that were ever read, by index."""
-        return await recorded_chunks(self._db)
+        async with self._db.execute("SELECT * FROM chunks ORDER BY chunk") as cursor:
+            return {row[0]: chunk_of(row) async for row in cursor}
 
     async def tally(self) -> Counter[str]:
         """How many documents are a row, filtered or failed."""
@@ -1125,16 +1138,11 @@ def _chunk_row(chunk: Chunk) -> tuple[Any, ...]:
     return (*dataclasses.astuple(chunk)[:5], json.dumps(chunk.filtered), json.dumps(chunk.failed))
 
 
-async def recorded_chunks(db: aiosqlite.Connection) -> dict[int, Chunk]:
-    """All chunks in a state file, by index."""
-    async with db.execute("SELECT * FROM chunks ORDER BY chunk") as cursor:
-        rows = await cursor.fetchall()
-    return {
-        index: Chunk(
-            index, start, count, bookmark, bool(written), tuple(json.loads(filtered)), tuple(json.loads(failed))
-        )
-        for index, start, count, bookmark, written, filtered, failed in rows
-    }
+def chunk_of(row: Sequence[Any]) -> Chunk:
+    """The chunk in a row of the table `chunks`."""
+    index, start, count, bookmark, written, filtered, failed = row
+    filtered, failed = tuple(json.loads(filtered)), tuple(json.loads(failed))
+    return Chunk(index, start, count, bookmark, bool(written), filtered, failed)
 
 
 def file_system_of(path: Path) -> str:

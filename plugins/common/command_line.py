@@ -20,6 +20,7 @@ from sdg_plugins.common.options import Option, Options, Parser, json_object, nam
 
 FILENAME = "${rank}_${chunk_index}.parquet"
 LONG_DOCUMENTS = ("truncate", "split", "fail")
+DEMO_OUTPUT = "output/demo"  # so that a demonstration does not stand in the way of the first real run
 EMPTY_ANSWERS = ("fail", "keep")
 
 
@@ -43,14 +44,20 @@ OPTIONS = {
         Option(
             "--output",
             "URI",
-            "a folder, s3://… or hf://datasets/OWNER/NAME; default: ./output/<rollout>",
+            "a folder, s3://… or hf://datasets/OWNER/NAME; default: ./output/<rollout>, ./output/demo for the demo",
             shared=True,
         ),
         Option("--output-config", "NAME", "sub-folder, and the config for load_dataset", "data", shared=True),
         Option(
             "--output-filename", "T", "template with ${chunk_index}; .jsonl writes JSON lines", FILENAME, identity=True
         ),
-        Option("--records-per-chunk", "N", "documents per file and checkpoint", 1000, _count, identity=True),
+        Option(
+            "--records-per-chunk",
+            "N",
+            "documents per file and checkpoint; default: 1000, fewer for inputs of less than 100,000",
+            type=_count,
+            identity=True,
+        ),
         Option("--results-column", "NAME", "column for the results", "rollout_results", identity=True),
     ],
     "server": [
@@ -423,7 +430,8 @@ def _derive(options: argparse.Namespace, plugins: sdg.Plugins) -> None:
     _check_filename(options.output_filename)
     if not re.fullmatch(r"[\w.-]+", options.output_config) or options.output_config in {"failed", ".", "..", ".sdg"}:
         raise sdg.UsageError(f"--output-config {options.output_config!r}: expected a folder name other than `failed`")
-    options.output = expanded(options.output or f"output/{options.rollout}")
+    demo = options.server == "demo" or not options.input
+    options.output = expanded(options.output or (DEMO_OUTPUT if demo else f"output/{options.rollout}"))
     _check_uris(options)
     scheme, name = split_uri(options.output)[0], options.output_filename
     options.writer = scheme if scheme in plugins.writers else by_scheme_or_suffix(plugins, "writers", name)
