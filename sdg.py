@@ -73,15 +73,15 @@ if TYPE_CHECKING:
     import aiosqlite
     import pyarrow as pa
 
-    from sdg_plugins.common.chunks import Intake, OpenChunk, Outlet, plain as plain, rows_of as rows_of
+    from sdg_plugins.common.chunks import Intake, OpenChunk, Outlet
     from sdg_plugins.common.files import (
-        InputFiles as InputFiles,
         Place as Place,
         filesystem as filesystem,
         format_of as format_of,
-        list_files as list_files,
         split_uri as split_uri,
     )
+    from sdg_plugins.common.inputs import InputFiles as InputFiles, list_files as list_files
+    from sdg_plugins.common.kinds import checker as checker
     from sdg_plugins.common.options import (
         Option as Option,
         Options as Options,
@@ -90,7 +90,8 @@ if TYPE_CHECKING:
         one_of as one_of,
         text_or_file as text_or_file,
     )
-    from sdg_plugins.common.results import base_fields as base_fields, checker as checker, results_type as results_type
+    from sdg_plugins.common.results import base_fields as base_fields, results_type as results_type
+    from sdg_plugins.common.values import plain as plain, rows_of as rows_of
     from sdg_plugins.servers.client import Client
     from sdg_plugins.servers.pool import Limit, Quarantine
     from sdg_plugins.truncation.fitting import Fitter
@@ -107,10 +108,12 @@ PUBLISHER = "sdg-publisher"  # the thread that publishes during a run; see `scri
 
 # Helpers for plugins that live in plugins/common/: `sdg.InputFiles` is `sdg_plugins.common.files.InputFiles`.
 HELPERS = {
-    **dict.fromkeys(("plain", "rows_of"), "common.chunks"),
-    **dict.fromkeys(("InputFiles", "Place", "filesystem", "format_of", "list_files", "split_uri"), "common.files"),
+    **dict.fromkeys(("Place", "filesystem", "format_of", "split_uri"), "common.files"),
+    **dict.fromkeys(("InputFiles", "list_files"), "common.inputs"),
+    "checker": "common.kinds",
     **dict.fromkeys(("Option", "Options", "json_object", "number", "one_of", "text_or_file"), "common.options"),
-    **dict.fromkeys(("base_fields", "checker", "results_type"), "common.results"),
+    **dict.fromkeys(("base_fields", "results_type"), "common.results"),
+    **dict.fromkeys(("plain", "rows_of"), "common.values"),
 }
 
 if not TYPE_CHECKING:

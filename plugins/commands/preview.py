@@ -23,11 +23,11 @@ import orjson
 
 import sdg
 from sdg_plugins.commands.jobs import Stop, run_all
-from sdg_plugins.common.chunks import plain
 from sdg_plugins.common.command_line import Config
 from sdg_plugins.common.files import format_of, split_uri
 from sdg_plugins.common.notes import Exchange, Notes, Outcome
 from sdg_plugins.common.secrets import secrets_of
+from sdg_plugins.common.values import plain
 
 LONGEST = 10_000  # characters of a text that are shown: a few pages
 TAIL = 2_000  # of these, from the end of the text
