@@ -20,7 +20,17 @@ from sdg_plugins.common.kinds import array_of, checker, decoder, parse_json, rel
 from sdg_plugins.common.results import annotated_fields, base_fields, fit, infer_fields, results_type, unfit
 from sdg_plugins.common.state import recorded_fields, settle_fields
 from sdg_plugins.common.unify import conformed
-from sdg_plugins.common.values import id_column_of, id_text, null_row, pick, plain, prompt_of, prune, rows_of, values_of
+from sdg_plugins.common.values import (
+    id_column_of,
+    id_text,
+    null_row,
+    parse_prompt,
+    pick,
+    plain,
+    prune,
+    rows_of,
+    values_of,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -106,7 +116,7 @@ class OpenChunk:
                     yield position, self.bad[position].reason
                     continue
                 try:
-                    text, messages = prompt_of(extra(position) if value is None else clean(value))
+                    text, messages = parse_prompt(extra(position) if value is None else clean(value))
                 except sdg.BadDocument as exc:
                     yield position, f"column {prompt_column!r} {exc}"
                     continue

@@ -129,7 +129,7 @@ def prune(kind: pa.DataType) -> Convert | None:
     return inner and (lambda value: value and [inner(item) for item in value])
 
 
-def prompt_of(value: Any) -> tuple[str, Chat | None]:
+def parse_prompt(value: Any) -> tuple[str, Chat | None]:
     """Text and messages of a prompt column's value; BadDocument if it is not a prompt."""
     if isinstance(value, str):
         if not value.strip():
