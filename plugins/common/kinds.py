@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 MOST_FIELDS = 500  # of a struct: a column for each of thousands of keys makes footers of megabytes
 EXACT = 2**53  # integers up to here are exact as floats
+LARGEST_FLOAT32 = 3.4e38
 HUGE = float(2**63)  # orjson reads integers from here on as floats, which are not exact
 
 Check = Callable[[Any], bool]
@@ -204,6 +205,8 @@ def checker(kind: pa.DataType, exact: bool = False, huge: bool = True) -> Check:
         return lambda value: value is None or (type(value) is int and 0 <= value < 2**64)
     if t.is_integer(kind):
         return lambda value: value is None or (type(value) is int and -(2**63) <= value < 2**63)
+    if t.is_float32(kind):
+        return lambda value: value is None or (type(value) in {int, float} and abs(value) <= LARGEST_FLOAT32)
     if t.is_floating(kind):
         return lambda value: (
             value is None

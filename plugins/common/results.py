@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
+Float32 = typing.Annotated[float, "float32"]  # in annotations of rollouts: `embedding: list[Float32]`
+SHORTEST_VECTOR = 8  # numbers in a list that is taken for an embedding without an annotation
+
+
 def base_fields() -> dict[str, pa.DataType]:
     """The fields of every result."""
     import pyarrow as pa
@@ -68,7 +72,7 @@ def _members(annotation: Any) -> dict[str, Any]:
     """Names and types of the fields of a TypedDict, dataclass or pydantic model; empty for anything else."""
     is_model = dataclasses.is_dataclass(annotation) or hasattr(annotation, "model_fields")
     shaped = typing.is_typeddict(annotation) or is_model
-    return typing.get_type_hints(annotation) if shaped and annotation is not sdg.Reply else {}
+    return typing.get_type_hints(annotation, include_extras=True) if shaped and annotation is not sdg.Reply else {}
 
 
 def arrow_type(annotation: Any) -> pa.DataType | None:
@@ -79,6 +83,8 @@ def arrow_type(annotation: Any) -> pa.DataType | None:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation in plain:
         return plain[annotation]
+    if origin is typing.Annotated and "float32" in arguments[1:]:
+        return pa.float32()
     if origin in {typing.Required, typing.NotRequired, typing.Annotated}:
         return arrow_type(arguments[0])
     if origin is typing.Literal and len({type(value) for value in arguments}) == 1:
@@ -98,8 +104,21 @@ def arrow_type(annotation: Any) -> pa.DataType | None:
 
 def infer_fields(results: Iterable[Mapping[str, Any]]) -> dict[str, pa.DataType]:
     """Fields of results without an annotation: each key whose values all have one type."""
-    kinds = {key: type_of(values) for key, values in sorted(columns_of(results).items())}
+    import pyarrow as pa
+
+    kinds = {
+        key: pa.list_(pa.float32()) if is_vector(values) else type_of(values)
+        for key, values in sorted(columns_of(results).items())
+    }
     return {key: kind for key, kind in kinds.items() if not is_json(kind)}
+
+
+def is_vector(values: list[Any]) -> bool:
+    """True if these are embeddings: lists of as many numbers each, which models compute with 32 bits at most."""
+    lists = [value for value in values if value is not None]
+    if not lists or not all(isinstance(value, list) and len(value) == len(lists[0]) for value in lists):
+        return False
+    return len(lists[0]) >= SHORTEST_VECTOR and all(type(item) is float for value in lists for item in value)
 
 
 def fit(result: Mapping[str, Any], checks: Mapping[str, Callable[[Any], bool]]) -> dict[str, Any]:
