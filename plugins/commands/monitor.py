@@ -10,10 +10,10 @@ import sys
 import time
 
 import sdg
-from sdg_plugins.common import recorded
+from sdg_plugins.common import hub, recorded
 from sdg_plugins.common.options import Parser, number
 from sdg_plugins.common.ranks import Overview, any_queued, other_jobs, progress_section
-from sdg_plugins.publishing import card, hub
+from sdg_plugins.publishing import card
 from sdg_plugins.publishing.publisher import Publisher
 from sdg_plugins.publishing.spool import uses_spool
 

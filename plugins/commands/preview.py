@@ -26,7 +26,7 @@ from sdg_plugins.commands.jobs import Stop, run_all
 from sdg_plugins.common.chunks import plain
 from sdg_plugins.common.command_line import Config
 from sdg_plugins.common.files import format_of, split_uri
-from sdg_plugins.common.notes import Exchange, Notes, Outcome
+from sdg_plugins.common.notes import DocumentRecord, Exchange, Notes
 from sdg_plugins.common.secrets import secrets_of
 
 LONGEST = 10_000  # characters of a text that are shown: a few pages
@@ -100,7 +100,7 @@ def summary_lines(notes: Notes) -> Iterator[str]:
     yield f"{', '.join(counts)}. Nothing was written."
 
 
-def document_lines(number: int, outcome: Outcome) -> Iterator[str]:
+def document_lines(number: int, outcome: DocumentRecord) -> Iterator[str]:
     """A document's requests and its outcome."""
     yield heading(f"document {number}{outcome.id and f' · {outcome.id}'}")
     for i, requests in enumerate(outcome.rollouts, 1):

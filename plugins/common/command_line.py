@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import sdg
 from sdg_plugins.common.checks import check_rollout
-from sdg_plugins.common.files import expanded, format_of, list_files, split_uri
+from sdg_plugins.common.files import default_state_dir, expanded, format_of, list_files, split_uri
 from sdg_plugins.common.options import Option, Options, Parser, json_object, name_and_variable, number, one_of
 
 FILENAME = "${rank}_${chunk_index}.parquet"
@@ -442,13 +442,6 @@ def _derive_rank(options: argparse.Namespace) -> None:
             raise sdg.UsageError("this Slurm array has gaps: give --rank and --world-size")
     if options.rank >= options.world_size:
         raise sdg.UsageError(f"--rank {options.rank} must be less than --world-size {options.world_size}")
-
-
-def default_state_dir(output: str, config: str) -> str:
-    """The default folder of a run's state: inside the output if that is a folder, else below the working directory."""
-    scheme, rest = split_uri(sdg.redact(output))
-    base = Path(rest) / ".sdg" if scheme == "file" else Path(".sdg") / re.sub(r"[^\w.-]+", "-", rest.strip("/"))
-    return str(base if config == "data" else base / config)
 
 
 def by_scheme_or_suffix(plugins: sdg.Plugins, kind: str, uri: str) -> str:

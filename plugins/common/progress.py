@@ -118,9 +118,9 @@ def report(engine: sdg.Engine, figures: dict[str, Any]) -> str:
     if figures["failed"]:
         failed = f"{shown}/{os.path.dirname(run.failed_path_of(sdg.Chunk(0, 0)))}"
         lines.append(f"failed  {failed}; run them again with --retry-failed")
-        common = engine.reasons.most_common(3)
-        lines += [f"        {times} × {engine.examples[kind][:150]}" for kind, times in common]
-        lines += [f"        and {len(engine.reasons) - 3:,} more reasons"] * (len(engine.reasons) > 3)
+        common = engine.failures.reasons.most_common(3)
+        lines += [f"        {times} × {engine.failures.examples[kind][:150]}" for kind, times in common]
+        lines += [f"        and {len(engine.failures.reasons) - 3:,} more reasons"] * (len(engine.failures.reasons) > 3)
     if run.options.rollouts_per_document > 1 and figures["failed_rollouts"]:
         lines.append(f"lost    {figures['failed_rollouts']:,} rollouts failed; a document fails only if all of its do")
     lines.append(f"state   {run.state}: stats.json has the figures")

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import sdg
-from sdg_plugins.common.command_line import default_state_dir
-from sdg_plugins.common.files import expanded, output_place
+from sdg_plugins.common.files import default_state_dir, expanded, output_place
 from sdg_plugins.common.state import parse_run, remember_source
 
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, cast
 import xxhash
 
 import sdg
-from sdg_plugins.common.command_line import CORE, default_state_dir
-from sdg_plugins.common.files import expanded, split_uri, sync
+from sdg_plugins.common.command_line import CORE
+from sdg_plugins.common.files import default_state_dir, expanded, split_uri, sync
 from sdg_plugins.common.results import base_fields
 
 if TYPE_CHECKING:

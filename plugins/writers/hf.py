@@ -16,10 +16,10 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import sdg
+from sdg_plugins.common import hub
 from sdg_plugins.common.files import format_of
 from sdg_plugins.common.options import number
 from sdg_plugins.common.ranks import progress_section
-from sdg_plugins.publishing import hub
 from sdg_plugins.publishing.publisher import Publisher
 from sdg_plugins.publishing.quota import FILES
 

@@ -84,7 +84,7 @@ def protocols() -> str:
         if not isinstance(protocol, type):  # an alias, described by the comment in its line
             described = re.search(rf"^{name} = (.+?)  # (.+)$", inspect.getsource(sdg), re.MULTILINE)
             assert described, name
-            items.append(f"- **`{name}`**: `{described[1]}`: {described[2]}.")
+            items.append(f"- **`{name}`**: `{described[1].replace(chr(34), '')}`: {described[2]}.")
             continue
         items.append(f"- **`{name}`**: {sdg.one_line(inspect.getdoc(protocol) or '')}")
         for member, thing in vars(protocol).items():
