@@ -1360,7 +1360,7 @@ class Failures:
 
     def too_many(self, failed: int, documents: int, which: str, most: float) -> TooManyFailures:
         """The error for `failed` of `documents` that failed, if `most` is the highest rate allowed."""
-        reasons = [f"; {times} times: {self.examples[kind]}" for kind, times in self.reasons.most_common(1)]
+        reasons = [f" ({times:,} × {self.examples[kind]})" for kind, times in self.reasons.most_common(1)]
         return TooManyFailures(
             f"{failed:,} of {which}{documents:,} documents failed, more than --max-failure-rate {most:g} allows"
             f"{''.join(reasons)}. Fix the cause and rerun with --retry-failed, "
