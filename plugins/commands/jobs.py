@@ -14,7 +14,7 @@ import os
 import signal
 import sqlite3
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +22,6 @@ import sdg
 from sdg_plugins.common.checks import (
     check_columns,
     check_reader,
-    check_servers,
     check_shape,
     created,
     entering,
@@ -41,11 +40,9 @@ from sdg_plugins.common.statistics import (
     write_rank,
     write_statistics,
 )
-from sdg_plugins.servers.client import Client
 from sdg_plugins.servers.connecting import connect
+from sdg_plugins.servers.models import Connect, Servers, connect_models, start
 
-Servers = Sequence[str | sdg.Upstream]
-Connect = Callable[[sdg.Run, Servers], contextlib.AbstractAsyncContextManager[Client]]
 Present = Callable[[sdg.Engine, "Stop"], contextlib.AbstractAsyncContextManager[None]]  # entered around `Engine.work`
 
 
@@ -56,17 +53,22 @@ class Stop:
         cancel: ends it when no engine is working.
         everything: for one of several jobs: ends all of them, if the server fails that they share.
         name: of the job, printed before its reason.
+        quiet: the reason is raised to a caller in Python, who decides what to do with it: it is not printed, and the
+            process goes on.
 
     Attributes:
         stopping: set when it ends early, for threads.
         gently: how to end it while an engine is working.
     """
 
-    def __init__(self, cancel: Callable[[], object], everything: Stop | None = None, name: str = "") -> None:
+    def __init__(
+        self, cancel: Callable[[], object], everything: Stop | None = None, name: str = "", quiet: bool = False
+    ) -> None:
         self.reason: sdg.Error | None = None
         self.stopping = threading.Event()
         self.gently: Callable[[], None] | None = None
         self._cancel, self._everything, self._name = cancel, everything, name
+        self.quiet: bool = everything.quiet if everything else quiet
 
     def __call__(self, reason: sdg.Error) -> None:
         first, self.reason = self.reason is None, self.reason or reason
@@ -82,7 +84,7 @@ class Stop:
             self._cancel()
 
     def _say(self, reason: sdg.Error) -> None:
-        if reason.said:
+        if reason.said or self.quiet:
             return
         sdg.say(f"{self._name}{reason}")
         reason.said = True
@@ -111,13 +113,19 @@ async def reported(engine: sdg.Engine, stop: Stop) -> AsyncIterator[None]:
     """Show an engine's progress, keep its figures, and print at the end what was written where."""
     async with progress(engine), heartbeat(engine):
         yield
+    figures, chunks = await record_end(engine, stop), await engine.store.chunks()
+    if figures["documents"] or not stop.reason:
+        with contextlib.suppress(BrokenPipeError):  # no one reads it: the run is as good as before
+            print(report(engine, figures, chunks.values()), flush=True)
+
+
+async def record_end(engine: sdg.Engine, stop: Stop) -> dict[str, Any]:
+    """Write the figures of a rank that has ended, and the sum over all ranks. Returns the rank's."""
     figures = await statistics(engine, await engine.store.tally())
     record = {"status": status_of(stop.reason), "expected": engine.intake.expected()}
     write_rank(engine.run, figures, record, stop.reason)
     write_statistics(engine.run)
-    if figures["documents"] or not stop.reason:
-        with contextlib.suppress(BrokenPipeError):  # no one reads it: the run is as good as before
-            print(report(engine, figures), flush=True)
+    return figures
 
 
 class Job:
@@ -162,7 +170,7 @@ class Job:
             self._writer = await asyncio.to_thread(created, entry.factory, self.run)
         check_shape(self._writer, sdg.Writer, f"the writer {options.writer!r} of plugin {entry.plugin}")
 
-    async def work(self, servers: Servers) -> None:
+    async def work(self, servers: Mapping[str, Servers]) -> None:
         """Run to the end, or as far as it gets."""
         self._everything.gently = lambda: self.stop(cast("sdg.Error", self._everything.reason))
         try:
@@ -180,7 +188,7 @@ class Job:
             self._everything.gently = None
         self.problem = self.problem or self.stop.reason
 
-    async def _work(self, servers: Servers) -> None:
+    async def _work(self, servers: Mapping[str, Servers]) -> None:
         check_state_dir(self.run)
         if self.run.options.fresh:
             start_over(self.run)
@@ -207,15 +215,15 @@ class Job:
         return reader
 
     @contextlib.asynccontextmanager
-    async def _engine(self, reader: sdg.Reader, servers: Servers) -> AsyncIterator[sdg.Engine]:
+    async def _engine(self, reader: sdg.Reader, servers: Mapping[str, Servers]) -> AsyncIterator[sdg.Engine]:
         """An engine with all that it needs: client, state, resources."""
         run = self.run
         async with contextlib.AsyncExitStack() as stack:
-            run.client = client = await stack.enter_async_context(self._connecting(run, servers))
+            await connect_models(run, servers, self._connecting, stack)
             claim_state(run, reader)
             path = run.state / f"{run.options.rank:05d}.sqlite3"
             store = await stack.enter_async_context(sdg.Store.open(path, run.counts))
-            send = run.plugins.linked(run, client.send)
+            send = run.plugins.linked(run)
             resources = await self._resources(stack)
             yield sdg.Engine(run, store, Intake(run, reader), Outlet(run, self._writer), send, resources)
 
@@ -269,14 +277,22 @@ def open_run(config: Config, stop: Stop) -> sdg.Run:
     return run
 
 
-async def run_all(configs: list[Config], present: Present = reported) -> None:
-    """Run the jobs of some configs; raises the worst of their errors."""
+async def run_all(
+    configs: list[Config], present: Present = reported, called: Callable[[Stop], object] | None = None
+) -> None:
+    """Run the jobs of some configs; raises the worst of their errors.
+
+    Args:
+        configs: each is a job.
+        present: a context manager around each engine's work: shows it.
+        called: for calls in Python: given what stops all jobs, instead of signals.
+    """
     task = asyncio.current_task()
     assert task
-    stop = Stop(task.cancel)
+    stop = Stop(task.cancel, quiet=called is not None)
     jobs: list[Job] = []
     try:
-        with signals(stop):
+        with signals(stop) if called is None else contextlib.nullcontext(called(stop)):
             for config in configs:
                 name = f"config {config.name}: " if len(configs) > 1 else ""
                 jobs.append(Job(config, stop, name, present))
@@ -297,16 +313,12 @@ async def run_all(configs: list[Config], present: Present = reported) -> None:
 
 
 async def serve(jobs: list[Job], stop: Stop) -> None:
-    """Start the server, and have each job use it in its turn, until something stops them all."""
+    """Start the servers, and have each job use it in its turn, until something stops them all."""
     run = dataclasses.replace(jobs[0].run, stop=stop, stopping=stop.stopping)
-    name = run.options.server
-    entry = run.plugins.servers[name]
     try:
         async with contextlib.AsyncExitStack() as stack:
-            with sdg.at_work(f"the server {name!r}", entry.factory):
-                servers = await stack.enter_async_context(entering(entry, "server", name, run))
-                check_servers(servers, f"the server {name!r} of plugin {entry.plugin}{sdg.place_of(entry.factory)}")
-            for job in jobs if servers else []:  # none: we have lent our GPUs to a run elsewhere, which has ended
+            servers = await start(run, stack)
+            for job in jobs if servers[""] else []:  # none: we have lent our GPUs to a run elsewhere, which has ended
                 if stop.reason is None:
                     await job.work(servers)
     except (asyncio.CancelledError, Exception) as exc:  # noqa: BLE001 - raised when all observers are left

@@ -34,7 +34,7 @@ def monitor(argv: list[str]) -> int:
         description=monitor.__doc__,
         epilog="example: sdg.py monitor --output hf://datasets/YOU/summaries",
     )
-    recorded.add_run_options(parser)
+    recorded.add_run_options(parser, required=True)
     interval, patience = number(float, 0.1), number(float, 1)
     parser.add_argument("--interval", metavar="S", type=interval, default=300.0, help="seconds between updates [300]")
     parser.add_argument(
