@@ -281,7 +281,7 @@ def snippets(language: str) -> list[str]:
     return [code for page in PAGES for code in re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)]
 
 
-@pytest.mark.parametrize("command", "card check monitor plugins run show status verify".split())
+@pytest.mark.parametrize("command", ["card", "check", "monitor", "plugins", "run", "show", "status", "verify"])
 def test_every_command_has_help_with_an_example(run_sdg, command: str) -> None:  # type: ignore[no-untyped-def]
     finished = run_sdg(command, "--help")
     assert finished.rc == 0
