@@ -5,9 +5,7 @@ It reads input, state and output again, and compares published files with those 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import sqlite3
 import sys
 from collections.abc import Iterator
 
@@ -18,7 +16,7 @@ from sdg_plugins.common.chunks import OpenChunk, id_column_of, read_failed
 from sdg_plugins.common.files import format_of
 from sdg_plugins.common.markdown import counted
 from sdg_plugins.common.options import Parser
-from sdg_plugins.common.state import output_files
+from sdg_plugins.common.state import output_files, recorded_chunks
 from sdg_plugins.publishing.publisher import Publisher
 from sdg_plugins.publishing.spool import uses_spool
 
@@ -51,9 +49,8 @@ def discrepancies(run: sdg.Run, counts: dict[str, int]) -> Iterator[str]:
     writer = run.plugins.writers[format_of(options.output_filename)].factory(run)
     known = {}
     for rank in range(options.world_size):
-        path = run.state / f"{rank:05d}.sqlite3"
-        if path.exists():
-            known.update(asyncio.run(read_chunks(path.absolute().as_uri())))
+        if (path := run.state / f"{rank:05d}.sqlite3").exists():
+            known.update(recorded_chunks(run.state, rank))
         else:
             yield f"rank {rank} has not run: {path} is missing"
     expected = set()
@@ -95,17 +92,6 @@ def all_chunks(run: sdg.Run, reader: sdg.Reader) -> Iterator[OpenChunk]:
             return
 
 
-async def read_chunks(uri: str) -> dict[int, sdg.Chunk]:
-    """The chunks that a rank has recorded in its database, which `uri` names."""
-    import aiosqlite
-
-    try:
-        async with aiosqlite.connect(f"{uri}?mode=ro", uri=True) as db:
-            return await sdg.recorded_chunks(db)
-    except sqlite3.Error as exc:
-        raise sdg.StateError(f"state {uri} cannot be read: {exc}") from exc
-
-
 def discrepancies_of_chunk(run: sdg.Run, chunk: sdg.Chunk, ids: list[str], writer: sdg.Writer) -> Iterator[str]:
     """The discrepancies in the files of one finished chunk; `ids` are those of its documents, in order."""
     path = run.output.path(run.path_of(chunk))
@@ -117,7 +103,9 @@ def discrepancies_of_chunk(run: sdg.Run, chunk: sdg.Chunk, ids: list[str], write
     except (OSError, ValueError, KeyError) as exc:
         yield f"{path} or its failed records cannot be read: {exc}"
         return
-    if table is None:
+    if table is None and not chunk.rows:
+        pass  # a chunk without rows has no file
+    elif table is None:
         yield f"{path} is gone: it had {counted(chunk.rows, 'row')}"
     elif table.num_rows != chunk.rows:
         yield f"{path} has {counted(table.num_rows, 'row')}, expected {chunk.rows:,}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import json
@@ -218,6 +219,28 @@ def parse_run(path: Path, content: bytes) -> dict[str, Any]:
     if version != sdg.STATE_VERSION:
         raise sdg.wrong_version(path, version)
     return cast("dict[str, Any]", recorded)
+
+
+def recorded_chunks(state: Path, rank: int) -> dict[int, sdg.Chunk]:
+    """The chunks that a rank has recorded, by index; {} if it has not begun. Must not be called in an event loop.
+
+    Raises:
+        StateError: its database cannot be read.
+    """
+
+    async def read() -> dict[int, sdg.Chunk]:
+        import aiosqlite
+
+        async with aiosqlite.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True) as db:
+            return await sdg.recorded_chunks(db)
+
+    path = state / f"{rank:05d}.sqlite3"
+    if not path.exists():
+        return {}
+    try:
+        return asyncio.run(read())
+    except sqlite3.Error as exc:
+        raise sdg.StateError(f"state {path} cannot be read: {exc}") from exc
 
 
 def remember_source(run: sdg.Run) -> None:
