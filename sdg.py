@@ -34,7 +34,6 @@ import importlib.util
 import inspect
 import json
 import os
-import pkgutil
 import re
 import signal
 import sqlite3
@@ -50,7 +49,6 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
-    Coroutine,
     Iterable,
     Iterator,
     Mapping,
@@ -73,16 +71,16 @@ if TYPE_CHECKING:
     import aiosqlite
     import pyarrow as pa
 
-    from sdg_plugins.common.chunks import Intake, OpenChunk, Outlet, plain as plain, rows_of as rows_of
+    from sdg_plugins.common.chunks import Intake, OpenChunk, Outlet
     from sdg_plugins.common.crew import Crew
     from sdg_plugins.common.files import (
-        InputFiles as InputFiles,
         Place as Place,
         filesystem as filesystem,
         format_of as format_of,
-        list_files as list_files,
         split_uri as split_uri,
     )
+    from sdg_plugins.common.inputs import InputFiles as InputFiles, list_files as list_files
+    from sdg_plugins.common.kinds import checker as checker
     from sdg_plugins.common.options import (
         Option as Option,
         Options as Options,
@@ -91,9 +89,14 @@ if TYPE_CHECKING:
         one_of as one_of,
         text_or_file as text_or_file,
     )
-    from sdg_plugins.common.results import base_fields as base_fields, checker as checker, results_type as results_type
+    from sdg_plugins.common.results import base_fields as base_fields, results_type as results_type
+    from sdg_plugins.common.secrets import redact as redact
+    from sdg_plugins.common.tasks import background as background
+    from sdg_plugins.common.values import plain as plain, rows_of as rows_of
+    from sdg_plugins.python import run as run
     from sdg_plugins.servers.client import Client
-    from sdg_plugins.servers.pool import Limit, Quarantine
+    from sdg_plugins.servers.pool import Pool
+    from sdg_plugins.servers.upstream import Upstream as Upstream
     from sdg_plugins.truncation.fitting import Fitter
 
 __version__ = "0.1.0"
@@ -107,12 +110,18 @@ RECENT = 1000  # documents that the failure rate is also judged by, so that a lo
 PUBLISHER = "sdg-publisher"  # the thread that publishes during a run; see `script`
 left_behind: list[object] = []  # tasks of plugins that did not end with the run; see `script`
 
-# Helpers for plugins that live in plugins/common/: `sdg.InputFiles` is `sdg_plugins.common.files.InputFiles`.
+# What plugins use that lives in plugins/: `sdg.InputFiles` is `sdg_plugins.common.inputs.InputFiles`.
 HELPERS = {
-    **dict.fromkeys(("plain", "rows_of"), "common.chunks"),
-    **dict.fromkeys(("InputFiles", "Place", "filesystem", "format_of", "list_files", "split_uri"), "common.files"),
+    **dict.fromkeys(("Place", "filesystem", "format_of", "split_uri"), "common.files"),
+    **dict.fromkeys(("InputFiles", "list_files"), "common.inputs"),
+    "checker": "common.kinds",
     **dict.fromkeys(("Option", "Options", "json_object", "number", "one_of", "text_or_file"), "common.options"),
-    **dict.fromkeys(("base_fields", "checker", "results_type"), "common.results"),
+    **dict.fromkeys(("base_fields", "results_type"), "common.results"),
+    **dict.fromkeys(("plain", "rows_of"), "common.values"),
+    "run": "python",
+    "Upstream": "servers.upstream",
+    "background": "common.tasks",
+    "redact": "common.secrets",
 }
 
 if not TYPE_CHECKING:
@@ -219,10 +228,16 @@ class Writer(Protocol):
     """Where chunks go. Called in threads, at most two at a time, each with another chunk."""
 
     def write(self, chunk: Chunk, rows: pa.Table) -> None:
-        """Make the chunk's file durable, whole or not at all. Called again after a crash, with the same result."""
+        """Make the chunk's file durable, whole or not at all. Called again after a crash, with the same result.
+
+        Chunks without rows are not written; only if there are no rows at all, the first one is, at the end.
+        """
 
     def read(self, chunk: Chunk) -> pa.Table | None:
         """The rows of a chunk that was written, None if its file is gone."""
+
+
+Prompt = str | list[dict[str, Any]] | dict[str, Any]  # see `Generate`
 
 
 class Generate(Protocol):
@@ -232,20 +247,30 @@ class Generate(Protocol):
     def index(self) -> int:
         """Which of --rollouts-per-document this is, from 0."""
 
-    async def __call__(self, prompt: str | list[dict[str, Any]] | dict[str, Any], **overrides: Any) -> Reply:
+    async def __call__(self, prompt: Prompt, *, to: str = "", **overrides: Any) -> Reply:
         """Send a prompt and return the reply. The document in it is cut if it does not fit the model's context.
 
         Args:
             prompt: a string (one user message), a list of chat messages, or a whole payload: with `messages` for the
                 chat endpoint, with `prompt` for completions.
+            to: the name of a further model, from `[models.NAME]` or --models; "" for the run's own.
             overrides: fields of the payload, such as `temperature=0.2` or `n=4`; they win over the command line.
 
         Raises:
             RequestFailed: the server refused the request, or all retries were used up.
         """
 
-    async def raw(self, prompt: str | list[dict[str, Any]] | dict[str, Any], **overrides: Any) -> tuple[Reply, bytes]:
+    async def raw(self, prompt: Prompt, *, to: str = "", **overrides: Any) -> tuple[Reply, bytes]:
         """Send a prompt and return the reply together with the server's JSON response."""
+
+    async def post(self, path: str, payload: Mapping[str, Any], *, to: str = "") -> Any:
+        """Send a payload to another endpoint, such as `/embeddings`, `/score` or `/rerank`, and return its JSON.
+
+        Args:
+            path: below the API root; one that begins with `/../` stands beside it.
+            payload: as the server expects it; `model` is added if it is missing.
+            to: as for a prompt.
+        """
 
 
 class PerRollout(NamedTuple):
@@ -294,7 +319,7 @@ class Rollout(Protocol):
 
 @dataclasses.dataclass(slots=True)
 class Chunk:
-    """`count` rows of the input from row `start` on: one output file. `index` counts chunks of the whole input."""
+    """`count` rows of the input from row `start` on, for one output file. `index` counts chunks of the whole input."""
 
     index: int
     start: int
@@ -311,65 +336,6 @@ class Chunk:
     def rows(self) -> int:
         """Rows in the chunk's file."""
         return self.count - len(self.filtered) - len(self.failed)
-
-
-class Upstream:
-    """State of one server, shared by the pool, the engine and the plugin that launched it.
-
-    A plugin that launches servers yields these. It calls `rise` when the server is ready, `fall` when it no longer is,
-    `give_up` when it will not come back, and describes in `status` what is happening meanwhile. While the server is
-    down no request is sent to it, and none times out.
-
-    Args:
-        url: the API root: ends in /v1, or in whatever the endpoint has instead.
-        examine: `await examine(crashes)` returns True if a failure just now was the server's death rather than one
-            request's; `crashes` is their number when the request was sent. None for servers that we did not launch.
-        model: the name by which requests find the model, if it is known before the server is up.
-
-    Attributes:
-        active: requests in flight.
-        answers: responses received; with `progressed` it tells the plugin whether the server still works.
-        progressed: loop time of the last response or token, or of the first request after an idle period.
-        failures: failed requests in a row, of requests that were sent one after the other.
-        overloaded_at: loop time since which it has had no capacity for any request; 0 if it has some.
-        until: loop time before which no request is sent, for this `reason`.
-        convicted: requests that have crashed the server with no other request in flight.
-    """
-
-    limit: Limit  # set by the pool
-    quarantine: Quarantine
-
-    def __init__(
-        self, url: str, examine: Callable[[int], Awaitable[bool]] | None = None, model: str | None = None
-    ) -> None:
-        self.url, self.examine, self.model = url, examine, model
-        self.up = asyncio.Event()
-        self.gone = False
-        self.status = ""
-        self.crashes = self.active = self.answers = self.failures = self.convicted = 0
-        self.reason = ""
-        self.progressed = self.until = self.failed_at = self.overloaded_at = 0.0
-        self.changed: Callable[[bool], None] = lambda risen: None  # set by the pool
-        if examine is None:
-            self.up.set()
-
-    def rise(self) -> None:
-        """The server is ready for requests."""
-        self.failures, self.overloaded_at = 0, 0.0
-        self.until = 0.0
-        self.up.set()
-        self.changed(True)
-
-    def fall(self, crashed: bool) -> None:
-        """The server takes no requests now. `crashed`: those in flight are lost, and one of them may be the cause."""
-        if self.up.is_set():
-            self.crashes += crashed
-        self.up.clear()
-
-    def give_up(self) -> None:
-        """The server will not come back: the other servers take over its work."""
-        self.gone = True
-        self.changed(False)
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -390,6 +356,7 @@ class Run:
     schema: pa.Schema | None = None  # of the input, as it is now; set before resources are opened
     counts: Counter[str] = dataclasses.field(default_factory=Counter)  # of this process; see `statistics`
     client: Client | None = None  # set once the servers are known
+    models: dict[str, Run] = dataclasses.field(default_factory=dict)  # further ones, with their options and clients
     fitter: Fitter | None = None  # fits prompts to the model's context; set by its link of `wrap_requests`
 
     def path_of(self, chunk: Chunk) -> str:
@@ -401,8 +368,12 @@ class Run:
 
     def failed_path_of(self, chunk: Chunk) -> str:
         """The file of the chunk's failed documents, relative to the output."""
-        folder = "failed" if self.options.output_config == "data" else f"failed/{self.options.output_config}"
-        return f"{folder}/{chunk.index % self.options.world_size:05d}_{chunk.index:05d}.jsonl"
+        return failed_path(self.options.output_config, chunk.index % self.options.world_size, chunk.index)
+
+
+def failed_path(config: str, rank: int, chunk_index: int) -> str:
+    """The file of a chunk's failed documents, relative to the output."""
+    return f"{'failed' if config == 'data' else f'failed/{config}'}/{rank:05d}_{chunk_index:05d}.jsonl"
 
 
 class Request:
@@ -413,19 +384,25 @@ class Request:
         payload: the JSON body as Python values.
         body: `payload` as JSON.
         rollout: the run of a rollout that sends it; None outside of rollouts.
+        to: the name of a further model; "" for the run's own.
     """
 
-    __slots__ = ("body", "path", "payload", "rollout")
+    __slots__ = ("body", "path", "payload", "rollout", "to")
 
     def __init__(
-        self, path: str, payload: dict[str, Any], rollout: RolloutRun | None = None, body: bytes | None = None
+        self,
+        path: str,
+        payload: dict[str, Any],
+        rollout: RolloutRun | None = None,
+        body: bytes | None = None,
+        to: str = "",
     ) -> None:
-        self.path, self.payload, self.rollout = path, payload, rollout
+        self.path, self.payload, self.rollout, self.to = path, payload, rollout, to
         self.body = orjson.dumps(payload) if body is None else body
 
     def with_payload(self, payload: dict[str, Any]) -> Request:
         """The same request with another payload."""
-        return Request(self.path, payload, self.rollout)
+        return Request(self.path, payload, self.rollout, to=self.to)
 
 
 class Response(NamedTuple):
@@ -441,7 +418,7 @@ Send = Callable[[Request], Awaitable[Response]]  # raises RequestFailed
 OpenReader = Callable[[Run], Reader]  # opens `run.options.input`, in a thread; raises InputError if it cannot be read
 OpenWriter = Callable[[Run], Writer]  # opens the output, in a thread, before the server starts; raises OutputError
 OpenResource = Callable[[Run], contextlib.AbstractAsyncContextManager[Any]]  # yields what rollouts get
-OpenServer = Callable[[Run], contextlib.AbstractAsyncContextManager[Sequence[str | Upstream]]]  # yields base URLs
+OpenServer = Callable[[Run], contextlib.AbstractAsyncContextManager[Sequence["str | Upstream"]]]  # yields base URLs
 Command = Callable[[list[str]], int]  # takes the arguments, returns the exit code
 
 # ── Errors ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -465,6 +442,7 @@ class Error(Exception):
 
     exit_code = 1
     said = False  # already printed on stderr, when it began to stop the run
+    result: Any = None  # what was made before, for callers of `sdg.run`
 
 
 class UsageError(Error):
@@ -602,11 +580,6 @@ def reason_of(exc: OSError | sqlite3.Error) -> str:
     return "the disk is full: make room, then run the same command again" if full else one_line(exc)
 
 
-def redact(url: str) -> str:
-    """A URL without the password or key that it may carry."""
-    return re.sub(r"([?&][\w-]*(?:key|token)=)[^&\s]+", r"\1***", re.sub(r"//[^/]*@", "//***@", url))
-
-
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """Suggest close matches for an unknown name."""
     near = difflib.get_close_matches(name, known := sorted(known), n=3, cutoff=cutoff)
@@ -635,7 +608,6 @@ hookspec = pluggy.HookspecMarker("sdg")
 hookimpl = pluggy.HookimplMarker("sdg")
 
 # Handed to the `register_*` hooks: `register(name, factory)`. The factory's docstring is its one-line help.
-Register = Callable[[str, Any], None]
 RegisterReaders = Callable[[str, OpenReader], None]
 RegisterRollouts = Callable[[str, Rollout], None]
 RegisterResources = Callable[[str, OpenResource], None]
@@ -705,7 +677,8 @@ class Hooks:
     def wrap_requests(self, run: Run, send: Send) -> Send:  # type: ignore[empty-body]
         """Return `async send(request) -> Response`: all requests of rollouts pass it, and it calls the `send` given.
 
-        Called once per run, after the servers are known. Responses that are already stored do not pass. Links of
+        Called once per run and for each further model, after the servers are known; `run` is then the model's, with its
+        own options, counts and client. Responses that are already stored do not pass. Links of
         plugins that are loaded later are nearer to the rollout; `@sdg.hookimpl(trylast=True)` puts one nearest to the
         server. A `RequestFailed` that it raises fails the request, any other exception the document.
         """
@@ -724,9 +697,6 @@ class Hooks:
 
 
 # ── Plugins ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-# Folders of plugins/ whose modules are loaded as plugins if they have hooks.
-ROOMS = ("commands", "readers", "resources", "rollouts", "servers", "servers.launching", "truncation", "writers")
 
 
 class Entry(NamedTuple):
@@ -766,14 +736,12 @@ class Plugins:
         Returns:
             The plugins, and the name of the rollout given by the last of `specs` that has any; None if none has.
         """
+        from sdg_plugins.common import loading
+
         plugins = cls()
-        for room in ROOMS:
-            package = importlib.import_module(f"sdg_plugins.{room}")
-            for found in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
-                if not found.ispkg:
-                    plugins.add(importlib.import_module(found.name), __version__, "sdg")
-        plugins._load_installed()
-        named = [(spec, *plugins._load_spec(spec)) for spec in specs]
+        loading.add_bundled(plugins)
+        loading.add_installed(plugins)
+        named = [(spec, *loading.add_named(plugins, spec)) for spec in specs]
         spec, rollout, _ = next((one for one in reversed(named) if one[2]), ("", None, []))
         if rollout == "":
             raise UsageError(f"--plugin {spec} registers several rollouts: name one as {spec}:NAME")
@@ -784,7 +752,7 @@ class Plugins:
         name = module.__name__
         if self.manager.has_plugin(name):
             return
-        check_hooks(module)
+        _check_hooks(module)
         self.manager.register(module, name)
         for kind in self.kinds:
             register = functools.partial(self._register, kind, (name, version, package or name))
@@ -795,6 +763,8 @@ class Plugins:
         entries: dict[str, Entry] = getattr(self, kind)
         if name in entries:
             return entries[name]
+        if kind == "commands" and (option := option_for(name, self)):
+            raise UsageError(f"unknown command {name!r}; did you mean {option} {name}?")
         raise UsageError(f"unknown {kind[:-1]} {name!r}; {nearest(name, entries, cutoff=0.5)}")
 
     def calls(self, hook: str, **arguments: Any) -> Iterator[tuple[pluggy.HookImpl, Callable[[], Any]]]:
@@ -809,15 +779,20 @@ class Plugins:
                 with at_work(f"plugin {impl.plugin_name}: {hook}", plugin, argparse.ArgumentError):
                     call()
 
-    def linked(self, run: Run, send: Send) -> Send:
-        """`send` with the links of all plugins around it; see the hook `wrap_requests`."""
+    def linked(self, run: Run) -> Send:
+        """The client's `send` with the links of all plugins around it; see the hook `wrap_requests`."""
+        assert run.client
+        send: Send = run.client.send
         for impl in self.manager.hook.wrap_requests.get_hookimpls():
             arguments = {"run": run, "send": send}
             with at_work(f"plugin {impl.plugin_name}: wrap_requests", impl.plugin):
                 send = cast("Send", impl.function(*[arguments[name] for name in impl.argnames]))
             if not callable(send):
                 raise PluginError(f"plugin {impl.plugin_name}: wrap_requests returned {send!r}, not a function")
-        return send
+        if not run.models:
+            return send
+        chains = {"": send, **{name: self.linked(model) for name, model in run.models.items()}}
+        return lambda request: chains[request.to](request)
 
     def _register(self, kind: str, of: tuple[str, str, str], name: str, factory: Callable[..., Any]) -> None:
         entries: dict[str, Entry] = getattr(self, kind)
@@ -832,38 +807,15 @@ class Plugins:
             )
         entries[name] = Entry(factory, *of)
 
-    def _load_installed(self) -> None:
-        for point in _entry_points():
-            package, version = (point.dist.name, point.dist.version) if point.dist else (point.module, "")
-            module = _import(f"the plugin {point.value} of the installed package {package}", point.load)
-            self.add(module, version, package)
 
-    def _load_spec(self, spec: str) -> tuple[str, list[str]]:
-        """Load one `--plugin`. Returns the rollout that it names, "" if it leaves that open, and all its rollouts."""
-        if spec in self.rollouts:
-            return spec, [spec]
-        target, _, name = spec.rpartition(":") if ":" in spec else (spec, "", "")
-        if target.endswith(".py"):
-            module, version = _import_file(Path(target).expanduser())
-            package = target
-        elif re.fullmatch(r"\w+(\.\w+)*", target) and importlib.util.find_spec(target.partition(".")[0]):
-            module = _import(f"plugin {target}", functools.partial(importlib.import_module, target))
-            version, package = str(getattr(module, "__version__", "")) or hash_of(module), target
-        elif Path(f"{spec}.py").is_file():
-            raise UsageError(f"unknown rollout {spec!r}; did you mean --plugin ./{spec}.py?")
-        else:
-            self.find("rollouts", spec)
-        self.add(module, version, package)
-        if not self.manager.get_hookcallers(module):
-            raise UsageError(f"--plugin {spec} registers nothing: is @sdg.hookimpl missing?")
-        own = [name for name, entry in self.rollouts.items() if entry.plugin == module.__name__]
-        if name and name not in own:
-            raise UsageError(f"{target} has no rollout {name!r}; available: {', '.join(own) or 'none'}")
-        stem = module.__name__.rpartition(".")[2]
-        return name or (own[0] if len(own) == 1 else stem if stem in own else ""), own
+def option_for(word: str, plugins: Plugins) -> str:
+    """The option of `run` that a word belongs to that stands without one; "" if there is none."""
+    if word in plugins.rollouts or word.endswith(".py"):
+        return "--plugin"
+    return "--input" if "://" in word or Path(word).exists() else ""
 
 
-def check_hooks(module: types.ModuleType) -> None:
+def _check_hooks(module: types.ModuleType) -> None:
     """Raise PluginError if a function marked with `@sdg.hookimpl` is not a hook, or takes unknown arguments."""
     known = {name: hook for name, hook in vars(Hooks).items() if not name.startswith("_")}
     for name, function in vars(module).items():
@@ -895,12 +847,6 @@ def at_work(what: str, plugin: object = None, *through: type[Exception]) -> Iter
         raise PluginError(f"{what} failed: {describe(exc, file_of(plugin))}") from exc
 
 
-def hash_of(module: types.ModuleType) -> str:
-    """Stands for the version of a module that has none."""
-    file = getattr(module, "__file__", None)
-    return xxhash.xxh3_64_hexdigest(Path(file).read_bytes()) if file else ""
-
-
 def file_of(thing: Any) -> str | None:
     """The file of a module, or of what defines a function, a class or an object; None if unknown."""
     if not isinstance(thing, types.ModuleType):
@@ -922,40 +868,7 @@ def place_of(thing: Any) -> str:
         return ""
 
 
-@functools.cache
-def _entry_points() -> list[Any]:
-    """Plugins announced by installed packages. Cached, because looking through all packages takes 20 ms."""
-    import importlib.metadata
-
-    return list(importlib.metadata.entry_points(group="sdg"))
-
-
-def _import(what: str, load: Callable[[], Any], file: str | None = None) -> types.ModuleType:
-    """Import a plugin's module; any exception becomes a PluginError."""
-    try:
-        module = load()
-    except Error:
-        raise
-    except (Exception, SystemExit) as exc:
-        raise PluginError(f"{what} cannot be imported: {describe(exc, file)}") from exc
-    if not isinstance(module, types.ModuleType):
-        raise PluginError(f"{what} is a {type(module).__name__}; a plugin must be a module")
-    return module
-
-
-def _import_file(path: Path) -> tuple[types.ModuleType, str]:
-    """Import a plugin file, once; its version is a hash of its text."""
-    if not path.is_file():
-        raise UsageError(f"--plugin {path}: no such file")
-    sys.modules.setdefault("sdg_plugin_files", types.ModuleType("sdg_plugin_files"))  # needed to pickle its contents
-    name, file = f"sdg_plugin_files.{path.stem}", str(path.resolve())
-    if name in sys.modules and sys.modules[name].__file__ != file:  # another file with the same name
-        name += f"_{xxhash.xxh3_64_hexdigest(file.encode())}"
-    module = sys.modules.get(name) or _import(f"plugin {path}", functools.partial(_exec_file, name, Path(file)), file)
-    return module, xxhash.xxh3_64_hexdigest(path.read_bytes())
-
-
-def _exec_file(name: str, path: Path, folder: Path | None = None) -> types.ModuleType:
+def exec_file(name: str, path: Path, folder: Path | None = None) -> types.ModuleType:
     """Run a file as the module `name`; with `folder` it is a package of the modules there."""
     spec = importlib.util.spec_from_file_location(
         name, path, submodule_search_locations=[str(folder)] if folder else None
@@ -978,7 +891,7 @@ def _bundled_package() -> None:
     """
     here = Path(__file__).resolve().parent
     if "sdg_plugins" not in sys.modules and not (here / "sdg_plugins").is_dir():
-        _exec_file("sdg_plugins", here / "plugins" / "__init__.py", here / "plugins")
+        exec_file("sdg_plugins", here / "plugins" / "__init__.py", here / "plugins")
 
 
 def begin_process(specs: list[str], module: str, function: str) -> None:
@@ -1216,7 +1129,8 @@ class Store:
 
     async def chunks(self) -> dict[int, Chunk]:
         """All chunks that were ever read, by index."""
-        return await recorded_chunks(self._db)
+        async with self._db.execute("SELECT * FROM chunks ORDER BY chunk") as cursor:
+            return {row[0]: chunk_of(row) async for row in cursor}
 
     async def tally(self) -> Counter[str]:
         """How many documents are a row, filtered or failed."""
@@ -1282,16 +1196,11 @@ def _chunk_row(chunk: Chunk) -> tuple[Any, ...]:
     return (*first, json.dumps(filtered), json.dumps(failed), size, hash_, failed_hash)
 
 
-async def recorded_chunks(db: aiosqlite.Connection) -> dict[int, Chunk]:
-    """All chunks in a state file, by index."""
-    async with db.execute("SELECT * FROM chunks ORDER BY chunk") as cursor:
-        rows = await cursor.fetchall()
-    chunks = {}
-    for row in rows:
-        start, count, bookmark, written, filtered, failed, *stamps = (*row[1:], None, None, None)[:9]
-        final = bool(written), tuple(json.loads(filtered)), tuple(json.loads(failed))
-        chunks[row[0]] = Chunk(row[0], start, count, bookmark, *final, *stamps)
-    return chunks
+def chunk_of(row: Sequence[Any]) -> Chunk:
+    """The chunk in a row of the table `chunks`."""
+    index, start, count, bookmark, written, filtered, failed, *stamps = (*row, None, None, None)[:10]
+    filtered, failed = tuple(json.loads(filtered)), tuple(json.loads(failed))
+    return Chunk(index, start, count, bookmark, bool(written), filtered, failed, *stamps)
 
 
 def file_system_of(path: Path) -> str:
@@ -1388,38 +1297,46 @@ class RolloutRun:
         self.room: int | None = None
         self.usage: Usage | None = None
 
-    async def __call__(self, prompt: str | list[dict[str, Any]] | dict[str, Any], **overrides: Any) -> Reply:
+    async def __call__(self, prompt: Prompt, *, to: str = "", **overrides: Any) -> Reply:
         """See `Generate`."""
-        reply, _ = await self.raw(prompt, **overrides)
+        reply, _ = await self.raw(prompt, to=to, **overrides)
         return reply
 
-    async def raw(self, prompt: str | list[dict[str, Any]] | dict[str, Any], **overrides: Any) -> tuple[Reply, bytes]:
+    async def post(self, path: str, payload: Mapping[str, Any], *, to: str = "") -> Any:
         """See `Generate`."""
-        path, payload = self._engine.payload(prompt, overrides, self.index)
-        reply, answer = await self._ask(path, payload)
+        if not path.startswith("/"):
+            raise BadResult(f"generate.post({path!r}): expected a path below the API root, such as /embeddings")
+        model = self._engine.model(to).model
+        return orjson.loads((await self._ask(path, {"model": model, **payload}, to)).body)
+
+    async def raw(self, prompt: Prompt, *, to: str = "", **overrides: Any) -> tuple[Reply, bytes]:
+        """See `Generate`."""
+        path, payload = self._engine.payload(prompt, overrides, self.index, to)
+        reply, answer = await self._ask(path, payload, to)
         n = payload.get("n")
-        if isinstance(n, int) and n > 1 and (missing := self._engine.client.missing(answer, n)):
+        if isinstance(n, int) and n > 1 and (missing := self._engine.client_of(to).missing(answer, n)):
             single = {name: value for name, value in payload.items() if name != "n"}
             step = self._engine.run.options.rollouts_per_document
             seeds = [{"seed": payload["seed"] + (n - i) * step} if "seed" in payload else {} for i in range(missing)]
-            more = await asyncio.gather(*[self._ask(path, single | seed) for seed in seeds])
-            return self._engine.client.together([answer, *(body for _, body in more)])
+            more = await asyncio.gather(*[self._ask(path, single | seed, to) for seed in seeds])
+            return self._engine.client_of(to).together([answer, *(body for _, body in more)])
         return reply, answer
 
-    async def _ask(self, path: str, payload: dict[str, Any]) -> Response:
+    async def _ask(self, path: str, payload: dict[str, Any], to: str) -> Response:
         """The response to a payload: stored by an earlier process, or from a server."""
         if self.final:  # a branch that the rollout has left behind
             raise asyncio.CancelledError
         try:
-            request = Request(path, payload, self)
+            request = Request(path, payload, self, to=to)
         except TypeError as exc:
             raise BadDocument(f"the prompt cannot be sent: {exc}") from exc
         digest = xxhash.xxh3_128(request.body)
         digest.update(f"{path}\0{self.index}{self._part}\0{self.document.id}".encode(errors="surrogatepass"))
+        digest.update(to.encode())
         same = digest.digest()
         ordinal = self._ordinals[same] = self._ordinals.get(same, -1) + 1
         key = same + ordinal.to_bytes(4, "big")
-        response = self._stored(key)
+        response = self._stored(key, request)
         if response is None:
             if ordinal and isinstance(payload.get("seed"), int):  # otherwise the server would return the same sample
                 seed = payload["seed"] + ordinal * self._engine.run.options.rollouts_per_document
@@ -1433,12 +1350,12 @@ class RolloutRun:
             self.usage = dict(Counter(self.usage) + Counter(reply.usage)) if self.usage else reply.usage
         return response
 
-    def _stored(self, key: bytes) -> Response | None:
+    def _stored(self, key: bytes, request: Request) -> Response | None:
         """The stored response of a key; None if there is none, or none that is worth anything."""
         if key not in self._answers:
             return None
         try:
-            reply = self._engine.client.parse(self._answers[key])
+            reply = self._engine.client_of(request.to).parse(self._answers[key], request.path)
         except RequestFailed:  # an earlier version of sdg has stored what this one asks for again
             return None
         self._engine.run.counts["cache_hits"] += 1
@@ -1521,6 +1438,54 @@ class RolloutRun:
 # ── Engine ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def announce(run: Run, chunk: Chunk) -> None:
+    """Call the hook `chunk_written`."""
+    if run.plugins.quiet:
+        return
+    for impl, call in run.plugins.calls("chunk_written", run=run, chunk=chunk):
+        try:
+            call()
+        except (Exception, SystemExit) as exc:  # noqa: BLE001 - the chunk is durable, whatever an observer does
+            say(f"plugin {impl.plugin_name}: chunk_written failed: {describe(exc)}")
+
+
+class Failures:
+    """The documents that failed in this process.
+
+    Attributes:
+        documents: their number.
+        reasons: how often each reason occurred; digits are replaced, so that equal reasons count together.
+        examples: one full text of each reason.
+        recent: whether each of the last documents failed.
+    """
+
+    def __init__(self) -> None:
+        self.documents = 0
+        self.reasons: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}
+        self.recent: deque[bool] = deque(maxlen=RECENT)
+
+    def note(self, error: str | None) -> None:
+        """Take in a finished document; `error` is None unless it failed."""
+        self.recent.append(error is not None)
+        if error is None:
+            return
+        self.documents += 1
+        if len(self.reasons) < 1000:
+            kind = re.sub(r"\d+", "#", error)
+            self.reasons[kind] += 1
+            self.examples.setdefault(kind, error)
+
+    def too_many(self, failed: int, documents: int, which: str, most: float) -> TooManyFailures:
+        """The error for `failed` of `documents` that failed, if `most` is the highest rate allowed."""
+        reasons = [f" ({times:,} × {self.examples[kind]})" for kind, times in self.reasons.most_common(1)]
+        return TooManyFailures(
+            f"{failed:,} of {which}{documents:,} documents failed, more than --max-failure-rate {most:g} allows"
+            f"{''.join(reasons)}. Fix the cause and rerun with --retry-failed, "
+            "or raise --max-failure-rate (at most 1)"
+        )
+
+
 class Engine:
     """Moves documents from the intake through rollouts to the outlet; see the top of this module.
 
@@ -1551,13 +1516,11 @@ class Engine:
         self.makers = {name: value.make for name, value in resources.items() if isinstance(value, PerRollout)}
         self.resources = {name: value for name, value in resources.items() if name not in self.makers}
         self.rollout, self.rollout_file = entry.factory, getattr(sys.modules.get(entry.plugin), "__file__", None)
-        self.defaults = sampling(run.options, run.model)
+        self._defaults = {name: sampling(of.options, of.model) for name, of in {"": run, **run.models}.items()}
         self.stopping = False
-        self.started = self.finished = self.failed = 0  # documents, in this process
+        self.started = self.finished = 0  # documents, in this process
+        self.failures = Failures()
         self.tally: Counter[str] = Counter()  # documents, in all processes
-        self.reasons: Counter[str] = Counter()  # of failures, with their numbers left out
-        self.examples: dict[str, str] = {}  # of the reasons
-        self._recent: deque[bool] = deque(maxlen=RECENT)  # whether each of the last documents failed
         self._open: dict[int, OpenChunk] = {}
         self._deferred: list[OpenChunk] = []  # final, but the fields of results are not settled
         self._unwritten = 0
@@ -1582,10 +1545,12 @@ class Engine:
                 await self.crew.work(self._work(batches) for _ in range(options.max_concurrent_documents))
                 with contextlib.suppress(Exception):  # it has stopped the run
                     await self.store.flush()
-            if self._deferred and not self.stopping:  # no document has a result: the files are empty
+            if self._deferred and not self.stopping:  # no document has a result
                 self.outlet.settle_without_results()
                 async with asyncio.TaskGroup() as self._write_tasks:
                     self._write_deferred()
+            if not self.stopping:
+                await self._in_writing_thread(self.outlet.finish)
         if self._open and not self.stopping:
             raise StateError(f"chunks {sorted(self._open)[:5]} are unfinished: run again, and please report this")
         self._check_failure_rate(self.tally["failed"], sum(self.tally.values()), least=1)
@@ -1593,7 +1558,8 @@ class Engine:
     def stop(self) -> None:
         """Start nothing new, give documents in flight a moment, then cancel them."""
         self.stopping = True
-        self.client.pool.stop()
+        for pool in self._pools:
+            pool.stop()
         self.crew.end()
 
     async def _work(self, batches: AsyncIterator[Iterator[tuple[OpenChunk, Document]]]) -> None:
@@ -1688,15 +1654,30 @@ class Engine:
 
     # Rollouts
 
-    def payload(
-        self, prompt: str | list[dict[str, Any]] | dict[str, Any], overrides: dict[str, Any], index: int
-    ) -> tuple[str, dict[str, Any]]:
+    @property
+    def _pools(self) -> list[Pool]:
+        return [of.client.pool for of in (self.run, *self.run.models.values()) if of.client]
+
+    def model(self, name: str) -> Run:
+        """The run of a further model, or this one for ""."""
+        if name and name not in self.run.models:
+            hint = f"{nearest(name, self.run.models)}; see [models.NAME] in --config"
+            raise UsageError(f"generate(…, to={name!r}): there is no such model; {hint}")
+        return self.run.models[name] if name else self.run
+
+    def client_of(self, name: str) -> Client:
+        """The client of a further model, or the run's own for ""."""
+        return cast("Client", self.model(name).client) if name else self.client
+
+    def payload(self, prompt: Prompt, overrides: dict[str, Any], index: int, to: str) -> tuple[str, dict[str, Any]]:
         """Endpoint and body of a request. The kind of prompt decides on the first; later fields win in the second."""
         if isinstance(prompt, str):
             prompt = {"messages": [{"role": "user", "content": prompt}]}
         elif isinstance(prompt, list):
             prompt = {"messages": prompt}
-        payload = {**self.defaults, **prompt, **overrides}
+        if to not in self._defaults:
+            self.model(to)  # raises
+        payload = {**self._defaults[to], **prompt, **overrides}
         if index and isinstance(payload.get("seed"), int):
             payload["seed"] += index
         return "/completions" if "prompt" in prompt else "/chat/completions", payload
@@ -1731,31 +1712,19 @@ class Engine:
         self.store.finished(opened.chunk.index << 32 | position, status, body)
         self.tally[status] += 1
         self.finished += 1
-        self._recent.append(status == "failed")
+        self.failures.note(outcome["error"] if isinstance(outcome, dict) else None)
         if isinstance(outcome, list):
             self.run.counts["truncated"] += any(result.get("truncated") is True for result in outcome)
         if isinstance(outcome, dict):
-            self.failed += 1
-            if len(self.reasons) < 1000:
-                kind = re.sub(r"\d+", "#", outcome["error"])
-                self.reasons[kind] += 1
-                self.examples.setdefault(kind, outcome["error"])
             if self.finished >= 100:  # of those started, not finished: refusals arrive sooner than completions
-                self._check_failure_rate(self.failed, self.started)
-            if len(self._recent) == RECENT:
-                self._check_failure_rate(sum(self._recent), RECENT, "the last ")
+                self._check_failure_rate(self.failures.documents, self.started)
+            if len(self.failures.recent) == RECENT:
+                self._check_failure_rate(sum(self.failures.recent), RECENT, "the last ")
 
     def _check_failure_rate(self, failed: int, documents: int, which: str = "", least: int = 100) -> None:
         most = self.run.options.max_failure_rate
         if documents >= least and failed > most * documents and not self.stopping:
-            reasons = [f"; {times} times: {self.examples[kind]}" for kind, times in self.reasons.most_common(1)]
-            self.run.stop(
-                TooManyFailures(
-                    f"{failed:,} of {which}{documents:,} documents failed, more than --max-failure-rate {most:g} allows"
-                    f"{''.join(reasons)}. Fix the cause and rerun with --retry-failed, "
-                    "or raise --max-failure-rate (at most 1)"
-                )
-            )
+            self.run.stop(self.failures.too_many(failed, documents, which, most))
 
     # Writing
 
@@ -1796,7 +1765,7 @@ class Engine:
                 await self.store.written(chunk)
                 self._open.pop(chunk.index)
                 opened.close()
-                await self._in_writing_thread(self._announce, chunk)
+                await self._in_writing_thread(announce, self.run, chunk)
             self._written(chunk)
         except Exception as exc:  # noqa: BLE001 - what is in flight is worth the wait
             self.run.stop(exc)
@@ -1806,29 +1775,8 @@ class Engine:
         self._unwritten -= chunk.count
         self._space.set()
 
-    def _announce(self, chunk: Chunk) -> None:
-        """Call the hook `chunk_written`."""
-        if self.run.plugins.quiet:
-            return
-        for impl, call in self.run.plugins.calls("chunk_written", run=self.run, chunk=chunk):
-            try:
-                call()
-            except (Exception, SystemExit) as exc:  # noqa: BLE001 - the chunk is durable, whatever an observer does
-                say(f"plugin {impl.plugin_name}: chunk_written failed: {describe(exc)}")
-
     async def _in_writing_thread(self, work: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._writing, work, *arguments)
-
-
-@contextlib.asynccontextmanager
-async def background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Run something beside the body, and cancel it at its end."""
-    task = asyncio.create_task(work)
-    try:
-        yield
-    finally:
-        task.cancel()
-        await asyncio.wait([task])
 
 
 # ── Main ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -5,27 +5,23 @@ It reads input, state and output again, and compares published files with those 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import os
-import shutil
-import sqlite3
 import sys
-import tempfile
+from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 import sdg
 from sdg_plugins.common import recorded
 from sdg_plugins.common.checks import reading
-from sdg_plugins.common.chunks import OpenChunk, id_column_of, read_failed
-from sdg_plugins.common.files import format_of
+from sdg_plugins.common.chunks import OpenChunk, read_failed
+from sdg_plugins.common.files import format_of, rank_file, uses_spool
 from sdg_plugins.common.markdown import counted
 from sdg_plugins.common.options import Parser
 from sdg_plugins.common.state import differences, output_files, parse_run
+from sdg_plugins.common.values import id_column_of
 from sdg_plugins.publishing.publisher import Publisher
-from sdg_plugins.publishing.spool import uses_spool
 
 
 @sdg.hookimpl
@@ -35,39 +31,54 @@ def register_commands(register: sdg.RegisterCommands) -> None:
 
 def verify(argv: list[str]) -> int:
     """Reconcile input, state and output; report each discrepancy, and exit with 1 if there are any."""
-    parser = Parser(prog="sdg.py verify", description=verify.__doc__)
+    parser = Parser(
+        prog="sdg.py verify", description=verify.__doc__, epilog="example: sdg.py verify --output ./summaries"
+    )
     recorded.add_run_options(parser)
     run = recorded.load_run(parser.parse_args(argv))
-    found, counts = 0, {"rows": 0, "filtered": 0, "failed": 0}
-    for discrepancy in discrepancies(run, counts):
+    found, counts, unfinished = 0, Counter({"rows": 0, "filtered": 0, "failed": 0}), Counter[str]()
+    for discrepancy in discrepancies(run, counts, unfinished):
         found += 1
         print(discrepancy, file=sys.stderr)
     figures = ", ".join(f"{number:,} {name}" for name, number in counts.items())
-    result = f"{found:,} discrepanc{'y' if found == 1 else 'ies'}" if found else "all accounted for"
-    print(f"{counted(sum(counts.values()), 'document')}: {figures}; {result}")
-    return 1 if found else 0
+    result = (
+        f"{found:,} discrepanc{'y' if found == 1 else 'ies'}" if found else "nothing is wrong" if unfinished else ""
+    )
+    print(f"{counted(counts.total(), 'document')}: {figures}; {result or 'all accounted for'}")
+    if unfinished:
+        chunks = f"{counted(unfinished['chunks'], 'chunk')} with {counted(unfinished['documents'], 'document')}"
+        print(f"not finished: {chunks}{ranks_not_begun(run)}; run the same command again to go on")
+    return 1 if found or unfinished else 0
 
 
-def discrepancies(run: sdg.Run, counts: dict[str, int]) -> Iterator[str]:
-    """All discrepancies, a line each; adds the documents that are accounted for to `counts`."""
+def ranks_not_begun(run: sdg.Run) -> str:
+    """The ranks that have not begun, for the summary."""
+    missing = [rank for rank in range(run.options.world_size) if not rank_file(run.state, rank, "sqlite3").exists()]
+    shown = ", ".join(map(str, missing[:10])) + "…" * (len(missing) > 10)
+    return f"; rank {shown} {'have' if len(missing) > 1 else 'has'} not begun" if missing else ""
+
+
+def discrepancies(run: sdg.Run, counts: Counter[str], unfinished: Counter[str]) -> Iterator[str]:
+    """All discrepancies, a line each.
+
+    Args:
+        run: whose.
+        counts: the documents that are accounted for are added to it.
+        unfinished: the chunks that are still to be written, and their documents, are added to it.
+    """
     options = run.options
-    with reading(options.input):
-        reader = run.plugins.readers[options.reader].factory(run)
+    reader = recorded.reader_of(run)
     yield from discrepancies_of_input(run, reader)
     writer = run.plugins.writers[format_of(options.output_filename)].factory(run)
-    known = {}
-    for rank in range(options.world_size):
-        path = run.state / f"{rank:05d}.sqlite3"
-        if path.exists():
-            known.update(asyncio.run(read_chunks(path)))
-        else:
-            yield f"rank {rank} has not run: {path} is missing"
+    known = {chunk.index: chunk for chunk in recorded.chunks_of(run)}
     expected = set()
     for opened in all_chunks(run, reader):
         chunk = known.pop(opened.chunk.index, None)
         rows = f"rows {opened.chunk.start:,} to {opened.chunk.start + opened.chunk.count - 1:,} of the input"
         if chunk is None or not chunk.written:
-            yield f"chunk {opened.chunk.index} ({rows}) is not finished: run the same command again"
+            unfinished.update(chunks=1, documents=opened.chunk.count)
+            if chunk:  # written before, and open again for what was added or failed
+                expected |= {run.path_of(chunk), run.failed_path_of(chunk)}
         elif chunk.count != opened.chunk.count:
             yield f"chunk {chunk.index} ({rows}) was written with {counted(chunk.count, 'document')}"
         else:
@@ -82,7 +93,7 @@ def discrepancies(run: sdg.Run, counts: dict[str, int]) -> Iterator[str]:
     for file in [*output_files(run), *run.output.list(failed_folder)]:
         if file not in expected:
             yield f"{run.output.path(file)} does not belong to a finished chunk"
-    if uses_spool(run):
+    if uses_spool(run.options):
         with contextlib.closing(Publisher(run)) as publisher:
             yield from publisher.discrepancies()
 
@@ -111,31 +122,6 @@ def discrepancies_of_input(run: sdg.Run, reader: sdg.Reader) -> Iterator[str]:
             yield f"the input has changed since the run: {difference}"
 
 
-async def read_chunks(path: Path) -> dict[int, sdg.Chunk]:
-    """The chunks that a rank has recorded in its database."""
-    import aiosqlite
-
-    try:
-        with readable(path) as uri:
-            async with aiosqlite.connect(uri, uri=True) as db:
-                return await sdg.recorded_chunks(db)
-    except sqlite3.Error as exc:
-        raise sdg.StateError(f"state {path} cannot be read: {exc}") from exc
-
-
-@contextlib.contextmanager
-def readable(path: Path) -> Iterator[str]:
-    """The URI of a database, or of a copy if its folder is read-only: SQLite has to write beside it."""
-    if os.access(path.parent, os.W_OK):
-        yield f"{path.absolute().as_uri()}?mode=ro"
-        return
-    with tempfile.TemporaryDirectory(prefix="sdg-verify-") as folder:
-        for suffix in ("", "-wal", "-journal"):
-            with contextlib.suppress(FileNotFoundError):
-                shutil.copyfile(f"{path}{suffix}", f"{folder}/{path.name}{suffix}")
-        yield f"{(Path(folder) / path.name).as_uri()}"
-
-
 def discrepancies_of_chunk(run: sdg.Run, chunk: sdg.Chunk, ids: list[str], writer: sdg.Writer) -> Iterator[str]:
     """The discrepancies in the files of one finished chunk; `ids` are those of its documents, in order."""
     path = run.output.path(run.path_of(chunk))
@@ -149,7 +135,9 @@ def discrepancies_of_chunk(run: sdg.Run, chunk: sdg.Chunk, ids: list[str], write
         yield f"{path} or its failed records cannot be read: {exc}"
         return
     fingerprint = (table.schema.metadata or {}).get(b"sdg.fingerprint") if table is not None else None
-    if table is None:
+    if table is None and not chunk.rows:
+        pass  # a chunk without rows has no file
+    elif table is None:
         yield f"{path} is gone: it had {counted(chunk.rows, 'row')}"
     elif fingerprint and fingerprint.decode() != run.fingerprint:
         yield f"{path} belongs to a different run: its fingerprint is {fingerprint.decode()}, not {run.fingerprint}"

@@ -139,7 +139,7 @@ def run_to_the_end(main: Coroutine[Any, Any, T]) -> T:
                 try:
                     loop.run_forever()
                 except (KeyboardInterrupt, SystemExit):
-                    if not _watchdog:  # otherwise no signal raises it
+                    if not _watchdog and threading.current_thread() is threading.main_thread():  # a signal's
                         raise
             return task.result()
         finally:

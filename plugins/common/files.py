@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fnmatch
-import functools
-import glob
 import os
 import re
 import shutil
 import tempfile
-import urllib.parse
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import xxhash
 
 import sdg
+from sdg_plugins.common import s3
 
-S3_ATTEMPTS = 10  # per request, unless AWS_MAX_ATTEMPTS is set: about 70 s with the back-off of the AWS library
-QUICK_ATTEMPTS = 4  # per request of the first access, which fails mostly by mistake: 5 s, 25 s if nothing responds
-S3_VARIABLES = "AWS_ACCESS_KEY_ID or AWS_PROFILE, AWS_REGION and AWS_ENDPOINT_URL_S3"
 OBJECT_STORES = {"s3", "gcs", "abfs"}  # have no folders: creating one leaves an empty object
 PUT_BYTES = 16 << 20  # written at a time: more than the smallest part of an upload, so that pyarrow copies nothing
-END_BYTES = 64 << 10  # hashed at either end of an input file
 PIECE = 1 << 20  # bytes of a file that are read at a time to hash it
+ALIASES = {  # further suffixes of a format
+    **dict.fromkeys(("ndjson", "json"), "jsonl"),
+    **dict.fromkeys(("tsv", "tab", "psv"), "csv"),
+    **dict.fromkeys(("pq", "parq", "geoparquet", "gpq"), "parquet"),
+    **dict.fromkeys(("feather", "ipc", "arrows"), "arrow"),
+    **dict.fromkeys(("txt", "md", "markdown"), "text"),
+}
 
 # ── URIs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -43,14 +42,20 @@ def split_uri(uri: str) -> tuple[str, str]:
     return (scheme, rest) if separator else ("file", uri)
 
 
+def suffix_of(path: str) -> str:
+    """The suffix of a file, in lower case, without the dot and without a suffix for compression."""
+    return Path(re.sub(r"\.(gz|bz2|xz|zst|zstd)$", "", path.lower())).suffix[1:]
+
+
 def format_of(path: str) -> str:
-    """The suffix that names a file's format, without the dot and without a suffix for compression."""
-    return Path(re.sub(r"\.(gz|zst)$", "", path)).suffix[1:]
+    """The format that a file's suffix names: that of the plugin which reads or writes it; "" if there is no suffix."""
+    suffix = suffix_of(path)
+    return ALIASES.get(suffix, suffix)
 
 
 def codec_of(name: str) -> str | None:
-    """Arrow's name for the compression of a file; None if it is not compressed."""
-    return {"gz": "gzip", "zst": "zstd"}.get(name.rpartition(".")[2])
+    """Arrow's name for the compression that a file's name says; None if it is not compressed."""
+    return {"gz": "gzip", "bz2": "bz2", "zst": "zstd", "zstd": "zstd"}.get(name.lower().rpartition(".")[2])
 
 
 def fixed_folder(pattern: str) -> str:
@@ -59,7 +64,7 @@ def fixed_folder(pattern: str) -> str:
 
 
 def filesystem(uri: str, quick: bool = False) -> tuple[Any, str]:
-    """The pyarrow file system of a URI, and the path in it (absolute if local). See `_s3` for `quick`."""
+    """The pyarrow file system of a URI, and the path in it (absolute if local). See `s3.client` for `quick`."""
     import pyarrow as pa
     import pyarrow.fs
 
@@ -72,7 +77,7 @@ def filesystem(uri: str, quick: bool = False) -> tuple[Any, str]:
         bucket = path.partition("/")[0]
         if not re.fullmatch(r"[\w.:-]+", bucket):
             raise sdg.UsageError(f"{sdg.redact(uri)}: expected the name of a bucket after s3://")
-        return _s3(bucket, "".join(settings), quick), path.rstrip("/")
+        return s3.client(bucket, "".join(settings), quick), path.rstrip("/")
     try:
         try:
             fs, path = pyarrow.fs.FileSystem.from_uri(uri)
@@ -87,50 +92,7 @@ def filesystem(uri: str, quick: bool = False) -> tuple[Any, str]:
     return fs, str(path)
 
 
-# ── S3 ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def s3_endpoint() -> str | None:
-    """The server to use instead of AWS, from the same environment variables as AWS's own programs."""
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
-
-
-@functools.cache
-def _s3(bucket: str, settings: str, quick: bool) -> Any:
-    """A client for a bucket, which retries for about a minute while the server is overloaded or unreachable.
-
-    A client from `FileSystem.from_uri` gives up sooner, and waits only 3 s for a response: completing a large upload
-    takes longer. Credentials are found by the AWS library, as is the region if the bucket's cannot be looked up.
-
-    Args:
-        bucket: its name.
-        settings: as in pyarrow's URIs: `region=…&endpoint_override=…`.
-        quick: retry for a few seconds only.
-    """
-    import pyarrow.fs
-
-    options: dict[str, Any] = {"endpoint_override": s3_endpoint(), **dict(urllib.parse.parse_qsl(settings))}
-    if not options["endpoint_override"] and "region" not in options:
-        options["region"] = _region_of(bucket)
-    configured = os.environ.get("AWS_MAX_ATTEMPTS", "")
-    attempts = QUICK_ATTEMPTS if quick else int(configured) if configured.isdigit() else S3_ATTEMPTS
-    return pyarrow.fs.S3FileSystem(
-        **options,
-        retry_strategy=pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=attempts),
-        connect_timeout=5,
-        request_timeout=5 if quick else 60,
-    )
-
-
-@functools.cache
-def _region_of(bucket: str) -> str | None:
-    """The bucket's region; None if AWS cannot be reached, as in a private network."""
-    import pyarrow.fs
-
-    try:
-        return str(pyarrow.fs.resolve_s3_region(bucket))
-    except OSError:
-        return None
+# ── Access ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _check_bucket(uri: str) -> None:
@@ -153,114 +115,10 @@ def access_errors(uri: str, kind: type[sdg.Error]) -> Iterator[None]:
     except (OSError, pa.ArrowException) as exc:
         at, hint = "", ""
         if split_uri(uri)[0] == "s3":
-            at = f" at {sdg.redact(endpoint)}" if (endpoint := s3_endpoint()) else ""
-            hint = f"; check {S3_VARIABLES}"
+            at = f" at {sdg.redact(found)}" if (found := s3.endpoint()) else ""
+            hint = f"; check {s3.VARIABLES}"
         option = "--input " if kind is sdg.InputError else ""
         raise kind(f"{option}{sdg.redact(uri)}{at} cannot be used: {sdg.reason_of(exc)}{hint}") from exc
-
-
-# ── Input ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def list_files(uri: str) -> list[tuple[str, int]]:
-    """Paths and sizes (bytes) of the files of a URI, sorted: one file, a folder with everything below it, or a glob.
-
-    Hidden files and folders below the URI (`.git`, `_temporary`) and the outputs of runs are skipped.
-
-    Raises:
-        InputError: there are none, or the place cannot be read.
-    """
-    import pyarrow.fs
-
-    fs, path = filesystem(uri, quick=True)
-    local = isinstance(fs, pyarrow.fs.LocalFileSystem)
-    root = fixed_folder(path)
-    with access_errors(uri, sdg.InputError):
-        if not glob.has_magic(path) or (local and os.path.exists(path)):
-            infos, root = _files_below(uri, path), path
-        elif local:
-            infos = fs.get_file_info(glob.glob(path, recursive=True))
-        else:
-            infos = _files_below(uri, root)
-            infos = [info for info in infos if fnmatch.fnmatch(info.path, path)]
-    names = {info.path: info.path[len(root) :].lstrip("/") for info in infos}
-    outputs = tuple({f"{name.partition('/.sdg')[0]}/" for name in names.values() if re.search(r"/\.sdg(/|$)", name)})
-    found = [
-        (info.path, info.size)
-        for info in infos
-        if info.is_file and not re.search(r"(^|/)(_|\.[^.])", name := names[info.path]) and not name.startswith(outputs)
-    ]
-    if not found:
-        raise sdg.InputError(f"--input {uri}: no files found")
-    return sorted(found)
-
-
-def _files_below(uri: str, path: str) -> list[Any]:
-    """The file with this path, or everything below it if it is a folder."""
-    import pyarrow.fs
-
-    first, _ = filesystem(uri, quick=True)
-    info = first.get_file_info(path)
-    if info.type == pyarrow.fs.FileType.NotFound:
-        bucket = path.partition("/")[0]
-        if split_uri(uri)[0] == "s3" and first.get_file_info(bucket).type == info.type:
-            raise sdg.InputError(f"--input {uri}: bucket {bucket} does not exist")
-        name = re.fullmatch(r"(?:https://huggingface\.co/datasets/)?([\w.-]+/[\w.-]+)", uri)
-        hint = f"; for a dataset on the Hub write hf://datasets/{name[1]}" if name else ""
-        raise sdg.InputError(f"--input {uri}: no such file or folder{hint}")
-    if info.is_file:
-        return [info]
-    return list(filesystem(uri)[0].get_file_info(pyarrow.fs.FileSelector(path, recursive=True)))
-
-
-class InputFiles:
-    """The files of `--input` that have a given suffix: for readers of formats.
-
-    Attributes:
-        paths: in the file system `fs`, sorted.
-        sizes: in bytes.
-        names: the paths relative to their common folder.
-        local: False if each access takes a network request.
-    """
-
-    def __init__(self, uri: str, suffix: str) -> None:
-        self.fs, _ = filesystem(uri)
-        self.local = self.fs.type_name == "local"
-        found = [(file, size) for file, size in list_files(uri) if format_of(file) == suffix]
-        if not found:
-            raise sdg.InputError(f"--input {uri}: no .{suffix} files found")
-        self.paths = [file for file, _ in found]
-        self.sizes = [size for _, size in found]
-        root = os.path.commonpath(self.paths) if len(found) > 1 else os.path.dirname(found[0][0])
-        self.names = [os.path.relpath(file, root) for file in self.paths]
-
-    @functools.cached_property
-    def identity(self) -> dict[str, list[Any]]:
-        """Size and hash of each file, by name; only the first and the last 64 KiB are hashed."""
-        with ThreadPoolExecutor(16) as pool:
-            hashes = pool.map(self._hash, range(len(self.paths)), self.sizes)
-            return {name: [size, digest] for name, size, digest in zip(self.names, self.sizes, hashes, strict=True)}
-
-    def continues(self, earlier: Mapping[str, Any]) -> bool:
-        """True if the files of the identity `earlier` come first here, unchanged; only the last one may have grown."""
-        known = list(earlier)
-        if known != self.names[: len(known)]:
-            return False
-        same = all(earlier[name] == self.identity[name] for name in known[:-1])
-        size, digest = earlier[known[-1]]
-        return same and self.sizes[len(known) - 1] >= size and self._hash(len(known) - 1, size) == digest
-
-    def open(self, i: int) -> Any:
-        """Open the file with index `i` for reading; a compressed file is not decompressed."""
-        return self.fs.open_input_file(self.paths[i])
-
-    def _hash(self, i: int, size: int) -> str:
-        """A hash of both ends of a file's first `size` bytes."""
-        with self.open(i) as file:
-            digest = xxhash.xxh3_64(file.read(min(END_BYTES, size)))
-            file.seek(max(0, size - END_BYTES))
-            digest.update(file.read(min(END_BYTES, size)))
-        return digest.hexdigest()
 
 
 # ── Output ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -398,9 +256,26 @@ class Place:
         return {f"{folder}/{info.base_name}": info.size for info in infos if info.is_file}
 
 
+def uses_spool(options: argparse.Namespace) -> bool:
+    """True if the output's scheme has a writer of its own (`hf`): files are collected in the spool, then published."""
+    return bool(options.writer == split_uri(options.output)[0])
+
+
 def output_place(options: argparse.Namespace, state: Path) -> Place:
-    """Where a run writes: the output, or a folder of the state if the output's scheme has a writer of its own."""
-    return Place(str(state / "spool") if options.writer == split_uri(options.output)[0] else options.output)
+    """Where a run writes: the output, or the spool, a folder of the state."""
+    return Place(str(state / "spool") if uses_spool(options) else options.output)
+
+
+def rank_file(state: Path, rank: int, suffix: str) -> Path:
+    """A rank's file in the state, such as `00003.sqlite3`."""
+    return state / f"{rank:05d}.{suffix}"
+
+
+def default_state_dir(output: str, config: str) -> str:
+    """The default folder of a run's state: inside the output if that is a folder, else below the working directory."""
+    scheme, rest = split_uri(sdg.redact(output))
+    base = Path(rest) / ".sdg" if scheme == "file" else Path(".sdg") / re.sub(r"[^\w.-]+", "-", rest.strip("/"))
+    return str(base if config == "data" else base / config)
 
 
 def sync(path: str | Path) -> None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 import sdg
-from sdg_plugins.common.chunks import read_failed, rows_of
+from sdg_plugins.common.chunks import read_failed
+from sdg_plugins.common.values import rows_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -25,24 +26,28 @@ class Exchange:
         payload: as it was sent.
         reply: None if there was none.
         error: why the request failed.
+        to: the name of a further model; "" for the run's own.
     """
 
     path: str
     payload: dict[str, Any]
     reply: sdg.Reply | None = None
     error: str = ""
+    to: str = ""
 
     @property
     def prompt(self) -> str:
-        """The text of the last message, or the prompt of a completion."""
+        """The text of the last message, or the prompt of a completion; other payloads as JSON."""
         if "prompt" in self.payload:
             return str(self.payload["prompt"])
+        if "messages" not in self.payload:
+            return orjson.dumps(self.payload).decode()
         content = self.payload["messages"][-1].get("content")
         return content if isinstance(content, str) else orjson.dumps(content).decode()
 
 
 @dataclasses.dataclass
-class Outcome:
+class DocumentRecord:
     """The outcome of a document.
 
     Attributes:
@@ -71,7 +76,7 @@ class Notes:
 
     def __init__(self) -> None:
         self.requests: list[Exchange] = []
-        self.outcomes: list[Outcome] = []
+        self.outcomes: list[DocumentRecord] = []
         self.schema: pa.Schema | None = None
         self._documents: dict[int, tuple[str, list[list[Exchange]]]] = {}
         self._rollouts: dict[object, list[Exchange]] = {}
@@ -90,7 +95,7 @@ class Notes:
         """See `sdg.Hooks`."""
 
         async def noted(request: sdg.Request) -> sdg.Response:
-            exchange = Exchange(request.path, request.payload)
+            exchange = Exchange(request.path, request.payload, to=request.to)
             self.requests.append(exchange)
             if request.rollout in self._rollouts:
                 self._rollouts[request.rollout].append(exchange)
@@ -121,25 +126,26 @@ class Notes:
         for chunk in (await engine.store.chunks()).values():
             self.outcomes.extend(self._of_chunk(engine, chunk))
 
-    def _of_chunk(self, engine: sdg.Engine, chunk: sdg.Chunk) -> Iterator[Outcome]:
+    def _of_chunk(self, engine: sdg.Engine, chunk: sdg.Chunk) -> Iterator[DocumentRecord]:
         rows: Iterator[dict[str, Any]] = iter(())
         failures: Iterator[dict[str, Any]] = iter(())
         if chunk.written:
             table = engine.outlet.writer.read(chunk)
-            table = self._tables[chunk.index] if table is None else table  # some writers cannot read
-            self.schema = table.schema if self.schema is None else self.schema
-            rows, failures = iter(rows_of(table)), iter(read_failed(engine.run, chunk))
+            table = self._tables.get(chunk.index) if table is None else table  # some writers cannot read
+            if table is not None:  # a chunk without rows is not written
+                self.schema, rows = self.schema or table.schema, iter(rows_of(table))
+            failures = iter(read_failed(engine.run, chunk))
         for position in range(chunk.count):
             id_, rollouts = self._documents.get(chunk.start + position, ("", []))
             if not chunk.written:
-                yield Outcome(id_, "", rollouts=rollouts)
+                yield DocumentRecord(id_, "", rollouts=rollouts)
             elif position in chunk.failed:
                 failure = next(failures)
-                yield Outcome(failure["id"], "failed", failure=failure, rollouts=rollouts)
+                yield DocumentRecord(failure["id"], "failed", failure=failure, rollouts=rollouts)
             elif position in chunk.filtered:
-                yield Outcome(id_, "filtered", rollouts=rollouts)
+                yield DocumentRecord(id_, "filtered", rollouts=rollouts)
             else:
-                yield Outcome(id_, "row", row=next(rows), rollouts=rollouts)
+                yield DocumentRecord(id_, "row", row=next(rows), rollouts=rollouts)
 
 
 class NotingWriter:

@@ -6,6 +6,7 @@ import argparse
 import base64
 import json
 import os
+import re
 import urllib.parse
 from collections.abc import Iterable
 
@@ -39,7 +40,8 @@ class Secrets:
 
 def secrets_of(options: argparse.Namespace) -> Secrets:
     """All secrets of a run: what is sent to servers, and the keys of the Hub and of S3."""
-    sent = [options.api_key_env, *dict(options.header_env or []).values()]
+    every = [options, *getattr(options, "models", {}).values()]
+    sent = [name for each in every for name in (each.api_key_env, *dict(each.header_env or []).values())]
     return Secrets([*sent, "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"])
 
 
@@ -53,3 +55,8 @@ def forms_of(value: str) -> Iterable[bytes]:
         text = base64.b64encode(b"\0" * shift + raw)
         # The first and the last characters also hold bits of what stands beside the secret.
         yield text[(0, 2, 3)[shift] : len(text) - (0, 3, 2)[(len(raw) + shift) % 3]]
+
+
+def redact(url: str) -> str:
+    """A URL without the password or key that it may carry."""
+    return re.sub(r"([?&][\w-]*(?:key|token)=)[^&\s]+", r"\1***", re.sub(r"//[^/]*@", "//***@", url))

@@ -28,10 +28,11 @@ from hypothesis import given, settings, strategies as st
 from running import Finished, Job, Output, documents, wait_until
 
 import sdg
+from sdg_plugins.common import hub as hub_plugin
 from sdg_plugins.common.command_line import FILENAME
 from sdg_plugins.common.ending import LAST_RESORT
 from sdg_plugins.common.files import output_place
-from sdg_plugins.publishing import hub as hub_plugin, quota as quota_plugin, spool as spool_plugin
+from sdg_plugins.publishing import quota as quota_plugin, spool as spool_plugin
 from sdg_plugins.publishing.ledger import Ledger
 from sdg_plugins.publishing.publisher import Publisher
 from sdg_plugins.publishing.spool import Spool
@@ -507,8 +508,8 @@ def bench(tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> Call
     """Makes a `Bench`, with pauses a hundred times shorter."""
     from huggingface_hub import HfApi
 
-    hub_plugin.connect()  # keeps the client quiet
-    monkeypatch.setattr(hub_plugin, "connect", lambda: HfApi(endpoint=hub.url, token=TOKEN))
+    hub_plugin.open_client()  # keeps the client quiet
+    monkeypatch.setattr(hub_plugin, "open_client", lambda: HfApi(endpoint=hub.url, token=TOKEN))
     monkeypatch.setattr(hub_plugin, "has_token", lambda: True)
     true_pause = hub_plugin.pause_after
     monkeypatch.setattr(hub_plugin, "pause_after", lambda *a, **k: true_pause(*a, **k) / 100)

@@ -14,7 +14,7 @@ from hypothesis import assume, given, strategies as st
 from replaying import answers_in, check_replay
 from running import Job, documents, wait_until
 
-from sdg_plugins.resources import structured
+from sdg_plugins.resources import ask as structured
 
 SHAPES = """
     import asyncio
@@ -135,7 +135,7 @@ def test_a_json_schema_without_the_library_says_how_to_get_it(shapes: Job, serve
     finished = shapes(env={"PYTHONPATH": str(package.parent)})
 
     assert finished.rc == 1
-    assert finished.says("jsonschema", "pip install 'sdg[jsonschema]'")
+    assert finished.says("jsonschema", "pip install 'sdg-engine[jsonschema]'")
     assert not server.requests
 
 
