@@ -176,13 +176,8 @@ def claim_state(run: sdg.Run, reader: sdg.Reader) -> None:
         "source": dict(run.source),
         "source_schema": as_text(reader.schema),
     }
-    refuse_strangers(run)
     if not path.exists():
-        refuse_owned(run, None)
-    if not path.exists() and (orphans := sorted(run.state.glob("[0-9]*.sqlite3"))):
-        raise sdg.StateError(f"{orphans[0]} exists, but {path} does not: restore it, or start over with --fresh")
-    if run.options.retry_failed and not path.exists():
-        raise sdg.StateError(f"there is no run in {run.state} that --retry-failed could complete: is --output correct?")
+        check_beginning(run)
     recorded = parse_run(path, publish_once(run, path.name, json.dumps(mine, indent=2).encode()))
     run.fingerprint = recorded["fingerprint"]
     if derived and recorded["identity"]["records_per_chunk"] != run.options.records_per_chunk:  # another rank was first
@@ -204,6 +199,17 @@ def claim_state(run: sdg.Run, reader: sdg.Reader) -> None:
     now = recorded | {"identity": identity, "options": mine["options"]}
     if now != recorded:
         replace_file(run, path.name, json.dumps(now, indent=2).encode())
+
+
+def check_beginning(run: sdg.Run) -> None:
+    """Raise OutputError or StateError if there are things of a run, which this one does not continue."""
+    refuse_strangers(run)
+    refuse_owned(run, None)
+    if orphans := sorted(run.state.glob("[0-9]*.sqlite3")):
+        missing = f"{run.state / 'run.json'} does not: restore it, or start over with --fresh"
+        raise sdg.StateError(f"{orphans[0]} exists, but {missing}")
+    if run.options.retry_failed:
+        raise sdg.StateError(f"there is no run in {run.state} that --retry-failed could complete: is --output correct?")
 
 
 def owner_of(run: sdg.Run) -> Path | None:
@@ -420,7 +426,7 @@ def chunk_files(run: sdg.Run, config: str, template: str) -> list[str]:
 
 def refuse_strangers(run: sdg.Run) -> None:
     """Raise OutputError if there is output, but no state of the run that wrote it."""
-    if not (run.state / "run.json").exists() and (strangers := output_files(run)):
+    if strangers := output_files(run):
         refuse_others(run, set(chunk_files(run, run.options.output_config, run.options.output_filename)))
         raise sdg.OutputError(
             f"{run.output.path(strangers[0])} exists, but the state of its run does not: "

@@ -428,7 +428,7 @@ if os.geteuid() == 0:  # the others have test_a_full_disk_at_any_durable_step_lo
 
         assert verified.rc == 1
         assert "6 documents: 6 rows, 0 filtered, 0 failed" in verified.stdout
-        assert "chunk 3 (rows 6 to 7 of the input) is not finished" in verified.stderr
+        assert "not finished: 1 chunk with 2 documents" in verified.stdout
 
     def test_a_read_only_output_is_named(job: Job, server: FakeServer, small_disk: Path) -> None:
         subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
