@@ -27,6 +27,7 @@ from sdg_plugins.common.chunks import plain, rows_of
 from sdg_plugins.common.files import codec_of, default_state_dir, format_of, split_uri
 from sdg_plugins.common.hub import REPO_NAME, dataset_of_source, dataset_of_uri
 from sdg_plugins.common.markdown import fence, inline, table, visible
+from sdg_plugins.common.prices import in_money
 from sdg_plugins.common.state import output_files, recorded_fields, schema_of
 from sdg_plugins.common.statistics import rank_statistics, sum_statistics
 from sdg_plugins.publishing.front_matter import BrokenCard, split_card, text_or_texts, updated, with_values
@@ -268,6 +269,9 @@ class SectionRenderer(NamedTuple):
         prompt, completion = total.get("prompt_tokens", 0), total.get("completion_tokens", 0)
         for kind, tokens in (("Prompt", prompt), ("Completion", completion), ("Total", prompt + completion)):
             yield f"{kind} tokens", f"{tokens:,}; mean {tokens / of:,.1f} per document"
+        if "cost" in total:
+            guessed = "; estimated in part, because the server reports no usage" * ("estimated_tokens" in total)
+            yield "Cost", f"{in_money(total['cost'])}{guessed}"
         yield "Completion tokens per second", f"{total.get('tokens_per_second', 0.0):,.1f}"
         if gpus := gpus_per_rank(self.options):
             hours = gpus * seconds / 3600
