@@ -44,14 +44,9 @@ def tokens_of(counts: Mapping[str, float], models: Iterable[str] = ()) -> dict[s
     return found
 
 
-def models_of(options: argparse.Namespace) -> dict[str, argparse.Namespace]:
-    """The options of each further model."""
-    return getattr(options, "models", None) or {}
-
-
 def price_of(options: argparse.Namespace, model: str = "") -> Tokens | None:
     """The prices of a million tokens of a model; those of the run's own model if it has none, None if neither has."""
-    for of in (models_of(options).get(model, options), options):
+    for of in (options.models.get(model, options), options):
         if of.price_input is not None or of.price_output is not None:
             return Tokens(of.price_input or 0.0, of.price_output or 0.0)
     return None

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
+Float32 = typing.Annotated[float, "float32"]  # in annotations of rollouts: `embedding: list[Float32]`
+SHORTEST_VECTOR = 8  # numbers in a list that is taken for an embedding without an annotation
+LARGEST_FLOAT32 = 3.4e38
+
+
 def base_fields() -> dict[str, pa.DataType]:
     """The fields of every result."""
     import pyarrow as pa
@@ -67,7 +72,7 @@ def _members(annotation: Any) -> dict[str, Any]:
     """Names and types of the fields of a TypedDict, dataclass or pydantic model; empty for anything else."""
     is_model = dataclasses.is_dataclass(annotation) or hasattr(annotation, "model_fields")
     shaped = typing.is_typeddict(annotation) or is_model
-    return typing.get_type_hints(annotation) if shaped and annotation is not sdg.Reply else {}
+    return typing.get_type_hints(annotation, include_extras=True) if shaped and annotation is not sdg.Reply else {}
 
 
 def arrow_type(annotation: Any) -> pa.DataType | None:
@@ -78,6 +83,8 @@ def arrow_type(annotation: Any) -> pa.DataType | None:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation in plain:
         return plain[annotation]
+    if origin is typing.Annotated and "float32" in arguments[1:]:
+        return pa.float32()
     if origin in {typing.Required, typing.NotRequired, typing.Annotated}:
         return arrow_type(arguments[0])
     if origin is typing.Literal and len({type(value) for value in arguments}) == 1:
@@ -105,11 +112,21 @@ def infer_fields(results: Iterable[Mapping[str, Any]]) -> dict[str, pa.DataType]
     return {key: kind for key, kind in kinds.items() if kind is not None}
 
 
+def is_vector(values: list[Any]) -> bool:
+    """True if these are embeddings: lists of as many numbers each, which models compute with 32 bits at most."""
+    lists = [value for value in values if value is not None]
+    if not lists or not all(isinstance(value, list) and len(value) == len(lists[0]) for value in lists):
+        return False
+    return len(lists[0]) >= SHORTEST_VECTOR and all(type(item) is float for value in lists for item in value)
+
+
 def infer_type(values: list[Any]) -> pa.DataType | None:
     """The Arrow type that some JSON values have in common; None if there is no single one."""
     import pyarrow as pa
     import pyarrow.types
 
+    if is_vector(values):
+        return pa.list_(pa.float32())
     try:
         kind = pa.infer_type(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
@@ -147,6 +164,8 @@ def checker(kind: pa.DataType) -> Callable[[Any], bool]:
         return lambda value: value is None or isinstance(value, bool)
     if t.is_integer(kind):
         return lambda value: value is None or (type(value) is int and -(2**63) <= value < 2**63)
+    if t.is_float32(kind):
+        return lambda value: value is None or (type(value) in {int, float} and abs(value) <= LARGEST_FLOAT32)
     if t.is_floating(kind):
         return lambda value: value is None or type(value) is float or (type(value) is int and abs(value) <= 2**53)
     return lambda value: value is None or (isinstance(value, str) and t.is_string(kind))

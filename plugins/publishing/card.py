@@ -26,7 +26,8 @@ from sdg_plugins.common import recorded
 from sdg_plugins.common.chunks import plain, rows_of
 from sdg_plugins.common.files import codec_of, default_state_dir, format_of, split_uri
 from sdg_plugins.common.hub import REPO_NAME, dataset_of_source, dataset_of_uri
-from sdg_plugins.common.markdown import fence, inline, table, visible
+from sdg_plugins.common.markdown import counted, fence, inline, table, visible
+from sdg_plugins.common.models import SAMPLING
 from sdg_plugins.common.prices import in_money
 from sdg_plugins.common.state import output_files, recorded_fields, schema_of
 from sdg_plugins.common.statistics import rank_statistics, sum_statistics
@@ -219,6 +220,10 @@ class SectionRenderer(NamedTuple):
         yield "Model", f"[{inline(model)}](https://huggingface.co/{model})" if linked else inline(model)
         if revision:
             yield "Model revision", inline(revision)
+        for name, further in self.record["identity"].get("models", {}).items():
+            own, _ = public_model(further["model"], options["models"].get(name, {}))
+            given = sampling_of({**dict.fromkeys(SAMPLING), **further})
+            yield f"Model `{inline(name)}`", inline(own) + (f"; sampling: {inline(given)}" if given else "")
         yield "Source", self.source()
         for key, title in (("license", "License of the source"), ("language", "Language of the source")):
             if value := text_or_texts(source.get(key)):
@@ -269,6 +274,9 @@ class SectionRenderer(NamedTuple):
         prompt, completion = total.get("prompt_tokens", 0), total.get("completion_tokens", 0)
         for kind, tokens in (("Prompt", prompt), ("Completion", completion), ("Total", prompt + completion)):
             yield f"{kind} tokens", f"{tokens:,}; mean {tokens / of:,.1f} per document"
+        for name, model in total.get("models", {}).items():
+            spent = f"{model['prompt_tokens']:,} prompt and {model['completion_tokens']:,} completion tokens"
+            yield f"Of these at the model `{inline(name)}`", f"{counted(model['requests'], 'request')}, {spent}"
         if "cost" in total:
             guessed = "; estimated in part, because the server reports no usage" * ("estimated_tokens" in total)
             yield "Cost", f"{in_money(total['cost'])}{guessed}"

@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import sdg
-from sdg_plugins.common.prices import Tokens, cost_of, estimated_tokens, in_money, models_of, price_of, tokens_of
+from sdg_plugins.common.prices import Tokens, cost_of, estimated_tokens, in_money, price_of, tokens_of
 from sdg_plugins.common.state import replace_file
 
 UNKNOWN = 8  # requests in flight until the first response tells what one costs
@@ -29,13 +29,11 @@ _budgets: weakref.WeakKeyDictionary[Any, Budget] = weakref.WeakKeyDictionary()  
 @sdg.hookimpl(trylast=True)
 def wrap_requests(run: sdg.Run, send: sdg.Send) -> sdg.Send:
     """Hold requests back that a budget does not allow, and estimate the tokens that a server does not report."""
-    options = run.options
-    if price_of(options) is None and not options.max_total_tokens:
-        return send
     budget = _budgets.get(run.stop)  # one for all models of the run, which is linked first
-    if budget is None:
+    priced = any(price_of(run.options, name) for name in ("", *run.options.models))
+    if budget is None and (priced or run.options.max_total_tokens):
         budget = _budgets[run.stop] = Budget(run)
-    return budget.link(run, send)
+    return budget.link(run, send) if budget else send
 
 
 @sdg.hookimpl
@@ -110,7 +108,7 @@ class Budget:
     """The budgets of a run, as far as this rank is concerned."""
 
     def __init__(self, run: sdg.Run) -> None:
-        self._run, self._earlier = run, tokens_of(recorded_totals(run), models_of(run.options))
+        self._run, self._earlier = run, tokens_of(recorded_totals(run), run.options.models)
         self._answered = self._in_flight = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._turn = asyncio.Lock()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,31 @@ def test_cost_is_in_the_figures_and_on_the_card_without_a_budget(job: Job, tmp_p
     assert "cost    0.0012 for 300 tokens" in ended.stdout
     assert job.output.stats()["cost"] == 0.0012
     assert "| Cost | 0.0012 |" in (job.output.path / "README.md").read_text()
+
+
+def test_further_model_has_its_own_price(job: Job, servers: Callable[[], FakeServer]) -> None:
+    judge = servers()
+    counted(job.server)
+    counted(judge)
+    job.options["plugin"] = job.plugin(
+        "judged",
+        """
+        import sdg
+
+        @sdg.hookimpl
+        def register_rollouts(register):
+            register("judged", judged)
+
+        async def judged(document, generate):
+            await generate(document.text)
+            return await generate(document.text, to="judge")
+        """,
+    )
+    job.input(documents(10))
+    models = [f"judge.base-url={judge.url}", "judge.price-output=100"]
+    ended = job(price_input=1, price_output=10, models=models)
+    assert ended.rc == 0, ended
+    assert job.output.stats()["cost"] == 0.0112  # 10 × (20 × 1 + 10 × 10) / 10⁶, and 10 × 10 × 100 / 10⁶
 
 
 def test_cost_without_a_price_is_refused(job: Job) -> None:
