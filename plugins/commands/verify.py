@@ -13,11 +13,12 @@ from collections.abc import Iterator
 import sdg
 from sdg_plugins.common import recorded
 from sdg_plugins.common.checks import reading
-from sdg_plugins.common.chunks import OpenChunk, id_column_of, read_failed
+from sdg_plugins.common.chunks import OpenChunk, read_failed
 from sdg_plugins.common.files import format_of
 from sdg_plugins.common.markdown import counted
 from sdg_plugins.common.options import Parser
 from sdg_plugins.common.state import output_files
+from sdg_plugins.common.values import id_column_of
 from sdg_plugins.publishing.publisher import Publisher
 from sdg_plugins.publishing.spool import uses_spool
 
@@ -29,7 +30,9 @@ def register_commands(register: sdg.RegisterCommands) -> None:
 
 def verify(argv: list[str]) -> int:
     """Reconcile input, state and output; report each discrepancy, and exit with 1 if there are any."""
-    parser = Parser(prog="sdg.py verify", description=verify.__doc__)
+    parser = Parser(
+        prog="sdg.py verify", description=verify.__doc__, epilog="example: sdg.py verify --output ./summaries"
+    )
     recorded.add_run_options(parser)
     run = recorded.load_run(parser.parse_args(argv))
     found, counts, unfinished = 0, Counter({"rows": 0, "filtered": 0, "failed": 0}), Counter[str]()
@@ -118,7 +121,9 @@ def discrepancies_of_chunk(run: sdg.Run, chunk: sdg.Chunk, ids: list[str], write
     except (OSError, ValueError, KeyError) as exc:
         yield f"{path} or its failed records cannot be read: {exc}"
         return
-    if table is None:
+    if table is None and not chunk.rows:
+        pass  # a chunk without rows has no file
+    elif table is None:
         yield f"{path} is gone: it had {counted(chunk.rows, 'row')}"
     elif table.num_rows != chunk.rows:
         yield f"{path} has {counted(table.num_rows, 'row')}, expected {chunk.rows:,}"
