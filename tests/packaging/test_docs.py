@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1] / "support")]
 
-import sdg
 from drawings import THEMES, draw
+
+import sdg
 from sdg_plugins.common.command_line import build_parser
 
 ROOT = Path(__file__).parents[2]

@@ -55,11 +55,11 @@ def record(documents: int) -> list[tuple[str, str]]:
     with tempfile.TemporaryDirectory() as folder:
         killed = in_terminal(command, folder, lambda screen: _done(screen) >= documents // 3)
         resumed = in_terminal(command, folder)
-        verified = in_terminal("python sdg.py verify --output output/summarize", folder)
+        verified = in_terminal("python sdg.py verify", folder)
     bar = [line for line in killed if "|" in line][-1]
     lines = [("prompt", f"$ {command}"), ("text", bar), ("bad", "Killed"), ("faint", "")]
     lines += [("prompt", f"$ {command}"), *_kept(resumed), ("faint", "")]
-    return [*lines, ("prompt", "$ python sdg.py verify --output output/summarize"), *_kept(verified)]
+    return [*lines, ("prompt", "$ python sdg.py verify"), *_kept(verified)]
 
 
 def _kept(screen: list[str]) -> Iterator[tuple[str, str]]:
