@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import sdg
+from sdg_plugins.common.files import rank_file
 from sdg_plugins.common.prices import Tokens, cost_of, estimated_tokens, in_money, price_of, tokens_of
 from sdg_plugins.common.state import replace_file
 
@@ -203,7 +204,7 @@ def spent_message(cap: Cap) -> str:
 
 def recorded_totals(run: sdg.Run) -> Mapping[str, float]:
     """What earlier processes of this rank have counted."""
-    path = run.state / f"{run.options.rank:05d}.sqlite3"
+    path = rank_file(run.state, run.options.rank, "sqlite3")
     if not path.exists():
         return {}
     with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=60)) as state:
