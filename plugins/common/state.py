@@ -426,7 +426,7 @@ def chunk_files(run: sdg.Run, config: str, template: str) -> list[str]:
 
 def refuse_strangers(run: sdg.Run) -> None:
     """Raise OutputError if there is output, but no state of the run that wrote it."""
-    if strangers := output_files(run):
+    if not (run.state / "run.json").exists() and (strangers := output_files(run)):
         refuse_others(run, set(chunk_files(run, run.options.output_config, run.options.output_filename)))
         raise sdg.OutputError(
             f"{run.output.path(strangers[0])} exists, but the state of its run does not: "

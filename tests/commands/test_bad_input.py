@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -419,7 +420,10 @@ if os.geteuid() == 0:  # the others have test_a_full_disk_at_any_durable_step_lo
         job.input(documents(8))
         server.behave(lambda payload, n: Hang() if server.prompts[-1] == "document 7" else None)
         running = job.start(output="disk/output", records_per_chunk=2)
-        wait_until(lambda: len(job.output_of(output="disk/output").written()) == 3)
+        state = job.output_of(output="disk/output").state / "00000.sqlite3"
+        wait_until(state.exists)
+        with contextlib.closing(sqlite3.connect(state, timeout=30)) as db:
+            wait_until(lambda: db.execute("SELECT count(*) FROM chunks WHERE written").fetchone() == (3,))
         running.process.kill()  # leaves a write-ahead log
         running.finish()
         subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
