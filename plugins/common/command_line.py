@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 import sdg
 from sdg_plugins.common import models
 from sdg_plugins.common.checks import check_rollout
-from sdg_plugins.common.defaults import ANY, derive, derive_server
+from sdg_plugins.common.defaults import ANY, check_uris, derive, derive_server
 from sdg_plugins.common.files import default_state_dir
 from sdg_plugins.common.options import Option, Options, Parser, json_object, name_and_variable, number, one_of, setting
 
@@ -388,7 +388,7 @@ def _derive_models(
 
     def derive(model: argparse.Namespace, words: list[str]) -> None:
         derive_server(model, plugins)
-        _check_uris(model)
+        check_uris(model)
         _check_idle(model, plugins, added, words, set())
 
     own = {option.dest: option.action == "store_true" for option in OPTIONS["server"] + OPTIONS["sampling"]}

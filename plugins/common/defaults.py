@@ -27,7 +27,7 @@ def derive(options: argparse.Namespace, plugins: sdg.Plugins) -> None:
         raise sdg.UsageError(f"--output-config {options.output_config!r}: expected a folder name other than `failed`")
     demo = options.server == "demo" or not options.input
     options.output = expanded(options.output or (DEMO_OUTPUT if demo else f"output/{options.rollout}"))
-    _check_uris(options)
+    check_uris(options)
     scheme, name = split_uri(options.output)[0], options.output_filename
     options.writer = scheme if scheme in plugins.writers else by_scheme_or_suffix(plugins, "writers", name)
     if options.fresh and os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
@@ -57,7 +57,8 @@ def _check_filename(name: str) -> None:
         raise sdg.UsageError(f"--output-filename {name}: must not contain a folder; --output-config names the folder")
 
 
-def _check_uris(options: argparse.Namespace) -> None:
+def check_uris(options: argparse.Namespace) -> None:
+    """Raise UsageError for a key in a URI, or a --base-url that is not one."""
     for uri in (options.input or "", options.output):
         if sdg.redact(uri) != uri:
             message = "put keys into the environment (AWS_ACCESS_KEY_ID…), not into a URI"
