@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import sdg
+from sdg_plugins.common.attempts import record_begin, record_end
 from sdg_plugins.common.checks import (
     check_columns,
     check_reader,
@@ -167,6 +168,7 @@ class Job:
         self._everything.gently = lambda: self.stop(cast("sdg.Error", self._everything.reason))
         try:
             with lock_rank(self.run), recording_the_end(self.run, lambda: self.stop.reason):
+                record_begin(self.run)
                 await self._work(servers)
         except asyncio.CancelledError:
             if self.stop.reason is None:
@@ -271,10 +273,23 @@ def open_run(config: Config, stop: Stop) -> sdg.Run:
 
 async def run_all(configs: list[Config], present: Present = reported) -> None:
     """Run the jobs of some configs; raises the worst of their errors."""
+    jobs: list[Job] = []
+    problem: BaseException | None = None
+    try:
+        await _run_jobs(configs, jobs, present)
+    except BaseException as exc:
+        problem = exc
+        raise
+    finally:
+        for job in jobs:  # the last thing that is written
+            record_end(job.run, job.problem or problem)
+
+
+async def _run_jobs(configs: list[Config], jobs: list[Job], present: Present) -> None:
+    """Run the jobs of some configs, and add them to `jobs`; raises the worst of their errors."""
     task = asyncio.current_task()
     assert task
     stop = Stop(task.cancel)
-    jobs: list[Job] = []
     try:
         with signals(stop):
             for config in configs:

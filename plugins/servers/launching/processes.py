@@ -28,6 +28,8 @@ PORTS = range(30_000, 32_768)  # below those that Linux gives to outgoing connec
 LOG_BYTES = 64 << 20  # size at which a server's log is rotated; one older log is kept
 LONGEST_LINE = 8 << 10  # bytes at the end of a log line that are examined
 LAST_WAIT = 15.0  # s that the guard has to end everything
+# Fatal lines that concern the machine: the options may be right
+MACHINE_FAULTS = (r"Free memory on device .* less than", r"[Aa]ddress already in use", r"invalid device ordinal")
 GUARD = str(Path(__file__).with_name("guard.py"))
 
 
@@ -78,7 +80,36 @@ class Program:
 
 
 class ServerDied(Exception):
-    """A server has ended, hangs, or failed to start; the message says why."""
+    """A server has ended, hangs, or failed to start; the message says why.
+
+    Attributes:
+        by_options: it would end in the same way on another machine.
+        node: host on which it did; None for this one.
+    """
+
+    def __init__(self, message: str, *, by_options: bool = False, node: str | None = None) -> None:
+        super().__init__(message)
+        self.by_options, self.node = by_options, node
+
+    def final(self, message: str) -> sdg.ServerError:
+        """The error to end the run with, if the server is not started again."""
+        return InvalidServerOptions(message) if self.by_options else NodeFailure(message, self.node)
+
+
+class InvalidServerOptions(sdg.ServerError):
+    """A launched server refuses its options, on whatever machine."""
+
+
+class NodeFailure(sdg.ServerError):
+    """A launched server cannot be kept running here; on another machine it may be.
+
+    Attributes:
+        node: host on which it failed; None for this one.
+    """
+
+    def __init__(self, message: str, node: str | None = None) -> None:
+        super().__init__(message)
+        self.node = node
 
 
 class Process:
@@ -134,6 +165,18 @@ class Process:
         status = [f"exited with status {self.exited.result()}"] if self.exited.done() else []
         said = self._error_line or self.line
         return f"{'; '.join([*status, f'last output: {said}' if said else 'no output'])} (log: {self.log})"
+
+    @property
+    def by_options(self) -> bool:
+        """True if a line of its log says that it cannot start with these options."""
+        if self._fatal is None:
+            return False
+        index, line = self._fatal
+        return bool(self.program.fatal[index][1]) and not any(re.search(fault, line) for fault in MACHINE_FAULTS)
+
+    def death(self, reason: str = "") -> ServerDied:
+        """The exception for its end."""
+        return ServerDied(reason or self.reason, by_options=self.by_options)
 
     def _read_output(self, command: str) -> None:
         """Copy the output to the log and examine its lines. Runs in a thread until all writers have ended."""
