@@ -18,7 +18,7 @@ fi
 container=() # options of srun; see generate.sbatch
 status=0     # exit status of the command that `run` has run
 signaled=0   # Slurm has sent a signal to this script
-job=$SLURM_JOB_ID
+job=${SLURM_JOB_ID:-} # submit.sh has none
 if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then # the SLURM_JOB_ID of one task is that of the whole array
     job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 fi

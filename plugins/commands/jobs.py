@@ -37,6 +37,7 @@ from sdg_plugins.common.state import check_state_dir, claim_state, lock_rank, re
 from sdg_plugins.common.statistics import (
     heartbeat,
     recording_the_end,
+    recording_the_start,
     statistics,
     status_of,
     write_rank,
@@ -213,8 +214,9 @@ class Job:
         """An engine with all that it needs: client, state, resources."""
         run = self.run
         async with contextlib.AsyncExitStack() as stack:
-            run.client = client = await stack.enter_async_context(self._connecting(run, servers))
-            claim_state(run, reader)
+            async with recording_the_start(run, servers):
+                run.client = client = await stack.enter_async_context(self._connecting(run, servers))
+                claim_state(run, reader)
             path = run.state / f"{run.options.rank:05d}.sqlite3"
             store = await stack.enter_async_context(sdg.Store.open(path, run.counts))
             send = run.plugins.linked(run, client.send)

@@ -9,6 +9,7 @@ from typing import Any
 import sdg
 from sdg_plugins.common.command_line import default_state_dir
 from sdg_plugins.common.files import expanded, output_place
+from sdg_plugins.common.ranks import why_not_begun
 from sdg_plugins.common.state import parse_run, remember_source
 
 
@@ -54,6 +55,8 @@ def load_record(state: Path) -> dict[str, Any]:
     if not path.exists() and (configs := configs_in(state)):
         message = f"{state} has no run of its own, but runs of the configs {', '.join(configs)}"
         raise sdg.StateError(f"{message}: choose one with --output-config")
+    if not path.exists() and (why := why_not_begun(state)):
+        raise sdg.StateError(f"the run in {state} has no rows yet: {why}")
     if not path.exists():
         raise sdg.StateError(f"{state} has no run.json: is --output correct, and --state-dir if the run had one?")
     return parse_run(path, path.read_bytes())

@@ -454,7 +454,7 @@ def test_a_thousand_ranks_are_submitted_as_one_array(campaign: Campaign) -> None
 
 def test_shellcheck_finds_nothing_in_the_scripts(cluster: Cluster) -> None:
     done = subprocess.run(
-        ["shellcheck", "-x", *sorted(SLURM.iterdir())], cwd=ROOT, capture_output=True, text=True, check=False
+        ["shellcheck", "-x", *sorted(SLURM.glob("*.s*"))], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout
 
