@@ -91,7 +91,7 @@ def runs_the_engine(run: sdg.Run) -> bool:
     return nodes == 1 or int(os.environ.get("SLURM_NODEID", "0") if number is None else number) == 0
 
 
-def record_begin(run: sdg.Run) -> None:
+def begin_attempt(run: sdg.Run) -> None:
     """Record that an attempt has begun; the rank must be locked."""
     earlier = attempt_of(run.state, run.options.rank)
     attempt = Attempt(slurm_job(), slurm_restart(), platform.node(), round(time.time(), 3))
@@ -101,14 +101,14 @@ def record_begin(run: sdg.Run) -> None:
     write_attempt(run, attempt)
 
 
-def record_end(run: sdg.Run, problem: BaseException | None) -> None:
+def end_attempt(run: sdg.Run, problem: BaseException | None) -> None:
     """Record how this process ended, unless another process works on the rank, or the engine runs elsewhere."""
     if not runs_the_engine(run):
         return
     with contextlib.suppress(sdg.StateError, OSError), lock_rank(run):  # a full disk is reported elsewhere
         attempt = attempt_of(run.state, run.options.rank)
         if not attempt or not attempt.began or attempt.ended or attempt.host != platform.node():
-            record_begin(run)
+            begin_attempt(run)
             attempt = attempt_of(run.state, run.options.rank) or Attempt()
             attempt.began = 0.0
         attempt.ended, attempt.code = round(time.time(), 3), exit_code_of(problem)

@@ -94,7 +94,7 @@ class OpenChunk:
                     yield position, self.bad[position].reason
                     continue
                 try:
-                    text, messages = prompt_of(value)
+                    text, messages = parse_prompt(value)
                 except sdg.BadDocument as exc:
                     yield position, f"column {prompt_column!r} {exc}"
                     continue
@@ -325,7 +325,7 @@ def id_column_of(options: argparse.Namespace, schema: pa.Schema) -> str | None:
     return options.id_column or ("id" if "id" in schema.names else None)
 
 
-def prompt_of(value: Any) -> tuple[str, list[dict[str, Any]] | None]:
+def parse_prompt(value: Any) -> tuple[str, list[dict[str, Any]] | None]:
     """Text and messages of a prompt column's value; BadDocument if it is not a prompt."""
     if isinstance(value, str):
         if not value.strip():
