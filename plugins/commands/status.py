@@ -24,6 +24,7 @@ from sdg_plugins.common.slurm import Queue, Submission, any_queued
 GROUPS = 10  # groups of ranks that are shown: a thousand ranks fail for few reasons, or for too many to read
 NODES = 8  # nodes that are named in a line
 LOG = re.compile(r" \(log: [^)]*\)")  # each rank has its own
+NO_ERROR = {"waiting": "not started", "lost": "its job is gone, and it has recorded no end"}
 EXIT = "exit status: 0 no rank needs attention; 1 some ranks do, or no such run exists; 2 usage error"
 
 
@@ -151,13 +152,13 @@ def trouble_by_reason(troubled: list[Rank]) -> Iterator[str]:
     """A line for each group of ranks with the same state and error, the largest groups first."""
 
     def reason(rank: Rank) -> tuple[str, str]:
-        return rank.state, re.sub(r"\d+", "#", LOG.sub("", rank.error))
+        return rank.state, LOG.sub("", rank.error)
 
     groups = [list(group) for _, group in itertools.groupby(sorted(troubled, key=reason), reason)]
     groups.sort(key=lambda group: (-len(group), group[0].number))
     for group in groups[:GROUPS]:
         last = max(group, key=lambda rank: rank.updated)
-        error = last.error or ("not started" if last.state == "waiting" else "no error recorded")
+        error = last.error or NO_ERROR.get(last.state, "no error recorded")
         nodes = sorted({rank.node for rank in group if rank.node})
         where = ", ".join(nodes[:NODES]) + (f" and {len(nodes) - NODES} more nodes" if len(nodes) > NODES else "")
         details = ", ".join(filter(None, [last_heartbeat(last), where, job_of(last)]))
