@@ -28,6 +28,7 @@ from sdg_plugins.publishing.spool import uses_spool
 from sdg_plugins.rollouts import prompt
 from sdg_plugins.servers import command, sglang
 from sdg_plugins.servers.launching import launching
+from sdg_plugins.servers.models import runs_of
 
 # Functions that raise the errors of servers which a run would launch, without launching them
 CHECKS = {"command": command.words_of, "sglang": sglang.checked_model, "vllm": launching.model_of}
@@ -59,9 +60,10 @@ def check_config(config: Config) -> None:
         )
     state = os.path.abspath(options.state_dir)
     run = sdg.Run(options, plugins, output_place(options, Path(state)), Path(state), raise_reason)
-    if options.server in CHECKS:
-        CHECKS[options.server](run)
-        launching.check_layout(options)
+    for each in (run, *runs_of(run).values()):
+        if each.options.server in CHECKS:
+            CHECKS[each.options.server](each)
+            launching.check_layout(each.options)
     for folder in [state] + [run.output.root] * run.output.local:
         check_writable(folder)
     check_state_dir(run)

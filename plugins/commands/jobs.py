@@ -14,7 +14,7 @@ import os
 import signal
 import sqlite3
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +23,6 @@ from sdg_plugins.common.attempts import begin_attempt, end_attempt
 from sdg_plugins.common.checks import (
     check_columns,
     check_reader,
-    check_servers,
     check_shape,
     created,
     entering,
@@ -43,11 +42,9 @@ from sdg_plugins.common.statistics import (
     write_rank,
     write_statistics,
 )
-from sdg_plugins.servers.client import Client
 from sdg_plugins.servers.connecting import connect
+from sdg_plugins.servers.models import Connect, Servers, connect_models, start
 
-Servers = Sequence[str | sdg.Upstream]
-Connect = Callable[[sdg.Run, Servers], contextlib.AbstractAsyncContextManager[Client]]
 Present = Callable[[sdg.Engine, "Stop"], contextlib.AbstractAsyncContextManager[None]]  # entered around `Engine.work`
 
 
@@ -175,7 +172,7 @@ class Job:
             self._writer = await asyncio.to_thread(created, entry.factory, self.run)
         check_shape(self._writer, sdg.Writer, f"the writer {options.writer!r} of plugin {entry.plugin}")
 
-    async def work(self, servers: Servers) -> None:
+    async def work(self, servers: Mapping[str, Servers]) -> None:
         """Run to the end, or as far as it gets."""
         self._everything.gently = lambda: self.stop(cast("sdg.Error", self._everything.reason))
         try:
@@ -194,7 +191,7 @@ class Job:
             self._everything.gently = None
         self.problem = self.problem or self.stop.reason
 
-    async def _work(self, servers: Servers) -> None:
+    async def _work(self, servers: Mapping[str, Servers]) -> None:
         check_state_dir(self.run)
         if self.run.options.fresh:
             start_over(self.run)
@@ -221,16 +218,16 @@ class Job:
         return reader
 
     @contextlib.asynccontextmanager
-    async def _engine(self, reader: sdg.Reader, servers: Servers) -> AsyncIterator[sdg.Engine]:
+    async def _engine(self, reader: sdg.Reader, servers: Mapping[str, Servers]) -> AsyncIterator[sdg.Engine]:
         """An engine with all that it needs: client, state, resources."""
         run = self.run
         async with contextlib.AsyncExitStack() as stack:
-            async with recording_the_start(run, servers):
-                run.client = client = await stack.enter_async_context(self._connecting(run, servers))
+            async with recording_the_start(run, servers.get("", [])):
+                await connect_models(run, servers, self._connecting, stack)
                 claim_state(run, reader)
             path = run.state / f"{run.options.rank:05d}.sqlite3"
             store = await stack.enter_async_context(sdg.Store.open(path, run.counts))
-            send = run.plugins.linked(run, client.send)
+            send = run.plugins.linked(run)
             resources = await self._resources(stack)
             yield sdg.Engine(run, store, Intake(run, reader), Outlet(run, self._writer), send, resources)
 
@@ -335,16 +332,12 @@ async def _run_jobs(
 
 
 async def serve(jobs: list[Job], stop: Stop) -> None:
-    """Start the server, and have each job use it in its turn, until something stops them all."""
+    """Start the servers, and have each job use it in its turn, until something stops them all."""
     run = dataclasses.replace(jobs[0].run, stop=stop, stopping=stop.stopping)
-    name = run.options.server
-    entry = run.plugins.servers[name]
     try:
         async with contextlib.AsyncExitStack() as stack:
-            with sdg.at_work(f"the server {name!r}", entry.factory):
-                servers = await stack.enter_async_context(entering(entry, "server", name, run))
-                check_servers(servers, f"the server {name!r} of plugin {entry.plugin}{sdg.place_of(entry.factory)}")
-            for job in jobs if servers else []:  # none: we have lent our GPUs to a run elsewhere, which has ended
+            servers = await start(run, stack)
+            for job in jobs if servers[""] else []:  # none: we have lent our GPUs to a run elsewhere, which has ended
                 if stop.reason is None:
                     await job.work(servers)
     except (asyncio.CancelledError, Exception) as exc:  # noqa: BLE001 - raised when all observers are left

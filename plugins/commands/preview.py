@@ -117,7 +117,7 @@ def request_lines(request: Exchange, row: Mapping[str, Any] | None) -> Iterator[
     payload = dict(request.payload)
     messages = payload.pop("messages", None)
     prompt = payload.pop("prompt", None)
-    yield f"request POST {request.path}"
+    yield f"request POST {request.path}{f' to the model {request.to}' if request.to else ''}"
     yield from field_lines(payload, 4)
     for message in messages if isinstance(messages, list) else []:
         rest = {key: value for key, value in message.items() if key not in {"role", "content"}}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import os
 import re
 import tomllib
@@ -14,8 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import sdg
+from sdg_plugins.common import models
 from sdg_plugins.common.checks import check_rollout
-from sdg_plugins.common.files import default_state_dir, expanded, format_of, list_files, split_uri
+from sdg_plugins.common.files import default_state_dir, expanded, format_of, split_uri
+from sdg_plugins.common.inputs import input_format
 from sdg_plugins.common.options import Option, Options, Parser, json_object, name_and_variable, number, one_of
 
 FILENAME = "${rank}_${chunk_index}.parquet"
@@ -98,6 +99,14 @@ OPTIONS = {
         Option("--tokens-per-minute", "N", "send and receive at most N tokens per minute", type=_rate),
         Option("--request-timeout", "S", "seconds for one attempt; with --stream between two tokens", 600.0, _seconds),
         Option("--max-retries", "N", "attempts after the first one", 6, _natural),
+        Option(
+            "--models",
+            "NAME.KEY=VALUE",
+            "option of a further model, for generate(…, to=NAME); repeatable",
+            type=models.setting,
+            action="append",
+            shared=True,
+        ),
         Option(
             "--stream",
             None,
@@ -304,6 +313,7 @@ def parse_with(plugins: sdg.Plugins, rollout: str, argv: list[str], own: Iterabl
         _derive(options, plugins)
         serving = {plugins.rollouts[rollout].plugin, plugins.find("readers", options.reader).plugin}
         _check_idle(options, plugins, added, argv, serving)
+        _derive_models(options, plugins, parser, added)
         plugged = set().union(*(group.identity for group in added.values()))
         used = {dest: identity for plugin in serving for dest, identity in added[plugin].identity.items()}
         _check_shared(own, plugged - set(used))
@@ -313,6 +323,23 @@ def parse_with(plugins: sdg.Plugins, rollout: str, argv: list[str], own: Iterabl
     own_identity = {dest for dest, identity in used.items() if identity}
     options.identity = sorted(own_identity | {option.dest for option in CORE if option.identity})
     return Config(options, plugins)
+
+
+def _derive_models(
+    options: argparse.Namespace, plugins: sdg.Plugins, parser: Parser, added: dict[str, Options]
+) -> None:
+    """Replace `options.models` by the options of each further model."""
+
+    def derive(model: argparse.Namespace, words: list[str]) -> None:
+        _derive_server(model, plugins)
+        _check_uris(model)
+        _check_idle(model, plugins, added, words, set())
+
+    own = {option.dest: option.action == "store_true" for option in OPTIONS["server"] + OPTIONS["sampling"]}
+    for plugin, group in added.items():
+        if any(uses(plugins, entry, plugin) for entry in plugins.servers.values()):
+            own |= {dest: parser.get_default(dest) is False for dest in group.identity}
+    options.models = models.namespaces(options, options.models or [], parser, own, derive)
 
 
 def _check_shared(own: Iterable[str], shared: set[str]) -> None:
@@ -337,23 +364,24 @@ def _check_idle(
 
 def _idle(plugins: sdg.Plugins, plugin: str, used: set[str]) -> str:
     """Who uses a plugin's options, if none of them is in use; "" if the options have an effect."""
-    module = plugins.manager.get_plugin(plugin)
     idle = []
     kinds = {"rollouts": "--plugin ", "servers": "--server ", "readers": "an --input of ", "writers": "--output "}
     for kind, option in kinds.items():
         entries: dict[str, sdg.Entry] = getattr(plugins, kind)
-        # The options of a module that several plugins import belong to all of these.
-        users = {
-            name: entry.plugin
-            for name, entry in entries.items()
-            if entry.plugin == plugin
-            or any(value is module for value in vars(plugins.manager.get_plugin(entry.plugin)).values())
-        }
+        users = {name: entry.plugin for name, entry in entries.items() if uses(plugins, entry, plugin)}
         if used & {*users.values(), plugin}:
             return ""
         if users:
             idle.append(f"{option}{' or '.join(sorted(users))}, which is not in use")
     return "; ".join(idle)
+
+
+def uses(plugins: sdg.Plugins, entry: sdg.Entry, plugin: str) -> bool:
+    """True if a plugin's options concern an entry: those of a module that several plugins import belong to them all."""
+    module = plugins.manager.get_plugin(plugin)
+    return entry.plugin == plugin or any(
+        value is module for value in vars(plugins.manager.get_plugin(entry.plugin)).values()
+    )
 
 
 def _read_toml(path: str) -> dict[str, Any]:
@@ -375,6 +403,9 @@ def as_arguments(table: Mapping[str, Any], argv: list[str]) -> list[str]:
     arguments = []
     for key, value in table.items():
         name = f"--{key}"
+        if key == "models":
+            arguments += models.file_settings(value, argv, as_arguments)
+            continue
         if name in given or value is False:
             continue
         items = value if isinstance(value, list) else [value]
@@ -395,12 +426,7 @@ def _derive(options: argparse.Namespace, plugins: sdg.Plugins) -> None:
     for name in ("input", "output", "state_dir"):
         if getattr(options, name) == "":  # for example an unset shell variable, which must not select a default
             raise sdg.UsageError(f"--{name.replace('_', '-')} is empty")
-    options.base_url = options.base_url or []
-    given = options.base_url or (options.input and os.environ.get("OPENAI_BASE_URL"))
-    options.server = options.server or ("endpoint" if given else "demo")
-    plugins.find("servers", options.server)
-    if options.base_url and options.server != "endpoint":
-        raise sdg.UsageError(f"--base-url requires --server endpoint, not {options.server}")
+    _derive_server(options, plugins)
     options.reader = by_scheme_or_suffix(plugins, "readers", options.input) if options.input else "demo"
     _check_filename(options.output_filename)
     if not re.fullmatch(r"[\w.-]+", options.output_config) or options.output_config in {"failed", ".", "..", ".sdg"}:
@@ -415,9 +441,17 @@ def _derive(options: argparse.Namespace, plugins: sdg.Plugins) -> None:
     if options.results_column == "id":
         raise sdg.UsageError("--results-column id: this column holds the document ids")
     options.state_dir = expanded(options.state_dir or default_state_dir(options.output, options.output_config))
-    if options.max_concurrent_documents is None:  # more than requests: some documents wait for a retry, or compute
-        options.max_concurrent_documents = math.ceil(1.5 * options.max_concurrent_generations) + 16
     _derive_rank(options)
+
+
+def _derive_server(options: argparse.Namespace, plugins: sdg.Plugins) -> None:
+    """Settle the server of a model."""
+    options.base_url = options.base_url or []
+    given = options.base_url or (options.input and os.environ.get("OPENAI_BASE_URL"))
+    options.server = options.server or ("endpoint" if given else "demo")
+    plugins.find("servers", options.server)
+    if options.base_url and options.server != "endpoint":
+        raise sdg.UsageError(f"--base-url requires --server endpoint, not {options.server}")
 
 
 def _check_filename(name: str) -> None:
@@ -458,12 +492,7 @@ def by_scheme_or_suffix(plugins: sdg.Plugins, kind: str, uri: str) -> str:
     scheme, path = split_uri(uri)
     if scheme in entries:
         return scheme
-    many = kind == "readers" and (format_of(path) not in entries or any(mark in path for mark in "*?["))
-    formats = sorted({format_of(name) for name in ([name for name, _ in list_files(uri)] if many else [path])})
-    known = [name for name in formats if name in entries]
-    if len(known) == 1:
-        return known[0]
-    if known:
-        message = f"has files of several formats, {' and '.join(known)}: select those of one format with a glob"
-        raise sdg.UsageError(f"{sdg.redact(uri)} {message}")
+    found = input_format(uri, entries) if kind == "readers" else format_of(path)
+    if found in entries:
+        return str(found)
     raise sdg.UsageError(f"{sdg.redact(uri)}: unknown suffix or scheme; known: {', '.join(sorted(entries))}")

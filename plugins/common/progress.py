@@ -80,8 +80,10 @@ def time_to_go(engine: sdg.Engine, shown: Callable[[int], str]) -> list[str]:
 def figures_of(engine: sdg.Engine, speed: Iterable[str] = ()) -> str:
     """The figures beside the bar: first what someone may have to act on, because a terminal may be narrow."""
     counts, pool = engine.run.counts, engine.client.pool
-    down = [upstream.status for upstream in pool.upstreams if not upstream.up.is_set()]
-    if down and len(down) == len(pool.upstreams):  # nothing else to report yet
+    pools = {name: model.client.pool for name, model in engine.run.models.items() if model.client}
+    every = [upstream for each in (pool, *pools.values()) for upstream in each.upstreams]
+    down = [upstream.status for upstream in every if not upstream.up.is_set()]
+    if down and len(down) == len(every):  # nothing else to report yet
         return "; ".join(down[:4])
     if (waiting := pool.waiting()) and waiting[0] > LONG_WAIT:
         when = time.strftime("%H:%M", time.localtime(time.time() + waiting[0]))
@@ -92,6 +94,7 @@ def figures_of(engine: sdg.Engine, speed: Iterable[str] = ()) -> str:
     figures = [*(f"{number:,} {name}" for name, number in rare.items() if number), *speed]
     tokens = counts["completion_tokens"] / max(pool.seconds, 1e-9)
     figures += [f"{tokens:,.0f} tokens/s", f"{pool.active} in flight{queue}"]
+    figures += [f"{each.active} at {name}" for name, each in pools.items()]
     return ", ".join(figures) + "".join(f"; {status}" for status in down[:2])
 
 

@@ -18,6 +18,7 @@ import xxhash
 import sdg
 from sdg_plugins.common.command_line import CORE, DEMO_OUTPUT
 from sdg_plugins.common.files import default_state_dir, expanded, split_uri, sync
+from sdg_plugins.common.models import identity_of_models, recordable
 from sdg_plugins.common.results import base_fields
 
 if TYPE_CHECKING:
@@ -117,6 +118,8 @@ def identity_of(run: sdg.Run, reader: sdg.Reader) -> dict[str, Any]:
     entry = run.plugins.rollouts[run.options.rollout]
     options = {name: getattr(run.options, name) for name in run.options.identity}
     own = {"input": dict(reader.identity), "rollout": run.options.rollout, "plugin_version": entry.version}
+    if run.models:
+        own["models"] = identity_of_models(run)
     identity: dict[str, Any] = json.loads(json.dumps({**own, **options, "model": run.model}))
     return identity
 
@@ -231,7 +234,8 @@ def _short(value: Any) -> str:
 
 def recordable_options(run: sdg.Run) -> dict[str, Any]:
     """The options as JSON, without secrets, and such that other commands can use them in another folder."""
-    options: dict[str, Any] = json.loads(json.dumps(vars(run.options), default=str))
+    every = {**vars(run.options), "models": recordable(run.options.models)}
+    options: dict[str, Any] = json.loads(json.dumps(every, default=str))
     options["base_url"] = [sdg.redact(url) for url in run.options.base_url or []]
     if options["input"] and split_uri(options["input"])[0] == "file":
         options["input"] = os.path.abspath(options["input"])

@@ -37,7 +37,20 @@ async def statistics(engine: sdg.Engine, tally: Counter[str]) -> dict[str, Any]:
     figures["seconds"] = round(totals["seconds"], 3)
     figures["tokens_per_second"] = round(totals["completion_tokens"] / max(totals["seconds"], 1e-9), 1)
     figures["mean_in_flight"] = round(engine.client.pool.mean_in_flight, 1)
+    if run.models:
+        figures["models"] = {
+            name: figures_of_model(model, f"models.{name}.", totals) for name, model in run.models.items()
+        }
     return figures | {"model": run.model, "fingerprint": run.fingerprint}
+
+
+def figures_of_model(model: sdg.Run, prefix: str, totals: Mapping[str, float]) -> dict[str, Any]:
+    """What a further model has done of all that the run's figures count."""
+    counts = {name.removeprefix(prefix): number for name, number in totals.items() if name.startswith(prefix)}
+    names = ("requests", "prompt_tokens", "completion_tokens")
+    figures: dict[str, Any] = {"model": model.model, **{name: int(counts.get(name, 0)) for name in names}}
+    in_flight = model.client.pool.mean_in_flight if model.client else 0.0
+    return {**figures, "retries": retries_in(counts), "mean_in_flight": round(in_flight, 1)}
 
 
 def retries_in(counts: Mapping[str, float]) -> int:
@@ -207,13 +220,16 @@ def sum_statistics(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     """The figures of several ranks as those of one run."""
     total: dict[str, Any] = {}
     for rank in ranks:
-        for name, value in rank.items():
-            if name == "rank":
-                continue
-            if isinstance(value, dict):
-                total[name] = dict(Counter(total.get(name, {})) + Counter(value))
-            elif isinstance(value, str):
-                total[name] = value
-            else:
-                total[name] = round(total.get(name, 0) + value, 3)
+        total = summed(total, {name: value for name, value in rank.items() if name != "rank"})
     return {"ranks": len(ranks), **total}
+
+
+def summed(total: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """The sums of the numbers in two nested objects of figures; of texts the later one."""
+    sums = dict(total)
+    for name, value in more.items():
+        if isinstance(value, dict):
+            sums[name] = summed(total.get(name, {}), value)
+        else:
+            sums[name] = value if isinstance(value, str) else round(total.get(name, 0) + value, 3)
+    return sums

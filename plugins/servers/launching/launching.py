@@ -187,10 +187,16 @@ def visible_gpus() -> list[str]:
     return done.stdout.split() if done.returncode == 0 else []
 
 
+def gpus_needed(options: argparse.Namespace) -> int:
+    """How many GPUs of this machine the replicas take."""
+    return int(options.replicas * -(-options.tp * options.pp * options.dp // options.nodes))
+
+
 def gpus_of_replicas(options: argparse.Namespace) -> list[list[str]]:
     """The GPUs of each replica on this machine; an empty list leaves the choice to the server."""
     width = -(-options.tp * options.pp * options.dp // options.nodes)
-    gpus = visible_gpus()
+    shared = getattr(options, "gpus", None)  # those of this model, if several are launched
+    gpus = shared or visible_gpus()
     if gpus and options.replicas * width > len(gpus):
         spread = f" on {options.nodes} nodes" if options.nodes > 1 else ""
         raise sdg.ServerError(
@@ -198,7 +204,7 @@ def gpus_of_replicas(options: argparse.Namespace) -> list[list[str]]:
             f"need {options.replicas * width} GPUs on this machine, but {len(gpus)} are visible: lower one of them"
         )
     if options.replicas == 1:
-        return [[]]
+        return [shared or []]
     return [gpus[i * width : (i + 1) * width] for i in range(options.replicas)]
 
 
