@@ -25,7 +25,10 @@ GROUPS = 10  # groups of ranks that are shown: a thousand ranks fail for few rea
 NODES = 8  # nodes that are named in a line
 LOG = re.compile(r" \(log: [^)]*\)")  # each rank has its own
 NO_ERROR = {"waiting": "not started", "lost": "its job is gone, and it has recorded no end"}
-EXIT = "exit status: 0 no rank needs attention; 1 some ranks do, or no such run exists; 2 usage error"
+EXIT = (
+    "example: sdg.py status --output ./summaries --ranks; exit status: 0 no rank needs attention; "
+    "1 some ranks do, or no such run exists; 2 usage error"
+)
 
 
 @sdg.hookimpl
