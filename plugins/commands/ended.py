@@ -81,6 +81,8 @@ def ended(argv: list[str]) -> int:
 def of_config(config: Config, args: argparse.Namespace) -> Verdict:
     """The verdict on the last attempt of a config's rank, which is recorded with it."""
     options, state = config.options, Path(config.options.state_dir)
+    if options.any_rank:
+        options.rank = own_rank(state, options.world_size)
     run = sdg.Run(options, config.plugins, output_place(options, state), state, lambda reason: None)
     try:
         with lock_rank(run):
@@ -90,6 +92,13 @@ def of_config(config: Config, args: argparse.Namespace) -> Verdict:
             return limited(verdict, slurm_restart())
     except sdg.StateError as exc:
         return Verdict(args.status or 1, False, f"not requeued: {exc}")
+
+
+def own_rank(state: Path, world_size: int) -> int:
+    """The rank on which this job worked last, with `--rank any`; 0 if there is none."""
+    attempts = {rank: attempt_of(state, rank) for rank in range(world_size)}
+    mine = [rank for rank, attempt in attempts.items() if attempt and attempt.is_mine]
+    return max(mine, key=lambda rank: getattr(attempts[rank], "began", 0.0), default=0)
 
 
 def judged(attempt: Attempt | None, progress: int, args: argparse.Namespace) -> Verdict:

@@ -149,6 +149,7 @@ class Job:
 
     Attributes:
         problem: what ended it early.
+        finished: its work is done.
     """
 
     def __init__(
@@ -165,6 +166,7 @@ class Job:
         self.stop = Stop(task.cancel, everything, name)
         self.run = open_run(config, self.stop)
         self.problem: BaseException | None = None
+        self.finished = False
         self._task, self._everything, self._name = task, everything, name
         self._present, self._connecting, self._lock = present, connecting, lock
         self._observers = contextlib.AsyncExitStack()
@@ -185,6 +187,7 @@ class Job:
             with self._lock(self.run), recording_the_end(self.run, lambda: self.stop.reason):
                 begin_attempt(self.run)
                 await self._work(servers)
+                self.finished = self.stop.reason is None
         except asyncio.CancelledError:
             if self.stop.reason is None:
                 raise
@@ -340,7 +343,7 @@ async def run_all(
         raise
     finally:
         for job in jobs:  # the last thing that is written
-            end_attempt(job.run, job.problem or problem)
+            end_attempt(job.run, job.problem or (None if job.finished else problem))
 
 
 async def _run_jobs(
