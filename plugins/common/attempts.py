@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import sdg
+from sdg_plugins.common.files import rank_file
 from sdg_plugins.common.state import lock_rank, replace_file
 from sdg_plugins.common.statistics import statistics_of
 
@@ -73,7 +74,7 @@ def slurm_restart() -> int:
 def attempt_of(state: Path, rank: int) -> Attempt | None:
     """The last attempt of a rank; None if there was none, or its record is broken."""
     with contextlib.suppress(OSError, ValueError, TypeError):
-        return Attempt(**json.loads((state / f"{rank:05d}.attempt.json").read_bytes()))
+        return Attempt(**json.loads(rank_file(state, rank, "attempt.json").read_bytes()))
     return None
 
 
@@ -81,7 +82,7 @@ def progress_of(state: Path, rank: int) -> int:
     """A number that grows with each durable response and document of a rank."""
     figures: dict[str, Any] = {}
     with contextlib.suppress(sdg.StateError):
-        figures = statistics_of(state / f"{rank:05d}.stats.json")
+        figures = statistics_of(rank_file(state, rank, "stats.json"))
     return int(figures.get("documents", 0)) + int(figures.get("requests", 0))
 
 
@@ -120,7 +121,7 @@ def end_attempt(run: sdg.Run, problem: BaseException | None) -> None:
 
 def write_attempt(run: sdg.Run, attempt: Attempt) -> None:
     """Write the record of an attempt, whole and durable."""
-    name = f"{run.options.rank:05d}.attempt.json"
+    name = rank_file(run.state, run.options.rank, "attempt.json").name
     replace_file(run, name, json.dumps(dataclasses.asdict(attempt), indent=2).encode())
 
 

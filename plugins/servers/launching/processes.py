@@ -30,6 +30,7 @@ LONGEST_LINE = 8 << 10  # bytes at the end of a log line that are examined
 LAST_WAIT = 15.0  # s that the guard has to end everything
 # Fatal lines that concern the machine: the options may be right
 MACHINE_FAULTS = (r"Free memory on device .* less than", r"[Aa]ddress already in use", r"invalid device ordinal")
+PORT_TAKEN = re.compile("address already in use", re.IGNORECASE)  # strerror(EADDRINUSE), as all servers log it
 GUARD = str(Path(__file__).with_name("guard.py"))
 
 
@@ -83,13 +84,16 @@ class ServerDied(Exception):
     """A server has ended, hangs, or failed to start; the message says why.
 
     Attributes:
+        port_taken: it could not start because another process has its port.
         by_options: it would end in the same way on another machine.
         node: host on which it did; None for this one.
     """
 
-    def __init__(self, message: str, *, by_options: bool = False, node: str | None = None) -> None:
+    def __init__(
+        self, message: str, port_taken: bool = False, *, by_options: bool = False, node: str | None = None
+    ) -> None:
         super().__init__(message)
-        self.by_options, self.node = by_options, node
+        self.port_taken, self.by_options, self.node = port_taken, by_options, node
 
     def final(self, message: str) -> sdg.ServerError:
         """The error to end the run with, if the server is not started again."""
@@ -119,6 +123,7 @@ class Process:
         phase: the phase of the start that its log has reached.
         line: the last line of its log, without time stamps.
         fatal_at: loop time of the first line that matches one of `Program.fatal`; None if there was none.
+        port_taken: a line says that another process has its port.
         exited: the exit status, once the process has ended and its log has been read.
     """
 
@@ -126,6 +131,7 @@ class Process:
         self.program, self.log = program, log
         self.phase, self.line = "starting", ""
         self.fatal_at: float | None = None
+        self.port_taken = False
         self._fatal: tuple[int, str] | None = None  # index of the pattern, and the line
         self._error_line = ""
         self._loop = asyncio.get_running_loop()
@@ -175,8 +181,8 @@ class Process:
         return bool(self.program.fatal[index][1]) and not any(re.search(fault, line) for fault in MACHINE_FAULTS)
 
     def death(self, reason: str = "") -> ServerDied:
-        """The exception for its end."""
-        return ServerDied(reason or self.reason, by_options=self.by_options)
+        """The exception for its end, or for a start that failed."""
+        return ServerDied(reason or self.reason, self.port_taken, by_options=self.by_options)
 
     def _read_output(self, command: str) -> None:
         """Copy the output to the log and examine its lines. Runs in a thread until all writers have ended."""
@@ -214,6 +220,7 @@ class Process:
         if not line:
             return
         self.line = line
+        self.port_taken |= PORT_TAKEN.search(line) is not None
         for pattern, phase in self.program.phases:
             if re.search(pattern, line):
                 self.phase = phase

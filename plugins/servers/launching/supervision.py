@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import re
 import shlex
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -74,8 +73,7 @@ class Replica:
             except sdg.Error as exc:
                 on_failure(self, exc)
                 return
-            taken = re.search(r"address already in use", str(death), re.IGNORECASE)
-            most = PORT_ATTEMPTS if taken and self._fixed_port is None else 0
+            most = PORT_ATTEMPTS if death.port_taken and self._fixed_port is None else 0
             answered, found = self.upstream.answers > answers, self.upstream.convicted > convicted
             answers, convicted = self.upstream.answers, self.upstream.convicted
             # A convicted document is progress, too, unless every request crashes the server.
