@@ -421,7 +421,7 @@ if os.geteuid() == 0:  # the others have test_a_full_disk_at_any_durable_step_lo
         server.behave(lambda payload, n: Hang() if server.prompts[-1] == "document 7" else None)
         running = job.start(output="disk/output", records_per_chunk=2)
         state = job.output_of(output="disk/output").state / "00000.sqlite3"
-        wait_until(state.exists)
+        wait_until(lambda: len(job.output_of(output="disk/output").written()) == 3)
         with contextlib.closing(sqlite3.connect(state, timeout=30)) as db:
             wait_until(lambda: db.execute("SELECT count(*) FROM chunks WHERE written").fetchone() == (3,))
         running.process.kill()  # leaves a write-ahead log
