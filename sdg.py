@@ -108,6 +108,7 @@ MOST_UNSAVED = 64 << 20  # bytes of responses that are not durable, likewise
 WINDOW = 32  # documents read but not yet written, per document in flight: 1 % stragglers of 20 times the mean need 20
 RECENT = 1000  # documents that the failure rate is also judged by, so that a long run stops soon when all go wrong
 PUBLISHER = "sdg-publisher"  # the thread that publishes during a run; see `script`
+hide: Callable[[str], str] = str  # takes keys out of a text; see `hide_secrets` in plugins/common/secrets.py
 left_behind: list[object] = []  # tasks of plugins that did not end with the run; see `script`
 
 # What plugins use that lives in plugins/: `sdg.InputFiles` is `sdg_plugins.common.inputs.InputFiles`.
@@ -593,7 +594,7 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
 
 def say(message: str) -> None:
     """Print a message on stderr, prefixed with `sdg: `, without tearing a progress bar."""
-    text = f"sdg: {message}"
+    text = hide(f"sdg: {message}")
     # Without a bar tqdm is not used: its lock does not tolerate signals, and a signal may arrive while it is imported.
     tqdm: Any = getattr(sys.modules.get("tqdm"), "tqdm", None)
     try:
@@ -1434,7 +1435,10 @@ class RolloutRun:
             return {"error": str(exc), "error_type": "RequestFailed", "attempts": exc.attempts, **exc.details}
         if isinstance(exc, BadDocument):
             return {"error": str(exc), "error_type": "BadDocument", "attempts": 0}
-        error, kind = describe(exc, self._engine.rollout_file), type(exc).__name__
+        error, kind = (
+            self._engine.client.secrets.hidden_in(describe(exc, self._engine.rollout_file)),
+            type(exc).__name__,
+        )
         if isinstance(exc, BadResult):
             error, kind = f"{exc}{place_of(self._engine.rollout)}", "TypeError"
         return {"error": error, "error_type": kind, "attempts": max(1, self.attempts)}
@@ -1710,6 +1714,7 @@ class Engine:
         status = "filtered" if not outcome else "row" if isinstance(outcome, list) else "failed"
         try:
             body = orjson.dumps(outcome or None, option=orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY)
+            body = self.client.secrets.hidden(body)
         except TypeError as exc:
             reason = f"the rollout's result cannot be stored as JSON: {exc}{place_of(self.rollout)}"
             self._finish(opened, position, {"error": reason, "error_type": "TypeError", "attempts": 1})

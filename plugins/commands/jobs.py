@@ -35,6 +35,7 @@ from sdg_plugins.common.crew import GRACE, Crew
 from sdg_plugins.common.ending import same_folder, signals
 from sdg_plugins.common.files import output_place, rank_file
 from sdg_plugins.common.progress import progress, report
+from sdg_plugins.common.secrets import hide_secrets
 from sdg_plugins.common.shares import Share, Shares
 from sdg_plugins.common.state import (
     check_state_dir,
@@ -117,7 +118,7 @@ async def reported(engine: sdg.Engine, stop: Stop) -> AsyncIterator[None]:
     figures, chunks = await record_end(engine, stop), await engine.store.chunks()
     if figures["documents"] or not stop.reason:
         with contextlib.suppress(OSError, ValueError):  # no one reads it: the run is as good as before
-            print(report(engine, figures, chunks.values()), flush=True)
+            print(sdg.hide(report(engine, figures, chunks.values())), flush=True)
 
 
 async def record_end(engine: sdg.Engine, stop: Stop) -> dict[str, Any]:
@@ -312,6 +313,7 @@ class FreeRank(Job):
 def open_run(config: Config, stop: Stop) -> sdg.Run:
     """The run of a config, with its output and state folders created."""
     options, state = config.options, Path(config.options.state_dir).absolute()
+    hide_secrets(options)
     run = sdg.Run(options, config.plugins, output_place(options, state), state, stop, stop.stopping)
     try:
         run.state.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,8 @@ import re
 import urllib.parse
 from collections.abc import Iterable
 
+import sdg
+
 SHORTEST = 12  # characters: shorter keys are words such as EMPTY, which completions may contain, too
 MASK = b"***"
 
@@ -40,9 +42,23 @@ class Secrets:
 
 def secrets_of(options: argparse.Namespace) -> Secrets:
     """All secrets of a run: what is sent to servers, and the keys of the Hub and of S3."""
+    return Secrets(secret_names(options))
+
+
+def secret_names(options: argparse.Namespace) -> list[str]:
+    """The environment variables of these secrets."""
     every = [options, *getattr(options, "models", {}).values()]
     sent = [name for each in every for name in (each.api_key_env, *dict(each.header_env or []).values())]
-    return Secrets([*sent, "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"])
+    return [*sent, "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"]
+
+
+_names: set[str] = set()  # of the variables of all runs of this process
+
+
+def hide_secrets(options: argparse.Namespace) -> None:
+    """Take the secrets of a run, too, out of all that is printed from now on."""
+    _names.update(secret_names(options))
+    sdg.hide = Secrets(_names).hidden_in
 
 
 def forms_of(value: str) -> Iterable[bytes]:
@@ -50,7 +66,10 @@ def forms_of(value: str) -> Iterable[bytes]:
     raw = value.encode(errors="surrogatepass")
     yield raw
     yield json.dumps(value)[1:-1].encode()
+    yield json.dumps(repr(value)[1:-1])[1:-1].encode()  # as exceptions quote it, inside JSON
     yield urllib.parse.quote(value, safe="").encode(errors="replace")
+    yield urllib.parse.quote_plus(value).encode(errors="replace")
+    yield raw.hex().encode()
     for shift in range(3):
         text = base64.b64encode(b"\0" * shift + raw)
         # The first and the last characters also hold bits of what stands beside the secret.

@@ -183,7 +183,7 @@ def write_rank(
     job = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID")
     rank = {
         **record,
-        "error": reason and str(reason),
+        "error": reason and sdg.hide(str(reason)),
         "updated": round(time.time(), 3),
         "host": platform.node(),
         "slurm_job": job,

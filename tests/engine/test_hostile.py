@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import signal
 import sqlite3
 import time
@@ -308,3 +309,40 @@ def test_a_signal_ends_a_process_that_a_rollout_blocks_within_20_seconds(job: Jo
 
     assert finished.rc == 143
     assert finished.says("SIGUSR1", "blocks the process", "interrupt again")
+
+
+LEAKING = """
+    import base64, os
+    import sdg
+
+    @sdg.hookimpl
+    def register_rollouts(register):
+        register("leaking", leaking)
+
+    async def leaking(document, generate):
+        key = os.environ["OPENAI_API_KEY"]
+        reply = await generate(document.text)
+        if document.id == "url":
+            raise RuntimeError(f"403 for url: https://search.example/q?api_key={key}")
+        if document.id == "quoted":
+            raise KeyError(base64.b64encode(f"user:{key}".encode()))
+        if document.id == "result":
+            return {"text": reply.text, "tool": f"curl -H 'Authorization: Bearer {key}'"}
+        return reply
+"""
+
+
+def test_a_key_in_an_exception_or_a_result_of_a_rollout_is_written_nowhere(job: Job, server: FakeServer) -> None:
+    key = "sk-VERY/SECRET+KEY'0123456789"
+    server.api_key = key
+    job.documents("url", "quoted", "result", "fine")
+
+    finished = job(plugin=job.plugin("leaking", LEAKING), env={"OPENAI_API_KEY": key})
+
+    assert finished.rc == 0, finished
+    assert "api_key=***" in job.output.failed()["url"]["error"]
+    assert job.output.rows()[0]["rollout_results"][0]["tool"] == "curl -H 'Authorization: Bearer ***'"
+    written = b"".join(path.read_bytes() for path in job.output.path.rglob("*") if path.is_file())
+    for text in (written, finished.stdout.encode(), finished.stderr.encode()):
+        assert b"SECRET" not in text
+        assert base64.b64encode(b"\0\0" + key.encode())[4:-8] not in text
