@@ -105,6 +105,7 @@ STATE_VERSION = 2
 COMMIT_INTERVAL = 0.05  # s between group commits: 5,000 documents/s become 250 rows a commit, not 5,000 commits
 LONGEST_UNSAVED = 2.0  # s that a response may not be durable before no further request is sent
 MOST_UNSAVED = 64 << 20  # bytes of responses that are not durable, likewise
+LARGE_CHUNK = 32 << 20  # bytes of results in a chunk above which no other such chunk is written at the same time
 WINDOW = 32  # documents read but not yet written, per document in flight: 1 % stragglers of 20 times the mean need 20
 RECENT = 1000  # documents that the failure rate is also judged by, so that a long run stops soon when all go wrong
 PUBLISHER = "sdg-publisher"  # the thread that publishes during a run; see `script`
@@ -773,6 +774,11 @@ class Plugins:
             raise UsageError(f"unknown command {name!r}; did you mean {option} {name}?")
         raise UsageError(f"unknown {kind[:-1]} {name!r}; {nearest(name, entries, cutoff=0.5)}")
 
+    def resources_of(self, rollout: str) -> dict[str, Entry]:
+        """The resources that a rollout has parameters for."""
+        parameters = list(inspect.signature(self.rollouts[rollout].factory).parameters)[2:]
+        return {name: self.resources[name] for name in parameters if name in self.resources}
+
     def calls(self, hook: str, **arguments: Any) -> Iterator[tuple[pluggy.HookImpl, Callable[[], Any]]]:
         """Each implementation of a hook, with its call bound to those of the arguments that it takes."""
         for impl in getattr(self.manager.hook, hook).get_hookimpls():
@@ -1159,6 +1165,13 @@ class Store:
         async with self._db.execute("SELECT key, body FROM requests WHERE document = ?", (document,)) as cursor:
             return {row[0]: row[1] async for row in cursor}
 
+    async def bytes_of(self, chunk: Chunk) -> int:
+        """Bytes of the results and failures of a chunk."""
+        sql = "SELECT total(length(body)) FROM documents WHERE id >= ? AND id < ?"
+        async with self._db.execute(sql, (chunk.index << 32, (chunk.index + 1) << 32)) as cursor:
+            ((size,),) = await cursor.fetchall()
+        return int(size)
+
     async def outcomes_of(self, chunk: Chunk) -> list[bytes]:
         """A chunk's documents as JSON lists of [position, status, body], a thousand in each, fewer if they are large.
 
@@ -1538,7 +1551,7 @@ class Engine:
         self._turn = asyncio.Lock()
         self._writing = ThreadPoolExecutor(2, "sdg-writer")
         self._settling = asyncio.Lock()
-        self._two_write = asyncio.Semaphore(2)
+        self._two_write, self._one_large = asyncio.Semaphore(2), asyncio.Lock()
 
     async def work(self) -> None:
         """Process all chunks of this rank. When stopped, save completed responses and write complete chunks."""
@@ -1768,7 +1781,8 @@ class Engine:
             if self.outlet.fields is None:
                 await self._settle(opened)
                 return
-            async with self._two_write:
+            large = await self.store.bytes_of(opened.chunk) > LARGE_CHUNK
+            async with self._two_write, self._one_large if large else contextlib.nullcontext():
                 chunk, outcomes = opened.chunk, await self.store.outcomes_of(opened.chunk)
                 await self._in_writing_thread(self.outlet.write, opened, outcomes, self.intake.id_column)
                 chunk.written = True

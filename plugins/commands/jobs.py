@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
-import inspect
 import os
 import sqlite3
 import threading
@@ -242,13 +241,10 @@ class Job:
 
     async def _resources(self, stack: contextlib.AsyncExitStack) -> dict[str, Any]:
         """Enter the resources that the rollout has parameters for."""
-        rollout = self.run.plugins.rollouts[self.run.options.rollout].factory
         entered = {}
-        for parameter in list(inspect.signature(rollout).parameters.values())[2:]:
-            if entry := self.run.plugins.resources.get(parameter.name):
-                with sdg.at_work(f"the resource {parameter.name!r}", entry.factory):
-                    resource = entering(entry, "resource", parameter.name, self.run)
-                    entered[parameter.name] = await stack.enter_async_context(resource)
+        for name, entry in self.run.plugins.resources_of(self.run.options.rollout).items():
+            with sdg.at_work(f"the resource {name!r}", entry.factory):
+                entered[name] = await stack.enter_async_context(entering(entry, "resource", name, self.run))
         return entered
 
     async def _observe(self) -> None:

@@ -222,6 +222,7 @@ class Outlet:
 
     def __init__(self, run: sdg.Run, writer: sdg.Writer) -> None:
         self._run, self.writer = run, writer
+        self._doubled = False  # ids; that was said
         self._without_rows: pa.Table | None = None  # chunk 0 if it has none
         rollout = run.plugins.rollouts[run.options.rollout].factory
         self.fields = recorded_fields(run.state) or settle_fields(run, annotated_fields(rollout))
@@ -251,6 +252,9 @@ class Outlet:
             raise sdg.StateError(f"state of chunk {chunk.index} does not match its input: start over with --fresh")
         chunk.filtered, chunk.failed = tuple(statuses["filtered"]), tuple(statuses["failed"])
         ids = opened.ids(id_column)
+        if not self._doubled and (double := len(ids) - len(set(ids))):
+            self._doubled = True
+            sdg.say(f"{double:,} of {len(ids):,} ids in {run.path_of(chunk)} occur twice: see --id-column")
         rows = pick(opened.table, statuses["row"])
         if "id" not in rows.column_names:
             rows = rows.append_column("id", pa.array([ids[position] for position in statuses["row"]], pa.string()))

@@ -375,6 +375,7 @@ def parse_with(plugins: sdg.Plugins, rollout: str, argv: list[str], own: Iterabl
         _check_shared(own, {option.dest for option in CORE if option.shared})
         derive(options, plugins)
         serving = {plugins.rollouts[rollout].plugin, plugins.find("readers", options.reader).plugin}
+        serving |= {entry.plugin for entry in plugins.resources_of(rollout).values() if entry.plugin in added}
         _check_idle(options, plugins, added, argv, serving)
         _derive_models(options, plugins, parser, added)
         plugged = set().union(*(group.identity for group in added.values()))

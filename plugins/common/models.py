@@ -85,7 +85,7 @@ def namespaces(
     parser.prog = program
     if options.max_concurrent_documents is None:  # more than requests: some documents wait for a retry, or compute
         requests = sum(each.max_concurrent_generations for each in (options, *found.values()))
-        options.max_concurrent_documents = math.ceil(1.5 * requests) + 16
+        options.max_concurrent_documents = math.ceil(1.5 * requests / options.rollouts_per_document) + 16
     return found
 
 

@@ -147,6 +147,9 @@ def identity_of(run: sdg.Run, reader: sdg.Reader) -> dict[str, Any]:
     entry = run.plugins.rollouts[run.options.rollout]
     options = {name: getattr(run.options, name) for name in run.options.identity}
     own = {"input": dict(reader.identity), "rollout": run.options.rollout, "plugin_version": entry.version}
+    others = {name: of for name, of in run.plugins.resources_of(run.options.rollout).items() if of.package != "sdg"}
+    if versions := {name: of.version for name, of in others.items() if of.plugin != entry.plugin}:
+        own["resources"] = versions
     if run.models:
         own["models"] = identity_of_models(run)
     identity: dict[str, Any] = json.loads(json.dumps({**own, **options, "model": run.model}))
@@ -197,6 +200,8 @@ def claim_state(run: sdg.Run, reader: sdg.Reader) -> None:
     claim_output(run, recorded["run"])
     most = (recorded["options"]["max_documents"], run.options.max_documents)
     mine["options"]["max_documents"] = max(most) if all(most) else None
+    if most[1] and mine["options"]["max_documents"] != most[1]:
+        sdg.say(f"--max-documents {most[1]:,} is less than before ({most[0] or 'all'}): rows that are there stay")
     now = recorded | {"identity": identity, "options": mine["options"]}
     if now != recorded:
         replace_file(run, path.name, json.dumps(now, indent=2).encode())

@@ -385,6 +385,65 @@ def test_an_edited_rollout_is_refused(job: Job, server: FakeServer) -> None:
     assert not server.requests
 
 
+GUIDE = """
+    import contextlib
+    import sdg
+
+    @sdg.hookimpl
+    def add_options(parser):
+        parser.add_argument("--style-guide", default="plain")
+
+    @sdg.hookimpl
+    def register_resources(register):
+        register("guide", guide)
+
+    @contextlib.asynccontextmanager
+    async def guide(run):
+        yield run.options.style_guide
+"""
+
+GUIDED = """
+    import sdg
+
+    @sdg.hookimpl
+    def register_rollouts(register):
+        register("guided", guided)
+
+    async def guided(document, generate, guide):
+        return await generate(f"{guide}: {document.text}")
+"""
+
+
+def test_options_and_code_of_a_resource_are_part_of_the_identity(job: Job, server: FakeServer) -> None:
+    job.documents("one", "two")
+    guide = job.plugin("guide", GUIDE)
+    job.options["plugin"] = [guide, job.plugin("guided", GUIDED)]
+    job.succeed(style_guide="formal")
+    assert set(server.prompts) == {"formal: one", "formal: two"}
+
+    refused = job(style_guide="casual")
+    assert refused.rc == 1
+    assert refused.says("different run", 'style_guide: "formal" → "casual"')
+
+    guide.write_text(guide.read_text().replace("yield ", "yield 'very ' + "))
+    edited = job(style_guide="formal")
+    assert edited.rc == 1
+    assert edited.says("different run", "resources guide")
+    assert job(plugin=job.options["plugin"][1:]).rc != 0  # the rollout needs its resource
+
+
+def test_fewer_documents_than_before_and_ids_that_occur_twice_are_said(job: Job, server: FakeServer) -> None:
+    job.input([{"id": name, "text": f"{name} {i}"} for i, name in enumerate(["a", "b", "a", "c"])])
+
+    finished = job()
+    assert finished.rc == 0
+    assert "1 of 4 ids in data/00000_00000.parquet occur twice: see --id-column" in finished.stderr
+    fewer = job(max_documents=2)
+    assert fewer.rc == 0
+    assert "--max-documents 2 is less than before (all): rows that are there stay" in fewer.stderr
+    assert len(job.output.rows()) == 4
+
+
 def test_another_world_size_is_refused(job: Job) -> None:
     job.input(documents(10))
     job.succeed(records_per_chunk=2)

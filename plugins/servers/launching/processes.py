@@ -31,6 +31,7 @@ LAST_WAIT = 15.0  # s that the guard has to end everything
 # Fatal lines that concern the machine: the options may be right
 MACHINE_FAULTS = (r"Free memory on device .* less than", r"[Aa]ddress already in use", r"invalid device ordinal")
 PORT_TAKEN = re.compile("address already in use", re.IGNORECASE)  # strerror(EADDRINUSE), as all servers log it
+MARK = "SDG_SERVER_OF"  # environment variable of all processes of a server: the ID of the process that started it
 GUARD = str(Path(__file__).with_name("guard.py"))
 
 
@@ -142,7 +143,7 @@ class Process:
             stdin=subprocess.PIPE,  # stays open: the guard ends everything when it is closed
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env=environment,
+            env={**environment, MARK: str(os.getpid())},
             start_new_session=True,  # Ctrl-C in the terminal must reach only the run
         )
         reader = threading.Thread(target=self._read_output, args=[shlex.join(argv)], name="sdg-log", daemon=True)
@@ -242,7 +243,7 @@ def adopt_orphans() -> None:
 def kill_orphans() -> None:
     """Kill the processes that a killed guard has left to this one, and all below them.
 
-    Guards and what they start have sessions of their own; other children of this process are left alone.
+    They have a mark in their environment; other children of this process are left alone.
     """
     mine = os.getpid()
     for _ in range(100):
@@ -259,9 +260,10 @@ def kill_orphans() -> None:
 
 
 def is_orphan(pid: int) -> bool:
-    """True if a child of this process came from a server: it has another session, and is not a guard."""
+    """True if a child of this process came from a server and is not a guard; the tools of rollouts have no mark."""
     try:
-        return os.getsid(pid) != os.getsid(0) and GUARD.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes()
+        marked = f"{MARK}={os.getpid()}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        return marked and GUARD.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes()
     except (OSError, ProcessLookupError):
         return False
 
