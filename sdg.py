@@ -106,6 +106,7 @@ COMMIT_INTERVAL = 0.05  # s between group commits: 5,000 documents/s become 250 
 LONGEST_UNSAVED = 2.0  # s that a response may not be durable before no further request is sent
 MOST_UNSAVED = 64 << 20  # bytes of responses that are not durable, likewise
 LARGE_CHUNK = 32 << 20  # bytes of results in a chunk above which no other such chunk is written at the same time
+PIECE = 64  # documents of such a chunk that are in memory at a time
 WINDOW = 32  # documents read but not yet written, per document in flight: 1 % stragglers of 20 times the mean need 20
 RECENT = 1000  # documents that the failure rate is also judged by, so that a long run stops soon when all go wrong
 PUBLISHER = "sdg-publisher"  # the thread that publishes during a run; see `script`
@@ -1180,10 +1181,11 @@ class Store:
         first = chunk.index << 32
         lists = []
         for start in range(first, first + chunk.count, 1000):
-            lists += await self._outcomes_between(start, min(start + 1000, first + chunk.count))
+            lists += await self.outcomes_between(start, min(start + 1000, first + chunk.count))
         return lists
 
-    async def _outcomes_between(self, first: int, end: int) -> list[bytes]:
+    async def outcomes_between(self, first: int, end: int) -> list[bytes]:
+        """Such lists of the documents with these IDs."""
         sql = """SELECT '[' || group_concat('[' || (id & 0xffffffff) || ',"' || status || '",' || body || ']') || ']'
                  FROM (SELECT * FROM documents WHERE id >= ? AND id < ? ORDER BY id)"""
         try:
@@ -1193,7 +1195,7 @@ class Store:
             if end - first == 1:
                 raise
             middle = (first + end) // 2
-            return await self._outcomes_between(first, middle) + await self._outcomes_between(middle, end)
+            return await self.outcomes_between(first, middle) + await self.outcomes_between(middle, end)
         return [text if isinstance(text, bytes) else text.encode()] if text else []
 
 
@@ -1765,7 +1767,7 @@ class Engine:
             self._deferred.append(opened)
             self._written(opened.chunk)
             if self.outlet.fields is None:
-                self.outlet.settle(await self.store.outcomes_of(opened.chunk))
+                await self._in_writing_thread(self.outlet.settle, self._in_pieces(opened.chunk))
             if self.outlet.fields is not None:
                 self._write_deferred()
 
@@ -1783,7 +1785,8 @@ class Engine:
                 return
             large = await self.store.bytes_of(opened.chunk) > LARGE_CHUNK
             async with self._two_write, self._one_large if large else contextlib.nullcontext():
-                chunk, outcomes = opened.chunk, await self.store.outcomes_of(opened.chunk)
+                chunk = opened.chunk
+                outcomes = self._in_pieces(chunk) if large else await self.store.outcomes_of(chunk)
                 await self._in_writing_thread(self.outlet.write, opened, outcomes, self.intake.id_column)
                 chunk.written = True
                 await self.store.written(chunk)
@@ -1793,6 +1796,17 @@ class Engine:
             self._written(chunk)
         except Exception as exc:  # noqa: BLE001 - what is in flight is worth the wait
             self.run.stop(exc)
+
+    def _in_pieces(self, chunk: Chunk) -> Iterator[bytes]:
+        """What `Store.outcomes_of` returns, a few documents at a time; for a thread, while the event loop goes on."""
+        loop, first = asyncio.get_running_loop(), chunk.index << 32
+        ids = range(first, first + chunk.count)
+
+        def fetched(start: int) -> list[bytes]:
+            fetching = self.store.outcomes_between(start, min(start + PIECE, ids.stop))
+            return asyncio.run_coroutine_threadsafe(fetching, loop).result(60)  # unless the loop waits for this thread
+
+        return (text for start in ids[::PIECE] for text in fetched(start))
 
     def _written(self, chunk: Chunk) -> None:
         """Move the window on."""

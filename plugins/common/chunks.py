@@ -6,7 +6,7 @@ import asyncio
 import functools
 import os
 import sys
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -227,9 +227,15 @@ class Outlet:
         rollout = run.plugins.rollouts[run.options.rollout].factory
         self.fields = recorded_fields(run.state) or settle_fields(run, annotated_fields(rollout))
 
-    def settle(self, outcomes: list[bytes]) -> None:
+    def settle(self, outcomes: Iterable[bytes]) -> None:
         """Learn the fields of results from a chunk's outcomes, if there are results in it."""
-        results = [result for _, status, body in _each(outcomes) if status == "row" for result in body]
+        rows = (body for _, status, body in _each(outcomes) if status == "row")
+        # The type of a text does not depend on its length, but the memory that all of them take does.
+        results = [
+            {name: "" if isinstance(value, str) else value for name, value in result.items()}
+            for body in rows
+            for result in body
+        ]
         own = settle_fields(self._run, infer_fields(results)) if results else None
         self.fields = own or recorded_fields(self._run.state)  # another rank's
 
@@ -237,17 +243,15 @@ class Outlet:
         """There is no result at all: the files are empty."""
         self.fields = recorded_fields(self._run.state) or base_fields()
 
-    def write(self, opened: OpenChunk, outcomes: list[bytes], id_column: str | None) -> None:
+    def write(self, opened: OpenChunk, outcomes: Iterable[bytes], id_column: str | None) -> None:
         """Write a chunk's rows and failures; sets which of its documents were filtered and failed."""
         import pyarrow as pa
 
         assert self.fields is not None
         run, chunk = self._run, opened.chunk
         statuses: dict[str, list[int]] = {"row": [], "filtered": [], "failed": []}
-        bodies: dict[str, list[Any]] = {"row": [], "filtered": [], "failed": []}
-        for position, status, body in _each(outcomes):
-            statuses[status].append(position)
-            bodies[status].append(body)
+        failures: list[Any] = []
+        results = list(self._columns(_each(outcomes), statuses, failures))
         if sorted(position for positions in statuses.values() for position in positions) != list(range(chunk.count)):
             raise sdg.StateError(f"state of chunk {chunk.index} does not match its input: start over with --fresh")
         chunk.filtered, chunk.failed = tuple(statuses["filtered"]), tuple(statuses["failed"])
@@ -258,10 +262,8 @@ class Outlet:
         rows = pick(opened.table, statuses["row"])
         if "id" not in rows.column_names:
             rows = rows.append_column("id", pa.array([ids[position] for position in statuses["row"]], pa.string()))
-        checks = {name: checker(kind) for name, kind in self.fields.items()}
-        fitted = [[fit(result, checks) for result in row] for row in bodies["row"]]
-        rows = rows.append_column(run.options.results_column, array_of(fitted, results_type(self.fields)))
-        self._write_failed(opened, ids, bodies["failed"])
+        rows = rows.append_column(run.options.results_column, pa.chunked_array(results))
+        self._write_failed(opened, ids, failures)
         rows = rows.replace_schema_metadata(provenance(run))
         if rows.num_rows:
             self._write_rows(chunk, rows)
@@ -270,6 +272,24 @@ class Outlet:
         stamp, failed = (run.output.stamps.pop(path(chunk), None) for path in (run.path_of, run.failed_path_of))
         chunk.size, chunk.hash = stamp or (None, None)  # a third-party writer may write by itself
         chunk.failed_hash = failed and failed.hash
+
+    def _columns(
+        self, outcomes: Iterable[tuple[int, str, Any]], statuses: dict[str, list[int]], failures: list[Any]
+    ) -> Iterator[pa.Array]:
+        """The results of the rows in arrays of PIECE rows; adds to the positions by status, and to the failures."""
+        assert self.fields is not None
+        checks = {name: checker(kind) for name, kind in self.fields.items()}
+        rows: list[list[dict[str, Any]]] = []
+        for position, status, body in outcomes:
+            statuses[status].append(position)
+            if status == "failed":
+                failures.append(body)
+            elif status == "row":
+                rows.append([fit(result, checks) for result in body])
+            if len(rows) == sdg.PIECE:
+                yield array_of(rows, results_type(self.fields))
+                rows = []
+        yield array_of(rows, results_type(self.fields))
 
     def _write_rows(self, chunk: sdg.Chunk, rows: pa.Table) -> None:
         with sdg.at_work(f"the writer of {self._run.output.path(self._run.path_of(chunk))}", self.writer):
@@ -353,7 +373,7 @@ class Outlet:
         return gone
 
 
-def _each(outcomes: list[bytes]) -> Iterator[tuple[int, str, Any]]:
+def _each(outcomes: Iterable[bytes]) -> Iterator[tuple[int, str, Any]]:
     """Position, status and body of each document in lists from `Store.outcomes_of`."""
     for text in outcomes:
         yield from orjson.loads(text)
