@@ -1503,7 +1503,7 @@ class Engine:
                 await self._in_writing_thread(self.outlet.finish)
         if self._draining:
             await self._draining
-        if self._open and not self.stopping:
+        if self._open and not self.stopping and self.intake.chosen is None:
             raise StateError(f"chunks {sorted(self._open)[:5]} are unfinished: run again, and please report this")
         self._check_failure_rate(self.tally["failed"], sum(self.tally.values()), least=1)
 
@@ -1588,6 +1588,8 @@ class Engine:
 
     def _window(self) -> int:
         options = self.run.options
+        if self.intake.chosen is not None:  # none of its chunks will be complete
+            return sys.maxsize
         return int(max(WINDOW * options.max_concurrent_documents, 4 * options.records_per_chunk))
 
     async def _reopen(self, opened: OpenChunk, earlier: Chunk) -> bool:
