@@ -124,6 +124,10 @@ def test_the_card_of_a_finished_run_says_what_was_made_and_how(past: Past) -> No
     assert front_of(card) == {
         "license": "odc-by",
         "language": ["en", "no"],
+        "pretty_name": "Mine",
+        "task_categories": ["text-generation"],
+        "annotations_creators": ["machine-generated"],
+        "language_creators": ["machine-generated"],
         "size_categories": ["n<1K"],
         "tags": ["synthetic", "sdg"],
         "source_datasets": ["owner/source"],
@@ -565,7 +569,8 @@ def test_nothing_from_data_or_options_breaks_out(
     assert text.startswith(before)
     assert text.endswith(f"{END}{after}")
     front = front_of(card)
-    assert set(front) <= {"license", "language", "size_categories", "tags", "source_datasets", "configs"}
+    made = {"pretty_name", "task_categories", "annotations_creators", "language_creators"}
+    assert set(front) <= {"license", "language", "size_categories", "tags", "source_datasets", "configs", *made}
     assert front.get("license", "") == short_line(words)
     assert front.get("language", [""]) == [short_line(words)]
     assert front.get("source_datasets", [words]) == [words]
@@ -585,8 +590,10 @@ HEADINGS = [
         "### How it was made",
         "### System prompt",
         "### Prompt",
+        "### Columns",
         "### Statistics",
         "### How to load it",
+        "### How to make it again",
         "### Sample rows",
     ],
 ]
