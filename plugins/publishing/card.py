@@ -15,18 +15,18 @@ import posixpath
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import sdg
 from sdg_plugins.common import recorded
 from sdg_plugins.common.files import default_state_dir, format_of
 from sdg_plugins.common.markdown import counted, fence, inline, rows_in_table, table, visible
+from sdg_plugins.common.prices import in_money
 from sdg_plugins.common.state import output_files, recorded_fields, schema_of
 from sdg_plugins.common.statistics import rank_statistics, sum_statistics
 from sdg_plugins.publishing.front_matter import BrokenCard, split_card, updated, with_values
 from sdg_plugins.publishing.making import Making, tasks_of
 from sdg_plugins.publishing.samples import samples
-
 
 NAME = "README.md"
 LONGEST_PROMPT = 4000  # characters of a prompt that are shown
@@ -243,6 +243,9 @@ class SectionRenderer(NamedTuple):
         for name, model in total.get("models", {}).items():
             spent = f"{model['prompt_tokens']:,} prompt and {model['completion_tokens']:,} completion tokens"
             yield f"Of these at the model `{inline(name)}`", f"{counted(model['requests'], 'request')}, {spent}"
+        if "cost" in total:
+            guessed = "; estimated in part, because the server reports no usage" * ("estimated_tokens" in total)
+            yield "Cost", f"{in_money(total['cost'])}{guessed}"
         yield "Completion tokens per second", f"{total.get('tokens_per_second', 0.0):,.1f}"
         if gpus := gpus_per_rank(self.options):
             hours = gpus * seconds / 3600
