@@ -27,7 +27,16 @@ SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/(\w+)/?$")  # a 
 TASKS = {"summarize": "summarization", "translate": "translation", "qa": "question-answering"}
 TASK = "text-generation"
 # Options of the identity that say nothing of the data, or that the card shows elsewhere
-NOT_SHOWN = {"model", "output_filename", "world_size", "records_per_chunk", "results_column", "models", *SAMPLING}
+NOT_SHOWN = {
+    "rollouts_per_document",
+    "model",
+    "output_filename",
+    "world_size",
+    "records_per_chunk",
+    "results_column",
+    "models",
+    *SAMPLING,
+}
 PROMPTS = {"system_prompt": "System prompt", "prompt_template": "Prompt"}
 FIELDS = {
     "text": "the completion",
@@ -126,22 +135,24 @@ class Making(NamedTuple):
             yield "Long documents", "split into parts, whose results were joined"
         for name, value in self.given():
             if name != "long_documents":
-                yield f"--{inline(name.replace('_', '-'))}", inline(value)
+                yield (
+                    f"--{inline(name.replace('_', '-'))}",
+                    inline(", ".join(map(str, value)) if isinstance(value, list) else value),
+                )
         yield "Server", inline(options["server"])
         yield "Fingerprint of the run", inline(self.record["fingerprint"])
         yield "`sdg` version", inline(self.record["sdg"])
 
     def given(self) -> Iterator[tuple[str, Any]]:
         """Options that made the data and have another value than by default, without those that may hold paths."""
-        from sdg_plugins.common.command_line import CORE
+        from sdg_plugins.common.command_line import CORE, build_parser
 
-        core = {option.dest: option.default for option in CORE}
-        for name in self.options["identity"]:
+        parser, _ = build_parser(self.run.plugins)
+        core = {option.dest for option in CORE}
+        for name in sorted(set(self.options["identity"]) - NOT_SHOWN - set(PROMPTS)):
             value = self.options.get(name)
-            if name in NOT_SHOWN or name in PROMPTS or value in (None, False, [], {}) or value == core.get(name):
-                continue
             harmless = name in core or self.bundled or isinstance(value, bool | int | float)
-            if name != "rollouts_per_document" and harmless:
+            if harmless and value not in (None, False, [], {}) and value != parser.get_default(name):
                 yield name, value
 
     def prompts(self) -> Iterator[str]:
@@ -178,7 +189,8 @@ class Making(NamedTuple):
         yield inline(column), "one struct for each result, with these fields"
         for name, kind in fields.items():
             what = FIELDS.get(name, "from the rollout")
-            yield f"{inline(column)}[].{inline(name)}", f"{inline(kind)}: {what}"
+            short = re.split("[<(]", str(kind), maxsplit=1)[0]
+            yield f"{inline(column)}[].{inline(name)}", f"{inline(short)}: {what}"
 
     def command(self) -> str:
         """The command that makes such data again, without paths and servers."""

@@ -155,6 +155,38 @@ def test_the_card_of_a_finished_run_says_what_was_made_and_how(past: Past) -> No
     assert "Not finished" not in card
 
 
+def test_the_card_has_the_prompts_and_options_of_a_bundled_rollout_and_the_command(past: Past) -> None:
+    identity = ["style", "temperature", "prompt_column", "target_language"]
+    past.rows(
+        [{"id": "d0", "text": "A question?", "rollout_results": [{"text": "An answer.", "score": 4, "extra": None}]}]
+    )
+
+    card = cards.render(None, past.run(rollout="rephrase", style=["faq", "table"], temperature=0.5, identity=identity))
+
+    assert "as questions that a reader would have" in card
+    assert "as a table in Markdown" in card
+    assert "as an encyclopedia article" not in card
+    cells = cells_of(card)
+    assert cells["--style"] == "faq, table"
+    assert "--target-language" not in cells  # has its default
+    assert cells["rollout\\_results[].finish\\_reason"].startswith("string: why the model stopped")
+    assert "--plugin rephrase --input YOUR_FILES" in card
+    assert "--temperature 0.5 --style faq --style table" in card
+    assert "```\nA question?\n```" in card
+    assert "```\nAn answer.\n```" in card
+    assert "8–15 ██████████████████████████████ 1" in card
+    assert "\n4 ██████████████████████████████ 1" in card
+    assert "null" not in card
+
+
+def test_options_of_a_plugin_that_may_be_paths_are_not_on_the_card(past: Past) -> None:
+    card = cards.render(None, past.run(glossary="/secret/terms.json", strength=3, identity=["glossary", "strength"]))
+
+    assert "secret" not in card
+    assert cells_of(card)["--strength"] == "3"
+    assert "YOUR_PLUGIN.py" in card
+
+
 def test_the_same_run_gives_the_same_card(past: Past) -> None:
     first = cards.render(None, past.run(SOURCE))
 
