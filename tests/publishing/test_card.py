@@ -165,7 +165,7 @@ def test_the_card_has_the_prompts_and_options_of_a_bundled_rollout_and_the_comma
 
     assert "as questions that a reader would have" in card
     assert "as a table in Markdown" in card
-    assert "as an encyclopedia article" not in card
+    assert "as an encyclopedia would" not in card
     cells = cells_of(card)
     assert cells["--style"] == "faq, table"
     assert "--target-language" not in cells  # has its default
