@@ -114,7 +114,7 @@ def open_ranks(run: sdg.Run, reader: sdg.Reader) -> list[int]:
     return [rank for rank in range(options.world_size) if is_open(rank)]
 
 
-def raise_reason(reason: sdg.Error) -> None:
+def raise_reason(reason: BaseException) -> None:
     """Stop a run that only checks: nothing is under way that could be ended."""
     raise reason
 
