@@ -179,6 +179,7 @@ def claim_state(run: sdg.Run, reader: sdg.Reader) -> None:
         "options": recordable_options(run),
         "source": dict(run.source),
         "source_schema": as_text(reader.schema),
+        "estimate": run.options.sample is not None,
     }
     if not path.exists():
         check_beginning(run)
@@ -189,9 +190,11 @@ def claim_state(run: sdg.Run, reader: sdg.Reader) -> None:
         return claim_state(run, reader)
     changes = changes_since(run, reader, recorded)
     demo = run.options.output == DEMO_OUTPUT and recorded["identity"]["model"] == DEMO_MODEL
-    if changes and (demo or untouched(run)):  # for example after a mistyped model
-        if demo:
-            sdg.say(f"{DEMO_OUTPUT} holds a demo with other options: it is replaced")
+    estimate = recorded.get("estimate", False)  # made to choose options by: others may be chosen
+    if changes and (demo or estimate or untouched(run)):  # for example after a mistyped model
+        if demo or estimate:
+            kind = "a demo" if demo else "an estimate"
+            sdg.say(f"{run.options.output} holds {kind} with other options ({'; '.join(changes[:3])}): it is replaced")
         start_over(run)
         run.options.records_per_chunk = None if derived else run.options.records_per_chunk
         return claim_state(run, reader)
@@ -203,6 +206,7 @@ def claim_state(run: sdg.Run, reader: sdg.Reader) -> None:
     if most[1] and mine["options"]["max_documents"] != most[1]:
         sdg.say(f"--max-documents {most[1]:,} is less than before ({most[0] or 'all'}): rows that are there stay")
     now = recorded | {"identity": identity, "options": mine["options"]}
+    now["estimate"] = estimate and mine["estimate"]
     if now != recorded:
         replace_file(run, path.name, json.dumps(now, indent=2).encode())
 
