@@ -1184,6 +1184,17 @@ class Store:
             lists += await self.outcomes_between(start, min(start + 1000, first + chunk.count))
         return lists
 
+    def in_pieces(self, chunk: Chunk) -> Iterator[bytes]:
+        """The lists of `outcomes_of`, a few documents at a time; for a thread, while the event loop goes on."""
+        loop, first = asyncio.get_running_loop(), chunk.index << 32
+        ids = range(first, first + chunk.count)
+
+        def fetched(start: int) -> list[bytes]:
+            fetching = self.outcomes_between(start, min(start + PIECE, ids.stop))
+            return asyncio.run_coroutine_threadsafe(fetching, loop).result(60)  # unless the loop waits for this thread
+
+        return (text for start in ids[::PIECE] for text in fetched(start))
+
     async def outcomes_between(self, first: int, end: int) -> list[bytes]:
         """Such lists of the documents with these IDs."""
         sql = """SELECT '[' || group_concat('[' || (id & 0xffffffff) || ',"' || status || '",' || body || ']') || ']'
@@ -1774,7 +1785,7 @@ class Engine:
             self._deferred.append(opened)
             self._written(opened.chunk)
             if self.outlet.fields is None:
-                await self._in_writing_thread(self.outlet.settle, self._in_pieces(opened.chunk))
+                await self._in_writing_thread(self.outlet.settle, self.store.in_pieces(opened.chunk))
             if self.outlet.fields is not None:
                 self._write_deferred()
 
@@ -1793,7 +1804,7 @@ class Engine:
             large = await self.store.bytes_of(opened.chunk) > LARGE_CHUNK
             async with self._two_write, self._one_large if large else contextlib.nullcontext():
                 chunk = opened.chunk
-                outcomes = self._in_pieces(chunk) if large else await self.store.outcomes_of(chunk)
+                outcomes = self.store.in_pieces(chunk) if large else await self.store.outcomes_of(chunk)
                 await self._in_writing_thread(self.outlet.write, opened, outcomes, self.intake.id_column)
                 chunk.written = True
                 await self.store.written(chunk)
@@ -1803,17 +1814,6 @@ class Engine:
             self._written(chunk)
         except Exception as exc:  # noqa: BLE001 - what is in flight is worth the wait
             self.run.stop(exc)
-
-    def _in_pieces(self, chunk: Chunk) -> Iterator[bytes]:
-        """What `Store.outcomes_of` returns, a few documents at a time; for a thread, while the event loop goes on."""
-        loop, first = asyncio.get_running_loop(), chunk.index << 32
-        ids = range(first, first + chunk.count)
-
-        def fetched(start: int) -> list[bytes]:
-            fetching = self.store.outcomes_between(start, min(start + PIECE, ids.stop))
-            return asyncio.run_coroutine_threadsafe(fetching, loop).result(60)  # unless the loop waits for this thread
-
-        return (text for start in ids[::PIECE] for text in fetched(start))
 
     def _written(self, chunk: Chunk) -> None:
         """Move the window on."""

@@ -201,14 +201,19 @@ def claim_state(run: sdg.Run, reader: sdg.Reader) -> None:
     if changes:
         raise different_run(run, changes)
     claim_output(run, recorded["run"])
-    most = (recorded["options"]["max_documents"], run.options.max_documents)
-    mine["options"]["max_documents"] = max(most) if all(most) else None
-    if most[1] and mine["options"]["max_documents"] != most[1]:
-        sdg.say(f"--max-documents {most[1]:,} is less than before ({most[0] or 'all'}): rows that are there stay")
+    mine["options"]["max_documents"] = most_documents(recorded["options"]["max_documents"], run.options.max_documents)
     now = recorded | {"identity": identity, "options": mine["options"]}
     now["estimate"] = estimate and mine["estimate"]
     if now != recorded:
         replace_file(run, path.name, json.dumps(now, indent=2).encode())
+
+
+def most_documents(before: int | None, now: int | None) -> int | None:
+    """The --max-documents to record: it never shrinks, because rows that are there stay."""
+    most = max(before, now) if before and now else None
+    if now and most != now:
+        sdg.say(f"--max-documents {now:,} is less than before ({before or 'all'}): rows that are there stay")
+    return most
 
 
 def check_beginning(run: sdg.Run) -> None:
