@@ -1563,8 +1563,7 @@ class Engine:
         self._ready: Iterator[tuple[OpenChunk, Document]] = iter(())
         self._turn = asyncio.Lock()
         self._writing = ThreadPoolExecutor(2, "sdg-writer")
-        self._settling = asyncio.Lock()
-        self._two_write, self._one_large = asyncio.Semaphore(2), asyncio.Lock()
+        self._settling, self._two_write, self._one_large = asyncio.Lock(), asyncio.Semaphore(2), asyncio.Lock()
 
     async def work(self) -> None:
         """Process all chunks of this rank. When stopped, save completed responses and write complete chunks."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import xxhash
 
 import sdg
+from sdg_plugins.common.claims import claim_output, publish_in, refuse_owned, release_output, write_temporary
 from sdg_plugins.common.command_line import CORE
 from sdg_plugins.common.defaults import DEMO_OUTPUT
 from sdg_plugins.common.files import default_state_dir, expanded, rank_file, split_uri, sync
@@ -31,9 +32,6 @@ LOOK = 1000  # rows that are read to estimate the number of all
 DEMO_MODEL = "demo-extractive"  # of the server `demo`
 
 
-OWNER = ".sdg-{}.json"  # in an output: the state of its run, if that is not in the output's `.sdg`
-
-
 # ── Shared files ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -42,43 +40,10 @@ def publish_once(run: sdg.Run, name: str, content: bytes) -> bytes:
     return publish_in(run.state, name, content, f"{run.options.rank:05d}")
 
 
-def publish_in(folder: Path, name: str, content: bytes, by: str) -> bytes:
-    """Create a file in a folder atomically unless it exists. Returns its content; `by` names this process there."""
-    temporary = _write_temporary(folder, name, content, by)
-    with contextlib.suppress(FileExistsError):
-        try:
-            os.link(temporary, folder / name)
-        except FileExistsError:
-            raise
-        except OSError:  # a file system without hard links: the lock decides who is the first
-            _rename_unless_exists(temporary, folder / name)
-    temporary.unlink(missing_ok=True)
-    sync(folder)
-    return (folder / name).read_bytes()
-
-
-def _rename_unless_exists(temporary: Path, target: Path) -> None:
-    """Give a file its name unless there is one. Several processes do this one after the other."""
-    import filelock
-
-    with filelock.FileLock(f"{target}.lock"):
-        if not target.exists():
-            os.rename(temporary, target)
-
-
 def replace_file(run: sdg.Run, name: str, content: bytes) -> None:
     """Write a file of the state, whole and durable."""
-    os.replace(_write_temporary(run.state, name, content, f"{run.options.rank:05d}"), run.state / name)
+    os.replace(write_temporary(run.state, name, content, f"{run.options.rank:05d}"), run.state / name)
     sync(run.state)
-
-
-def _write_temporary(folder: Path, name: str, content: bytes, by: str) -> Path:
-    # The rank's lock keeps the name from being used twice, and a rerun overwrites what a crash left.
-    temporary = folder / f".{by}.{name}.tmp"
-    temporary.unlink(missing_ok=True)  # it may be a link that someone else has put there
-    temporary.write_bytes(content)
-    sync(temporary)
-    return temporary
 
 
 def lock_rank(run: sdg.Run) -> contextlib.AbstractContextManager[None]:
@@ -225,36 +190,6 @@ def check_beginning(run: sdg.Run) -> None:
         raise sdg.StateError(f"{orphans[0]} exists, but {missing}")
     if run.options.retry_failed:
         raise sdg.StateError(f"there is no run in {run.state} that --retry-failed could complete: is --output correct?")
-
-
-def owner_of(run: sdg.Run) -> Path | None:
-    """The file by which a run whose state is elsewhere claims a local output."""
-    if not run.output.local or split_uri(run.options.output)[0] != "file":
-        return None
-    return Path(run.output.path(OWNER.format(run.options.output_config.replace("/", "-"))))
-
-
-def refuse_owned(run: sdg.Run, mine: str | None) -> None:
-    """Raise OutputError if the output belongs to another run than `mine`, whose state is in another folder."""
-    default = Path(default_state_dir(run.options.output, run.options.output_config)).absolute()
-    if (owner := owner_of(run)) is None:
-        return
-    for path in [owner, default / "run.json"] if run.state != default else [owner]:
-        with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
-            other = json.loads(path.read_bytes())
-            if other["run"] != mine:
-                raise sdg.OutputError(
-                    f"{run.options.output} belongs to the run with the state {other.get('state', default)}: "
-                    "choose another --output, or that --state-dir"
-                )
-
-
-def claim_output(run: sdg.Run, mine: str) -> None:
-    """Make the output this run's. A state in the default folder is a claim by itself."""
-    default = Path(default_state_dir(run.options.output, run.options.output_config)).absolute()
-    if (owner := owner_of(run)) and run.state != default:
-        publish_in(owner.parent, owner.name, json.dumps({"run": mine, "state": str(run.state)}).encode(), mine)
-    refuse_owned(run, mine)  # another process may have claimed it just now
 
 
 def recorded_size(run: sdg.Run) -> int | None:
@@ -488,14 +423,6 @@ def start_over(run: sdg.Run) -> None:
         sync(run.state)
         (run.state / "run.json").unlink(missing_ok=True)
         sync(run.state)
-
-
-def release_output(run: sdg.Run) -> None:
-    """Take back what `claim_output` has claimed."""
-    owner = owner_of(run)
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        if owner and json.loads(owner.read_bytes())["state"] == str(run.state):
-            owner.unlink()
 
 
 def discarded(run: sdg.Run) -> bool:

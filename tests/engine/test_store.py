@@ -130,7 +130,7 @@ def test_ranks_expect_every_document_once(total: int, size: int, world: int, mos
     expected = 0
     for rank in range(world):
         options = SimpleNamespace(rank=rank, world_size=world, records_per_chunk=size, max_documents=most)
-        intake = SimpleNamespace(_run=SimpleNamespace(options=options), reader=FixedReader(total))
+        intake = SimpleNamespace(_run=SimpleNamespace(options=options), reader=FixedReader(total), chosen=None)
         expected += Intake.expected(intake) or 0  # type: ignore[arg-type]
     assert expected == min(total, most or total)
 
