@@ -60,9 +60,7 @@ def needs_attention(rank: Rank, overview: Overview, queued: bool | None) -> bool
     return not queued and (rank.state != "waiting" or not overview.states["running"])
 
 
-def overview_lines(
-    ranks: list[Rank], overview: Overview, queued: bool | None, troubled: list[Rank]
-) -> Iterator[str]:
+def overview_lines(ranks: list[Rank], overview: Overview, queued: bool | None, troubled: list[Rank]) -> Iterator[str]:
     """Lines on the whole run, then on the ranks that need attention."""
     share = f" ({int(100 * min(1.0, overview.documents / overview.expected))} %)" if overview.expected else ""
     speed = f", {overview.speed()}" if overview.states["running"] else ""

@@ -53,6 +53,7 @@ def discrepancies(run: sdg.Run, counts: dict[str, int]) -> Iterator[str]:
             known.update(recorded_chunks(run.state, rank))
         else:
             yield f"rank {rank} has not run: {path} is missing"
+    on_hub, published = reconcile_with_hub(run)
     expected = set()
     for opened in all_chunks(run, reader):
         chunk = known.pop(opened.chunk.index, None)
@@ -63,7 +64,8 @@ def discrepancies(run: sdg.Run, counts: dict[str, int]) -> Iterator[str]:
             yield f"chunk {chunk.index} ({rows}) was written with {counted(chunk.count, 'document')}"
         else:
             expected |= {run.path_of(chunk), *([run.failed_path_of(chunk)] if chunk.failed else [])}
-            yield from discrepancies_of_chunk(run, chunk, opened.ids(id_column_of(options, reader.schema)), writer)
+            ids = opened.ids(id_column_of(options, reader.schema))
+            yield from discrepancies_of_chunk(run, chunk, ids, writer, published)
             counts["rows"] += chunk.rows
             counts["filtered"] += len(chunk.filtered)
             counts["failed"] += len(chunk.failed)
@@ -72,9 +74,19 @@ def discrepancies(run: sdg.Run, counts: dict[str, int]) -> Iterator[str]:
     for file in output_files(run):
         if file not in expected:
             yield f"{run.output.path(file)} does not belong to a finished chunk"
-    if uses_spool(run):
-        with contextlib.closing(Publisher(run)) as publisher:
-            yield from publisher.discrepancies()
+    yield from on_hub
+
+
+def reconcile_with_hub(run: sdg.Run) -> tuple[list[str], set[str]]:
+    """Discrepancies between the spool and the Hub, and the files that were deleted from the spool once published."""
+    if not uses_spool(run):
+        return [], set()
+    with contextlib.closing(Publisher(run)) as publisher:
+        found, published = publisher.reconcile()
+    if published:
+        example = run.output.path(min(published))
+        sdg.say(f"{counted(len(published), 'published file')}, such as {example}, can only be compared by hash")
+    return found, published
 
 
 def all_chunks(run: sdg.Run, reader: sdg.Reader) -> Iterator[OpenChunk]:
@@ -92,8 +104,18 @@ def all_chunks(run: sdg.Run, reader: sdg.Reader) -> Iterator[OpenChunk]:
             return
 
 
-def discrepancies_of_chunk(run: sdg.Run, chunk: sdg.Chunk, ids: list[str], writer: sdg.Writer) -> Iterator[str]:
-    """The discrepancies in the files of one finished chunk; `ids` are those of its documents, in order."""
+def discrepancies_of_chunk(
+    run: sdg.Run, chunk: sdg.Chunk, ids: list[str], writer: sdg.Writer, published: set[str]
+) -> Iterator[str]:
+    """The discrepancies in the files of one finished chunk.
+
+    Args:
+        run: the run.
+        chunk: as it is recorded.
+        ids: of its documents, in order.
+        writer: reads its rows.
+        published: files that were deleted once they were on the Hub.
+    """
     path = run.output.path(run.path_of(chunk))
     gone = {*chunk.filtered, *chunk.failed}
     expected = [ids[position] for position in range(chunk.count) if position not in gone]
@@ -103,7 +125,7 @@ def discrepancies_of_chunk(run: sdg.Run, chunk: sdg.Chunk, ids: list[str], write
     except (OSError, ValueError, KeyError) as exc:
         yield f"{path} or its failed records cannot be read: {exc}"
         return
-    if table is None and not chunk.rows:
+    if table is None and (not chunk.rows or run.path_of(chunk) in published):
         pass  # a chunk without rows has no file
     elif table is None:
         yield f"{path} is gone: it had {counted(chunk.rows, 'row')}"
@@ -116,6 +138,6 @@ def discrepancies_of_chunk(run: sdg.Run, chunk: sdg.Chunk, ids: list[str], write
             if id_ is not None and str(id_) != expected_id:
                 yield f"{path} row {row} is document {id_!r}, expected {expected_id!r}"
                 return
-    if failed != [ids[position] for position in chunk.failed]:
+    if failed != [ids[position] for position in chunk.failed] and run.failed_path_of(chunk) not in published:
         documents = counted(len(chunk.failed), "failed document")
         yield f"{run.output.path(run.failed_path_of(chunk))} does not list its {documents}"

@@ -13,7 +13,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import sdg
@@ -23,7 +23,7 @@ from sdg_plugins.publishing.front_matter import BrokenCard
 from sdg_plugins.publishing.inventory import Inventory
 from sdg_plugins.publishing.ledger import Ledger
 from sdg_plugins.publishing.quota import CommitQuota
-from sdg_plugins.publishing.repository import Repository
+from sdg_plugins.publishing.repository import Entry, Repository
 from sdg_plugins.publishing.spool import Content, HubFile, Spool, clear_scratch
 
 MOST_CHUNKS = 95_000  # files of a run without a warning: the Hub accepts 100,000 in a repository
@@ -53,6 +53,7 @@ class Publisher:
         self._inventory = Inventory(run, self.repository, self._spool, self._ledger)
         self._prepared = False
         self._card_problem = ""  # why the card cannot be brought up to date
+        self._kept = ""  # what was said of files whose parts were deleted from the spool
 
     @property
     def url(self) -> str:
@@ -98,12 +99,16 @@ class Publisher:
         """How many files were written or changed since they were published, as far as is known without the Hub."""
         return self._inventory.waiting()
 
-    def discrepancies(self) -> Iterator[str]:
-        """All differences between what was written and what is on the Hub, a line each."""
+    def reconcile(self) -> tuple[list[str], set[str]]:
+        """Compare what was written with what is on the Hub.
+
+        Returns:
+            All differences, a line each, and the files that were deleted from the spool and are on the Hub unchanged.
+        """
         hub.patiently(lambda: self.repository.refresh(self._spool.folders), self.address, self.run.stopping)
         self._inventory.identify_run()
         with contextlib.closing(Content(self.run)) as content:
-            yield from self._inventory.discrepancies(content)
+            return list(self._inventory.discrepancies(content)), self._inventory.confirmed()
 
     # A round
 
@@ -138,6 +143,14 @@ class Publisher:
                 self._commit(batch, gone, readme, content)
         return len(missing) - len(batch) + max(0, len(earlier) - most)
 
+    def _report_kept(self) -> None:
+        """Report once which files on the Hub can no longer be compared with the spool, or made again."""
+        if kept := self._inventory.kept():
+            said = f"{counted(len(kept), 'file')} of {self.address}, such as {next(iter(kept))}"
+            if said != self._kept:
+                self._kept = said
+                sdg.say(f"{said}, had parts that are no longer in {self.run.output.root}: they stay as they are")
+
     def _updated_card(self, progress: str, data: bool) -> str | None:
         """The card as it should be with or without data files; None if it is so already, or cannot be updated."""
         try:
@@ -171,8 +184,10 @@ class Publisher:
             sdg.say(f"deleting {deleted} from {self.address}: an earlier run wrote them, or others replace them")
         done = [f"add {added}"] * bool(batch) + [f"delete {deleted}"] * bool(gone)
         title = ", ".join(done).capitalize() or "Update the card"
-        hashes = [add.upload_info.sha256.hex() for add in adds]
-        self._ledger.remember_sent(hashes)
+        entries = [
+            Entry(add.upload_info.sha256.hex(), content.git_hash(file)) for add, file in zip(adds, batch, strict=True)
+        ]
+        self._ledger.remember_sent([str(entry.sha256) for entry in entries])
         try:
             self.repository.commit(operations, title)
         except json.JSONDecodeError:
@@ -192,7 +207,7 @@ class Publisher:
         self.quota.grow()
         if readme is not None:
             self.repository.card = readme.encode()
-        self._inventory.committed(dict(zip(batch, hashes, strict=True)), gone)
+        self._inventory.committed(dict(zip(batch, entries, strict=True)), gone)
 
     def _shrink(self, exc: Exception, files: int) -> None:
         """Make the next commit smaller if the failure may be due to the size of this one."""
@@ -212,6 +227,12 @@ class Publisher:
             Error: a permanent error of the Hub; the files stay in the spool.
         """
         self.publish_all(progress)
+        if self.run.stopping.is_set():
+            return self.url
+        self._report_kept()
+        if faults := list(self._inventory.faults()):
+            more = f" (and {len(faults) - 1:,} more: see `sdg.py verify`)" if len(faults) > 1 else ""
+            raise sdg.OutputError(f"{faults[0]}{more}")
         if self._card_problem:
             raise sdg.OutputError(f"all files are published on {self.url}, but not the card, as reported above")
         return self.url

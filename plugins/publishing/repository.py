@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import sdg
 from sdg_plugins.publishing import hub
 from sdg_plugins.publishing.card import NAME
+from sdg_plugins.publishing.ledger import Known
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
@@ -17,6 +18,11 @@ class Entry(NamedTuple):
 
     sha256: str | None  # of a large file
     git_hash: str  # of any other file
+
+    def is_of(self, known: Known) -> bool:
+        """True if it has the content that is remembered; of files without a remembered hash nothing is known."""
+        mine, hers = (known.hash, self.sha256) if self.sha256 else (known.git_hash, self.git_hash)
+        return not mine or mine == hers
 
 
 class Repository:

@@ -321,6 +321,43 @@ def test_merged_files_are_replaced_when_the_input_grows(job: HubJob) -> None:
     assert ids(job.there) == [f"d{i:04}" for i in range(93)]
 
 
+@pytest.mark.parametrize("size", [{}, {"max_file_size": "20kB"}])
+def test_files_deleted_from_the_spool_stay_published(job: HubJob, size: dict[str, Any]) -> None:
+    job.input(documents(60))
+    assert job(max_documents=43, **size).rc == 0
+    published = job.there
+    for chunk in (0, 4):
+        (job.state / f"spool/data/00000_{chunk:05}.parquet").unlink()
+    verified = job.command("verify")
+    assert verified.rc == 0
+    assert "2 published files" in verified.stderr
+    assert job.command("card").rc == 0
+    assert job(max_documents=43, **size).rc == 0
+    assert job.there == published
+
+    assert job(**size).rc == 0
+    assert {**job.there, **published}.keys() == job.there.keys()
+    assert ids(job.there) == [f"d{i:04}" for i in range(60)]
+
+    job.hub.push(REPO, {"data/00000_00000.parquet": b"?"})
+    for again in (job.command("verify"), job(**size)):
+        assert again.rc == 1
+        assert "data/00000_00000.parquet is missing or was changed there" in again.stderr
+    assert set(ids({name: content for name, content in job.there.items() if content != b"?"})) < set(ids(published))
+
+
+def test_a_range_whose_parts_are_gone_is_left_as_it_is_without_the_ledger(job: HubJob) -> None:
+    job.input(documents(60))
+    assert job(max_file_size="20kB").rc == 0
+    published = job.there
+    (job.state / "spool/data/00000_00001.parquet").unlink()
+    (job.state / "published.sqlite3").unlink()
+    finished = job(max_file_size="20kB")
+    assert finished.rc == 1
+    assert "00000_00001.parquet" in finished.stderr
+    assert job.there == published
+
+
 def test_merged_rows_stay_on_the_hub_while_the_run_grows(job: HubJob) -> None:
     job.input(documents(100))
     assert job(max_file_size="20kB", max_documents=23).rc == 0
