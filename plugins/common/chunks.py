@@ -17,6 +17,7 @@ import orjson
 import sdg
 from sdg_plugins.common.checks import check_blocks, reading
 from sdg_plugins.common.files import split_uri
+from sdg_plugins.common.recorded import chunks_in
 from sdg_plugins.common.results import (
     annotated_fields,
     base_fields,
@@ -26,7 +27,7 @@ from sdg_plugins.common.results import (
     results_type,
     unfit,
 )
-from sdg_plugins.common.state import output_files, recorded_chunks, recorded_fields, settle_fields
+from sdg_plugins.common.state import output_files, recorded_fields, settle_fields
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -94,7 +95,7 @@ class OpenChunk:
                     yield position, self.bad[position].reason
                     continue
                 try:
-                    text, messages = prompt_of(value)
+                    text, messages = parse_prompt(value)
                 except sdg.BadDocument as exc:
                     yield position, f"column {prompt_column!r} {exc}"
                     continue
@@ -256,8 +257,9 @@ class Outlet:
         if not files and self._without_rows is not None:
             self._write_rows(first, self._without_rows)
         elif path in files and len(files) > 1:
-            recorded = recorded_chunks(run.state, 0).get(0)  # another rank may have written that file
-            if recorded and recorded.written and not recorded.rows:
+            state = run.state / "00000.sqlite3"  # of the rank that has written it
+            chunk = chunks_in(state).get(0) if state.exists() else None
+            if chunk and chunk.written and not chunk.rows:
                 run.output.delete(path)
 
     def _write_failed(self, opened: OpenChunk, ids: list[str], failures: list[dict[str, Any]]) -> None:
@@ -348,7 +350,7 @@ def id_column_of(options: argparse.Namespace, schema: pa.Schema) -> str | None:
     return options.id_column or ("id" if "id" in schema.names else None)
 
 
-def prompt_of(value: Any) -> tuple[str, list[dict[str, Any]] | None]:
+def parse_prompt(value: Any) -> tuple[str, list[dict[str, Any]] | None]:
     """Text and messages of a prompt column's value; BadDocument if it is not a prompt."""
     if isinstance(value, str):
         if not value.strip():

@@ -42,7 +42,7 @@ class Exchange:
 
 
 @dataclasses.dataclass
-class Outcome:
+class DocumentRecord:
     """The outcome of a document.
 
     Attributes:
@@ -71,7 +71,7 @@ class Notes:
 
     def __init__(self) -> None:
         self.requests: list[Exchange] = []
-        self.outcomes: list[Outcome] = []
+        self.outcomes: list[DocumentRecord] = []
         self.schema: pa.Schema | None = None
         self._documents: dict[int, tuple[str, list[list[Exchange]]]] = {}
         self._rollouts: dict[object, list[Exchange]] = {}
@@ -121,7 +121,7 @@ class Notes:
         for chunk in (await engine.store.chunks()).values():
             self.outcomes.extend(self._of_chunk(engine, chunk))
 
-    def _of_chunk(self, engine: sdg.Engine, chunk: sdg.Chunk) -> Iterator[Outcome]:
+    def _of_chunk(self, engine: sdg.Engine, chunk: sdg.Chunk) -> Iterator[DocumentRecord]:
         rows: Iterator[dict[str, Any]] = iter(())
         failures: Iterator[dict[str, Any]] = iter(())
         if chunk.written:
@@ -133,14 +133,14 @@ class Notes:
         for position in range(chunk.count):
             id_, rollouts = self._documents.get(chunk.start + position, ("", []))
             if not chunk.written:
-                yield Outcome(id_, "", rollouts=rollouts)
+                yield DocumentRecord(id_, "", rollouts=rollouts)
             elif position in chunk.failed:
                 failure = next(failures)
-                yield Outcome(failure["id"], "failed", failure=failure, rollouts=rollouts)
+                yield DocumentRecord(failure["id"], "failed", failure=failure, rollouts=rollouts)
             elif position in chunk.filtered:
-                yield Outcome(id_, "filtered", rollouts=rollouts)
+                yield DocumentRecord(id_, "filtered", rollouts=rollouts)
             else:
-                yield Outcome(id_, "row", row=next(rows), rollouts=rollouts)
+                yield DocumentRecord(id_, "row", row=next(rows), rollouts=rollouts)
 
 
 class NotingWriter:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import sdg
 from sdg_plugins.common import recorded
 from sdg_plugins.publishing.ledger import Known, Ledger
-from sdg_plugins.publishing.repository import Entry, Repository
+from sdg_plugins.publishing.repository import RemoteEntry, Repository
 from sdg_plugins.publishing.spool import Content, HubFile, Spool
 
 
@@ -170,7 +170,7 @@ class Inventory:
         known = {path: file.signature for path, file in self._ledger.files.items() if file.run == self.run_id}
         return sum(known.get(file.path) != file.signature for file in self._spool.files().values())
 
-    def committed(self, added: dict[HubFile, Entry], deleted: list[str]) -> None:
+    def committed(self, added: dict[HubFile, RemoteEntry], deleted: list[str]) -> None:
         """Take in a commit: the files that it added, and those that it deleted."""
         for file, entry in added.items():
             self._repository.entries[file.path] = entry

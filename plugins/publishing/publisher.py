@@ -17,13 +17,14 @@ from collections.abc import Callable
 from typing import Any
 
 import sdg
+from sdg_plugins.common import hub
 from sdg_plugins.common.markdown import counted
-from sdg_plugins.publishing import card, hub
+from sdg_plugins.publishing import card
 from sdg_plugins.publishing.front_matter import BrokenCard
 from sdg_plugins.publishing.inventory import Inventory
 from sdg_plugins.publishing.ledger import Ledger
 from sdg_plugins.publishing.quota import CommitQuota
-from sdg_plugins.publishing.repository import Entry, Repository
+from sdg_plugins.publishing.repository import RemoteEntry, Repository
 from sdg_plugins.publishing.spool import Content, HubFile, Spool, clear_scratch
 
 MOST_CHUNKS = 95_000  # files of a run without a warning: the Hub accepts 100,000 in a repository
@@ -185,7 +186,8 @@ class Publisher:
         done = [f"add {added}"] * bool(batch) + [f"delete {deleted}"] * bool(gone)
         title = ", ".join(done).capitalize() or "Update the card"
         entries = [
-            Entry(add.upload_info.sha256.hex(), content.git_hash(file)) for add, file in zip(adds, batch, strict=True)
+            RemoteEntry(add.upload_info.sha256.hex(), content.git_hash(file))
+            for add, file in zip(adds, batch, strict=True)
         ]
         self._ledger.remember_sent([str(entry.sha256) for entry in entries])
         try:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import sdg
 from sdg_plugins.common import recorded
 from sdg_plugins.common.files import split_uri
-from sdg_plugins.common.state import chunk_files, recorded_chunks
+from sdg_plugins.common.state import chunk_files
 from sdg_plugins.common.statistics import statistics_of
 from sdg_plugins.publishing.ledger import Known, Ledger
 
@@ -121,7 +121,8 @@ class Spool:
         read, chunks = self._chunks.get(rank, (-math.inf, {}))
         if now - read > FRESH:
             with contextlib.suppress(sdg.StateError):  # it is being written: what was read before still holds
-                chunks = recorded_chunks(self.run.state, rank)
+                path = self.run.state / f"{rank:05d}.sqlite3"
+                chunks = recorded.chunks_in(path) if path.exists() else chunks
             self._chunks[rank] = (now, chunks)
         return chunks.get(index)
 
@@ -219,7 +220,7 @@ class Spool:
     def expected(self) -> int:
         """Roughly how many files the run makes, as far as its ranks know; 0 if they are merged."""
         documents = sum(record.get("expected") or 0 for record in self._records())
-        return 0 if self._size else int(documents / self.run.options.records_per_chunk)
+        return 0 if self._size else int(documents / (self.run.options.records_per_chunk or 1000))
 
     def _records(self) -> list[dict[str, Any]]:
         """The record of each rank, in order; {} for ranks that have not begun, or whose figures are broken."""

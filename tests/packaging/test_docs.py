@@ -1,4 +1,4 @@
-"""The README's generated parts are up to date, and its snippets work.
+"""The documentation's generated parts are up to date, its snippets work, and no link in it is dead.
 
 `python tests/packaging/test_docs.py` writes the generated parts again.
 """
@@ -28,7 +28,11 @@ if __name__ == "__main__":
 import sdg
 from sdg_plugins.common.command_line import build_parser
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+PAGES = sorted([README, *(ROOT / ".github").glob("*.md"), *(ROOT / "slurm").glob("*.md"), ROOT / "tests" / "README.md"])
+PAGES += sorted((ROOT / "plugins").rglob("*.md"))
+GUIDE = ROOT / "plugins" / "README.md"
 
 
 def hooks() -> str:
@@ -54,17 +58,22 @@ def plugins() -> str:
 
 
 def options() -> str:
-    """A table of all options, those of the bundled plugins included."""
+    """A table of options for each group of `--help`, those of the bundled plugins included."""
     loaded, _ = sdg.Plugins.load([])
     parser, _ = build_parser(loaded)
-    rows = []
+    tables = []
     for group in parser._action_groups[2:]:
+        rows = []
         for action in group._group_actions:
             default = "" if action.default is None or action.default is False else f"`{action.default}`"
             name = f"{action.option_strings[0]} {action.metavar or ''}".strip()
-            text = (action.help or "").replace("|", "\\|")
-            rows.append(f"| {group.title} | `{name}` | {default} | {text} |")
-    return "\n".join(["| group | option | default | meaning |", "|---|---|---|---|", *rows])
+            text = (action.help or "").partition(f" [{action.default}]")[0].replace("|", "\\|")
+            rows.append(f"| `{name}` | {default} | {text} |")
+        if rows:
+            tables.append(
+                "\n".join([f"### {group.title}", "", "| option | default | meaning |", "|---|---|---|", *rows])
+            )
+    return "\n\n".join(tables)
 
 
 def protocols() -> str:
@@ -75,7 +84,7 @@ def protocols() -> str:
         if not isinstance(protocol, type):  # an alias, described by the comment in its line
             described = re.search(rf"^{name} = (.+?)  # (.+)$", inspect.getsource(sdg), re.MULTILINE)
             assert described, name
-            items.append(f"- **`{name}`**: `{described[1]}`: {described[2]}.")
+            items.append(f"- **`{name}`**: `{described[1].replace(chr(34), '')}`: {described[2]}.")
             continue
         items.append(f"- **`{name}`**: {sdg.one_line(inspect.getdoc(protocol) or '')}")
         for member, thing in vars(protocol).items():
@@ -103,17 +112,42 @@ def signature(name: str, member: object) -> str:
 PARTS = {"hooks": hooks, "protocols": protocols, "plugins": plugins, "options": options}
 
 
-def generated(text: str) -> str:
-    """The README with its generated parts updated."""
+def generated() -> dict[Path, str]:
+    """All pages with their generated parts updated; each part is on exactly one page."""
+    pages = {page: page.read_text() for page in PAGES}
     for name, make in PARTS.items():
         pattern = re.compile(rf"(<!-- {name}: .*? -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
-        text, found = pattern.subn(lambda match, make=make: f"{match[1]}{make()}\n{match[2]}", text)
+        (page,) = [page for page, text in pages.items() if pattern.search(text)]
+        pages[page], found = pattern.subn(lambda match, make=make: f"{match[1]}{make()}\n{match[2]}", pages[page])
         assert found == 1, name
-    return text
+    return pages
 
 
 def test_generated_parts_are_up_to_date() -> None:
-    assert generated(README.read_text()) == README.read_text(), "run: python tests/packaging/test_docs.py"
+    for page, text in generated().items():
+        assert text == page.read_text(), f"{page}; run: python tests/packaging/test_docs.py"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_link_is_dead(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)) + re.findall(r'(?:src|srcset|href)="([^"]+)"', prose(page)):
+        if link.startswith(("http://", "https://")):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def prose(page: Path) -> str:
+    """A page without its blocks of code."""
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives to a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_every_hook_is_documented() -> None:
@@ -141,22 +175,22 @@ def issubclass_of_error(thing: object) -> bool:
     return inspect.isclass(thing) and issubclass(thing, sdg.Error)
 
 
-def test_the_options_of_every_command_in_the_readme_exist() -> None:
+def test_the_options_of_every_command_on_a_page_exist() -> None:
     loaded, _ = sdg.Plugins.load([])
     parser, _ = build_parser(loaded)
     known = set(parser.flags) | {"--output"}
-    joined = README.read_text().replace("\\\n", " ")
+    joined = "\n".join(page.read_text() for page in PAGES).replace("\\\n", " ")
     commands = [line for line in joined.splitlines() if re.search(r"(python|sdg) ?(sdg)?\.py ", line) and "--" in line]
     assert len(commands) >= 5
     for line in commands:
         words = shlex.split(line.partition("#")[0].replace("`", " "), posix=False)
         unknown = [word for word in words if word.startswith("--") and word not in known]
-        assert not [word for word in unknown if word not in {"--check", "--fleet"}], line
+        assert not [word for word in unknown if word not in {"--check", "--fleet", "--id", "--failed", "--html"}], line
 
 
 @pytest.fixture
 def plugin_files(job: Job) -> dict[str, str]:
-    """The files of the README, in the job's folder: each block of code begins with its name."""
+    """The files on all pages, in the job's folder: each block of code begins with its name."""
     files = {}
     for language in ("python", "toml"):
         for code in snippets(language):
@@ -166,14 +200,14 @@ def plugin_files(job: Job) -> dict[str, str]:
     return files
 
 
-def test_the_readmes_rollout_runs(job: Job, plugin_files: dict[str, str]) -> None:
+def test_the_pages_rollout_runs(job: Job, plugin_files: dict[str, str]) -> None:
     job.documents("one", "two")
     output = job.succeed(plugin="./headline.py")
     assert len(output.rows()) == 2
     assert all("Write a headline" in prompt for prompt in job.server.prompts)
 
 
-def test_the_readmes_options_and_resource_run(job: Job, plugin_files: dict[str, str]) -> None:
+def test_the_pages_options_and_resource_run(job: Job, plugin_files: dict[str, str]) -> None:
     (job.folder / "terms.json").write_text('{"dog": "Hund", "cat": "Katze"}')
     job.server.behave(lambda payload, n: "Der Hund bellt.")
     job.documents("the dog barks", "the cat sleeps")
@@ -181,7 +215,7 @@ def test_the_readmes_options_and_resource_run(job: Job, plugin_files: dict[str, 
     assert [(row["id"], row["rollout_results"][0]["terms"]) for row in output.rows()] == [("the dog barks", 1)]
 
 
-def test_the_readmes_reader_writer_server_and_observer_run(job: Job, plugin_files: dict[str, str]) -> None:
+def test_the_pages_reader_writer_server_and_observer_run(job: Job, plugin_files: dict[str, str]) -> None:
     make_texts(job.folder / "texts.db")
     (job.folder / "urls.txt").write_text(job.server.url + "\n")
     names = ["sqlite_rows.py", "orc_files.py", "fleet.py", job.options["plugin"]]
@@ -194,16 +228,16 @@ def test_the_readmes_reader_writer_server_and_observer_run(job: Job, plugin_file
     assert json.loads((job.folder / "facts.json").read_text())["requests"] == 3
 
 
-def test_the_readmes_tests_pass(job: Job, plugin_files: dict[str, str]) -> None:
+def test_the_pages_tests_pass(job: Job, plugin_files: dict[str, str]) -> None:
     make_texts(job.folder / "texts.db")
-    path = os.pathsep.join([str(README.parent / ".packages"), str(job.folder)])
+    path = os.pathsep.join([str(ROOT / ".packages"), str(job.folder)])
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_plugins.py"]
     env = job.sdg.environment(PYTHONPATH=path)
     done = subprocess.run(command, cwd=job.folder, env=env, capture_output=True, text=True, check=False)
     assert "3 passed" in done.stdout, done.stdout
 
 
-def test_the_readmes_configs_run(job: Job, plugin_files: dict[str, str]) -> None:
+def test_the_pages_configs_run(job: Job, plugin_files: dict[str, str]) -> None:
     job.input([{"text": "one"}, {"text": "two"}], "docs.jsonl")
     finished = job.sdg("--config", "prompts.toml", "--base-url", job.server.url)
     assert finished.rc == 0, finished
@@ -211,7 +245,7 @@ def test_the_readmes_configs_run(job: Job, plugin_files: dict[str, str]) -> None
     assert job.sdg("verify", "--output", "./lessons", "--output-config", "math").rc == 0
 
 
-def test_the_readmes_preview_runs(job: Job, plugin_files: dict[str, str]) -> None:
+def test_the_pages_preview_runs(job: Job, plugin_files: dict[str, str]) -> None:
     job.input([{"text": "one"}], "docs.jsonl")
     shown = job.sdg("--plugin", "./headline.py", "--input", "docs.jsonl", "--base-url", job.server.url, "--preview", 3)
     assert shown.rc == 0, shown
@@ -219,32 +253,32 @@ def test_the_readmes_preview_runs(job: Job, plugin_files: dict[str, str]) -> Non
 
 
 def make_texts(path: Path) -> None:
-    """Create the database of the README's reader as described there."""
-    (code,) = re.findall(r"^python -c '(.*?)'$", README.read_text(), re.DOTALL | re.MULTILINE)
+    """Create the database of the tutorial's reader as described there."""
+    (code,) = re.findall(r"^python -c '(.*?)'$", GUIDE.read_text(), re.DOTALL | re.MULTILINE)
     subprocess.run([sys.executable, "-c", code], cwd=path.parent, check=True)
     assert path.exists()
 
 
-def test_the_readmes_first_plugin_has_ten_lines_at_most(plugin_files: dict[str, str]) -> None:
+def test_the_pages_first_plugin_has_ten_lines_at_most(plugin_files: dict[str, str]) -> None:
     assert len([line for line in plugin_files["headline.py"].splitlines() if line.strip()]) <= 10
 
 
-def test_the_readmes_plugin_for_json_runs(job: Job, plugin_files: dict[str, str]) -> None:
+def test_the_pages_plugin_for_json_runs(job: Job, plugin_files: dict[str, str]) -> None:
     job.server.behave(lambda payload, n: '{"people": ["Ada"], "places": []}')
     job.documents("one")
     (result,) = job.succeed(plugin="./names.py").rows()[0]["rollout_results"]
     assert (result["people"], result["places"]) == (["Ada"], [])
 
 
-def test_every_resource_is_in_the_readme() -> None:
+def test_every_resource_is_in_the_guide() -> None:
     loaded, _ = sdg.Plugins.load([])
-    rows = README.read_text().partition("### Options and resources")[2].partition("###")[0]
+    rows = GUIDE.read_text().partition("## Options and resources")[2].partition("\n## ")[0]
     assert set(re.findall(r"^\| `(\w+)` \|", rows, re.MULTILINE)) >= {*loaded.resources} - {"prompt_of"}
 
 
 def snippets(language: str) -> list[str]:
-    """The README's code in one language."""
-    return re.findall(rf"```{language}\n(.*?)```", README.read_text(), re.DOTALL)
+    """The code in one language on all pages."""
+    return [code for page in PAGES for code in re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)]
 
 
 @pytest.mark.parametrize("command", ["run", "verify", "card", "check", "monitor", "plugins", "status"])
@@ -256,4 +290,5 @@ def test_every_command_has_help(run_sdg, command: str) -> None:  # type: ignore[
 
 if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__).parse_args()
-    README.write_text(generated(README.read_text()))
+    for path, updated in generated().items():
+        path.write_text(updated)
