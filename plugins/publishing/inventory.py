@@ -91,12 +91,12 @@ class Inventory:
         entry, known = self._repository.entries.get(file.path), self._ledger.files.get(file.path, Known(""))
         if entry is None:
             return False
-        digest = known.hash if known.signature == file.signature else content.sha256(file)
-        git_hash = "" if entry.sha256 else content.git_hash(file)
-        if entry.sha256 == digest or (not entry.sha256 and entry.git_hash == git_hash):
+        digest = known.hash if known.signature == file.signature else content.hash(file)
+        git_hash = "" if entry.hash else content.git_hash(file)
+        if entry.hash == digest or (not entry.hash and entry.git_hash == git_hash):
             self._ledger.remember(file.path, Known(self.run_id, file.signature, digest, file.parts, git_hash))
             return True
-        if entry.sha256 and entry.sha256 not in self._ledger.sent and not known.run.startswith("before "):
+        if entry.hash and entry.hash not in self._ledger.sent and not known.run.startswith("before "):
             raise sdg.OutputError(
                 f"{self._repository.address}: {file.path} was written by someone else, such as another run: choose "
                 "another --output-config or --output, or delete the file there"
@@ -174,7 +174,7 @@ class Inventory:
         """Take in a commit: the files that it added, and those that it deleted."""
         for file, entry in added.items():
             self._repository.entries[file.path] = entry
-            known = Known(self.run_id, file.signature, entry.sha256 or "", file.parts, entry.git_hash)
+            known = Known(self.run_id, file.signature, entry.hash or "", file.parts, entry.git_hash)
             self._ledger.remember(file.path, known)
         for path in deleted:
             del self._repository.entries[path]

@@ -12,9 +12,10 @@ import contextlib
 import itertools
 import json
 import math
+import random
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import sdg
 from sdg_plugins.common import hub
@@ -24,12 +25,23 @@ from sdg_plugins.publishing.front_matter import BrokenCard
 from sdg_plugins.publishing.inventory import Inventory
 from sdg_plugins.publishing.ledger import Ledger
 from sdg_plugins.publishing.quota import CommitQuota
-from sdg_plugins.publishing.repository import RemoteEntry, Repository
+from sdg_plugins.publishing.repository import RemoteEntry, Repository, Upload
 from sdg_plugins.publishing.spool import Content, HubFile, Spool, clear_scratch
 
 MOST_CHUNKS = 95_000  # files of a run without a warning: the Hub accepts 100,000 in a repository
+CONFLICTS = 10  # commits of others that overtake ours before a longer wait
 LONGEST_WAIT = 600.0  # s between two attempts, unless the Hub asks for more
 REMINDER = 600.0  # s between two messages about an outage
+
+
+class Plan(NamedTuple):
+    """What the next commit does."""
+
+    batch: list[HubFile]  # added, or replaced
+    gone: list[str]  # deleted
+    readme: str | None  # the card, if it changes
+    left: int  # files for later commits
+    is_new: bool  # only files are added that do not exist: nothing of others can be overwritten
 
 
 class Publisher:
@@ -108,13 +120,16 @@ class Publisher:
         """
         hub.patiently(lambda: self.repository.refresh(self._spool.folders), self.address, self.run.stopping)
         self._inventory.identify_run()
-        with contextlib.closing(Content(self.run)) as content:
+        with contextlib.closing(Content(self.run, self.repository.hash_of)) as content:
             return list(self._inventory.discrepancies(content)), self._inventory.confirmed()
 
     # A round
 
     def publish(self, progress: str = "") -> int:
         """Commit files that are missing on the Hub, delete those that have been replaced, and update the card.
+
+        Files are merged, hashed and uploaded first, so that little time passes between the last look at the repository
+        and the commit. After a conflict only these two are repeated.
 
         Args:
             progress: markdown for the card.
@@ -128,21 +143,51 @@ class Publisher:
         hub.set_timeout()
         if not self._prepared:
             self.prepare()
-        self.repository.refresh(self._spool.folders)
         self._inventory.identify_run()
         files = self._spool.files()
-        with contextlib.closing(Content(self.run)) as content:
-            missing = self._inventory.missing(files, content)
-            earlier = self._inventory.of_earlier_runs(files)
-            most = self.quota.files_for(len(missing) + len(earlier))
-            batch = whole_groups(missing, max(0, most - len(earlier)))
-            present = files.keys() - {file.path for file in missing} | {file.path for file in batch}
-            gone = earlier[:most] + self._inventory.superseded(files, present)
-            data = any(map(self._spool.is_loaded_with_ours, {*self.repository.entries, *present}.difference(gone)))
-            readme = self._updated_card(progress, data)
-            if missing or gone or readme is not None:
-                self._commit(batch, gone, readme, content)
-        return len(missing) - len(batch) + max(0, len(earlier) - most)
+        uploads: dict[str, Upload] = {}
+        conflicts = 0
+        with contextlib.closing(Content(self.run, self.repository.hash_of)) as content:
+            while plan := self._plan(files, content, progress):
+                if new := [file for file in plan.batch if file.path not in uploads]:
+                    uploads |= self._upload(new, content)
+                    continue
+                alone = conflicts > 0 and plan.is_new
+                try:
+                    self._commit(plan._replace(readme=None) if alone else plan, uploads, content, onto_any_head=alone)
+                except Exception as exc:
+                    conflicts += 1
+                    if hub.http_status(exc) not in {409, 412} or conflicts > CONFLICTS or self.run.stopping.is_set():
+                        raise
+                    self.run.stopping.wait(random.uniform(0, min(5.0, 0.1 * 2**conflicts)))
+                    continue
+                return plan.left + alone  # what is left includes the card
+        return 0
+
+    def _plan(self, files: dict[str, HubFile], content: Content, progress: str) -> Plan | None:
+        """Look at the repository, and decide what to commit; None if there is nothing."""
+        self.repository.refresh(self._spool.folders)
+        missing = self._inventory.missing(files, content)
+        earlier = self._inventory.of_earlier_runs(files)
+        most = self.quota.files_for(len(missing) + len(earlier))
+        batch = whole_groups(missing, max(0, most - len(earlier)))
+        present = files.keys() - {file.path for file in missing} | {file.path for file in batch}
+        gone = earlier[:most] + self._inventory.superseded(files, present)
+        there = self.repository.entries
+        data = any(map(self._spool.is_loaded_with_ours, {*there, *present}.difference(gone)))
+        readme = self._updated_card(progress, data)
+        if not (missing or gone or readme is not None):
+            return None
+        left = len(missing) - len(batch) + max(0, len(earlier) - most)
+        return Plan(batch, gone, readme, left, not gone and all(file.path not in there for file in batch))
+
+    def _upload(self, files: list[HubFile], content: Content) -> dict[str, Upload]:
+        """Upload the content of files; returns the uploads by path."""
+        try:
+            return self.repository.upload({file.path: content.path(file) for file in files})
+        except Exception as exc:
+            self._shrink(exc, len(files))
+            raise
 
     def _report_kept(self) -> None:
         """Report once which files on the Hub can no longer be compared with the spool, or made again."""
@@ -172,26 +217,19 @@ class Publisher:
             self._card_problem = problem
             sdg.say(problem)
 
-    def _commit(self, batch: list[HubFile], gone: list[str], readme: str | None, content: Content) -> None:
-        """Upload and commit files, deletions and the card; without the card if the Hub refuses that."""
-        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-
+    def _commit(self, plan: Plan, uploads: dict[str, Upload], content: Content, *, onto_any_head: bool) -> None:
+        """Commit uploaded files, deletions and the card; without the card if the Hub refuses that."""
+        batch, gone, readme = plan.batch, plan.gone, plan.readme
         added, deleted = counted(len(batch), "file"), counted(len(gone), "file")
-        adds = [CommitOperationAdd(file.path, content.path(file)) for file in batch]
-        operations: list[Any] = [*adds, *map(CommitOperationDelete, gone)]
-        if readme is not None:
-            operations.append(CommitOperationAdd(card.NAME, readme.encode()))
         if gone:
             sdg.say(f"deleting {deleted} from {self.address}: an earlier run wrote them, or others replace them")
         done = [f"add {added}"] * bool(batch) + [f"delete {deleted}"] * bool(gone)
         title = ", ".join(done).capitalize() or "Update the card"
-        entries = [
-            RemoteEntry(add.upload_info.sha256.hex(), content.git_hash(file))
-            for add, file in zip(adds, batch, strict=True)
-        ]
-        self._ledger.remember_sent([str(entry.sha256) for entry in entries])
+        entries = {file: RemoteEntry(uploads[file.path].hash, content.git_hash(file)) for file in batch}
+        self._ledger.remember_sent([str(entry.hash) for entry in entries.values()])
         try:
-            self.repository.commit(operations, title)
+            ready = [uploads[file.path] for file in batch]
+            self.repository.commit(ready, gone, readme, title, onto_any_head=onto_any_head)
         except json.JSONDecodeError:
             raise  # a response that was cut short
         except ValueError as exc:  # the Hub rejects the card's front matter
@@ -199,7 +237,7 @@ class Publisher:
                 raise sdg.OutputError(f"{self.address} refuses the files: {sdg.one_line(exc)}") from exc
             self._report_card(f"{self.address} refuses the card: {sdg.one_line(exc)}")
             if batch or gone:
-                self._commit(batch, gone, None, content)
+                self._commit(plan._replace(readme=None), uploads, content, onto_any_head=onto_any_head)
             return
         except Exception as exc:
             self._shrink(exc, len(batch) + len(gone))
@@ -207,9 +245,7 @@ class Publisher:
         finally:
             self.quota.record_commit()
         self.quota.grow()
-        if readme is not None:
-            self.repository.card = readme.encode()
-        self._inventory.committed(dict(zip(batch, entries, strict=True)), gone)
+        self._inventory.committed(entries, gone)
 
     def _shrink(self, exc: Exception, files: int) -> None:
         """Make the next commit smaller if the failure may be due to the size of this one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import sdg
@@ -16,13 +17,20 @@ if TYPE_CHECKING:
 class RemoteEntry(NamedTuple):
     """A file in the repository, identified by one of two hashes."""
 
-    sha256: str | None  # of a large file
+    hash: str | None  # of a large file: SHA-256, in a bucket that of Xet
     git_hash: str  # of any other file
 
     def is_of(self, known: Known) -> bool:
         """True if it has the content that is remembered; of files without a remembered hash nothing is known."""
-        mine, hers = (known.hash, self.sha256) if self.sha256 else (known.git_hash, self.git_hash)
-        return not mine or mine == hers
+        mine, theirs = (known.hash, self.hash) if self.hash else (known.git_hash, self.git_hash)
+        return not mine or mine == theirs
+
+
+class Upload(NamedTuple):
+    """A file whose content is on the Hub, ready to be committed."""
+
+    operation: Any  # for the Hub's client
+    hash: str  # see `RemoteEntry`
 
 
 class Repository:
@@ -111,18 +119,50 @@ class Repository:
         self.card = hub.read_bytes(self.api, self.address.repo, NAME, head)
         self._head = head
 
-    def commit(self, operations: list[Any], title: str) -> None:
-        """Commit on top of the head that was read last; fails if others have moved it."""
+    @staticmethod
+    def hash_of(path: str) -> str:
+        """The hash by which the Hub identifies a large file."""
+        with open(path, "rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
+
+    def upload(self, sources: dict[str, str]) -> dict[str, Upload]:
+        """Upload local files, by their paths in the repository."""
+        from huggingface_hub import CommitOperationAdd
+
+        adds = {path: CommitOperationAdd(path, source) for path, source in sources.items()}
+        self.api.preupload_lfs_files(self.address.repo, adds.values(), repo_type="dataset")
+        return {path: Upload(add, add.upload_info.sha256.hex()) for path, add in adds.items()}
+
+    def commit(
+        self, uploads: list[Upload], gone: list[str], readme: str | None, title: str, *, onto_any_head: bool = False
+    ) -> None:
+        """Commit on top of the head that was read last; fails if others have moved it.
+
+        Args:
+            uploads: added files, from `upload`.
+            gone: paths to delete.
+            readme: the card, None if it stays as it is.
+            title: of the commit.
+            onto_any_head: commit even if others have moved the head.
+        """
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+        operations = [*(upload.operation for upload in uploads), *map(CommitOperationDelete, gone)]
+        if readme is not None:
+            operations.append(CommitOperationAdd(NAME, readme.encode()))
+        parent = None if onto_any_head else self._head
         try:
             commit = self.api.create_commit(
-                self.address.repo, operations, repo_type="dataset", commit_message=title, parent_commit=self._head
+                self.address.repo, operations, repo_type="dataset", commit_message=title, parent_commit=parent
             )
         except Exception as exc:
             if hub.http_status(exc) == 412:
                 self._past.clear()  # the branch may have been moved back to one of them
             raise
+        if readme is not None:
+            self.card = readme.encode()
         self._past.add(self._head)
-        self._head = commit.oid
+        self._head = "" if onto_any_head else commit.oid  # the files that others have added are not known
 
 
 def entry_of(file: RepoFile) -> RemoteEntry:

@@ -12,7 +12,7 @@ import shutil
 import string
 import tempfile
 import time
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -234,10 +234,16 @@ class Spool:
 
 
 class Content:
-    """The content of the files of one round: merges those that have several parts, into a scratch folder."""
+    """The content of the files of one round: merges those that have several parts, into a scratch folder.
 
-    def __init__(self, run: sdg.Run) -> None:
-        self._run = run
+    Args:
+        run: whose output it is.
+        hash_of: the hash of a local file by which the Hub identifies large files.
+    """
+
+    def __init__(self, run: sdg.Run, hash_of: Callable[[str], str]) -> None:
+        self._run, self._hash_of = run, hash_of
+        self._hashes: dict[HubFile, str] = {}
         self._scratch: Path | None = None
         self._merged: dict[str, str] = {}
 
@@ -260,10 +266,11 @@ class Content:
             self._merged[file.path] = target
         return self._merged[file.path]
 
-    def sha256(self, file: HubFile) -> str:
+    def hash(self, file: HubFile) -> str:
         """The hash by which the Hub identifies large files."""
-        with open(self.path(file), "rb") as content:
-            return hashlib.file_digest(content, "sha256").hexdigest()
+        if file not in self._hashes:
+            self._hashes[file] = self._hash_of(self.path(file))
+        return self._hashes[file]
 
     def git_hash(self, file: HubFile) -> str:
         """The hash by which git, and so the Hub, identifies all other files."""

@@ -164,7 +164,7 @@ class PublisherThread(threading.Thread):
             try:
                 waiting = publisher.waiting()
                 pause = max(min(POLL, interval), 20 * (time.monotonic() - began))  # with many files a check takes long
-                if not (waiting or self._run.counts) or (began < due and waiting < FILES):
+                if not (waiting or self._run.counts.total()) or (began < due and waiting < FILES):
                     continue
                 publisher.publish_all(lambda: progress_section(self._run))
                 reported = ""

@@ -229,6 +229,28 @@ def test_ranks_do_not_touch_the_hub(job: HubJob) -> None:
     assert len(job.there) == 5
 
 
+def test_a_repository_that_others_push_to_all_the_time_is_published_to(job: HubJob) -> None:
+    job.hub.create(REPO)
+    numbers = iter(range(10**6))
+    over = threading.Event()
+
+    def push() -> None:
+        while not over.wait(0.5):
+            job.hub.push(REPO, {"notes.txt": b"%d" % next(numbers)})
+
+    rival = threading.Thread(target=push)
+    rival.start()
+    try:
+        job.hub.before_commit = lambda repo: len(job.hub.commits(repo)) % 2 and job.hub.push(repo, {"a.txt": b"?"})
+        assert job().rc == 0
+    finally:
+        over.set()
+        rival.join()
+    assert {name: content for name, content in job.there.items() if name.endswith(".parquet")} == job.spool
+    attempts = [status for status in job.hub.statuses("commit")]
+    assert 200 in attempts[:2]
+
+
 def test_more_documents_replace_the_chunk_that_was_not_full(job: HubJob) -> None:
     assert job(max_documents=7).rc == 0
     assert ids(job.there) == [f"d{i:04}" for i in range(7)]
