@@ -71,15 +71,15 @@ if TYPE_CHECKING:
     import aiosqlite
     import pyarrow as pa
 
-    from sdg_plugins.common.chunks import Intake, OpenChunk, Outlet, plain as plain, rows_of as rows_of
+    from sdg_plugins.common.chunks import Intake, OpenChunk, Outlet
     from sdg_plugins.common.files import (
-        InputFiles as InputFiles,
         Place as Place,
         filesystem as filesystem,
         format_of as format_of,
-        list_files as list_files,
         split_uri as split_uri,
     )
+    from sdg_plugins.common.inputs import InputFiles as InputFiles, list_files as list_files
+    from sdg_plugins.common.kinds import checker as checker
     from sdg_plugins.common.options import (
         Option as Option,
         Options as Options,
@@ -88,11 +88,13 @@ if TYPE_CHECKING:
         one_of as one_of,
         text_or_file as text_or_file,
     )
-    from sdg_plugins.common.results import base_fields as base_fields, checker as checker, results_type as results_type
+    from sdg_plugins.common.results import base_fields as base_fields, results_type as results_type
     from sdg_plugins.common.secrets import redact as redact
     from sdg_plugins.common.tasks import background as background
+    from sdg_plugins.common.values import plain as plain, rows_of as rows_of
     from sdg_plugins.python import run as run
     from sdg_plugins.servers.client import Client
+    from sdg_plugins.servers.pool import Pool
     from sdg_plugins.servers.upstream import Upstream as Upstream
     from sdg_plugins.truncation.fitting import Fitter
 
@@ -106,12 +108,14 @@ GRACE = 10.0  # s that requests in flight have to be answered after SIGTERM: sch
 LAST_RESORT = 18.0  # s after a signal at which the process ends even if a plugin blocks it
 PUBLISHER = "sdg-publisher"  # the thread that publishes during a run; see `script`
 
-# What plugins use that lives in plugins/: `sdg.InputFiles` is `sdg_plugins.common.files.InputFiles`.
+# What plugins use that lives in plugins/: `sdg.InputFiles` is `sdg_plugins.common.inputs.InputFiles`.
 HELPERS = {
-    **dict.fromkeys(("plain", "rows_of"), "common.chunks"),
-    **dict.fromkeys(("InputFiles", "Place", "filesystem", "format_of", "list_files", "split_uri"), "common.files"),
+    **dict.fromkeys(("Place", "filesystem", "format_of", "split_uri"), "common.files"),
+    **dict.fromkeys(("InputFiles", "list_files"), "common.inputs"),
+    "checker": "common.kinds",
     **dict.fromkeys(("Option", "Options", "json_object", "number", "one_of", "text_or_file"), "common.options"),
-    **dict.fromkeys(("base_fields", "checker", "results_type"), "common.results"),
+    **dict.fromkeys(("base_fields", "results_type"), "common.results"),
+    **dict.fromkeys(("plain", "rows_of"), "common.values"),
     "run": "python",
     "Upstream": "servers.upstream",
     "background": "common.tasks",
@@ -231,6 +235,9 @@ class Writer(Protocol):
         """The rows of a chunk that was written, None if its file is gone."""
 
 
+Prompt = str | list[dict[str, Any]] | dict[str, Any]  # see `Generate`
+
+
 class Generate(Protocol):
     """How a rollout sends requests to the model."""
 
@@ -238,20 +245,30 @@ class Generate(Protocol):
     def index(self) -> int:
         """Which of --rollouts-per-document this is, from 0."""
 
-    async def __call__(self, prompt: str | list[dict[str, Any]] | dict[str, Any], **overrides: Any) -> Reply:
+    async def __call__(self, prompt: Prompt, *, to: str = "", **overrides: Any) -> Reply:
         """Send a prompt and return the reply. The document in it is cut if it does not fit the model's context.
 
         Args:
             prompt: a string (one user message), a list of chat messages, or a whole payload: with `messages` for the
                 chat endpoint, with `prompt` for completions.
+            to: the name of a further model, from `[models.NAME]` or --models; "" for the run's own.
             overrides: fields of the payload, such as `temperature=0.2` or `n=4`; they win over the command line.
 
         Raises:
             RequestFailed: the server refused the request, or all retries were used up.
         """
 
-    async def raw(self, prompt: str | list[dict[str, Any]] | dict[str, Any], **overrides: Any) -> tuple[Reply, bytes]:
+    async def raw(self, prompt: Prompt, *, to: str = "", **overrides: Any) -> tuple[Reply, bytes]:
         """Send a prompt and return the reply together with the server's JSON response."""
+
+    async def post(self, path: str, payload: Mapping[str, Any], *, to: str = "") -> Any:
+        """Send a payload to another endpoint, such as `/embeddings`, `/score` or `/rerank`, and return its JSON.
+
+        Args:
+            path: below the API root; one that begins with `/../` stands beside it.
+            payload: as the server expects it; `model` is added if it is missing.
+            to: as for a prompt.
+        """
 
 
 class PerRollout(NamedTuple):
@@ -334,6 +351,7 @@ class Run:
     schema: pa.Schema | None = None  # of the input, as it is now; set before resources are opened
     counts: Counter[str] = dataclasses.field(default_factory=Counter)  # of this process; see `statistics`
     client: Client | None = None  # set once the servers are known
+    models: dict[str, Run] = dataclasses.field(default_factory=dict)  # further ones, with their options and clients
     fitter: Fitter | None = None  # fits prompts to the model's context; set by its link of `wrap_requests`
 
     def path_of(self, chunk: Chunk) -> str:
@@ -345,8 +363,12 @@ class Run:
 
     def failed_path_of(self, chunk: Chunk) -> str:
         """The file of the chunk's failed documents, relative to the output."""
-        folder = "failed" if self.options.output_config == "data" else f"failed/{self.options.output_config}"
-        return f"{folder}/{chunk.index % self.options.world_size:05d}_{chunk.index:05d}.jsonl"
+        return failed_path(self.options.output_config, chunk.index % self.options.world_size, chunk.index)
+
+
+def failed_path(config: str, rank: int, chunk_index: int) -> str:
+    """The file of a chunk's failed documents, relative to the output."""
+    return f"{'failed' if config == 'data' else f'failed/{config}'}/{rank:05d}_{chunk_index:05d}.jsonl"
 
 
 class Request:
@@ -357,19 +379,25 @@ class Request:
         payload: the JSON body as Python values.
         body: `payload` as JSON.
         rollout: the run of a rollout that sends it; None outside of rollouts.
+        to: the name of a further model; "" for the run's own.
     """
 
-    __slots__ = ("body", "path", "payload", "rollout")
+    __slots__ = ("body", "path", "payload", "rollout", "to")
 
     def __init__(
-        self, path: str, payload: dict[str, Any], rollout: RolloutRun | None = None, body: bytes | None = None
+        self,
+        path: str,
+        payload: dict[str, Any],
+        rollout: RolloutRun | None = None,
+        body: bytes | None = None,
+        to: str = "",
     ) -> None:
-        self.path, self.payload, self.rollout = path, payload, rollout
+        self.path, self.payload, self.rollout, self.to = path, payload, rollout, to
         self.body = orjson.dumps(payload) if body is None else body
 
     def with_payload(self, payload: dict[str, Any]) -> Request:
         """The same request with another payload."""
-        return Request(self.path, payload, self.rollout)
+        return Request(self.path, payload, self.rollout, to=self.to)
 
 
 class Response(NamedTuple):
@@ -573,7 +601,6 @@ hookspec = pluggy.HookspecMarker("sdg")
 hookimpl = pluggy.HookimplMarker("sdg")
 
 # Handed to the `register_*` hooks: `register(name, factory)`. The factory's docstring is its one-line help.
-Register = Callable[[str, Any], None]
 RegisterReaders = Callable[[str, OpenReader], None]
 RegisterRollouts = Callable[[str, Rollout], None]
 RegisterResources = Callable[[str, OpenResource], None]
@@ -643,7 +670,8 @@ class Hooks:
     def wrap_requests(self, run: Run, send: Send) -> Send:  # type: ignore[empty-body]
         """Return `async send(request) -> Response`: all requests of rollouts pass it, and it calls the `send` given.
 
-        Called once per run, after the servers are known. Responses that are already stored do not pass. Links of
+        Called once per run and for each further model, after the servers are known; `run` is then the model's, with its
+        own options, counts and client. Responses that are already stored do not pass. Links of
         plugins that are loaded later are nearer to the rollout; `@sdg.hookimpl(trylast=True)` puts one nearest to the
         server. A `RequestFailed` that it raises fails the request, any other exception the document.
         """
@@ -744,15 +772,20 @@ class Plugins:
                 with at_work(f"plugin {impl.plugin_name}: {hook}", plugin, argparse.ArgumentError):
                     call()
 
-    def linked(self, run: Run, send: Send) -> Send:
-        """`send` with the links of all plugins around it; see the hook `wrap_requests`."""
+    def linked(self, run: Run) -> Send:
+        """The client's `send` with the links of all plugins around it; see the hook `wrap_requests`."""
+        assert run.client
+        send: Send = run.client.send
         for impl in self.manager.hook.wrap_requests.get_hookimpls():
             arguments = {"run": run, "send": send}
             with at_work(f"plugin {impl.plugin_name}: wrap_requests", impl.plugin):
                 send = cast("Send", impl.function(*[arguments[name] for name in impl.argnames]))
             if not callable(send):
                 raise PluginError(f"plugin {impl.plugin_name}: wrap_requests returned {send!r}, not a function")
-        return send
+        if not run.models:
+            return send
+        chains = {"": send, **{name: self.linked(model) for name, model in run.models.items()}}
+        return lambda request: chains[request.to](request)
 
     def _register(self, kind: str, of: tuple[str, str, str], name: str, factory: Callable[..., Any]) -> None:
         entries: dict[str, Entry] = getattr(self, kind)
@@ -1215,38 +1248,46 @@ class RolloutRun:
         self.room: int | None = None
         self.usage: Usage | None = None
 
-    async def __call__(self, prompt: str | list[dict[str, Any]] | dict[str, Any], **overrides: Any) -> Reply:
+    async def __call__(self, prompt: Prompt, *, to: str = "", **overrides: Any) -> Reply:
         """See `Generate`."""
-        reply, _ = await self.raw(prompt, **overrides)
+        reply, _ = await self.raw(prompt, to=to, **overrides)
         return reply
 
-    async def raw(self, prompt: str | list[dict[str, Any]] | dict[str, Any], **overrides: Any) -> tuple[Reply, bytes]:
+    async def post(self, path: str, payload: Mapping[str, Any], *, to: str = "") -> Any:
         """See `Generate`."""
-        path, payload = self._engine.payload(prompt, overrides, self.index)
-        reply, answer = await self._ask(path, payload)
+        if not path.startswith("/"):
+            raise BadResult(f"generate.post({path!r}): expected a path below the API root, such as /embeddings")
+        model = self._engine.model(to).model
+        return orjson.loads((await self._ask(path, {"model": model, **payload}, to)).body)
+
+    async def raw(self, prompt: Prompt, *, to: str = "", **overrides: Any) -> tuple[Reply, bytes]:
+        """See `Generate`."""
+        path, payload = self._engine.payload(prompt, overrides, self.index, to)
+        reply, answer = await self._ask(path, payload, to)
         n = payload.get("n")
-        if isinstance(n, int) and n > 1 and (missing := self._engine.client.missing(answer, n)):
+        if isinstance(n, int) and n > 1 and (missing := self._engine.client_of(to).missing(answer, n)):
             single = {name: value for name, value in payload.items() if name != "n"}
             step = self._engine.run.options.rollouts_per_document
             seeds = [{"seed": payload["seed"] + (n - i) * step} if "seed" in payload else {} for i in range(missing)]
-            more = await asyncio.gather(*[self._ask(path, single | seed) for seed in seeds])
-            return self._engine.client.together([answer, *(body for _, body in more)])
+            more = await asyncio.gather(*[self._ask(path, single | seed, to) for seed in seeds])
+            return self._engine.client_of(to).together([answer, *(body for _, body in more)])
         return reply, answer
 
-    async def _ask(self, path: str, payload: dict[str, Any]) -> Response:
+    async def _ask(self, path: str, payload: dict[str, Any], to: str) -> Response:
         """The response to a payload: stored by an earlier process, or from a server."""
         if self.final:  # a branch that the rollout has left behind
             raise asyncio.CancelledError
         try:
-            request = Request(path, payload, self)
+            request = Request(path, payload, self, to=to)
         except TypeError as exc:
             raise BadDocument(f"the prompt cannot be sent: {exc}") from exc
         digest = xxhash.xxh3_128(request.body)
         digest.update(f"{path}\0{self.index}{self._part}\0{self.document.id}".encode(errors="surrogatepass"))
+        digest.update(to.encode())
         same = digest.digest()
         ordinal = self._ordinals[same] = self._ordinals.get(same, -1) + 1
         key = same + ordinal.to_bytes(4, "big")
-        response = self._stored(key)
+        response = self._stored(key, request)
         if response is None:
             if ordinal and isinstance(payload.get("seed"), int):  # otherwise the server would return the same sample
                 seed = payload["seed"] + ordinal * self._engine.run.options.rollouts_per_document
@@ -1260,12 +1301,12 @@ class RolloutRun:
             self.usage = dict(Counter(self.usage) + Counter(reply.usage)) if self.usage else reply.usage
         return response
 
-    def _stored(self, key: bytes) -> Response | None:
+    def _stored(self, key: bytes, request: Request) -> Response | None:
         """The stored response of a key; None if there is none, or none that is worth anything."""
         if key not in self._answers:
             return None
         try:
-            reply = self._engine.client.parse(self._answers[key])
+            reply = self._engine.client_of(request.to).parse(self._answers[key], request.path)
         except RequestFailed:  # an earlier version of sdg has stored what this one asks for again
             return None
         self._engine.run.counts["cache_hits"] += 1
@@ -1342,6 +1383,20 @@ class RolloutRun:
         return {"error": error, "error_type": kind, "attempts": max(1, self.attempts)}
 
 
+# ── Engine ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def announce(run: Run, chunk: Chunk) -> None:
+    """Call the hook `chunk_written`."""
+    if run.plugins.quiet:
+        return
+    for impl, call in run.plugins.calls("chunk_written", run=run, chunk=chunk):
+        try:
+            call()
+        except (Exception, SystemExit) as exc:  # noqa: BLE001 - the chunk is durable, whatever an observer does
+            say(f"plugin {impl.plugin_name}: chunk_written failed: {describe(exc)}")
+
+
 class Failures:
     """The documents that failed in this process.
 
@@ -1379,9 +1434,6 @@ class Failures:
         )
 
 
-# ── Engine ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 class Engine:
     """Moves documents from the intake through rollouts to the outlet; see the top of this module.
 
@@ -1399,18 +1451,12 @@ class Engine:
     ) -> None:
         assert run.client
         entry = run.plugins.rollouts[run.options.rollout]
-        self.run, self.store, self.intake, self.outlet, self.client, self.send = (
-            run,
-            store,
-            intake,
-            outlet,
-            run.client,
-            send,
-        )
+        self.run, self.store, self.intake, self.outlet = run, store, intake, outlet
+        self.client, self.send = run.client, send
         self.makers = {name: value.make for name, value in resources.items() if isinstance(value, PerRollout)}
         self.resources = {name: value for name, value in resources.items() if name not in self.makers}
         self.rollout, self.rollout_file = entry.factory, getattr(sys.modules.get(entry.plugin), "__file__", None)
-        self.defaults = sampling(run.options, run.model)
+        self._defaults = {name: sampling(of.options, of.model) for name, of in {"": run, **run.models}.items()}
         self.stopping = self._broken_off = False
         self.started = self.finished = 0  # documents, in this process
         self.failures = Failures()
@@ -1459,12 +1505,13 @@ class Engine:
     def stop(self) -> None:
         """Start nothing new, give requests in flight a moment, then cancel them."""
         self.stopping = True
-        self.client.pool.stop()
+        for pool in self._pools:
+            pool.stop()
         self._draining = asyncio.create_task(self._drain())
 
     async def _drain(self) -> None:
         deadline = time.monotonic() + GRACE
-        while self.client.pool.active and time.monotonic() < deadline:  # noqa: ASYNC110 - the pool is too hot for events
+        while any(pool.active for pool in self._pools) and time.monotonic() < deadline:  # noqa: ASYNC110 - too hot
             await asyncio.sleep(0.05)
         for worker in self._workers:
             worker.cancel()
@@ -1557,15 +1604,30 @@ class Engine:
 
     # Rollouts
 
-    def payload(
-        self, prompt: str | list[dict[str, Any]] | dict[str, Any], overrides: dict[str, Any], index: int
-    ) -> tuple[str, dict[str, Any]]:
+    @property
+    def _pools(self) -> list[Pool]:
+        return [of.client.pool for of in (self.run, *self.run.models.values()) if of.client]
+
+    def model(self, name: str) -> Run:
+        """The run of a further model, or this one for ""."""
+        if name and name not in self.run.models:
+            hint = f"{nearest(name, self.run.models)}; see [models.NAME] in --config"
+            raise UsageError(f"generate(…, to={name!r}): there is no such model; {hint}")
+        return self.run.models[name] if name else self.run
+
+    def client_of(self, name: str) -> Client:
+        """The client of a further model, or the run's own for ""."""
+        return cast("Client", self.model(name).client) if name else self.client
+
+    def payload(self, prompt: Prompt, overrides: dict[str, Any], index: int, to: str) -> tuple[str, dict[str, Any]]:
         """Endpoint and body of a request. The kind of prompt decides on the first; later fields win in the second."""
         if isinstance(prompt, str):
             prompt = {"messages": [{"role": "user", "content": prompt}]}
         elif isinstance(prompt, list):
             prompt = {"messages": prompt}
-        payload = {**self.defaults, **prompt, **overrides}
+        if to not in self._defaults:
+            self.model(to)  # raises
+        payload = {**self._defaults[to], **prompt, **overrides}
         if index and isinstance(payload.get("seed"), int):
             payload["seed"] += index
         return "/completions" if "prompt" in prompt else "/chat/completions", payload
@@ -1657,23 +1719,13 @@ class Engine:
             await self.store.written(chunk)
             self._open.pop(chunk.index)
             opened.close()
-            await self._in_writing_thread(self._announce, chunk)
+            await self._in_writing_thread(announce, self.run, chunk)
         self._written(chunk)
 
     def _written(self, chunk: Chunk) -> None:
         """Move the window on."""
         self._unwritten -= chunk.count
         self._space.set()
-
-    def _announce(self, chunk: Chunk) -> None:
-        """Call the hook `chunk_written`."""
-        if self.run.plugins.quiet:
-            return
-        for impl, call in self.run.plugins.calls("chunk_written", run=self.run, chunk=chunk):
-            try:
-                call()
-            except (Exception, SystemExit) as exc:  # noqa: BLE001 - the chunk is durable, whatever an observer does
-                say(f"plugin {impl.plugin_name}: chunk_written failed: {describe(exc)}")
 
     async def _in_writing_thread(self, work: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._writing, work, *arguments)

@@ -29,15 +29,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import aiohttp
 
 import sdg
-from sdg_plugins.commands.jobs import Job, Servers, Stop, open_run
+from sdg_plugins.commands.jobs import Job, Stop, open_run
 from sdg_plugins.common import checks
-from sdg_plugins.common.chunks import OpenChunk, rows_of
+from sdg_plugins.common.chunks import OpenChunk
 from sdg_plugins.common.command_line import Config, as_arguments, parse_with
 from sdg_plugins.common.notes import DocumentRecord, Exchange, Notes
 from sdg_plugins.common.results import base_fields, results_type
 from sdg_plugins.common.state import lock_rank
+from sdg_plugins.common.values import rows_of
 from sdg_plugins.servers.client import Client
 from sdg_plugins.servers.connecting import connect
+from sdg_plugins.servers.models import Servers
 from sdg_plugins.servers.pool import Pool
 from sdg_plugins.servers.responses import parse_reply
 from sdg_plugins.servers.transport import Transport
@@ -158,7 +160,7 @@ async def _run_scripted(answers: Answers, config: Config) -> Tried:
 
     job = Job(config, Stop(lambda: None), present=noted, connecting=connect_offline)
     await job.prepare()
-    await job.work([])
+    await job.work({"": []})
     if isinstance(job.problem, TooFewAnswers):
         raise AssertionError(str(job.problem))
     if job.problem:

@@ -13,13 +13,13 @@ from collections.abc import Iterator
 import sdg
 from sdg_plugins.common import recorded
 from sdg_plugins.common.checks import reading
-from sdg_plugins.common.chunks import OpenChunk, id_column_of, read_failed
-from sdg_plugins.common.files import format_of
+from sdg_plugins.common.chunks import OpenChunk, read_failed
+from sdg_plugins.common.files import format_of, rank_file, uses_spool
 from sdg_plugins.common.markdown import counted
 from sdg_plugins.common.options import Parser
 from sdg_plugins.common.state import output_files
+from sdg_plugins.common.values import id_column_of
 from sdg_plugins.publishing.publisher import Publisher
-from sdg_plugins.publishing.spool import uses_spool
 
 
 @sdg.hookimpl
@@ -29,7 +29,9 @@ def register_commands(register: sdg.RegisterCommands) -> None:
 
 def verify(argv: list[str]) -> int:
     """Reconcile input, state and output; report each discrepancy, and exit with 1 if there are any."""
-    parser = Parser(prog="sdg.py verify", description=verify.__doc__)
+    parser = Parser(
+        prog="sdg.py verify", description=verify.__doc__, epilog="example: sdg.py verify --output ./summaries"
+    )
     recorded.add_run_options(parser)
     run = recorded.load_run(parser.parse_args(argv))
     found, counts, unfinished = 0, Counter({"rows": 0, "filtered": 0, "failed": 0}), Counter[str]()
@@ -49,7 +51,7 @@ def verify(argv: list[str]) -> int:
 
 def ranks_not_begun(run: sdg.Run) -> str:
     """The ranks that have not begun, for the summary."""
-    missing = [rank for rank in range(run.options.world_size) if not (run.state / f"{rank:05d}.sqlite3").exists()]
+    missing = [rank for rank in range(run.options.world_size) if not rank_file(run.state, rank, "sqlite3").exists()]
     shown = ", ".join(map(str, missing[:10])) + "…" * (len(missing) > 10)
     return f"; rank {shown} {'have' if len(missing) > 1 else 'has'} not begun" if missing else ""
 
@@ -94,7 +96,7 @@ def discrepancies(run: sdg.Run, counts: Counter[str], unfinished: Counter[str]) 
 
 def reconcile_with_hub(run: sdg.Run) -> tuple[list[str], set[str]]:
     """Discrepancies between the spool and the Hub, and the files that were deleted from the spool once published."""
-    if not uses_spool(run):
+    if not uses_spool(run.options):
         return [], set()
     with contextlib.closing(Publisher(run)) as publisher:
         found, published = publisher.reconcile()

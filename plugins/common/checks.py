@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import sdg
+from sdg_plugins.common.kinds import is_json
+from sdg_plugins.common.unify import is_list, is_text
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -96,8 +98,6 @@ def check_blocks(parts: list[sdg.Block | sdg.BadRow], asked: int, reader: sdg.Re
 
 def check_columns(schema: pa.Schema, options: argparse.Namespace) -> None:
     """Raise InputError unless the columns that the options name exist and have suitable types."""
-    import pyarrow.types as t
-
     for option, name in (("--prompt-column", options.prompt_column), ("--id-column", options.id_column)):
         if name is not None and name not in schema.names:
             raise sdg.InputError(f"{option} {name}: the input has no such column; available: {', '.join(schema.names)}")
@@ -107,13 +107,17 @@ def check_columns(schema: pa.Schema, options: argparse.Namespace) -> None:
         message = f"the input already has a column {options.results_column}: choose another --results-column"
         raise sdg.InputError(message)
     kind = schema.field(options.prompt_column).type
-    inner = kind.value_type if t.is_dictionary(kind) else kind
-    text = t.is_string(inner) or t.is_large_string(inner) or t.is_string_view(inner)
-    item = kind.value_type if t.is_list(kind) or t.is_large_list(kind) else None
-    chat = item is not None and t.is_struct(item) and {"role", "content"} <= {field.name for field in item}
-    if not text and not chat:
+    if not is_text(kind) and not is_json(kind) and not (is_list(kind) and is_message(kind.value_type)):
         message = f"--prompt-column {options.prompt_column} holds {kind}, expected text or lists of {{role, content}}"
         raise sdg.InputError(message)
+
+
+def is_message(kind: pa.DataType) -> bool:
+    """True if a type can hold messages of chats."""
+    import pyarrow.types as t
+
+    names = {field.name for field in kind} if t.is_struct(kind) else set()
+    return is_json(kind) or t.is_map(kind) or {"role", "content"} <= names or {"from", "value"} <= names
 
 
 def check_servers(servers: Any, what: str) -> None:

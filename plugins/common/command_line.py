@@ -5,18 +5,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import sdg
+from sdg_plugins.common import models
 from sdg_plugins.common.checks import check_rollout
-from sdg_plugins.common.files import default_state_dir, expanded, format_of, list_files, split_uri
-from sdg_plugins.common.options import Option, Options, Parser, json_object, name_and_variable, number, one_of
+from sdg_plugins.common.files import default_state_dir, expanded, format_of, split_uri
+from sdg_plugins.common.inputs import input_format
+from sdg_plugins.common.options import Option, Options, Parser, json_object, name_and_variable, number, one_of, setting
 
 FILENAME = "${rank}_${chunk_index}.parquet"
 LONG_DOCUMENTS = ("truncate", "split", "fail")
@@ -24,53 +25,71 @@ DEMO_OUTPUT = "output/demo"  # so that a demonstration does not stand in the way
 EMPTY_ANSWERS = ("fail", "keep")
 
 
+ANY = "any"  # instead of a rank: whichever is free
+
 _count, _natural, _seconds, _ratio = number(int, 1), number(int, 0), number(float, 0.001), number(float, 0)
 _rate = number(float, 0.001, 1e12)
 
+
+def rank_or_any(value: str) -> float | str:
+    """A rank, or the word that stands for whichever is free."""
+    try:
+        return value if value == ANY else _natural(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{value!r}: expected the number of a rank, or {ANY}") from None
+
+
 OPTIONS = {
+    "task": [
+        setting(
+            "--plugin",
+            "P",
+            "rollout, FILE.py or MODULE[:ROLLOUT]; repeatable: all are loaded, the last one runs",
+            action="append",
+        ),
+        setting(
+            "--config", "FILE.toml", "read options of the same names from a file; the command line wins", shared=True
+        ),
+        setting("--preview", "N", "show requests and rows of N documents; write nothing", type=_count, shared=True),
+    ],
     "input": [
-        Option(
+        setting(
             "--input",
             "URI",
             "hf://datasets/OWNER/NAME, or parquet, jsonl or csv: a file, folder, glob or s3://…; default: a demo",
         ),
-        Option("--prompt-column", "NAME", "column of strings, or of lists of {role, content}", "text", identity=True),
-        Option(
-            "--id-column", "NAME", "column of document ids; default: id if present, else <file>/<row>", identity=True
-        ),
-        Option("--max-documents", "N", "use only the first N of the whole input; may grow between runs", type=_count),
+        Option("--prompt-column", "NAME", "column of strings, or of lists of {role, content}", "text"),
+        Option("--id-column", "NAME", "column of document ids; default: id if present, else <file>/<row>"),
+        setting("--max-documents", "N", "use only the first N of the whole input; may grow between runs", type=_count),
     ],
     "output": [
-        Option(
+        setting(
             "--output",
             "URI",
             "a folder, s3://… or hf://datasets/OWNER/NAME; default: ./output/<rollout>, ./output/demo for the demo",
             shared=True,
         ),
-        Option("--output-config", "NAME", "sub-folder, and the config for load_dataset", "data", shared=True),
-        Option(
-            "--output-filename", "T", "template with ${chunk_index}; .jsonl writes JSON lines", FILENAME, identity=True
-        ),
+        setting("--output-config", "NAME", "sub-folder, and the config for load_dataset", "data", shared=True),
+        Option("--output-filename", "T", "template with ${chunk_index}; .jsonl writes JSON lines", FILENAME),
         Option(
             "--records-per-chunk",
             "N",
             "documents per file and checkpoint; default: 1000, fewer for inputs of less than 100,000",
             type=_count,
-            identity=True,
         ),
-        Option("--results-column", "NAME", "column for the results", "rollout_results", identity=True),
+        Option("--results-column", "NAME", "column for the results", "rollout_results"),
     ],
     "server": [
-        Option("--server", "NAME", "default: endpoint with --base-url or $OPENAI_BASE_URL, else demo", shared=True),
-        Option(
+        setting("--server", "NAME", "default: endpoint with --base-url or $OPENAI_BASE_URL, else demo", shared=True),
+        setting(
             "--base-url",
             "URL",
             "server URL, with or without /v1; repeatable: requests go to the least loaded server",
             action="append",
             shared=True,
         ),
-        Option("--api-key-env", "NAME", "environment variable that holds the API key", "OPENAI_API_KEY", shared=True),
-        Option(
+        setting("--api-key-env", "NAME", "environment variable that holds the API key", "OPENAI_API_KEY", shared=True),
+        setting(
             "--header-env",
             "NAME=VARIABLE",
             "send a header whose value is in an environment variable, such as api-key=AZURE_KEY; repeatable",
@@ -78,27 +97,34 @@ OPTIONS = {
             action="append",
             shared=True,
         ),
-        Option("--model", "NAME", "model name; default: the server's only model", identity=True, shared=True),
+        Option("--model", "NAME", "model name; default: the server's only model", shared=True),
         Option(
             "--model-max-context",
             "N",
             "context length in tokens, prompt and completion; default: as reported by the server",
             type=_count,
-            identity=True,
             shared=True,
         ),
-        Option("--max-concurrent-generations", "N", "maximum requests in flight", 500, _count),
-        Option(
+        setting("--max-concurrent-generations", "N", "maximum requests in flight", 500, _count),
+        setting(
             "--max-concurrent-documents",
             "N",
             "maximum documents in flight; default: 1.5 × --max-concurrent-generations + 16",
             type=_count,
         ),
-        Option("--requests-per-minute", "N", "send at most N requests per minute to all servers together", type=_rate),
-        Option("--tokens-per-minute", "N", "send and receive at most N tokens per minute", type=_rate),
-        Option("--request-timeout", "S", "seconds for one attempt; with --stream between two tokens", 600.0, _seconds),
-        Option("--max-retries", "N", "attempts after the first one", 6, _natural),
-        Option(
+        setting("--requests-per-minute", "N", "send at most N requests per minute to all servers together", type=_rate),
+        setting("--tokens-per-minute", "N", "send and receive at most N tokens per minute", type=_rate),
+        setting("--request-timeout", "S", "seconds for one attempt; with --stream between two tokens", 600.0, _seconds),
+        setting("--max-retries", "N", "attempts after the first one", 6, _natural),
+        setting(
+            "--models",
+            "NAME.KEY=VALUE",
+            "option of a further model, for generate(…, to=NAME); repeatable",
+            type=models.setting,
+            action="append",
+            shared=True,
+        ),
+        setting(
             "--stream",
             None,
             "receive completions in pieces, for servers that close idle connections",
@@ -106,61 +132,48 @@ OPTIONS = {
         ),
     ],
     "sampling": [
-        Option("--max-tokens", "N", "maximum completion tokens per request", type=_count, identity=True),
-        Option("--temperature", "X", "sampling temperature; default: the model's own", type=_ratio, identity=True),
+        Option("--max-tokens", "N", "maximum completion tokens per request", type=_count),
+        Option("--temperature", "X", "sampling temperature; default: the model's own", type=_ratio),
         Option(
             "--top-p",
             "X",
             "nucleus sampling probability; default: the model's own",
             type=number(float, 0, 1),
-            identity=True,
         ),
-        Option("--top-k", "N", "sample from the N most likely tokens", type=int, identity=True),
-        Option(
-            "--seed", "N", "seed of a document's first rollout; the next ones count up from it", type=int, identity=True
-        ),
-        Option("--generation", "JSON", "further fields of the request payload", type=json_object, identity=True),
+        Option("--top-k", "N", "sample from the N most likely tokens", type=int),
+        Option("--seed", "N", "seed of a document's first rollout; the next ones count up from it", type=int),
+        Option("--generation", "JSON", "further fields of the request payload", type=json_object),
         Option(
             "--empty-answers",
             "HOW",
             "completions without text: fail, or keep (a row with empty text, its reasoning and finish_reason)",
             EMPTY_ANSWERS[0],
             one_of(*EMPTY_ANSWERS),
-            identity=True,
         ),
-        Option("--rollouts-per-document", "N", "independent rollouts per document", 1, _count, identity=True),
+        Option("--rollouts-per-document", "N", "independent rollouts per document", 1, _count),
         Option(
             "--long-documents",
             "HOW",
             "documents that exceed the context: truncate, split (run the parts, join the results) or fail",
             LONG_DOCUMENTS[0],
             one_of(*LONG_DOCUMENTS),
-            identity=True,
         ),
     ],
     "run": [
-        Option(
-            "--plugin",
-            "P",
-            "rollout, FILE.py or MODULE[:ROLLOUT]; repeatable: all are loaded, the last one runs",
-            action="append",
-        ),
-        Option(
-            "--config", "FILE.toml", "read options of the same names from a file; the command line wins", shared=True
-        ),
-        Option(
+        setting(
             "--max-failure-rate",
             "X",
             "stop if more than this share of at least 100 documents fails",
             0.1,
             number(float, 0, 1),
         ),
-        Option("--retry-failed", None, "run only the failed documents, again", action="store_true", shared=True),
-        Option(
+        setting("--retry-failed", None, "run only the failed documents, again", action="store_true", shared=True),
+        setting(
             "--rank",
             "I",
-            "process chunks I, I+N, I+2N…; default: Slurm's array task, else 0",
-            type=_natural,
+            "process chunks I, I+N, I+2N…, or any: the ranks that are neither finished nor taken, one after the other; "
+            "default: Slurm's array task, else 0",
+            type=rank_or_any,
             shared=True,
         ),
         Option(
@@ -168,32 +181,79 @@ OPTIONS = {
             "N",
             "number of ranks that share the input; default: Slurm's array, else 1",
             type=_count,
-            identity=True,
             shared=True,
         ),
-        Option("--state-dir", "D", "default: <output>/.sdg for a folder, else ./.sdg/<output name>", shared=True),
-        Option("--fresh", None, "delete state and output, and start over", action="store_true", shared=True),
-        Option("--no-progress", None, "show no progress bar or lines", action="store_true", shared=True),
-        Option("--preview", "N", "show requests and rows of N documents; write nothing", type=_count, shared=True),
+        setting("--state-dir", "D", "default: <output>/.sdg for a folder, else ./.sdg/<output name>", shared=True),
+        setting("--fresh", None, "delete state and output, and start over", action="store_true", shared=True),
+        setting("--no-progress", None, "show no progress bar or lines", action="store_true", shared=True),
     ],
 }
 CORE = [option for group in OPTIONS.values() for option in group]
 
+# What `--help` shows, beside the options of plugins that are in use or not bundled; `--help-all` shows the rest.
+EVERYDAY = {
+    *("--plugin", "--config", "--preview", "--prompt-template", "--system-prompt"),
+    *("--input", "--prompt-column", "--id-column", "--max-documents", "--output", "--output-config"),
+    *("--base-url", "--server", "--model", "--api-key-env", "--max-concurrent-generations", "--tp", "--replicas"),
+    *("--max-tokens", "--temperature", "--generation", "--rollouts-per-document", "--long-documents"),
+    *("--retry-failed", "--rank", "--world-size", "--fresh", "--version", "--help", "--help-all"),
+}
+EXAMPLES = """\
+examples:
+  sdg.py                                                   a demonstration: no server, no key
+  sdg.py --plugin prompt --prompt-template 'Translate into French: [[DOCUMENT]]' \\
+      --input docs.jsonl --base-url http://localhost:8000 --preview 3
+  sdg.py --config run.toml                                 options of the same names from a file
+"""
 
-def build_parser(plugins: sdg.Plugins) -> tuple[Parser, dict[str, Options]]:
-    """The parser of `run`, and the options that each plugin added."""
+
+def build_parser(plugins: sdg.Plugins, rollout: str | None = None) -> tuple[Parser, dict[str, Options]]:
+    """The parser of `run`, and the options that each plugin added.
+
+    Args:
+        plugins: those that are loaded.
+        rollout: the one to run; `--help` shows the options of its plugin.
+    """
+    width = max(map(len, plugins.commands))
+    commands = [f"  {name:<{width}}  {entry.help}" for name, entry in sorted(plugins.commands.items())]
     parser = Parser(
         prog="sdg.py",
         usage="sdg.py [run] [OPTIONS]\n       sdg.py COMMAND [OPTIONS]",
         description=(sdg.__doc__ or "").partition("\n")[0],
-        epilog=f"commands: {', '.join(sorted(plugins.commands))}; each has its own --help",
+        epilog="\n".join([EXAMPLES, "commands; each has its own --help:", *commands]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
     )
-    parser.add_argument("--version", action="version", version=f"sdg {sdg.__version__}")
+    brief = parser.add_argument("-h", "--help", action=BriefHelp, help="show the options that are used most")
+    parser.add_argument("--help-all", action="help", help="show all options")
+    parser.add_argument("--version", action="version", version=f"sdg {sdg.__version__}", help="show the version")
     for title, options in OPTIONS.items():
         group = Options(parser, parser.add_argument_group(title))
         for option in options:
             group.add(option)
-    return parser, {name: plugin_options(parser, plugins, name) for name, _ in plugins.manager.list_name_plugin()}
+    added = {name: plugin_options(parser, plugins, name) for name, _ in plugins.manager.list_name_plugin()}
+    in_use = plugins.rollouts[rollout].plugin if rollout in plugins.rollouts else ""
+    shown = [group.identity for name, group in added.items() if name == in_use or not name.startswith("sdg_plugins.")]
+    brief.const = {flag[2:].replace("-", "_") for flag in EVERYDAY}.union(*shown)
+    return parser, added
+
+
+class BriefHelp(argparse.Action):
+    """`--help`: the options whose names are in `const`."""
+
+    const: set[str]
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **settings: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **settings)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        """Hide the other options, and print what is left."""
+        for action in parser._actions:
+            flags = [flag for flag in action.option_strings if flag.startswith("--")]
+            if flags and flags[0][2:].replace("-", "_") not in self.const:
+                action.help = argparse.SUPPRESS
+        parser.print_help()
+        parser.exit()
 
 
 def plugin_options(parser: Parser, plugins: sdg.Plugins, name: str) -> Options:
@@ -202,12 +262,21 @@ def plugin_options(parser: Parser, plugins: sdg.Plugins, name: str) -> Options:
     none = Options(parser, None)
     if not any(impl.plugin is plugin for impl, _ in plugins.calls("add_options", parser=none)):
         return none
-    group = Options(parser, parser.add_argument_group(name.rpartition(".")[2]))
+    group = Options(parser, parser.add_argument_group(title_of(name)))
     try:
         plugins.call_one("add_options", plugin, parser=group)
     except argparse.ArgumentError as exc:
         raise sdg.PluginError(f"plugin {name}: {exc}; rename the option") from exc
     return group
+
+
+def title_of(plugin: str) -> str:
+    """The title of a plugin's options: `rollout judge` for a bundled one, else the last part of its name."""
+    package, _, rest = plugin.partition(".")
+    kind, _, name = rest.partition(".")
+    return (
+        f"{kind.removesuffix('s')} {name.rpartition('.')[2]}" if package == "sdg_plugins" else plugin.rpartition(".")[2]
+    )
 
 
 # ── Parsing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -293,7 +362,7 @@ def parse_with(plugins: sdg.Plugins, rollout: str, argv: list[str], own: Iterabl
     Raises:
         UsageError, PluginError: with the option or plugin named.
     """
-    parser, added = build_parser(plugins)
+    parser, added = build_parser(plugins, rollout)
     parser.prog += name
     options = parser.parse_args(argv)
     if sum(word.partition("=")[0] == "--input" for word in argv) > 1:
@@ -304,6 +373,7 @@ def parse_with(plugins: sdg.Plugins, rollout: str, argv: list[str], own: Iterabl
         _derive(options, plugins)
         serving = {plugins.rollouts[rollout].plugin, plugins.find("readers", options.reader).plugin}
         _check_idle(options, plugins, added, argv, serving)
+        _derive_models(options, plugins, parser, added)
         plugged = set().union(*(group.identity for group in added.values()))
         used = {dest: identity for plugin in serving for dest, identity in added[plugin].identity.items()}
         _check_shared(own, plugged - set(used))
@@ -313,6 +383,23 @@ def parse_with(plugins: sdg.Plugins, rollout: str, argv: list[str], own: Iterabl
     own_identity = {dest for dest, identity in used.items() if identity}
     options.identity = sorted(own_identity | {option.dest for option in CORE if option.identity})
     return Config(options, plugins)
+
+
+def _derive_models(
+    options: argparse.Namespace, plugins: sdg.Plugins, parser: Parser, added: dict[str, Options]
+) -> None:
+    """Replace `options.models` by the options of each further model."""
+
+    def derive(model: argparse.Namespace, words: list[str]) -> None:
+        _derive_server(model, plugins)
+        _check_uris(model)
+        _check_idle(model, plugins, added, words, set())
+
+    own = {option.dest: option.action == "store_true" for option in OPTIONS["server"] + OPTIONS["sampling"]}
+    for plugin, group in added.items():
+        if any(uses(plugins, entry, plugin) for entry in plugins.servers.values()):
+            own |= {dest: parser.get_default(dest) is False for dest in group.identity}
+    options.models = models.namespaces(options, options.models or [], parser, own, derive)
 
 
 def _check_shared(own: Iterable[str], shared: set[str]) -> None:
@@ -337,23 +424,24 @@ def _check_idle(
 
 def _idle(plugins: sdg.Plugins, plugin: str, used: set[str]) -> str:
     """Who uses a plugin's options, if none of them is in use; "" if the options have an effect."""
-    module = plugins.manager.get_plugin(plugin)
     idle = []
     kinds = {"rollouts": "--plugin ", "servers": "--server ", "readers": "an --input of ", "writers": "--output "}
     for kind, option in kinds.items():
         entries: dict[str, sdg.Entry] = getattr(plugins, kind)
-        # The options of a module that several plugins import belong to all of these.
-        users = {
-            name: entry.plugin
-            for name, entry in entries.items()
-            if entry.plugin == plugin
-            or any(value is module for value in vars(plugins.manager.get_plugin(entry.plugin)).values())
-        }
+        users = {name: entry.plugin for name, entry in entries.items() if uses(plugins, entry, plugin)}
         if used & {*users.values(), plugin}:
             return ""
         if users:
             idle.append(f"{option}{' or '.join(sorted(users))}, which is not in use")
     return "; ".join(idle)
+
+
+def uses(plugins: sdg.Plugins, entry: sdg.Entry, plugin: str) -> bool:
+    """True if a plugin's options concern an entry: those of a module that several plugins import belong to them all."""
+    module = plugins.manager.get_plugin(plugin)
+    return entry.plugin == plugin or any(
+        value is module for value in vars(plugins.manager.get_plugin(entry.plugin)).values()
+    )
 
 
 def _read_toml(path: str) -> dict[str, Any]:
@@ -375,6 +463,9 @@ def as_arguments(table: Mapping[str, Any], argv: list[str]) -> list[str]:
     arguments = []
     for key, value in table.items():
         name = f"--{key}"
+        if key == "models":
+            arguments += models.file_settings(value, argv, as_arguments)
+            continue
         if name in given or value is False:
             continue
         items = value if isinstance(value, list) else [value]
@@ -395,12 +486,7 @@ def _derive(options: argparse.Namespace, plugins: sdg.Plugins) -> None:
     for name in ("input", "output", "state_dir"):
         if getattr(options, name) == "":  # for example an unset shell variable, which must not select a default
             raise sdg.UsageError(f"--{name.replace('_', '-')} is empty")
-    options.base_url = options.base_url or []
-    given = options.base_url or (options.input and os.environ.get("OPENAI_BASE_URL"))
-    options.server = options.server or ("endpoint" if given else "demo")
-    plugins.find("servers", options.server)
-    if options.base_url and options.server != "endpoint":
-        raise sdg.UsageError(f"--base-url requires --server endpoint, not {options.server}")
+    _derive_server(options, plugins)
     options.reader = by_scheme_or_suffix(plugins, "readers", options.input) if options.input else "demo"
     _check_filename(options.output_filename)
     if not re.fullmatch(r"[\w.-]+", options.output_config) or options.output_config in {"failed", ".", "..", ".sdg"}:
@@ -415,9 +501,17 @@ def _derive(options: argparse.Namespace, plugins: sdg.Plugins) -> None:
     if options.results_column == "id":
         raise sdg.UsageError("--results-column id: this column holds the document ids")
     options.state_dir = expanded(options.state_dir or default_state_dir(options.output, options.output_config))
-    if options.max_concurrent_documents is None:  # more than requests: some documents wait for a retry, or compute
-        options.max_concurrent_documents = math.ceil(1.5 * options.max_concurrent_generations) + 16
     _derive_rank(options)
+
+
+def _derive_server(options: argparse.Namespace, plugins: sdg.Plugins) -> None:
+    """Settle the server of a model."""
+    options.base_url = options.base_url or []
+    given = options.base_url or (options.input and os.environ.get("OPENAI_BASE_URL"))
+    options.server = options.server or ("endpoint" if given else "demo")
+    plugins.find("servers", options.server)
+    if options.base_url and options.server != "endpoint":
+        raise sdg.UsageError(f"--base-url requires --server endpoint, not {options.server}")
 
 
 def _check_filename(name: str) -> None:
@@ -441,6 +535,9 @@ def _check_uris(options: argparse.Namespace) -> None:
 
 def _derive_rank(options: argparse.Namespace) -> None:
     """Take rank and world size from Slurm's array if they are not given."""
+    options.any_rank = options.rank == ANY
+    if options.any_rank:
+        _check_any_rank(options)
     first, last, task = (os.environ.get(f"SLURM_ARRAY_TASK_{key}") for key in ("MIN", "MAX", "ID"))
     if options.rank is None:
         options.rank = int(task) - int(first or 0) if task else 0
@@ -452,18 +549,24 @@ def _derive_rank(options: argparse.Namespace) -> None:
         raise sdg.UsageError(f"--rank {options.rank} must be less than --world-size {options.world_size}")
 
 
+def _check_any_rank(options: argparse.Namespace) -> None:
+    """Raise UsageError if processes that share the ranks cannot do what is asked; sets a rank to begin with."""
+    if options.world_size is None:
+        raise sdg.UsageError("--rank any needs --world-size N, the number of ranks that the processes share")
+    if options.fresh:
+        raise sdg.UsageError(
+            "--rank any with --fresh would delete the work of other processes: run once with --rank 0 --fresh"
+        )
+    options.rank = 0
+
+
 def by_scheme_or_suffix(plugins: sdg.Plugins, kind: str, uri: str) -> str:
     """The registered name for a URI: its scheme, else the format of its files."""
     entries: dict[str, sdg.Entry] = getattr(plugins, kind)
     scheme, path = split_uri(uri)
     if scheme in entries:
         return scheme
-    many = kind == "readers" and (format_of(path) not in entries or any(mark in path for mark in "*?["))
-    formats = sorted({format_of(name) for name in ([name for name, _ in list_files(uri)] if many else [path])})
-    known = [name for name in formats if name in entries]
-    if len(known) == 1:
-        return known[0]
-    if known:
-        message = f"has files of several formats, {' and '.join(known)}: select those of one format with a glob"
-        raise sdg.UsageError(f"{sdg.redact(uri)} {message}")
+    found = input_format(uri, entries) if kind == "readers" else format_of(path)
+    if found in entries:
+        return str(found)
     raise sdg.UsageError(f"{sdg.redact(uri)}: unknown suffix or scheme; known: {', '.join(sorted(entries))}")

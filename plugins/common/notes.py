@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 import sdg
-from sdg_plugins.common.chunks import read_failed, rows_of
+from sdg_plugins.common.chunks import read_failed
+from sdg_plugins.common.values import rows_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -25,18 +26,22 @@ class Exchange:
         payload: as it was sent.
         reply: None if there was none.
         error: why the request failed.
+        to: the name of a further model; "" for the run's own.
     """
 
     path: str
     payload: dict[str, Any]
     reply: sdg.Reply | None = None
     error: str = ""
+    to: str = ""
 
     @property
     def prompt(self) -> str:
-        """The text of the last message, or the prompt of a completion."""
+        """The text of the last message, or the prompt of a completion; other payloads as JSON."""
         if "prompt" in self.payload:
             return str(self.payload["prompt"])
+        if "messages" not in self.payload:
+            return orjson.dumps(self.payload).decode()
         content = self.payload["messages"][-1].get("content")
         return content if isinstance(content, str) else orjson.dumps(content).decode()
 
@@ -90,7 +95,7 @@ class Notes:
         """See `sdg.Hooks`."""
 
         async def noted(request: sdg.Request) -> sdg.Response:
-            exchange = Exchange(request.path, request.payload)
+            exchange = Exchange(request.path, request.payload, to=request.to)
             self.requests.append(exchange)
             if request.rollout in self._rollouts:
                 self._rollouts[request.rollout].append(exchange)

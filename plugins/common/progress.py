@@ -65,6 +65,12 @@ def rate_of(engine: sdg.Engine) -> float:
     return engine.finished / max(engine.client.pool.seconds, 1e-9)
 
 
+def seconds_to_go(engine: sdg.Engine) -> float | None:
+    """The remaining time at the present rate; None if the rate or the total is unknown."""
+    total, rate = engine.intake.expected(), rate_of(engine)
+    return max(0, total - sum(engine.tally.values())) / rate if total and rate else None
+
+
 def fitted(words: str, room: int) -> str:
     """As many of the figures, separated by commas, as fit."""
     return words if len(words) <= room else words[: room + 1].rpartition(", ")[0] or words[:room]
@@ -72,16 +78,17 @@ def fitted(words: str, room: int) -> str:
 
 def time_to_go(engine: sdg.Engine, shown: Callable[[int], str]) -> list[str]:
     """Remaining time and documents per second, for the bar."""
-    rate = rate_of(engine)
-    left = max(0, (engine.intake.expected() or 0) - sum(engine.tally.values()))
-    return [f"ETA {shown(int(left / rate))}", f"{rate:,.1f} documents/s"] if rate and left else []
+    seconds = seconds_to_go(engine)
+    return [f"ETA {shown(int(seconds))}", f"{rate_of(engine):,.1f} documents/s"] if seconds else []
 
 
 def figures_of(engine: sdg.Engine, speed: Iterable[str] = ()) -> str:
     """The figures beside the bar: first what someone may have to act on, because a terminal may be narrow."""
     counts, pool = engine.run.counts, engine.client.pool
-    down = [upstream.status for upstream in pool.upstreams if not upstream.up.is_set()]
-    if down and len(down) == len(pool.upstreams):  # nothing else to report yet
+    pools = {name: model.client.pool for name, model in engine.run.models.items() if model.client}
+    every = [upstream for each in (pool, *pools.values()) for upstream in each.upstreams]
+    down = [upstream.status for upstream in every if not upstream.up.is_set()]
+    if down and len(down) == len(every):  # nothing else to report yet
         return "; ".join(down[:4])
     if (waiting := pool.waiting()) and waiting[0] > LONG_WAIT:
         when = time.strftime("%H:%M", time.localtime(time.time() + waiting[0]))
@@ -92,6 +99,7 @@ def figures_of(engine: sdg.Engine, speed: Iterable[str] = ()) -> str:
     figures = [*(f"{number:,} {name}" for name, number in rare.items() if number), *speed]
     tokens = counts["completion_tokens"] / max(pool.seconds, 1e-9)
     figures += [f"{tokens:,.0f} tokens/s", f"{pool.active} in flight{queue}"]
+    figures += [f"{each.active} at {name}" for name, each in pools.items()]
     return ", ".join(figures) + "".join(f"; {status}" for status in down[:2])
 
 
@@ -99,7 +107,8 @@ def progress_line(engine: sdg.Engine) -> str:
     """The bar as a line for a log file."""
     done, total, rate = sum(engine.tally.values()), engine.intake.expected(), rate_of(engine)
     of = f" of {total:,}" if total else ""
-    left = f", {max(0, total - done) / rate:,.0f} s to go" if total and rate else ""
+    seconds = seconds_to_go(engine)
+    left = f", {seconds:,.0f} s to go" if seconds is not None else ""
     return f"{done:,}{of} documents, {rate:,.1f} documents/s{left}, {figures_of(engine)}"
 
 

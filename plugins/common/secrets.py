@@ -40,7 +40,8 @@ class Secrets:
 
 def secrets_of(options: argparse.Namespace) -> Secrets:
     """All secrets of a run: what is sent to servers, and the keys of the Hub and of S3."""
-    sent = [options.api_key_env, *dict(options.header_env or []).values()]
+    every = [options, *getattr(options, "models", {}).values()]
+    sent = [name for each in every for name in (each.api_key_env, *dict(each.header_env or []).values())]
     return Secrets([*sent, "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"])
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import base64
 import contextlib
+import functools
 import json
 import os
 import re
@@ -17,7 +19,8 @@ import xxhash
 
 import sdg
 from sdg_plugins.common.command_line import CORE, DEMO_OUTPUT
-from sdg_plugins.common.files import default_state_dir, expanded, split_uri, sync
+from sdg_plugins.common.files import default_state_dir, expanded, rank_file, split_uri, sync
+from sdg_plugins.common.models import identity_of_models, recordable
 from sdg_plugins.common.results import base_fields
 
 if TYPE_CHECKING:
@@ -54,20 +57,23 @@ def _write_temporary(run: sdg.Run, name: str, content: bytes) -> Path:
     return temporary
 
 
+def lock_rank(run: sdg.Run) -> contextlib.AbstractContextManager[None]:
+    """Keep other processes of this run's rank out, on this and on other hosts that share the file system."""
+    return locked(run.state, run.options.rank)
+
+
 @contextlib.contextmanager
-def lock_rank(run: sdg.Run) -> Iterator[None]:
-    """Keep other processes of this rank out, on this and on other hosts that share the file system."""
+def locked(state: Path, rank: int) -> Iterator[None]:
+    """Hold the lock of a rank. Raises StateError if another process holds it."""
     import filelock
 
-    path = run.state / f"{run.options.rank:05d}.lock"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(path, timeout=0):
+        state.mkdir(parents=True, exist_ok=True)
+        # Not bound to a thread: `--rank any` takes it in one thread and releases it in another.
+        with filelock.FileLock(rank_file(state, rank, "lock"), timeout=0, thread_local=False):
             yield
     except filelock.Timeout as exc:
-        raise sdg.StateError(
-            f"another process is running rank {run.options.rank} in {run.state}: wait for it, or stop it"
-        ) from exc
+        raise sdg.StateError(f"another process is running rank {rank} in {state}: wait for it, or stop it") from exc
 
 
 # ── Schema of results ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -117,6 +123,8 @@ def identity_of(run: sdg.Run, reader: sdg.Reader) -> dict[str, Any]:
     entry = run.plugins.rollouts[run.options.rollout]
     options = {name: getattr(run.options, name) for name in run.options.identity}
     own = {"input": dict(reader.identity), "rollout": run.options.rollout, "plugin_version": entry.version}
+    if run.models:
+        own["models"] = identity_of_models(run)
     identity: dict[str, Any] = json.loads(json.dumps({**own, **options, "model": run.model}))
     return identity
 
@@ -134,8 +142,7 @@ def claim_state(run: sdg.Run, reader: sdg.Reader) -> None:
         run.options.records_per_chunk = recorded_size(run) or size_of_chunks(documents_in(reader))
     identity = identity_of(run, reader)
     run.source = getattr(reader, "source", {})
-    revision = xxhash.xxh3_64_hexdigest(json.dumps(identity["input"]).encode())
-    run.input_revision = str(run.source.get("revision", revision))
+    run.input_revision = revision_of(reader)
     mine: dict[str, Any] = {
         "sdg": sdg.__version__,
         "state_version": sdg.STATE_VERSION,
@@ -193,6 +200,17 @@ def documents_in(reader: sdg.Reader) -> int | None:
     return total
 
 
+def revision_of(reader: sdg.Reader) -> str:
+    """The revision of the input: the one that its source has, else a hash of its identity."""
+    identity = xxhash.xxh3_64_hexdigest(json.dumps(dict(reader.identity)).encode())
+    return str(getattr(reader, "source", {}).get("revision", identity))
+
+
+def goal_of(reader: sdg.Reader, options: argparse.Namespace) -> str:
+    """What a rank has done when it has finished: it is open again if the input grows, or more of it is wanted."""
+    return f"{options.max_documents or 'all'} of {revision_of(reader)}"
+
+
 def changes_since(run: sdg.Run, reader: sdg.Reader, recorded: Mapping[str, Any]) -> list[str]:
     """The options that differ from those of a recorded run and would change its data; a line each."""
     identity = identity_of(run, reader)
@@ -231,7 +249,8 @@ def _short(value: Any) -> str:
 
 def recordable_options(run: sdg.Run) -> dict[str, Any]:
     """The options as JSON, without secrets, and such that other commands can use them in another folder."""
-    options: dict[str, Any] = json.loads(json.dumps(vars(run.options), default=str))
+    every = {**vars(run.options), "models": recordable(run.options.models)}
+    options: dict[str, Any] = json.loads(json.dumps(every, default=str))
     options["base_url"] = [sdg.redact(url) for url in run.options.base_url or []]
     if options["input"] and split_uri(options["input"])[0] == "file":
         options["input"] = os.path.abspath(options["input"])
@@ -287,7 +306,7 @@ def check_state_dir(run: sdg.Run) -> None:
 
 def untouched(run: sdg.Run) -> bool:
     """True if the state holds nothing that was paid for, and no other rank has begun."""
-    mine = run.state / f"{run.options.rank:05d}.sqlite3"
+    mine = rank_file(run.state, run.options.rank, "sqlite3")
     ranks = {path.stem for pattern in ("*.lock", "*.sqlite3") for path in run.state.glob(f"[0-9]{pattern}")}
     if ranks != {mine.stem} or output_files(run):
         return False
@@ -307,15 +326,36 @@ def output_files(run: sdg.Run) -> list[str]:
     return [file for file in files if not os.path.basename(file).startswith(".")]
 
 
+def chunk_of(file: str, config: str, template: str) -> int | None:
+    """The index of the chunk that a file of the output, or of its `failed`, belongs to; None for any other file.
+
+    Args:
+        file: its path, relative to the output.
+        config: --output-config of the run.
+        template: its --output-filename.
+    """
+    data, failed = file_patterns(config, template)
+    found = data.fullmatch(file) or failed.fullmatch(file)
+    return int(found[1]) if found else None
+
+
+@functools.cache
+def file_patterns(config: str, template: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """Patterns of the files with a run's rows and its failed documents; the group is the index of the chunk."""
+    data = re.escape(f"{config}/{template}").replace(re.escape("${rank}"), r"\d{5,}")
+    data = data.replace(re.escape("${chunk_index}"), r"(\d{5,})")
+    return re.compile(data), re.compile(rf"{re.escape(failed_folder(config))}/\d{{5,}}_(\d{{5,}})\.jsonl")
+
+
+def failed_folder(config: str) -> str:
+    """The folder of a config's failed documents, relative to the output."""
+    return os.path.dirname(sdg.failed_path(config, 0, 0))
+
+
 def chunk_files(run: sdg.Run, config: str, template: str) -> list[str]:
     """Files in the output, and in its `failed`, that a run with these options can have written."""
-    name = re.escape(f"{config}/{template}")
-    for key in ("rank", "chunk_index"):
-        name = name.replace(re.escape(f"${{{key}}}"), r"\d{5,}")
-    failed = "failed" if config == "data" else f"failed/{config}"
-    pattern = re.compile(name + "|" + re.escape(failed) + r"/\d{5,}_\d{5,}\.jsonl")
-    folders = [os.path.dirname(f"{config}/{template}"), failed]
-    return [file for folder in folders for file in run.output.list(folder) if pattern.fullmatch(file)]
+    found = [file for folder in (config, failed_folder(config)) for file in run.output.list(folder)]
+    return [file for file in found if chunk_of(file, config, template) is not None]
 
 
 def refuse_strangers(run: sdg.Run) -> None:
@@ -343,7 +383,7 @@ def start_over(run: sdg.Run) -> None:
 
     with contextlib.ExitStack() as locks:
         for path in run.state.glob("*.lock"):
-            if path.name != f"{run.options.rank:05d}.lock":
+            if path != rank_file(run.state, run.options.rank, "lock"):
                 try:
                     locks.enter_context(filelock.FileLock(path, timeout=0))
                 except filelock.Timeout as exc:

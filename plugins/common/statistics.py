@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import sdg
+from sdg_plugins.common.files import rank_file
 from sdg_plugins.common.state import replace_file
 
 HEARTBEAT = 10.0  # s between two updates of a rank's figures in the state; less in its first minutes
@@ -34,7 +35,20 @@ async def statistics(engine: sdg.Engine, tally: Counter[str]) -> dict[str, Any]:
     figures["seconds"] = round(totals["seconds"], 3)
     figures["tokens_per_second"] = round(totals["completion_tokens"] / max(totals["seconds"], 1e-9), 1)
     figures["mean_in_flight"] = round(engine.client.pool.mean_in_flight, 1)
+    if run.models:
+        figures["models"] = {
+            name: figures_of_model(model, f"models.{name}.", totals) for name, model in run.models.items()
+        }
     return figures | {"model": run.model, "fingerprint": run.fingerprint}
+
+
+def figures_of_model(model: sdg.Run, prefix: str, totals: Mapping[str, float]) -> dict[str, Any]:
+    """What a further model has done of all that the run's figures count."""
+    counts = {name.removeprefix(prefix): number for name, number in totals.items() if name.startswith(prefix)}
+    names = ("requests", "prompt_tokens", "completion_tokens")
+    figures: dict[str, Any] = {"model": model.model, **{name: int(counts.get(name, 0)) for name in names}}
+    in_flight = model.client.pool.mean_in_flight if model.client else 0.0
+    return {**figures, "retries": retries_in(counts), "mean_in_flight": round(in_flight, 1)}
 
 
 def retries_in(counts: Mapping[str, float]) -> int:
@@ -91,7 +105,7 @@ def recording_the_end(run: sdg.Run, reason: Callable[[], BaseException | None]) 
     try:
         yield
     except (Exception, asyncio.CancelledError) as exc:
-        path = run.state / f"{run.options.rank:05d}.stats.json"
+        path = rank_file(run.state, run.options.rank, "stats.json")
         cause = reason() or sdg.first_cause(exc)
         with contextlib.suppress(OSError, ValueError):  # a broken file or a full disk is reported elsewhere
             figures = json.loads(path.read_bytes()) if path.exists() else {}
@@ -114,7 +128,7 @@ def write_rank(
         "host": platform.node(),
         "slurm_job": job,
     }
-    name = f"{run.options.rank:05d}.stats.json"
+    name = rank_file(run.state, run.options.rank, "stats.json").name
     replace_file(run, name, json.dumps({**figures, "rank": rank}, indent=2).encode())
 
 
@@ -151,13 +165,16 @@ def sum_statistics(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     """The figures of several ranks as those of one run."""
     total: dict[str, Any] = {}
     for rank in ranks:
-        for name, value in rank.items():
-            if name == "rank":
-                continue
-            if isinstance(value, dict):
-                total[name] = dict(Counter(total.get(name, {})) + Counter(value))
-            elif isinstance(value, str):
-                total[name] = value
-            else:
-                total[name] = round(total.get(name, 0) + value, 3)
+        total = summed(total, {name: value for name, value in rank.items() if name != "rank"})
     return {"ranks": len(ranks), **total}
+
+
+def summed(total: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """The sums of the numbers in two nested objects of figures; of texts the later one."""
+    sums = dict(total)
+    for name, value in more.items():
+        if isinstance(value, dict):
+            sums[name] = summed(total.get(name, {}), value)
+        else:
+            sums[name] = value if isinstance(value, str) else round(total.get(name, 0) + value, 3)
+    return sums

@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import sdg
 from sdg_plugins.common import recorded
-from sdg_plugins.common.chunks import plain, rows_of
 from sdg_plugins.common.files import codec_of, default_state_dir, format_of, split_uri
 from sdg_plugins.common.hub import REPO_NAME, dataset_of_source, dataset_of_uri
-from sdg_plugins.common.markdown import fence, inline, table, visible
+from sdg_plugins.common.markdown import counted, fence, inline, table, visible
+from sdg_plugins.common.models import SAMPLING
 from sdg_plugins.common.state import output_files, recorded_fields, schema_of
 from sdg_plugins.common.statistics import rank_statistics, sum_statistics
+from sdg_plugins.common.values import plain, rows_of
 from sdg_plugins.publishing.front_matter import BrokenCard, split_card, text_or_texts, updated, with_values
 
 if TYPE_CHECKING:
@@ -222,6 +223,10 @@ class SectionRenderer(NamedTuple):
         yield "Model", f"[{inline(model)}](https://huggingface.co/{model})" if linked else inline(model)
         if revision:
             yield "Model revision", inline(revision)
+        for name, further in self.record["identity"].get("models", {}).items():
+            own, _ = public_model(further["model"], options["models"].get(name, {}))
+            given = sampling_of({**dict.fromkeys(SAMPLING), **further})
+            yield f"Model `{inline(name)}`", inline(own) + (f"; sampling: {inline(given)}" if given else "")
         yield "Source", self.source()
         for key, title in (("license", "License of the source"), ("language", "Language of the source")):
             if value := text_or_texts(source.get(key)):
@@ -272,6 +277,9 @@ class SectionRenderer(NamedTuple):
         prompt, completion = total.get("prompt_tokens", 0), total.get("completion_tokens", 0)
         for kind, tokens in (("Prompt", prompt), ("Completion", completion), ("Total", prompt + completion)):
             yield f"{kind} tokens", f"{tokens:,}; mean {tokens / of:,.1f} per document"
+        for name, model in total.get("models", {}).items():
+            spent = f"{model['prompt_tokens']:,} prompt and {model['completion_tokens']:,} completion tokens"
+            yield f"Of these at the model `{inline(name)}`", f"{counted(model['requests'], 'request')}, {spent}"
         yield "Completion tokens per second", f"{total.get('tokens_per_second', 0.0):,.1f}"
         if gpus := gpus_per_rank(self.options):
             hours = gpus * seconds / 3600

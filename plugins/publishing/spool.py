@@ -9,7 +9,6 @@ import os
 import platform
 import re
 import shutil
-import string
 import tempfile
 import time
 from collections.abc import Callable, Container, Iterator
@@ -18,8 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import sdg
 from sdg_plugins.common import recorded
-from sdg_plugins.common.files import split_uri
-from sdg_plugins.common.state import chunk_files
+from sdg_plugins.common.files import rank_file
+from sdg_plugins.common.state import chunk_files, chunk_of, file_patterns
 from sdg_plugins.common.statistics import statistics_of
 from sdg_plugins.publishing.ledger import Known, Ledger
 
@@ -30,11 +29,6 @@ FOLDER = 9000  # chunks per folder: the Hub accepts 10,000 files in one
 SCRATCH = f"publishing-{platform.node()}-"  # prefix of folders for merged files, before the ID of their process
 FRESH = 1.0  # s for which the chunks that a rank has recorded are not read again
 ROW_GROUP = 128 << 20  # bytes of a row group in merged files, as Arrow counts them
-
-
-def uses_spool(run: sdg.Run) -> bool:
-    """True if the output is on the Hub, so that files are written to the spool and published from there."""
-    return bool(run.options.writer == split_uri(run.options.output)[0])
 
 
 class HubFile(NamedTuple):
@@ -56,13 +50,7 @@ class Spool:
 
     def __init__(self, run: sdg.Run, folder: str, ledger: Ledger) -> None:
         self.run, self.folder, self._ledger = run, folder, ledger
-        options = run.options
-        template = string.Template(re.escape(options.output_filename).replace(r"\$\{", "${").replace(r"\}", "}"))
-        name = template.safe_substitute(rank=r"\d{5,}", chunk_index=r"(\d{5,})")
-        failed = os.path.dirname(run.failed_path_of(sdg.Chunk(0, 0)))
-        self._data = re.compile(f"{re.escape(options.output_config)}/{name}")
-        self._failed = re.compile(rf"{re.escape(failed)}/\d{{5,}}_(\d{{5,}})\.jsonl")
-        self._size = options.max_file_size
+        self._size = run.options.max_file_size
         self._chunks: dict[int, tuple[float, dict[int, sdg.Chunk]]] = {}  # by rank, with the time when they were read
         self.signatures: dict[str, str] = {}
         self.unknown: list[str] = []
@@ -109,7 +97,8 @@ class Spool:
         chunk = self._recorded(index)
         if chunk is None or not chunk.written:  # as far as we know, it will be written again
             return True
-        return bool(chunk.failed if self._failed.fullmatch(name) else chunk.rows)
+        _, failed = file_patterns(self.run.options.output_config, self.run.options.output_filename)
+        return bool(chunk.failed if failed.fullmatch(name) else chunk.rows)
 
     def _is_written(self, index: int) -> bool:
         chunk = self._recorded(index)
@@ -121,15 +110,14 @@ class Spool:
         read, chunks = self._chunks.get(rank, (-math.inf, {}))
         if now - read > FRESH:
             with contextlib.suppress(sdg.StateError):  # it is being written: what was read before still holds
-                path = self.run.state / f"{rank:05d}.sqlite3"
+                path = rank_file(self.run.state, rank, "sqlite3")
                 chunks = recorded.chunks_in(path) if path.exists() else chunks
             self._chunks[rank] = (now, chunks)
         return chunks.get(index)
 
     def _index(self, name: str) -> int | None:
         """The index of the chunk to which a file of the spool belongs; None for any other file."""
-        found = self._data.fullmatch(name) or self._failed.fullmatch(name)
-        return int(found[1]) if found else None
+        return chunk_of(name, self.run.options.output_config, self.run.options.output_filename)
 
     def _path(self, name: str) -> str:
         """The path in the repository for a file of the spool: many chunks are spread over several folders."""
@@ -149,10 +137,12 @@ class Spool:
         self.signatures = signatures = {}
         data: dict[int, str] = {}
         grouped: list[tuple[str, tuple[str, ...]]] = []
-        for name in chunk_files(self.run, self.run.options.output_config, self.run.options.output_filename):
+        config, template = self.run.options.output_config, self.run.options.output_filename
+        rows, _ = file_patterns(config, template)
+        for name in chunk_files(self.run, config, template):
             status = os.stat(self.run.output.path(name))
             signatures[name] = f"{status.st_size} {status.st_mtime_ns}"
-            if found := self._data.fullmatch(name):
+            if found := rows.fullmatch(name):
                 data[int(found[1])] = name
             else:
                 grouped.append((name, (name,)))
@@ -177,7 +167,7 @@ class Spool:
         sizes = {index: int(signatures[name].partition(" ")[0]) for index, name in data.items()}
         if not sizes:
             return
-        world, run = self.run.options.world_size, recorded.load_record(self.run.state)["run"]
+        world, run = self.run.options.world_size, recorded.run_id(self.run.state)
         mean = sum(sizes.values()) / len(sizes)
         width = self._ledger.setting(f"chunks_of_a_file of {run}", max(1, int(0.8 * self._size / max(1, mean))))
         over = {number for number, record in enumerate(self._records()) if record.get("status") == "finished"}
@@ -227,7 +217,7 @@ class Spool:
         records = []
         for rank in range(self.run.options.world_size):
             try:
-                records.append(statistics_of(self.run.state / f"{rank:05d}.stats.json").get("rank", {}))
+                records.append(statistics_of(rank_file(self.run.state, rank, "stats.json")).get("rank", {}))
             except sdg.StateError:  # files can be published; the card cannot be made, and reports this error
                 records.append({})
         return records

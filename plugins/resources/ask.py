@@ -39,12 +39,15 @@ def register_resources(register: sdg.RegisterResources) -> None:
 class Ask(Protocol):
     """The resource `ask`, as a rollout sees it."""
 
-    async def __call__(self, prompt: Prompt, shape: type[T], *, reasks: int = REASKS, **overrides: Any) -> T:
+    async def __call__(
+        self, prompt: Prompt, shape: type[T], *, to: str = "", reasks: int = REASKS, **overrides: Any
+    ) -> T:
         """Ask the model for JSON of a shape.
 
         Args:
             prompt: text, or chat messages of which the last one is the user's.
             shape: a dataclass, a pydantic model or another type; or a JSON schema, which returns plain JSON.
+            to: the name of a further model; "" for the run's own.
             reasks: how often to ask again, with the reason why the answer was invalid.
             overrides: fields of the payload, as for `generate`.
 
@@ -60,7 +63,7 @@ class InvalidAnswer(Exception):
 
 @dataclasses.dataclass
 class FormatSupport:
-    """What a run knows about the server's support of `response_format`.
+    """What a run knows about a model's support of `response_format`.
 
     Attributes:
         accepted: True once a request with it has succeeded, False once one was refused because of it; None before that.
@@ -72,16 +75,17 @@ class FormatSupport:
 @contextlib.asynccontextmanager
 async def ask(run: sdg.Run) -> AsyncIterator[sdg.PerRollout]:
     """Ask for JSON of a shape: `await ask(prompt, Shape)`; validated, and requested again if it is invalid."""
-    support = FormatSupport()
+    support = {name: FormatSupport() for name in ("", *run.models)}
     yield sdg.PerRollout(lambda document, generate: functools.partial(answer, generate, support))
 
 
 async def answer(
     generate: sdg.Generate,
-    support: FormatSupport,
+    support: dict[str, FormatSupport],
     prompt: Prompt,
     shape: Any,
     *,
+    to: str = "",
     reasks: int = REASKS,
     **overrides: Any,
 ) -> Any:
@@ -90,7 +94,7 @@ async def answer(
     problem = ValueError("none was requested")
     messages = instructed(prompt, form.schema)
     for _ in range(reasks + 1):
-        reply = await request(generate, support, messages, form, overrides)
+        reply = await request(generate, support.get(to, FormatSupport()), messages, form, {**overrides, "to": to})
         try:
             return parse_answer(reply.text, form.parse)
         except ValueError as exc:
@@ -195,7 +199,9 @@ def form_of_schema(text: str) -> Form:
     try:
         import jsonschema
     except ImportError as exc:
-        message = "a JSON schema needs a package that is missing: pip install 'sdg[jsonschema]', or use a dataclass"
+        message = (
+            "a JSON schema needs a package that is missing: pip install 'sdg-engine[jsonschema]', or use a dataclass"
+        )
         raise sdg.PluginError(message) from exc
     validator = jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator)
     try:

@@ -1,7 +1,8 @@
 """The resource `openai`: an `AsyncOpenAI` whose calls go through the engine, for libraries that need one.
 
-Its calls are cached, limited, retried and counted like those of `generate`. The SDK takes more than a millisecond of
-CPU time per call, so prefer `generate` unless something needs the SDK.
+A call whose `model` is the name of a further model goes there; so does one with `extra_body={"to": NAME}`. Calls are
+cached, limited, retried and counted like those of `generate`. The SDK takes more than a millisecond of CPU time per
+call, so prefer `generate` unless something needs the SDK.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from typing import TYPE_CHECKING, Any
 
 import sdg
@@ -31,11 +32,12 @@ async def openai(run: sdg.Run) -> AsyncIterator[sdg.PerRollout]:
         import httpx
         from openai import AsyncOpenAI
     except ImportError as exc:
-        message = f"the resource openai needs a package that is missing ({exc}): pip install 'sdg[openai]'"
+        message = f"the resource openai needs a package that is missing ({exc}): pip install 'sdg-engine[openai]'"
         raise sdg.PluginError(message) from exc
 
     def make(document: sdg.Document, generate: sdg.Generate) -> AsyncOpenAI:
-        transport = httpx.MockTransport(functools.partial(respond, generate))  # calls a function, opens no connection
+        answering = functools.partial(respond, generate, set(run.models))
+        transport = httpx.MockTransport(answering)  # calls a function, opens no connection
         client: Any = httpx.AsyncClient(transport=transport, trust_env=False, timeout=None)
         # The engine retries, and has the server's address and the key.
         return AsyncOpenAI(base_url="http://sdg.invalid/v1", api_key="sdg", max_retries=0, http_client=client)
@@ -43,7 +45,7 @@ async def openai(run: sdg.Run) -> AsyncIterator[sdg.PerRollout]:
     yield sdg.PerRollout(make)
 
 
-async def respond(generate: sdg.Generate, request: httpx.Request) -> httpx.Response:
+async def respond(generate: sdg.Generate, models: Collection[str], request: httpx.Request) -> httpx.Response:
     """Respond to a request of the SDK. Failures have the form that the SDK converts to its own exceptions."""
     import httpx
 
@@ -52,10 +54,11 @@ async def respond(generate: sdg.Generate, request: httpx.Request) -> httpx.Respo
     payload = json.loads(request.content)
     if payload.get("stream"):
         return error_response(400, "stream=True is not supported: responses are stored as a whole for replays")
-    if not payload.get("model"):
+    to = payload.pop("to", "") or (payload["model"] if payload.get("model") in models else "")
+    if not payload.get("model") or payload["model"] == to:
         payload.pop("model", None)
     try:
-        _, body = await generate.raw(payload)
+        _, body = await generate.raw(payload, to=to)
     except sdg.RequestFailed as exc:
         if exc.cause == "timeout":
             raise httpx.ReadTimeout(str(exc), request=request) from exc

@@ -1,4 +1,7 @@
-"""The rollout `judge`: a score for each document by a rubric, and a threshold."""
+"""The rollout `judge`: a score for each document by a rubric, and a threshold.
+
+It asks the further model `judge` if there is one.
+"""
 
 from __future__ import annotations
 
@@ -39,5 +42,6 @@ def register_rollouts(register: sdg.RegisterRollouts) -> None:
 async def judge(document: sdg.Document, generate: sdg.Generate, ask: Ask, run: sdg.Run) -> Verdict | None:
     """Score a document by --rubric, with a reason; filter it if the score is below --min-score."""
     rubric = (run.options.rubric or RUBRIC).strip()
-    verdict = await ask(PROMPT.format(rubric=rubric, text=document.text), Verdict)
+    to = "judge" if "judge" in run.models else ""
+    verdict = await ask(PROMPT.format(rubric=rubric, text=document.text), Verdict, to=to)
     return verdict if verdict.score >= run.options.min_score else None

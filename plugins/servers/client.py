@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
@@ -12,12 +12,22 @@ import sdg
 from sdg_plugins.common.secrets import secrets_of
 from sdg_plugins.common.waiting import quota_pause
 from sdg_plugins.servers.refusals import WHATEVER_IS_ASKED, error_inside, refused, smallest, way_out
-from sdg_plugins.servers.responses import count_choices, error_text, merged, parse_reply, read_json, tokens_in, worst
+from sdg_plugins.servers.responses import (
+    count_choices,
+    error_text,
+    merged,
+    parse_reply,
+    read_json,
+    reply_without_text,
+    tokens_in,
+    worst,
+)
 from sdg_plugins.servers.transport import Answer, Broken, Transport, Unreached
 
 if TYPE_CHECKING:
     from sdg_plugins.servers.pool import Pool, Suspicion
 
+CHAT = "/chat/completions"
 STORM_PATIENCE = 10  # × --max-retries: overloaded responses that one request accepts while others are answered
 LONELY = 2  # overloaded responses in a row to one request, with no other answered: is it this request?
 LONGEST_PAUSE = 60.0  # s: the longest pause between two attempts, unless the server asks for more
@@ -102,9 +112,13 @@ class Client:
         """True once the server has answered something, if only the smallest request."""
         return self.pool.successes > 0 or self._answered_at > 0
 
-    def parse(self, body: bytes) -> sdg.Reply:
-        """The reply in a stored response."""
-        return parse_reply(read_json(body)[0], self.keep_empty)
+    def parse(self, body: bytes, path: str = CHAT) -> sdg.Reply:
+        """The reply in a stored response of an endpoint."""
+        return self._reply_in(read_json(body)[0], path)
+
+    def _reply_in(self, content: Any, path: str) -> sdg.Reply:
+        """The reply in a response; of endpoints without completions it has only the usage."""
+        return parse_reply(content, self.keep_empty) if path.endswith("/completions") else reply_without_text(content)
 
     @staticmethod
     def worst(reasons: list[str | None]) -> str | None:
@@ -191,7 +205,7 @@ class Client:
         try:
             answer = await self.exchange(upstream, request)
             self.pool.lost = None
-            response = self.understood(upstream, answer)
+            response = self.understood(upstream, answer, request.path)
         except Unreached as exc:
             self.counts["requests"] -= 1
             raise self._unreachable(upstream, exc, sent) from exc
@@ -225,8 +239,8 @@ class Client:
         answer = await self.transport.post(upstream.url, request.path, body, progressed if stream else None)
         return answer._replace(body=self.secrets.hidden(answer.body))
 
-    def understood(self, upstream: sdg.Upstream, answer: Answer) -> sdg.Response:
-        """The response in an answer. Raises RequestFailed."""
+    def understood(self, upstream: sdg.Upstream, answer: Answer, path: str) -> sdg.Response:
+        """The response in an answer of an endpoint. Raises RequestFailed."""
         if answer.status != 200:
             raise refused(answer, answer.status, upstream.url, self.secrets)
         try:
@@ -236,7 +250,7 @@ class Client:
         if isinstance(content, dict) and content.get("error") and not content.get("choices"):
             raise error_inside(answer, upstream.url, self.secrets)
         self.counts.update(tokens_in(content))
-        reply = parse_reply(content, self.keep_empty)
+        reply = self._reply_in(content, path)
         for choice in reply.choices:
             self.counts[f"finish_reasons.{choice.finish_reason}"] += 1
         return sdg.Response(reply, body)
@@ -295,7 +309,7 @@ class Client:
         self.counts["probes"] += 1
         sent = self._time()
         try:
-            self.understood(upstream, await self.exchange(upstream, smallest(request), stream))
+            self.understood(upstream, await self.exchange(upstream, smallest(request), stream), request.path)
         except sdg.RequestFailed as exc:
             self._probed_status = exc.status
             if exc.cause not in {"empty", "refusal"}:  # a completion of a few tokens may hold only reasoning

@@ -69,6 +69,19 @@ def _clean(value: Any) -> Any:
 # ── Replies ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def reply_without_text(answer: Any) -> sdg.Reply:
+    """What counts of a response that is not a completion, such as embeddings. Raises RequestFailed."""
+    if not isinstance(answer, dict | list):
+        raise sdg.RequestFailed("body", f"the response is not an object: {shown(json.dumps(answer).encode())}")
+    return sdg.Reply("", usage=usage_in(answer))
+
+
+def usage_in(answer: Any) -> sdg.Usage | None:
+    """The tokens that a response counts, by their names; None if it counts none."""
+    usage = answer.get("usage") if isinstance(answer, dict) else None
+    return {name: usage[name] for name in sdg.TOKENS if is_count(usage.get(name))} if isinstance(usage, dict) else None
+
+
 def parse_reply(answer: Any, keep_empty: bool = False) -> sdg.Reply:
     """Parse a chat or completion response.
 
@@ -84,8 +97,7 @@ def parse_reply(answer: Any, keep_empty: bool = False) -> sdg.Reply:
     choices = answer.get("choices") if isinstance(answer, dict) else None
     if not isinstance(choices, list) or not choices or not all(isinstance(choice, dict) for choice in choices):
         raise sdg.RequestFailed("body", f"the response has no choices: {shown(json.dumps(answer).encode())}")
-    usage = answer.get("usage")
-    usage = {name: usage[name] for name in sdg.TOKENS if is_count(usage.get(name))} if isinstance(usage, dict) else None
+    usage = usage_in(answer)
     truncated = bool(answer.get("sdg_truncated"))
     replies = [_parse_choice(choice, None if i else usage, truncated) for i, choice in enumerate(choices)]
     for choice, reply in zip(choices, replies, strict=True):

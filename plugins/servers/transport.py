@@ -110,7 +110,12 @@ async def assembled(content: aiohttp.StreamReader, progressed: Callable[[], None
 
 
 def address(url: str, path: str) -> str:
-    """The URL of a path below an API's URL, which may carry a query: `…/v1?api-version=1` keeps it."""
+    """The URL of a path below an API's URL, which may carry a query: `…/v1?api-version=1` keeps it.
+
+    A path that begins with `/../` stands beside the API: vLLM has `/classify` there.
+    """
+    if path.startswith("/../"):
+        return address(root_of(url), path[3:])
     if "?" not in url:
         return url + path
     base, _, query = url.partition("?")

@@ -119,6 +119,8 @@ class Fitter:
         Raises:
             RequestFailed: `request.rollout.room` is set if the document must be run in parts.
         """
+        if not request.path.endswith("/completions"):
+            return await self._send(request)
         limit, fitted = await self.context(), request
         if limit and not self._surely_fits(request, limit):
             fitted = await self._fit(request, limit)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -11,13 +12,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import orjson
-import pyarrow as pa
 from hypothesis import given, settings, strategies as st
 
 import sdg
 from sdg_plugins.common.chunks import Intake
+from sdg_plugins.common.kinds import array_of
 from sdg_plugins.common.results import fit, infer_fields, results_type, unfit
 from sdg_plugins.common.state import differences
+from sdg_plugins.common.values import values_of
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False, allow_infinity=False)
@@ -108,8 +110,8 @@ def test_any_results_fit_one_schema_and_lose_nothing(results: list[dict[str, Any
     inferred = {name: kind for name, kind in infer_fields(results[:known]).items() if name not in special}
     fields = sdg.base_fields() | inferred
     checks = {name: sdg.checker(kind) for name, kind in fields.items()}
-    column = pa.array([[fit(result, checks) for result in results]], results_type(fields))
-    back = [unfit(result) for result in column.to_pylist()[0]]
+    column = array_of([[fit(result, checks) for result in results]], results_type(fields))
+    back = [unfit(result) for result in values_of(column)[0]]
     assert [without_nulls(result) for result in back] == [without_nulls(result) for result in results]
 
 
@@ -149,3 +151,21 @@ def test_two_json_values_differ_exactly_if_a_difference_is_named(one: Any, other
     named = list(differences(one, other))
     assert not named if same else True
     assert same or named or one == other or without_nulls(one) == without_nulls(other)
+
+
+def test_results_of_more_than_a_gigabyte_are_written_in_pieces(tmp_path: Path) -> None:
+    async def outcomes() -> tuple[list[bytes], int]:
+        async with sdg.Store.open(tmp_path / "state.sqlite3", Counter()) as store:
+            limit = store._db._conn.setlimit  # must be called in the connection's thread
+            await store._db._execute(limit, sqlite3.SQLITE_LIMIT_LENGTH, 5000)  # the real one is too large for a test
+            chunk = sdg.Chunk(1, 0, 100)
+            for position in range(100):
+                store.finished(1 << 32 | position, "row", b'"%s"' % (b"x" * 500))
+            await store.flush()
+            lists = await store.outcomes_of(chunk)
+            return lists, len(await store.finished_in(chunk))
+
+    lists, count = asyncio.run(outcomes())
+
+    assert count == 100
+    assert [position for part in lists for position, _, _ in json.loads(part)] == list(range(100))

@@ -217,6 +217,8 @@ class FakeServer:
         app.router.add_get("/{prefix:.*}v1/models", self._list_models)
         app.router.add_post("/{prefix:.*}v1/chat/completions", self._complete)
         app.router.add_post("/{prefix:.*}v1/completions", self._complete)
+        app.router.add_post("/{prefix:.*}v1/embeddings", self._embed)
+        app.router.add_post("/classify", self._classify)
         app.router.add_post("/tokenize", self._tokenize)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0, access_log=None)
         await self._runner.setup()
@@ -273,6 +275,26 @@ class FakeServer:
         if "messages" in payload or "prompt" in payload:
             return web.json_response({"count": self.count(payload), "max_model_len": self.max_model_len, "tokens": []})
         return _error(Status(422))
+
+    async def _embed(self, request: web.Request) -> web.StreamResponse:
+        """Embeddings of one text or of several; the behaviour may give an error."""
+        record = self._record(request, json.loads(await request.read()))
+        self.requests.append(record)
+        fault = self._behaviour(record.payload, record.n)
+        if isinstance(fault, Status):
+            return _error(fault)
+        texts = record.payload["input"]
+        texts = [texts] if isinstance(texts, str) else texts
+        data = [{"index": i, "embedding": [len(text) / 8, 0.1, *[0.5] * 6]} for i, text in enumerate(texts)]
+        usage = {"prompt_tokens": sum(len(text.split()) for text in texts)}
+        record.answered = time.monotonic()
+        return web.json_response({"object": "list", "data": data, "model": record.payload["model"], "usage": usage})
+
+    async def _classify(self, request: web.Request) -> web.StreamResponse:
+        """An endpoint beside the API, as vLLM has it."""
+        record = self._record(request, json.loads(await request.read()))
+        self.requests.append(record)
+        return web.json_response({"label": "long" if len(record.payload["input"]) > 10 else "short"})
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         record = self._record(request, json.loads(await request.read()))
