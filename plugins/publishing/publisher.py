@@ -125,14 +125,14 @@ class Publisher:
 
     # A round
 
-    def publish(self, progress: str = "") -> int:
+    def publish(self, progress: str | None = "") -> int:
         """Commit files that are missing on the Hub, delete those that have been replaced, and update the card.
 
         Files are merged, hashed and uploaded first, so that little time passes between the last look at the repository
         and the commit. After a conflict only these two are repeated.
 
         Args:
-            progress: markdown for the card.
+            progress: markdown for the card; None leaves the card as it is.
 
         Returns:
             The number of files left for further rounds.
@@ -164,7 +164,7 @@ class Publisher:
                 return plan.left + alone  # what is left includes the card
         return 0
 
-    def _plan(self, files: dict[str, HubFile], content: Content, progress: str) -> Plan | None:
+    def _plan(self, files: dict[str, HubFile], content: Content, progress: str | None) -> Plan | None:
         """Look at the repository, and decide what to commit; None if there is nothing."""
         self.repository.refresh(self._spool.folders)
         missing = self._inventory.missing(files, content)
@@ -179,7 +179,8 @@ class Publisher:
         if not (missing or gone or readme is not None):
             return None
         left = len(missing) - len(batch) + max(0, len(earlier) - most)
-        return Plan(batch, gone, readme, left, not gone and all(file.path not in there for file in batch))
+        is_new = bool(batch) and not gone and all(file.path not in there for file in batch)
+        return Plan(batch, gone, readme, left, is_new)
 
     def _upload(self, files: list[HubFile], content: Content) -> dict[str, Upload]:
         """Upload the content of files; returns the uploads by path."""
@@ -197,8 +198,10 @@ class Publisher:
                 self._kept = said
                 sdg.say(f"{said}, had parts that are no longer in {self.run.output.root}: they stay as they are")
 
-    def _updated_card(self, progress: str, data: bool) -> str | None:
+    def _updated_card(self, progress: str | None, data: bool) -> str | None:
         """The card as it should be with or without data files; None if it is so already, or cannot be updated."""
+        if progress is None:
+            return None
         try:
             before = None if self.repository.card is None else self.repository.card.decode()
             after = card.render(before, self.run, progress, self.address.folder, self.address.repo, data)
@@ -275,7 +278,7 @@ class Publisher:
             raise sdg.OutputError(f"all files are published on {self.url}, but not the card, as reported above")
         return self.url
 
-    def publish_all(self, progress: Callable[[], str] = str) -> None:
+    def publish_all(self, progress: Callable[[], str | None] = str) -> None:
         """Publish until nothing is left, and retry while the Hub is away; return early if the run is to stop.
 
         Raises:
