@@ -25,6 +25,9 @@ ALIASES = {  # further suffixes of a format
     **dict.fromkeys(("txt", "md", "markdown"), "text"),
 }
 
+# Further file systems by scheme, set by the modules that make them: from a URI, the file system and the path in it.
+FILE_SYSTEMS: dict[str, Callable[[str], tuple[Any, str]]] = {}
+
 # ── URIs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -75,6 +78,8 @@ def filesystem(uri: str, quick: bool = False) -> tuple[Any, str]:
         if not re.fullmatch(r"[\w.:-]+", bucket):
             raise sdg.UsageError(f"{sdg.redact(uri)}: expected the name of a bucket after s3://")
         return s3.client(bucket, "".join(settings), quick), path.rstrip("/")
+    if scheme in FILE_SYSTEMS:
+        return FILE_SYSTEMS[scheme](uri)
     try:
         try:
             fs, path = pyarrow.fs.FileSystem.from_uri(uri)

@@ -12,6 +12,7 @@ import random
 import re
 import sqlite3
 import threading
+import urllib.parse
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -34,14 +35,18 @@ QUIET = 30.0  # s that an outage may last before it is reported
 
 
 class Address(NamedTuple):
-    """The parts of `hf://datasets/OWNER/NAME`: inputs may name a revision, outputs a folder."""
+    """The parts of `hf://datasets/OWNER/NAME` or `hf://buckets/OWNER/NAME`.
+
+    Inputs may name a revision of a dataset, outputs a folder.
+    """
 
     repo: str
     revision: str | None = None
     folder: str = ""
+    kind: str = "dataset"  # or bucket
 
     def __str__(self) -> str:
-        return f"dataset {self.repo}"
+        return f"{self.kind} {self.repo}"
 
 
 def parse_address(uri: str) -> Address:
@@ -53,6 +58,19 @@ def parse_address(uri: str) -> Address:
         raise sdg.UsageError(f"{uri}: expected hf://datasets/OWNER/NAME, optionally with @REVISION")
     repo, revision, folder = found.groups()
     return Address(repo, revision, (folder or "").strip("/"))
+
+
+def is_bucket(uri: str | None) -> bool:
+    """True for the URI of a bucket on the Hub: storage for files without revisions."""
+    return (uri or "").startswith("hf://buckets/")
+
+
+def parse_bucket(uri: str) -> Address:
+    """The parts of `hf://buckets/OWNER/NAME[/FOLDER]`. Raises UsageError for anything else."""
+    found = re.fullmatch(rf"hf://buckets/({REPO_NAME.pattern})(?:/(.*))?", uri, re.ASCII)
+    if not found:
+        raise sdg.UsageError(f"{uri}: expected hf://buckets/OWNER/NAME")
+    return Address(found[1], None, (found[2] or "").strip("/"), "bucket")
 
 
 def dataset_of_uri(uri: str | None) -> str:
@@ -129,12 +147,22 @@ def list_files(api: HfApi, repo: str, folder: str, revision: str) -> list[RepoFi
         return []
 
 
+def get_from_bucket(api: HfApi, bucket: str, path: str, headers: dict[str, str] | None = None) -> Any:
+    """Request a file of a bucket and return the response. Raises the exceptions of the Hub's client."""
+    return get_url(f"{api.endpoint}/buckets/{bucket}/resolve/{urllib.parse.quote(path, safe='')}", headers)
+
+
 def get(api: HfApi, repo: str, path: str, revision: str, headers: dict[str, str] | None = None) -> Any:
     """Request a file and return the response. Raises the exceptions of the Hub's client."""
     from huggingface_hub import hf_hub_url
+
+    return get_url(hf_hub_url(repo, path, repo_type="dataset", revision=revision, endpoint=api.endpoint), headers)
+
+
+def get_url(url: str, headers: dict[str, str] | None = None) -> Any:
+    """Send a GET request with the token and return the response. Raises the exceptions of the Hub's client."""
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
-    url = hf_hub_url(repo, path, repo_type="dataset", revision=revision, endpoint=api.endpoint)
     response = file_client().get(url, headers={**build_hf_headers(library_name="sdg"), **(headers or {})})
     hf_raise_for_status(response)
     return response
@@ -161,13 +189,18 @@ def refusal(exc: BaseException, address: Address) -> str | None:
     status = http_status(exc) or 0
     detail = sdg.one_line(getattr(exc, "server_message", None) or "")
     access = "the token has no access to it" if has_token() else "it is private: set HF_TOKEN"
+    missing_bucket = getattr(errors, "BucketNotFoundError", errors.RepositoryNotFoundError)  # new in 1.5
     reasons = {
         errors.OfflineModeIsEnabled: "HF_HUB_OFFLINE is set, so no request is sent to the Hub: unset it",
         client_library().UnsupportedProtocol: "HF_ENDPOINT is not a URL: it must begin with https:// or http://",
         errors.LocalTokenNotFoundError: "no token for the Hub: set HF_TOKEN, or run `hf auth login`",
         errors.GatedRepoError: f"{address} is gated: accept its conditions on its page, with the account of HF_TOKEN",
         errors.RevisionNotFoundError: f"{address} has no revision {address.revision or 'main'}",
+        getattr(
+            errors, "BucketNotFoundError", errors.RepositoryNotFoundError
+        ): f"{address} does not exist, or {access}",
         errors.RepositoryNotFoundError: f"{address} does not exist, or {access}",
+        missing_bucket: f"{address} does not exist, or {access}",
         errors.HFValidationError: f"{address}: {sdg.one_line(exc)}",
     }
     for kind, reason in reasons.items():

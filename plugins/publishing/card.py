@@ -82,7 +82,7 @@ def render(
         run: only its state, and two rows of its output, are read.
         progress: markdown for the top of the section.
         folder: folder of the repository for the run's output, "" for its root.
-        dataset: OWNER/NAME on the Hub, "" for an output elsewhere.
+        dataset: OWNER/NAME on the Hub, or buckets/OWNER/NAME; "" for an output elsewhere.
         published: data files of this config are on the Hub, even if the run's output has none of them any more.
 
     Raises:
@@ -291,10 +291,13 @@ class SectionRenderer(NamedTuple):
         """Python code that loads the rows."""
         name = json.dumps(self.run.options.output_config, ensure_ascii=False)
         first = "from datasets import load_dataset\n\n"
+        kind = "parquet" if format_of(self.facts["files"]) == "parquet" else "json"
+        if self.dataset.startswith("buckets/"):
+            files = json.dumps(f"hf://{self.dataset}/{self.facts['files']}", ensure_ascii=False)
+            return f'{first}rows = load_dataset("{kind}", data_files={files}, split="train")'
         if self.dataset or self.run.output.local:
             place = json.dumps(self.dataset or "path/to/this/folder", ensure_ascii=False)
             return f'{first}rows = load_dataset({place}, {name}, split="train")'
-        kind = "parquet" if format_of(self.facts["files"]) == "parquet" else "json"
         files = json.dumps(f"s3://path/to/this/folder/{self.facts['files']}", ensure_ascii=False)
         return f'{first}rows = load_dataset("{kind}", data_files={files}, split="train")'
 

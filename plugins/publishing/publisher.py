@@ -21,11 +21,12 @@ import sdg
 from sdg_plugins.common import hub
 from sdg_plugins.common.markdown import counted
 from sdg_plugins.publishing import card
+from sdg_plugins.publishing.bucket import open_repository
 from sdg_plugins.publishing.front_matter import BrokenCard
 from sdg_plugins.publishing.inventory import Inventory
 from sdg_plugins.publishing.ledger import Ledger
 from sdg_plugins.publishing.quota import CommitQuota
-from sdg_plugins.publishing.repository import RemoteEntry, Repository, Upload
+from sdg_plugins.publishing.repository import RemoteEntry, Upload
 from sdg_plugins.publishing.spool import Content, HubFile, Spool, clear_scratch
 
 MOST_CHUNKS = 95_000  # files of a run without a warning: the Hub accepts 100,000 in a repository
@@ -56,7 +57,7 @@ class Publisher:
 
     def __init__(self, run: sdg.Run) -> None:
         self.run = run
-        self.repository = Repository(run.options.output)
+        self.repository = open_repository(run.options.output)
         self.address = self.repository.address
         self.quota = CommitQuota()
         run.state.mkdir(parents=True, exist_ok=True)
@@ -70,7 +71,7 @@ class Publisher:
 
     @property
     def url(self) -> str:
-        """The web page of the dataset."""
+        """The web page of the dataset or bucket."""
         return self.repository.url
 
     @property
@@ -204,7 +205,8 @@ class Publisher:
             return None
         try:
             before = None if self.repository.card is None else self.repository.card.decode()
-            after = card.render(before, self.run, progress, self.address.folder, self.address.repo, data)
+            name = f"buckets/{self.address.repo}" if self.address.kind == "bucket" else self.address.repo
+            after = card.render(before, self.run, progress, self.address.folder, name, data)
         except BrokenCard as exc:
             self._report_card(str(exc))
             return None

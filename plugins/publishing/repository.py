@@ -49,9 +49,13 @@ class Repository:
     """
 
     def __init__(self, uri: str) -> None:
-        self.uri, self.address = uri, hub.parse_address(uri)
-        if self.address.revision:
-            raise sdg.UsageError(f"{uri}: runs publish to `main`: remove @{self.address.revision}")
+        address = hub.parse_address(uri)
+        if address.revision:
+            raise sdg.UsageError(f"{uri}: runs publish to `main`: remove @{address.revision}")
+        self._init(uri, address)
+
+    def _init(self, uri: str, address: hub.Address) -> None:
+        self.uri, self.address = uri, address
         self.api = hub.open_client()
         self.entries: dict[str, RemoteEntry] = {}
         self.card: bytes | None = None
@@ -82,12 +86,7 @@ class Repository:
         from huggingface_hub import CommitOperationAdd
         from huggingface_hub.errors import RepositoryNotFoundError
 
-        repo = self.address.repo
-        if not hub.has_token():
-            raise sdg.UsageError(f"--output {self.uri}: no token for the Hub: set HF_TOKEN, or run `hf auth login`")
-        account = self.api.whoami()
-        if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
-            raise sdg.OutputError(f"--output {self.uri}: the token is read-only: create one with write access")
+        repo, account = self.address.repo, self._account()
         try:
             self.private = bool(self.api.dataset_info(repo, expand=["sha", "private"], timeout=60).private)
         except RepositoryNotFoundError:
@@ -100,13 +99,22 @@ class Repository:
         self.api.preupload_lfs_files(repo, [CommitOperationAdd(NAME, b"\n")], repo_type="dataset")
         return True
 
+    def _account(self) -> dict[str, Any]:
+        """Whose token it is. Raises an error if there is none, or it is read-only."""
+        if not hub.has_token():
+            raise sdg.UsageError(f"--output {self.uri}: no token for the Hub: set HF_TOKEN, or run `hf auth login`")
+        account: dict[str, Any] = self.api.whoami()
+        if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
+            raise sdg.OutputError(f"--output {self.uri}: the token is read-only: create one with write access")
+        return account
+
     def _check_owner(self, account: dict[str, Any]) -> None:
         """Raise OutputError unless the account can create the repository later, when there are files for it."""
         owners = [str(account.get("name")), *(str(org.get("name")) for org in account.get("orgs", []))]
         if self.address.repo.partition("/")[0] not in owners:
             raise sdg.OutputError(
                 f"{self.address} does not exist, or the token has no access to it: "
-                f"HF_TOKEN can create datasets of {', '.join(owners)}"
+                f"HF_TOKEN can create {self.address.kind}s of {', '.join(owners)}"
             )
 
     def refresh(self, folders: list[str]) -> None:
