@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, cast
 import xxhash
 
 import sdg
-from sdg_plugins.common.command_line import CORE, DEMO_OUTPUT
+from sdg_plugins.common.command_line import CORE
+from sdg_plugins.common.defaults import DEMO_OUTPUT
 from sdg_plugins.common.files import default_state_dir, expanded, rank_file, split_uri, sync
 from sdg_plugins.common.models import identity_of_models, recordable
 from sdg_plugins.common.results import base_fields
@@ -396,7 +397,7 @@ def start_over(run: sdg.Run) -> None:
         refuse_others(run, doomed)
         for file in sorted(doomed):
             run.output.delete(file)
-        own = re.compile(r"(run|schema|stats|\d{5}\.stats)\.json|\d{5}\.sqlite3(-wal|-shm|-journal)?")
+        own = re.compile(r"(run|schema|stats|\d{5}\.(stats|attempt))\.json|\d{5}\.sqlite3(-wal|-shm|-journal)?")
         for path in run.state.iterdir():
-            if own.fullmatch(path.name):
+            if own.fullmatch(path.name) and path.name != f"{run.options.rank:05d}.attempt.json":  # this one
                 path.unlink()
