@@ -341,6 +341,7 @@ class FakeHub:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+        self.xet.close()
 
     def start(self) -> None:
         self._call(self._start())

@@ -31,9 +31,13 @@ class XetStore:
     """What has been uploaded. The process that uploads has the store open, and others can read only a copy."""
 
     def __init__(self) -> None:
-        self._root = tempfile.TemporaryDirectory(prefix="xet-")
+        self._root = tempfile.TemporaryDirectory(prefix="xet-", ignore_cleanup_errors=True)
         self.folder = Path(self._root.name) / "store"
         self.folder.mkdir()
+
+    def close(self) -> None:
+        """Delete everything."""
+        self._root.cleanup()
 
     def add(self, content: bytes) -> str:
         """The hash of some content, which is not stored."""
