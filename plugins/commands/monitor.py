@@ -13,6 +13,7 @@ import sdg
 from sdg_plugins.common import hub, recorded
 from sdg_plugins.common.files import uses_spool
 from sdg_plugins.common.options import Parser, number
+from sdg_plugins.common.published import record
 from sdg_plugins.common.ranks import Overview, progress_section, why_not_begun
 from sdg_plugins.common.slurm import any_queued, other_jobs
 from sdg_plugins.publishing import card
@@ -123,9 +124,18 @@ def watch(run: sdg.Run, publisher: Publisher | None, args: argparse.Namespace) -
         since = (since or now) if overview.finished or reason else 0.0
         over = since and (now - since >= settling or (overview.finished and local))
         sdg.say(overview.log_line())
+        if publisher:
+            record(run.state, interval=args.interval)
         problem = update(run, publisher, overview.markdown(reason) if over else None)
         if over and problem:
             raise sdg.OutputError(f"{early}; {problem}" if reason else problem)
+        if publisher:
+            record(
+                run.state,
+                problem=problem,
+                until=time.time() + args.interval if problem else 0.0,
+                interval=args.interval,
+            )
         if problem and problem != said:
             sdg.say(f"{problem}; retrying every {args.interval:g} s")
         said = problem
