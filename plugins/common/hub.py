@@ -227,6 +227,11 @@ def http_status(exc: BaseException) -> int | None:
     return getattr(getattr(exc, "response", None), "status_code", None)
 
 
+def is_conflict(exc: BaseException) -> bool:
+    """True if a commit failed because of another one."""
+    return http_status(cause_of(exc)) in {409, 412}
+
+
 def is_transient(exc: Exception) -> bool:
     """True if a retry may succeed: failures of the network, the Hub or the disk, and races with other commits."""
     # Xet raises plain ConnectionErrors and RuntimeErrors, a response that is cut short a ValueError of JSON.

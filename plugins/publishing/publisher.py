@@ -20,6 +20,7 @@ from typing import NamedTuple
 import sdg
 from sdg_plugins.common import hub
 from sdg_plugins.common.markdown import counted
+from sdg_plugins.common.published import record
 from sdg_plugins.publishing import card
 from sdg_plugins.publishing.bucket import open_repository
 from sdg_plugins.publishing.front_matter import BrokenCard
@@ -32,6 +33,8 @@ from sdg_plugins.publishing.spool import Content, HubFile, Spool, clear_scratch
 MOST_CHUNKS = 95_000  # files of a run without a warning: the Hub accepts 100,000 in a repository
 CONFLICTS = 10  # commits of others that overtake ours before a longer wait
 LONGEST_WAIT = 600.0  # s between two attempts, unless the Hub asks for more
+QUICK_WAIT = 10.0  # s between two attempts after conflicts with commits of others
+SOON = 5.0  # s without success after which an outage is reported
 REMINDER = 600.0  # s between two messages about an outage
 
 
@@ -67,6 +70,7 @@ class Publisher:
         self._inventory = Inventory(run, self.repository, self._spool, self._ledger)
         self._prepared = False
         self._card_problem = ""  # why the card cannot be brought up to date
+        self._said = -math.inf  # time of the last message about an outage
         self._kept = ""  # what was said of files whose parts were deleted from the spool
 
     @property
@@ -286,13 +290,15 @@ class Publisher:
         Raises:
             Error: a permanent error of the Hub; the files stay in the spool.
         """
-        stopping, attempt, since, said = self.run.stopping, 0, time.monotonic(), -math.inf
+        stopping, attempt, since = self.run.stopping, 0, time.monotonic()
         while not stopping.is_set():
-            stopping.wait(self.quota.pause())
+            if pause := self.quota.pause():
+                self._wait(pause, "all commits of this hour are used up", since=-math.inf)
             try:
                 if not self.publish(progress()):
+                    record(self.run.state, interval=self.run.options.publish_interval)
                     return
-                attempt, since = 0, time.monotonic()
+                attempt, since, self._said = 0, time.monotonic(), -math.inf
             except Exception as exc:
                 if isinstance(exc, sdg.Error):
                     raise
@@ -300,13 +306,27 @@ class Publisher:
                     raise sdg.OutputError(reason) from exc
                 if not hub.is_transient(exc):
                     raise
-                now = time.monotonic()
-                if now - since > hub.QUIET and now - said > REMINDER:
-                    said = now
-                    message = f"{hub.transient_message(exc)}; files wait in {self.run.output.root}"
-                    sdg.say(f"{message} and are published later")
-                stopping.wait(hub.pause_after(exc, attempt, LONGEST_WAIT))
+                pause = hub.pause_after(exc, attempt, QUICK_WAIT if hub.is_conflict(exc) else LONGEST_WAIT)
+                self._wait(pause, hub.transient_message(exc), since)
                 attempt += 1
+
+    def _wait(self, pause: float, problem: str, since: float) -> None:
+        """Wait; say so, and record it, unless it is over within seconds.
+
+        Args:
+            pause: in s.
+            problem: why.
+            since: time of the first failure.
+        """
+        now = time.monotonic()
+        if now + pause - since > SOON:
+            until = time.time() + pause
+            record(self.run.state, problem=problem, until=until)
+            if now - self._said > REMINDER:
+                self._said = now
+                when = time.strftime("%H:%M:%S", time.localtime(until))
+                sdg.say(f"{problem}; files wait in {self.run.output.root}, and are published later: next try at {when}")
+        self.run.stopping.wait(pause)
 
 
 def whole_groups(files: list[HubFile], most: int) -> list[HubFile]:

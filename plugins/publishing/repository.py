@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import sdg
@@ -12,6 +13,9 @@ from sdg_plugins.publishing.ledger import Known
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
+
+
+UNUSABLE = re.compile(r'[\x00-\x1f\x7f\\:*?"<>|]')  # characters that paths on the Hub must not have
 
 
 class RemoteEntry(NamedTuple):
@@ -55,6 +59,9 @@ class Repository:
         self._init(uri, address)
 
     def _init(self, uri: str, address: hub.Address) -> None:
+        for part in address.folder.split("/") if address.folder else ():
+            if part in {"", ".", "..", ".git"} or UNUSABLE.search(part):
+                raise sdg.UsageError(f"--output {uri}: the Hub cannot have a folder {part!r}")
         self.uri, self.address = uri, address
         self.api = hub.open_client()
         self.entries: dict[str, RemoteEntry] = {}

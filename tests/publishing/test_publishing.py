@@ -239,6 +239,39 @@ def test_a_repository_that_others_push_to_all_the_time_is_published_to(job: HubJ
     assert job.hub.statuses("commit")[:2] == [412, 200]
 
 
+@pytest.mark.parametrize("folder", ["..", "a/./b", "a//b", "a/.git", "a:b", "what?"])
+def test_a_folder_that_the_hub_cannot_have_is_refused_before_the_run(job: HubJob, folder: str) -> None:
+    finished = job(output=f"{URI}/{folder}")
+    assert finished.rc == 2
+    assert finished.says("the Hub cannot have a folder")
+    assert not job.server.requests
+
+
+def test_a_quota_that_is_used_up_is_reported_at_once_and_shown_by_status(job: HubJob) -> None:
+    said = "You have exceeded the rate limit for repository commits. You can retry this action in 2 minutes."
+    job.hub.fail("commit", status=429, times=3, error=said)
+    started = job.start()
+    record = job.state / "publishing.json"
+    wait_until(lambda: record.exists() and json.loads(record.read_text())["problem"])
+    wait_until(lambda: job.finished)
+    status = job.command("status")
+    assert status.rc == 0
+    assert "0 of 5 files published; publishing waits until" in status.stdout
+    assert "You can retry this action in 2 minutes" in status.stdout
+    started.send(signal.SIGTERM)
+    assert "next try at" in started.finish().stderr
+
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"updated": time.time() - 999, "until": 0}))
+    status = job.command("status")
+    assert status.rc == 1
+    assert "the publisher is gone" in status.stdout
+    job.hub.forget_faults()
+    assert job().rc == 0
+    status = job.command("status")
+    assert status.rc == 0
+    assert "5 files: all published" in status.stdout
+
+
 def test_more_documents_replace_the_chunk_that_was_not_full(job: HubJob) -> None:
     assert job(max_documents=7).rc == 0
     assert ids(job.there) == [f"d{i:04}" for i in range(7)]

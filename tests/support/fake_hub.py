@@ -275,6 +275,11 @@ class FakeHub:
             self._faults.append(Fault(operation, **fault))
             return self._faults[-1]
 
+    def forget_faults(self) -> None:
+        """Let nothing fail any more."""
+        with self.lock:
+            self._faults.clear()
+
     @property
     def counts(self) -> Counter[str]:
         """How many requests there were of each operation."""
