@@ -107,9 +107,7 @@ class Looks:
     """
 
     def __init__(self) -> None:
-        self._seen: dict[
-            int, tuple[float, float, bool]
-        ] = {}  # heartbeat, since when, whether it changed
+        self._seen: dict[int, tuple[float, float, bool]] = {}  # heartbeat, since when, whether it changed
 
     def look(self, run: sdg.Run) -> list[Rank]:
         """All ranks of a run now."""
