@@ -26,6 +26,13 @@ class FrontMatter(NamedTuple):
     values: dict[str, Any]
 
 
+def load_yaml(text: str) -> Any:
+    """The values of YAML; by the C library if PyYAML has it, which takes seconds where Python takes a minute."""
+    import yaml
+
+    return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
 def split_card(text: str, name: str) -> tuple[FrontMatter, str]:
     """Split a card into its front matter and the text below it; `name` is that of the card in messages."""
     import yaml
@@ -37,7 +44,7 @@ def split_card(text: str, name: str) -> tuple[FrontMatter, str]:
             raise BrokenCard(f"{name}: the front matter has no closing line ---; {way_out}")
         return FrontMatter("", {}), text
     try:
-        values = yaml.safe_load(found[1])
+        values = load_yaml(found[1])
     except (yaml.YAMLError, ValueError, RecursionError) as exc:
         raise BrokenCard(f"{name}: the front matter is not valid YAML ({sdg.one_line(exc)}); {way_out}") from exc
     if not isinstance(values, dict | None):
@@ -166,7 +173,7 @@ def with_values(front: FrontMatter, wanted: dict[str, Any], newline: str) -> str
         return front.text
     try:
         text = replace_keys(front.text, changed, newline)
-        if yaml.safe_load(text) == wanted:
+        if load_yaml(text) == wanted:
             return text
     except (yaml.YAMLError, ValueError):
         pass  # braces, anchors, indented keys: it cannot be edited by the line
