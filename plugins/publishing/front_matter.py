@@ -112,7 +112,7 @@ def merge_configs(present: list[Any], configs: dict[str, dict[str, Any]]) -> lis
     if present or without != paths.keys():
         paths = {name: path for name, path in paths.items() if name not in without}
     named = {name: entry for entry in present if (name := config_name_of(entry))}
-    ours = {name: {**named.get(name, {}), **config_entry(name, [path])} for name, path in paths.items()}
+    ours = {name: with_train_split(named.get(name, {}), config_entry(name, [path])) for name, path in paths.items()}
     several = "all" not in paths and len(paths) > 1 and same_columns([configs[name] for name in paths])
     known = {*paths.values(), *(path for name in paths for path in paths_of(named.get(name)))}
     if "all" not in paths and "all" in named and known.issuperset(paths_of(named["all"]) or [""]):  # an `all` of ours
@@ -134,6 +134,15 @@ def config_name_of(entry: Any) -> str:
     """The name of an entry of `configs`, "" if it has none."""
     name = entry.get("config_name") if isinstance(entry, dict) else None
     return name if isinstance(name, str) else ""
+
+
+def with_train_split(present: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry with our split; other splits and keys, which a person has added, stay."""
+    files = present.get("data_files")
+    splits = [item for item in files if isinstance(item, dict)] if isinstance(files, list) else []
+    (train,) = entry["data_files"]
+    kept = [train if item.get("split") == "train" else item for item in splits]
+    return {**present, **entry, "data_files": kept if train in kept else [train, *kept]}
 
 
 def is_ours(entry: Any, paths: dict[str, str], names: set[str]) -> bool:
