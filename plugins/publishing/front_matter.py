@@ -31,7 +31,10 @@ def load_yaml(text: str) -> Any:
     """The values of YAML; by the C library if PyYAML has it, which takes seconds where Python takes a minute."""
     import yaml
 
-    return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    try:
+        return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except yaml.YAMLError:  # the C library is stricter about characters
+        return yaml.safe_load(text)
 
 
 def split_card(text: str, name: str) -> tuple[FrontMatter, str]:
