@@ -552,7 +552,13 @@ def make_run(folder: Path, **options: Any) -> sdg.Run:
         **{name: None for name in ("max_tokens", "temperature", "top_p", "top_k", "max_documents", "base_url")},
         **{"output": URI, "output_config": "data", "output_filename": FILENAME, "world_size": 1, "rank": 0},
         **{"writer": "hf", "output_public": False, "fresh": False, "plugin": [], "rollout": "summarize"},
-        **{"results_column": "rollout_results", "rollouts_per_document": 1, "records_per_chunk": 1, "server": "demo"},
+        **{
+            "identity": [],
+            "results_column": "rollout_results",
+            "rollouts_per_document": 1,
+            "records_per_chunk": 1,
+            "server": "demo",
+        },
     }
     namespace = argparse.Namespace(**{**defaults, **options})
     state = folder / "state"
