@@ -92,7 +92,8 @@ def discrepancies(run: sdg.Run, counts: Counter[str], unfinished: Counter[str]) 
     for index in known:
         yield f"chunk {index} is recorded, but the input no longer has its rows"
     failed_folder = os.path.dirname(run.failed_path_of(sdg.Chunk(0, 0)))
-    for file in [*output_files(run), *run.output.list(failed_folder)]:
+    failed = [file for file, size in run.output.sizes(failed_folder).items() if size]  # emptied where not deletable
+    for file in [*output_files(run), *failed]:
         if file not in expected:
             yield f"{run.output.path(file)} does not belong to a finished chunk"
     yield from on_hub

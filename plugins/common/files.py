@@ -239,6 +239,16 @@ class Place:
         with access_errors(self.uri, sdg.OutputError), contextlib.suppress(FileNotFoundError):
             self.fs.delete_file(self.path(name))
 
+    def clear(self, name: str) -> None:
+        """Delete a file if it exists; where that is not permitted, empty it. Raises OutputError."""
+        try:
+            self.delete(name)
+        except sdg.OutputError as exc:
+            if self.local:
+                raise
+            self.write(name, lambda file: None)
+            sdg.say(f"{exc}. {self.path(name)} was replaced by an empty file: give the right to delete, or delete it")
+
     def stamp(self, name: str) -> Stamp | None:
         """Size and hash of a file as it is now; None if it does not exist."""
         try:

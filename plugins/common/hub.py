@@ -196,9 +196,6 @@ def refusal(exc: BaseException, address: Address) -> str | None:
         errors.LocalTokenNotFoundError: "no token for the Hub: set HF_TOKEN, or run `hf auth login`",
         errors.GatedRepoError: f"{address} is gated: accept its conditions on its page, with the account of HF_TOKEN",
         errors.RevisionNotFoundError: f"{address} has no revision {address.revision or 'main'}",
-        getattr(
-            errors, "BucketNotFoundError", errors.RepositoryNotFoundError
-        ): f"{address} does not exist, or {access}",
         errors.RepositoryNotFoundError: f"{address} does not exist, or {access}",
         missing_bucket: f"{address} does not exist, or {access}",
         errors.HFValidationError: f"{address}: {sdg.one_line(exc)}",
@@ -209,10 +206,29 @@ def refusal(exc: BaseException, address: Address) -> str | None:
     if status == 401:
         return f"the Hub rejected the token (HF_TOKEN) for {address}: it may be revoked or mistyped; set a valid one"
     if status in {402, 403}:
-        return f"the Hub refused: {detail or 'no permission'} ({address}; does HF_TOKEN have write access to it?)"
+        right = "read" if method_of(exc) in {"GET", "HEAD"} else "write"
+        asked = f"{address}, {request_of(exc)}; does HF_TOKEN have {right} access to it?"
+        return f"the Hub refused: {detail or 'no permission'} ({asked})"
     if 400 <= status < 500 and status not in TRANSIENT:
-        return f"the Hub refused ({status}): {detail or sdg.one_line(exc)[:300]} ({address})"
+        return f"the Hub refused ({status}): {detail or sdg.one_line(exc)[:300]} ({address}, {request_of(exc)})"
     return None
+
+
+def method_of(exc: BaseException) -> str:
+    """The HTTP method of the request that failed; "" if unknown."""
+    return str(getattr(getattr(exc, "request", None), "method", ""))
+
+
+def request_of(exc: BaseException) -> str:
+    """What was asked for, without the query, which may hold a signature."""
+    path = urllib.parse.unquote(str(getattr(getattr(exc, "request", None), "url", "")).partition("?")[0])
+    return f"{method_of(exc)} {sdg.redact(path)}".strip()
+
+
+def is_refused_range(exc: BaseException) -> bool:
+    """True if a part of a file was refused: a signed URL that has just expired is renewed by asking again."""
+    request = getattr(exc, "request", None)
+    return http_status(exc) in {403, 416} and "range" in getattr(request, "headers", {})
 
 
 def cause_of(exc: BaseException) -> BaseException:
@@ -278,7 +294,7 @@ def patiently(call: Callable[[], T], address: Address, stopping: threading.Event
         try:
             return call()
         except Exception as exc:
-            if reason := refusal(exc, address):
+            if (reason := refusal(exc, address)) and not (attempt == 0 and is_refused_range(exc)):
                 raise sdg.InputError(reason) from exc
             if not is_transient(exc) or stopping.is_set():
                 raise

@@ -243,10 +243,10 @@ class Publisher:
             raise  # a response that was cut short
         except ValueError as exc:  # the Hub rejects the card's front matter
             if readme is None:
-                raise sdg.OutputError(f"{self.address} refuses the files: {sdg.one_line(exc)}") from exc
-            self._report_card(f"{self.address} refuses the card: {sdg.one_line(exc)}")
-            if batch or gone:
+                raise sdg.OutputError(f"{self.address} refuses the commit: {sdg.one_line(exc)}") from exc
+            if batch or gone:  # fails if the card was not the reason
                 self._commit(plan._replace(readme=None), uploads, content, onto_any_head=onto_any_head)
+            self._report_card(f"{self.address} refuses the card: {sdg.one_line(exc)}")
             return
         except Exception as exc:
             self._shrink(exc, len(batch) + len(gone))

@@ -221,6 +221,21 @@ def test_two_configs_share_the_card(job: HubJob) -> None:
     assert ids(job.there) == [f"d{i:04}" for i in range(23)] * 2
 
 
+def test_outputs_in_different_folders_share_the_card(job: HubJob) -> None:
+    for folder in ("first", "second", "first"):
+        assert job(output=f"{URI}/{folder}").rc == 0
+    card = job.card
+    assert "path: first/data/**/*.parquet" in card
+    assert "path: second/data/**/*.parquet" in card
+    assert card.count("<!-- sdg: begin data -->") == card.count("<!-- sdg: begin second-data -->") == 1
+    ours, mine = "    path: first/data/**/*.parquet\n", "  - split: mine\n    path: x.parquet\n"
+    edited = card.replace(ours, ours + mine, 1)
+    assert edited != card
+    job.hub.push(REPO, {"README.md": edited.encode()})
+    assert job(output=f"{URI}/first", output_config="third").rc == 0
+    assert mine in job.card
+
+
 def test_ranks_do_not_touch_the_hub(job: HubJob) -> None:
     finished = [job(rank=rank, world_size=2) for rank in (0, 1)]
     assert not job.hub.requests
@@ -537,7 +552,13 @@ def make_run(folder: Path, **options: Any) -> sdg.Run:
         **{name: None for name in ("max_tokens", "temperature", "top_p", "top_k", "max_documents", "base_url")},
         **{"output": URI, "output_config": "data", "output_filename": FILENAME, "world_size": 1, "rank": 0},
         **{"writer": "hf", "output_public": False, "fresh": False, "plugin": [], "rollout": "summarize"},
-        **{"results_column": "rollout_results", "rollouts_per_document": 1, "records_per_chunk": 1, "server": "demo"},
+        **{
+            "identity": [],
+            "results_column": "rollout_results",
+            "rollouts_per_document": 1,
+            "records_per_chunk": 1,
+            "server": "demo",
+        },
     }
     namespace = argparse.Namespace(**{**defaults, **options})
     state = folder / "state"
