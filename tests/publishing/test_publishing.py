@@ -553,13 +553,13 @@ def make_run(folder: Path, **options: Any) -> sdg.Run:
         **{"output": URI, "output_config": "data", "output_filename": FILENAME, "world_size": 1, "rank": 0},
         **{"writer": "hf", "output_public": False, "fresh": False, "plugin": [], "rollout": "summarize"},
         **{
-            "identity": [],
             "results_column": "rollout_results",
             "rollouts_per_document": 1,
             "records_per_chunk": 1,
             "server": "demo",
         },
     }
+    defaults |= {"identity": [], "prompt_column": "text", "id_column": None, "publish_interval": 300.0}
     namespace = argparse.Namespace(**{**defaults, **options})
     state = folder / "state"
     state.mkdir()
