@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import os
 import tempfile
 from pathlib import Path
@@ -65,7 +66,10 @@ def check_config(config: Config) -> None:
     check_reader(reader, f"the reader {options.reader!r} of plugin {entry.plugin}")
     check_columns(reader.schema, options)
     run.schema = reader.schema
-    if options.rollout == "prompt" and options.prompt_template:
+    if (
+        "prompt_of" in inspect.signature(plugins.rollouts[options.rollout].factory).parameters
+        and options.prompt_template
+    ):
         prompt.check_places(options.prompt_template, run)
     check_earlier_run(run, reader)
     if uses_spool(run):

@@ -31,7 +31,14 @@ from sdg_plugins.common.chunks import Intake, Outlet
 from sdg_plugins.common.command_line import Config
 from sdg_plugins.common.files import output_place
 from sdg_plugins.common.progress import progress, report
-from sdg_plugins.common.state import check_state_dir, claim_state, lock_rank, remember_source, start_over
+from sdg_plugins.common.state import (
+    check_state_dir,
+    claim_state,
+    lock_rank,
+    promised_fields,
+    remember_source,
+    start_over,
+)
 from sdg_plugins.common.statistics import (
     heartbeat,
     recording_the_end,
@@ -199,7 +206,7 @@ class Job:
         with reading(options.input, entry.factory):
             reader: sdg.Reader = await asyncio.to_thread(created, entry.factory, run)
         check_reader(reader, f"the reader {options.reader!r} of plugin {entry.plugin}")
-        check_columns(reader.schema, options)
+        check_columns(reader.schema, options, promised_fields(run) or ())
         run.schema = reader.schema
         return reader
 

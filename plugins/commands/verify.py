@@ -18,6 +18,7 @@ from sdg_plugins.common.chunks import OpenChunk, id_column_of, read_failed
 from sdg_plugins.common.files import format_of
 from sdg_plugins.common.markdown import counted
 from sdg_plugins.common.options import Parser
+from sdg_plugins.common.rows import shape_of
 from sdg_plugins.common.state import output_files
 from sdg_plugins.publishing.publisher import Publisher
 from sdg_plugins.publishing.spool import uses_spool
@@ -119,11 +120,12 @@ def discrepancies_of_chunk(run: sdg.Run, chunk: sdg.Chunk, ids: list[str], write
         return
     if table is None:
         yield f"{path} is gone: it had {counted(chunk.rows, 'row')}"
-    elif table.num_rows != chunk.rows:
-        yield f"{path} has {counted(table.num_rows, 'row')}, expected {chunk.rows:,}"
+    elif len(firsts := shape_of(run.options).firsts(table)) != chunk.rows:
+        yield f"{path} has {counted(len(firsts), 'row')}, expected {chunk.rows:,}"
     elif chunk.rows:
         column = run.options.id_column if run.options.id_column in table.column_names else "id"
-        found = table.column(column).to_pylist()
+        values = table.column(column).to_pylist()
+        found = [values[position] for position in firsts]
         for row, (id_, expected_id) in enumerate(zip(found, expected, strict=True)):
             if id_ is not None and str(id_) != expected_id:
                 yield f"{path} row {row} is document {id_!r}, expected {expected_id!r}"

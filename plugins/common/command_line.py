@@ -16,7 +16,7 @@ import sdg
 from sdg_plugins.common import models
 from sdg_plugins.common.checks import check_rollout
 from sdg_plugins.common.files import expanded, format_of, list_files, split_uri
-from sdg_plugins.common.options import Option, Options, Parser, json_object, name_and_variable, number, one_of
+from sdg_plugins.common.options import Option, Options, Parser, json_object, name_and_variable, names, number, one_of
 
 FILENAME = "${rank}_${chunk_index}.parquet"
 LONG_DOCUMENTS = ("truncate", "split", "fail")
@@ -33,7 +33,13 @@ OPTIONS = {
             "URI",
             "hf://datasets/OWNER/NAME, or parquet, jsonl or csv: a file, folder, glob or s3://…; default: a demo",
         ),
-        Option("--prompt-column", "NAME", "column of strings, or of lists of {role, content}", "text", identity=True),
+        Option(
+            "--prompt-column",
+            "PATH",
+            "column of strings or of lists of {role, content}, or a place in it such as rollout_results[0].text",
+            "text",
+            identity=True,
+        ),
         Option(
             "--id-column", "NAME", "column of document ids; default: id if present, else <file>/<row>", identity=True
         ),
@@ -51,6 +57,20 @@ OPTIONS = {
             "--output-filename", "T", "template with ${chunk_index}; .jsonl writes JSON lines", FILENAME, identity=True
         ),
         Option("--records-per-chunk", "N", "documents per file and checkpoint", 1000, _count, identity=True),
+        Option(
+            "--flat", None, "write a row for each result, its fields as columns", action="store_true", identity=True
+        ),
+        Option(
+            "--keep-columns", "A,B", "columns of the source that rows have; default: all", type=names, identity=True
+        ),
+        Option("--drop-columns", "A,B", "columns of the source that rows do not have", type=names, identity=True),
+        Option(
+            "--keep-messages",
+            None,
+            "write the messages of each result's last request, with the answer",
+            action="store_true",
+            identity=True,
+        ),
         Option("--results-column", "NAME", "column for the results", "rollout_results", identity=True),
     ],
     "server": [
@@ -267,7 +287,8 @@ def parse_config(argv: list[str], common: Mapping[str, Any], own: Mapping[str, A
     with contextlib.suppress(argparse.ArgumentError):  # reported by the full parser
         early.parse_known_args(argv, asked)
     plugins, rollout = sdg.Plugins.load(asked.plugin or [])
-    return parse_with(plugins, rollout or "summarize", argv, own or {}, name)
+    templated = any(word.partition("=")[0] in {"--prompt-template", "--schema"} for word in argv)
+    return parse_with(plugins, rollout or ("prompt" if templated else "summarize"), argv, own or {}, name)
 
 
 def _early(argv: list[str], *flags: str) -> dict[str, str | None]:

@@ -11,6 +11,7 @@ import orjson
 
 import sdg
 from sdg_plugins.common.chunks import read_failed, rows_of
+from sdg_plugins.common.rows import shape_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -132,7 +133,7 @@ class Notes:
             table = engine.outlet.writer.read(chunk)
             table = self._tables[chunk.index] if table is None else table  # some writers cannot read
             self.schema = table.schema if self.schema is None else self.schema
-            rows, failures = iter(rows_of(table)), iter(read_failed(engine.run, chunk))
+            rows, failures = iter(rows_of_documents(engine.run, table)), iter(read_failed(engine.run, chunk))
         for position in range(chunk.count):
             id_, rollouts = self._documents.get(chunk.start + position, ("", []))
             if not chunk.written:
@@ -144,6 +145,14 @@ class Notes:
                 yield Outcome(id_, "filtered", rollouts=rollouts)
             else:
                 yield Outcome(id_, "row", row=next(rows), rollouts=rollouts)
+
+
+def rows_of_documents(run: sdg.Run, table: pa.Table) -> list[dict[str, Any]]:
+    """A row for each document; of several flat rows all, by their numbers."""
+    rows = rows_of(table)
+    firsts = [*shape_of(run.options).firsts(table), len(rows)]
+    groups = [rows[start:end] for start, end in zip(firsts, firsts[1:], strict=False)]
+    return [group[0] if len(group) == 1 else {f"row {i}": row for i, row in enumerate(group)} for group in groups]
 
 
 class NotingWriter:

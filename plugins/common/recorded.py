@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import sdg
-from sdg_plugins.common.command_line import default_state_dir
+from sdg_plugins.common.command_line import CORE, default_state_dir
 from sdg_plugins.common.files import expanded, output_place
 from sdg_plugins.common.state import parse_run, remember_source
 
@@ -27,7 +27,8 @@ def load_run(args: argparse.Namespace) -> sdg.Run:
     """
     state = state_folder(args)
     record = load_record(state)
-    options = argparse.Namespace(**record["options"])
+    # What an older sdg has not recorded had its default.
+    options = argparse.Namespace(**{**{option.dest: option.default for option in CORE}, **record["options"]})
     options.output, options.state_dir = args.output, str(state)
     try:
         plugins, _ = sdg.Plugins.load(options.plugin or [])
