@@ -34,7 +34,6 @@ import importlib.util
 import inspect
 import json
 import os
-import pkgutil
 import re
 import signal
 import sqlite3
@@ -50,7 +49,6 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
-    Coroutine,
     Iterable,
     Iterator,
     Mapping,
@@ -91,8 +89,12 @@ if TYPE_CHECKING:
         text_or_file as text_or_file,
     )
     from sdg_plugins.common.results import base_fields as base_fields, checker as checker, results_type as results_type
+    from sdg_plugins.common.secrets import redact as redact
+    from sdg_plugins.common.tasks import background as background
+    from sdg_plugins.python import run as run
     from sdg_plugins.servers.client import Client
-    from sdg_plugins.servers.pool import Limit, Pool, Quarantine
+    from sdg_plugins.servers.pool import Pool
+    from sdg_plugins.servers.upstream import Upstream as Upstream
     from sdg_plugins.truncation.fitting import Fitter
 
 __version__ = "0.1.0"
@@ -105,12 +107,16 @@ GRACE = 10.0  # s that requests in flight have to be answered after SIGTERM: sch
 LAST_RESORT = 18.0  # s after a signal at which the process ends even if a plugin blocks it
 PUBLISHER = "sdg-publisher"  # the thread that publishes during a run; see `script`
 
-# Helpers for plugins that live in plugins/common/: `sdg.InputFiles` is `sdg_plugins.common.files.InputFiles`.
+# What plugins use that lives in plugins/: `sdg.InputFiles` is `sdg_plugins.common.files.InputFiles`.
 HELPERS = {
     **dict.fromkeys(("plain", "rows_of"), "common.chunks"),
     **dict.fromkeys(("InputFiles", "Place", "filesystem", "format_of", "list_files", "split_uri"), "common.files"),
     **dict.fromkeys(("Option", "Options", "json_object", "number", "one_of", "text_or_file"), "common.options"),
     **dict.fromkeys(("base_fields", "checker", "results_type"), "common.results"),
+    "run": "python",
+    "Upstream": "servers.upstream",
+    "background": "common.tasks",
+    "redact": "common.secrets",
 }
 
 if not TYPE_CHECKING:
@@ -321,65 +327,6 @@ class Chunk:
         return self.count - len(self.filtered) - len(self.failed)
 
 
-class Upstream:
-    """State of one server, shared by the pool, the engine and the plugin that launched it.
-
-    A plugin that launches servers yields these. It calls `rise` when the server is ready, `fall` when it no longer is,
-    `give_up` when it will not come back, and describes in `status` what is happening meanwhile. While the server is
-    down no request is sent to it, and none times out.
-
-    Args:
-        url: the API root: ends in /v1, or in whatever the endpoint has instead.
-        examine: `await examine(crashes)` returns True if a failure just now was the server's death rather than one
-            request's; `crashes` is their number when the request was sent. None for servers that we did not launch.
-        model: the name by which requests find the model, if it is known before the server is up.
-
-    Attributes:
-        active: requests in flight.
-        answers: responses received; with `progressed` it tells the plugin whether the server still works.
-        progressed: loop time of the last response or token, or of the first request after an idle period.
-        failures: failed requests in a row, of requests that were sent one after the other.
-        overloaded_at: loop time since which it has had no capacity for any request; 0 if it has some.
-        until: loop time before which no request is sent, for this `reason`.
-        convicted: requests that have crashed the server with no other request in flight.
-    """
-
-    limit: Limit  # set by the pool
-    quarantine: Quarantine
-
-    def __init__(
-        self, url: str, examine: Callable[[int], Awaitable[bool]] | None = None, model: str | None = None
-    ) -> None:
-        self.url, self.examine, self.model = url, examine, model
-        self.up = asyncio.Event()
-        self.gone = False
-        self.status = ""
-        self.crashes = self.active = self.answers = self.failures = self.convicted = 0
-        self.reason = ""
-        self.progressed = self.until = self.failed_at = self.overloaded_at = 0.0
-        self.changed: Callable[[bool], None] = lambda risen: None  # set by the pool
-        if examine is None:
-            self.up.set()
-
-    def rise(self) -> None:
-        """The server is ready for requests."""
-        self.failures, self.overloaded_at = 0, 0.0
-        self.until = 0.0
-        self.up.set()
-        self.changed(True)
-
-    def fall(self, crashed: bool) -> None:
-        """The server takes no requests now. `crashed`: those in flight are lost, and one of them may be the cause."""
-        if self.up.is_set():
-            self.crashes += crashed
-        self.up.clear()
-
-    def give_up(self) -> None:
-        """The server will not come back: the other servers take over its work."""
-        self.gone = True
-        self.changed(False)
-
-
 @dataclasses.dataclass(slots=True, eq=False)
 class Run:
     """What plugins learn about the run."""
@@ -456,7 +403,7 @@ Send = Callable[[Request], Awaitable[Response]]  # raises RequestFailed
 OpenReader = Callable[[Run], Reader]  # opens `run.options.input`, in a thread; raises InputError if it cannot be read
 OpenWriter = Callable[[Run], Writer]  # opens the output, in a thread, before the server starts; raises OutputError
 OpenResource = Callable[[Run], contextlib.AbstractAsyncContextManager[Any]]  # yields what rollouts get
-OpenServer = Callable[[Run], contextlib.AbstractAsyncContextManager[Sequence[str | Upstream]]]  # yields base URLs
+OpenServer = Callable[[Run], contextlib.AbstractAsyncContextManager[Sequence["str | Upstream"]]]  # yields base URLs
 Command = Callable[[list[str]], int]  # takes the arguments, returns the exit code
 
 # ── Errors ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -480,6 +427,7 @@ class Error(Exception):
 
     exit_code = 1
     said = False  # already printed on stderr, when it began to stop the run
+    result: Any = None  # what was made before, for callers of `sdg.run`
 
 
 class UsageError(Error):
@@ -617,11 +565,6 @@ def reason_of(exc: OSError | sqlite3.Error) -> str:
     return "the disk is full: make room, then run the same command again" if full else one_line(exc)
 
 
-def redact(url: str) -> str:
-    """A URL without the password or key that it may carry."""
-    return re.sub(r"([?&][\w-]*(?:key|token)=)[^&\s]+", r"\1***", re.sub(r"//[^/]*@", "//***@", url))
-
-
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """Suggest close matches for an unknown name."""
     near = difflib.get_close_matches(name, known := sorted(known), n=3, cutoff=cutoff)
@@ -739,9 +682,6 @@ class Hooks:
 
 # ── Plugins ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-# Folders of plugins/ whose modules are loaded as plugins if they have hooks.
-ROOMS = ("commands", "readers", "resources", "rollouts", "servers", "servers.launching", "truncation", "writers")
-
 
 class Entry(NamedTuple):
     """One registered name."""
@@ -780,14 +720,12 @@ class Plugins:
         Returns:
             The plugins, and the name of the rollout given by the last of `specs` that has any; None if none has.
         """
+        from sdg_plugins.common import loading
+
         plugins = cls()
-        for room in ROOMS:
-            package = importlib.import_module(f"sdg_plugins.{room}")
-            for found in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
-                if not found.ispkg:
-                    plugins.add(importlib.import_module(found.name), __version__, "sdg")
-        plugins._load_installed()
-        named = [(spec, *plugins._load_spec(spec)) for spec in specs]
+        loading.add_bundled(plugins)
+        loading.add_installed(plugins)
+        named = [(spec, *loading.add_named(plugins, spec)) for spec in specs]
         spec, rollout, _ = next((one for one in reversed(named) if one[2]), ("", None, []))
         if rollout == "":
             raise UsageError(f"--plugin {spec} registers several rollouts: name one as {spec}:NAME")
@@ -798,7 +736,7 @@ class Plugins:
         name = module.__name__
         if self.manager.has_plugin(name):
             return
-        check_hooks(module)
+        _check_hooks(module)
         self.manager.register(module, name)
         for kind in self.kinds:
             register = functools.partial(self._register, kind, (name, version, package or name))
@@ -809,6 +747,8 @@ class Plugins:
         entries: dict[str, Entry] = getattr(self, kind)
         if name in entries:
             return entries[name]
+        if kind == "commands" and (option := option_for(name, self)):
+            raise UsageError(f"unknown command {name!r}; did you mean {option} {name}?")
         raise UsageError(f"unknown {kind[:-1]} {name!r}; {nearest(name, entries, cutoff=0.5)}")
 
     def calls(self, hook: str, **arguments: Any) -> Iterator[tuple[pluggy.HookImpl, Callable[[], Any]]]:
@@ -851,38 +791,15 @@ class Plugins:
             )
         entries[name] = Entry(factory, *of)
 
-    def _load_installed(self) -> None:
-        for point in _entry_points():
-            package, version = (point.dist.name, point.dist.version) if point.dist else (point.module, "")
-            module = _import(f"the plugin {point.value} of the installed package {package}", point.load)
-            self.add(module, version, package)
 
-    def _load_spec(self, spec: str) -> tuple[str, list[str]]:
-        """Load one `--plugin`. Returns the rollout that it names, "" if it leaves that open, and all its rollouts."""
-        if spec in self.rollouts:
-            return spec, [spec]
-        target, _, name = spec.rpartition(":") if ":" in spec else (spec, "", "")
-        if target.endswith(".py"):
-            module, version = _import_file(Path(target).expanduser())
-            package = target
-        elif re.fullmatch(r"\w+(\.\w+)*", target) and importlib.util.find_spec(target.partition(".")[0]):
-            module = _import(f"plugin {target}", functools.partial(importlib.import_module, target))
-            version, package = str(getattr(module, "__version__", "")) or hash_of(module), target
-        elif Path(f"{spec}.py").is_file():
-            raise UsageError(f"unknown rollout {spec!r}; did you mean --plugin ./{spec}.py?")
-        else:
-            self.find("rollouts", spec)
-        self.add(module, version, package)
-        if not self.manager.get_hookcallers(module):
-            raise UsageError(f"--plugin {spec} registers nothing: is @sdg.hookimpl missing?")
-        own = [name for name, entry in self.rollouts.items() if entry.plugin == module.__name__]
-        if name and name not in own:
-            raise UsageError(f"{target} has no rollout {name!r}; available: {', '.join(own) or 'none'}")
-        stem = module.__name__.rpartition(".")[2]
-        return name or (own[0] if len(own) == 1 else stem if stem in own else ""), own
+def option_for(word: str, plugins: Plugins) -> str:
+    """The option of `run` that a word belongs to that stands without one; "" if there is none."""
+    if word in plugins.rollouts or word.endswith(".py"):
+        return "--plugin"
+    return "--input" if "://" in word or Path(word).exists() else ""
 
 
-def check_hooks(module: types.ModuleType) -> None:
+def _check_hooks(module: types.ModuleType) -> None:
     """Raise PluginError if a function marked with `@sdg.hookimpl` is not a hook, or takes unknown arguments."""
     known = {name: hook for name, hook in vars(Hooks).items() if not name.startswith("_")}
     for name, function in vars(module).items():
@@ -914,12 +831,6 @@ def at_work(what: str, plugin: object = None, *through: type[Exception]) -> Iter
         raise PluginError(f"{what} failed: {describe(exc, file_of(plugin))}") from exc
 
 
-def hash_of(module: types.ModuleType) -> str:
-    """Stands for the version of a module that has none."""
-    file = getattr(module, "__file__", None)
-    return xxhash.xxh3_64_hexdigest(Path(file).read_bytes()) if file else ""
-
-
 def file_of(thing: Any) -> str | None:
     """The file of a module, or of what defines a function, a class or an object; None if unknown."""
     if not isinstance(thing, types.ModuleType):
@@ -941,40 +852,7 @@ def place_of(thing: Any) -> str:
         return ""
 
 
-@functools.cache
-def _entry_points() -> list[Any]:
-    """Plugins announced by installed packages. Cached, because looking through all packages takes 20 ms."""
-    import importlib.metadata
-
-    return list(importlib.metadata.entry_points(group="sdg"))
-
-
-def _import(what: str, load: Callable[[], Any], file: str | None = None) -> types.ModuleType:
-    """Import a plugin's module; any exception becomes a PluginError."""
-    try:
-        module = load()
-    except Error:
-        raise
-    except (Exception, SystemExit) as exc:
-        raise PluginError(f"{what} cannot be imported: {describe(exc, file)}") from exc
-    if not isinstance(module, types.ModuleType):
-        raise PluginError(f"{what} is a {type(module).__name__}; a plugin must be a module")
-    return module
-
-
-def _import_file(path: Path) -> tuple[types.ModuleType, str]:
-    """Import a plugin file, once; its version is a hash of its text."""
-    if not path.is_file():
-        raise UsageError(f"--plugin {path}: no such file")
-    sys.modules.setdefault("sdg_plugin_files", types.ModuleType("sdg_plugin_files"))  # needed to pickle its contents
-    name, file = f"sdg_plugin_files.{path.stem}", str(path.resolve())
-    if name in sys.modules and sys.modules[name].__file__ != file:  # another file with the same name
-        name += f"_{xxhash.xxh3_64_hexdigest(file.encode())}"
-    module = sys.modules.get(name) or _import(f"plugin {path}", functools.partial(_exec_file, name, Path(file)), file)
-    return module, xxhash.xxh3_64_hexdigest(path.read_bytes())
-
-
-def _exec_file(name: str, path: Path, folder: Path | None = None) -> types.ModuleType:
+def exec_file(name: str, path: Path, folder: Path | None = None) -> types.ModuleType:
     """Run a file as the module `name`; with `folder` it is a package of the modules there."""
     spec = importlib.util.spec_from_file_location(
         name, path, submodule_search_locations=[str(folder)] if folder else None
@@ -997,7 +875,7 @@ def _bundled_package() -> None:
     """
     here = Path(__file__).resolve().parent
     if "sdg_plugins" not in sys.modules and not (here / "sdg_plugins").is_dir():
-        _exec_file("sdg_plugins", here / "plugins" / "__init__.py", here / "plugins")
+        exec_file("sdg_plugins", here / "plugins" / "__init__.py", here / "plugins")
 
 
 def begin_process(specs: list[str], module: str, function: str) -> None:
@@ -1195,7 +1073,8 @@ class Store:
 
     async def chunks(self) -> dict[int, Chunk]:
         """All chunks that were ever read, by index."""
-        return await recorded_chunks(self._db)
+        async with self._db.execute("SELECT * FROM chunks ORDER BY chunk") as cursor:
+            return {row[0]: chunk_of(row) async for row in cursor}
 
     async def tally(self) -> Counter[str]:
         """How many documents are a row, filtered or failed."""
@@ -1259,16 +1138,11 @@ def _chunk_row(chunk: Chunk) -> tuple[Any, ...]:
     return (*dataclasses.astuple(chunk)[:5], json.dumps(chunk.filtered), json.dumps(chunk.failed))
 
 
-async def recorded_chunks(db: aiosqlite.Connection) -> dict[int, Chunk]:
-    """All chunks in a state file, by index."""
-    async with db.execute("SELECT * FROM chunks ORDER BY chunk") as cursor:
-        rows = await cursor.fetchall()
-    return {
-        index: Chunk(
-            index, start, count, bookmark, bool(written), tuple(json.loads(filtered)), tuple(json.loads(failed))
-        )
-        for index, start, count, bookmark, written, filtered, failed in rows
-    }
+def chunk_of(row: Sequence[Any]) -> Chunk:
+    """The chunk in a row of the table `chunks`."""
+    index, start, count, bookmark, written, filtered, failed = row
+    filtered, failed = tuple(json.loads(filtered)), tuple(json.loads(failed))
+    return Chunk(index, start, count, bookmark, bool(written), filtered, failed)
 
 
 def file_system_of(path: Path) -> str:
@@ -1506,6 +1380,43 @@ class RolloutRun:
         return {"error": error, "error_type": kind, "attempts": max(1, self.attempts), **details}
 
 
+class Failures:
+    """The documents that failed in this process.
+
+    Attributes:
+        documents: their number.
+        reasons: how often each reason occurred; digits are replaced, so that equal reasons count together.
+        examples: one full text of each reason.
+        recent: whether each of the last documents failed.
+    """
+
+    def __init__(self) -> None:
+        self.documents = 0
+        self.reasons: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}
+        self.recent: deque[bool] = deque(maxlen=RECENT)
+
+    def note(self, error: str | None) -> None:
+        """Take in a finished document; `error` is None unless it failed."""
+        self.recent.append(error is not None)
+        if error is None:
+            return
+        self.documents += 1
+        if len(self.reasons) < 1000:
+            kind = re.sub(r"\d+", "#", error)
+            self.reasons[kind] += 1
+            self.examples.setdefault(kind, error)
+
+    def too_many(self, failed: int, documents: int, which: str, most: float) -> TooManyFailures:
+        """The error for `failed` of `documents` that failed, if `most` is the highest rate allowed."""
+        reasons = [f" ({times:,} × {self.examples[kind]})" for kind, times in self.reasons.most_common(1)]
+        return TooManyFailures(
+            f"{failed:,} of {which}{documents:,} documents failed, more than --max-failure-rate {most:g} allows"
+            f"{''.join(reasons)}. Fix the cause and rerun with --retry-failed, "
+            "or raise --max-failure-rate (at most 1)"
+        )
+
+
 # ── Engine ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -1533,11 +1444,9 @@ class Engine:
         self.rollout, self.rollout_file = entry.factory, getattr(sys.modules.get(entry.plugin), "__file__", None)
         self._defaults = {name: sampling(of.options, of.model) for name, of in {"": run, **run.models}.items()}
         self.stopping = self._broken_off = False
-        self.started = self.finished = self.failed = 0  # documents, in this process
+        self.started = self.finished = 0  # documents, in this process
+        self.failures = Failures()
         self.tally: Counter[str] = Counter()  # documents, in all processes
-        self.reasons: Counter[str] = Counter()  # of failures, with their numbers left out
-        self.examples: dict[str, str] = {}  # of the reasons
-        self._recent: deque[bool] = deque(maxlen=RECENT)  # whether each of the last documents failed
         self._open: dict[int, OpenChunk] = {}
         self._deferred: list[OpenChunk] = []  # final, but the fields of results are not settled
         self._unwritten = 0
@@ -1737,31 +1646,19 @@ class Engine:
         self.store.finished(opened.chunk.index << 32 | position, status, body)
         self.tally[status] += 1
         self.finished += 1
-        self._recent.append(status == "failed")
+        self.failures.note(outcome["error"] if isinstance(outcome, dict) else None)
         if isinstance(outcome, list):
             self.run.counts["truncated"] += any(result.get("truncated") is True for result in outcome)
         if isinstance(outcome, dict):
-            self.failed += 1
-            if len(self.reasons) < 1000:
-                kind = re.sub(r"\d+", "#", outcome["error"])
-                self.reasons[kind] += 1
-                self.examples.setdefault(kind, outcome["error"])
             if self.finished >= 100:  # of those started, not finished: refusals arrive sooner than completions
-                self._check_failure_rate(self.failed, self.started)
-            if len(self._recent) == RECENT:
-                self._check_failure_rate(sum(self._recent), RECENT, "the last ")
+                self._check_failure_rate(self.failures.documents, self.started)
+            if len(self.failures.recent) == RECENT:
+                self._check_failure_rate(sum(self.failures.recent), RECENT, "the last ")
 
     def _check_failure_rate(self, failed: int, documents: int, which: str = "", least: int = 100) -> None:
         most = self.run.options.max_failure_rate
         if documents >= least and failed > most * documents and not self.stopping:
-            reasons = [f"; {times} times: {self.examples[kind]}" for kind, times in self.reasons.most_common(1)]
-            self.run.stop(
-                TooManyFailures(
-                    f"{failed:,} of {which}{documents:,} documents failed, more than --max-failure-rate {most:g} allows"
-                    f"{''.join(reasons)}. Fix the cause and rerun with --retry-failed, "
-                    "or raise --max-failure-rate (at most 1)"
-                )
-            )
+            self.run.stop(self.failures.too_many(failed, documents, which, most))
 
     # Writing
 
@@ -1826,17 +1723,6 @@ class Engine:
 
     async def _in_writing_thread(self, work: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._writing, work, *arguments)
-
-
-@contextlib.asynccontextmanager
-async def background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Run something beside the body, and cancel it at its end."""
-    task = asyncio.create_task(work)
-    try:
-        yield
-    finally:
-        task.cancel()
-        await asyncio.wait([task])
 
 
 # ── Main ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

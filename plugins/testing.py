@@ -33,7 +33,7 @@ from sdg_plugins.commands.jobs import Job, Stop, open_run
 from sdg_plugins.common import checks
 from sdg_plugins.common.chunks import OpenChunk, rows_of
 from sdg_plugins.common.command_line import Config, as_arguments, parse_with
-from sdg_plugins.common.notes import Exchange, Notes, Outcome
+from sdg_plugins.common.notes import DocumentRecord, Exchange, Notes
 from sdg_plugins.common.results import base_fields, results_type
 from sdg_plugins.common.state import lock_rank
 from sdg_plugins.servers.client import Client
@@ -46,7 +46,16 @@ from sdg_plugins.servers.transport import Transport
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["Outcome", "Request", "Tried", "check_reader", "check_server", "check_writer", "document", "try_rollout"]
+__all__ = [
+    "DocumentRecord",
+    "Request",
+    "Tried",
+    "check_reader",
+    "check_server",
+    "check_writer",
+    "document",
+    "try_rollout",
+]
 
 MODEL = "test-model"
 POSITIONS = 8  # in an input, to which a reader is moved for each size of pieces
@@ -68,7 +77,7 @@ class Tried:
     """
 
     requests: list[Request]
-    outcomes: list[Outcome]
+    outcomes: list[DocumentRecord]
     results_column: str
 
     @property

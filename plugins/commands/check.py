@@ -15,7 +15,16 @@ from sdg_plugins.common.checks import check_columns, check_reader, reading
 from sdg_plugins.common.command_line import Config, parse_configs
 from sdg_plugins.common.files import output_place, split_uri
 from sdg_plugins.common.markdown import counted
-from sdg_plugins.common.state import changes_since, check_state_dir, different_run, refuse_strangers, remember_source
+from sdg_plugins.common.state import (
+    changes_since,
+    check_state_dir,
+    different_run,
+    documents_in,
+    recorded_size,
+    refuse_strangers,
+    remember_source,
+    size_of_chunks,
+)
 from sdg_plugins.publishing.spool import uses_spool
 from sdg_plugins.rollouts import prompt
 from sdg_plugins.servers import command, sglang
@@ -71,10 +80,12 @@ def check_config(config: Config) -> None:
         and options.prompt_template
     ):
         prompt.check_places(options.prompt_template, run)
+    documents = documents_in(reader)
+    options.records_per_chunk = options.records_per_chunk or recorded_size(run) or size_of_chunks(documents)
     check_earlier_run(run, reader)
     if uses_spool(run):
         check_publishing(run)
-    documents = reader.total()
+    fine = "fine: the number of documents is not known before they are read"
     if documents is not None:
         documents = min(documents, options.max_documents or documents)
         chunks = -(-documents // options.records_per_chunk)
@@ -82,10 +93,13 @@ def check_config(config: Config) -> None:
             shares = f"{counted(options.world_size, 'rank')} share {counted(chunks, 'chunk')}"
             sizes = f"of {options.records_per_chunk:,} documents"
             sdg.say(f"{shares} {sizes}: use fewer ranks, or a smaller --records-per-chunk")
+        fine = f"fine: {counted(documents, 'document')} in {counted(chunks, 'chunk')} for "
+        fine += counted(options.world_size, "rank")
     local = split_uri(options.output)[0] == "file"
     print(f"documents {'unknown' if documents is None else documents}")
     print(f"output {os.path.abspath(options.output) if local else options.output}")
     print(f"output-config {options.output_config}\nstate-dir {state}")
+    print(fine)
 
 
 def raise_reason(reason: sdg.Error) -> None:

@@ -60,17 +60,22 @@ class Stop:
         cancel: ends it when no engine is working.
         everything: for one of several jobs: ends all of them, if the server fails that they share.
         name: of the job, printed before its reason.
+        quiet: the reason is raised to a caller in Python, who decides what to do with it: it is not printed, and the
+            process goes on.
 
     Attributes:
         stopping: set when it ends early, for threads.
         gently: how to end it while an engine is working.
     """
 
-    def __init__(self, cancel: Callable[[], object], everything: Stop | None = None, name: str = "") -> None:
+    def __init__(
+        self, cancel: Callable[[], object], everything: Stop | None = None, name: str = "", quiet: bool = False
+    ) -> None:
         self.reason: sdg.Error | None = None
         self.stopping = threading.Event()
         self.gently: Callable[[], None] | None = None
         self._cancel, self._everything, self._name = cancel, everything, name
+        self.quiet: bool = everything.quiet if everything else quiet
 
     def __call__(self, reason: sdg.Error) -> None:
         first, self.reason = self.reason is None, self.reason or reason
@@ -86,7 +91,7 @@ class Stop:
             self._cancel()
 
     def _say(self, reason: sdg.Error) -> None:
-        if reason.said:
+        if reason.said or self.quiet:
             return
         sdg.say(f"{self._name}{reason}")
         reason.said = True
@@ -115,13 +120,19 @@ async def reported(engine: sdg.Engine, stop: Stop) -> AsyncIterator[None]:
     """Show an engine's progress, keep its figures, and print at the end what was written where."""
     async with progress(engine), heartbeat(engine):
         yield
+    figures, chunks = await record_end(engine, stop), await engine.store.chunks()
+    if figures["documents"] or not stop.reason:
+        with contextlib.suppress(BrokenPipeError):  # no one reads it: the run is as good as before
+            print(report(engine, figures, chunks.values()), flush=True)
+
+
+async def record_end(engine: sdg.Engine, stop: Stop) -> dict[str, Any]:
+    """Write the figures of a rank that has ended, and the sum over all ranks. Returns the rank's."""
     figures = await statistics(engine, await engine.store.tally())
     record = {"status": status_of(stop.reason), "expected": engine.intake.expected()}
     write_rank(engine.run, figures, record, stop.reason)
     write_statistics(engine.run)
-    if figures["documents"] or not stop.reason:
-        with contextlib.suppress(BrokenPipeError):  # no one reads it: the run is as good as before
-            print(report(engine, figures), flush=True)
+    return figures
 
 
 class Job:
@@ -273,14 +284,22 @@ def open_run(config: Config, stop: Stop) -> sdg.Run:
     return run
 
 
-async def run_all(configs: list[Config], present: Present = reported) -> None:
-    """Run the jobs of some configs; raises the worst of their errors."""
+async def run_all(
+    configs: list[Config], present: Present = reported, called: Callable[[Stop], object] | None = None
+) -> None:
+    """Run the jobs of some configs; raises the worst of their errors.
+
+    Args:
+        configs: each is a job.
+        present: a context manager around each engine's work: shows it.
+        called: for calls in Python: given what stops all jobs, instead of signals.
+    """
     task = asyncio.current_task()
     assert task
-    stop = Stop(task.cancel)
+    stop = Stop(task.cancel, quiet=called is not None)
     jobs: list[Job] = []
     try:
-        with signals(stop):
+        with signals(stop) if called is None else contextlib.nullcontext(called(stop)):
             for config in configs:
                 name = f"config {config.name}: " if len(configs) > 1 else ""
                 jobs.append(Job(config, stop, name, present))

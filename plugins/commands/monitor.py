@@ -10,10 +10,10 @@ import sys
 import time
 
 import sdg
-from sdg_plugins.common import recorded
+from sdg_plugins.common import hub, recorded
 from sdg_plugins.common.options import Parser, number
 from sdg_plugins.common.ranks import Overview, any_queued, other_jobs, progress_section
-from sdg_plugins.publishing import card, hub
+from sdg_plugins.publishing import card
 from sdg_plugins.publishing.publisher import Publisher
 from sdg_plugins.publishing.spool import uses_spool
 
@@ -30,7 +30,7 @@ def register_commands(register: sdg.RegisterCommands) -> None:
 def monitor(argv: list[str]) -> int:
     """Publish finished chunks, and keep the card's progress up to date until the run ends."""
     parser = Parser(prog="sdg.py monitor", description=monitor.__doc__)
-    recorded.add_run_options(parser)
+    recorded.add_run_options(parser, required=True)
     interval, patience = number(float, 0.1), number(float, 1)
     parser.add_argument("--interval", metavar="S", type=interval, default=300.0, help="seconds between updates [300]")
     parser.add_argument(

@@ -9,28 +9,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import os
-import re
-import shutil
-import sys
 import tempfile
-import textwrap
 from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 import sdg
 from sdg_plugins.commands.jobs import Stop, run_all
-from sdg_plugins.common.chunks import plain
 from sdg_plugins.common.command_line import Config
 from sdg_plugins.common.files import format_of, split_uri
-from sdg_plugins.common.notes import Exchange, Notes, Outcome
+from sdg_plugins.common.notes import DocumentRecord, Exchange, Notes
 from sdg_plugins.common.secrets import secrets_of
+from sdg_plugins.common.terminal import field_lines, heading, printable
 
-LONGEST = 10_000  # characters of a text that are shown: a few pages
-TAIL = 2_000  # of these, from the end of the text
 LOG_LINES = 20  # of a server's log, if the preview fails
 
 
@@ -100,7 +91,7 @@ def summary_lines(notes: Notes) -> Iterator[str]:
     yield f"{', '.join(counts)}. Nothing was written."
 
 
-def document_lines(number: int, outcome: Outcome) -> Iterator[str]:
+def document_lines(number: int, outcome: DocumentRecord) -> Iterator[str]:
     """A document's requests and its outcome."""
     yield heading(f"document {number}{outcome.id and f' · {outcome.id}'}")
     for i, requests in enumerate(outcome.rollouts, 1):
@@ -144,46 +135,3 @@ def request_lines(request: Exchange, row: Mapping[str, Any] | None) -> Iterator[
     choices = {f"choice {i}": choice["text"] for i, choice in enumerate(reply.pop("choices"), 1)}
     yield "response"
     yield from field_lines({name: value for name, value in {**reply, **choices}.items() if value is not None}, 4)
-
-
-def field_lines(values: Mapping[str, Any], indent: int) -> Iterator[str]:
-    """Names and values, one per line. Long texts, lists and structs follow below their names."""
-    width = shutil.get_terminal_size().columns
-    for name, value in values.items():
-        lead = f"{' ' * indent}{printable(name)}:"
-        if isinstance(value, str):
-            text = printable(shorten(value))
-            if "\n" not in text and len(lead) + len(text) < max(width, 60):
-                yield f"{lead} {text}"
-            else:
-                yield lead
-                yield textwrap.indent(text, " " * (indent + 4))
-        elif isinstance(value, dict) and value:
-            yield lead
-            yield from field_lines(value, indent + 4)
-        elif isinstance(value, list) and any(isinstance(item, dict | list | str) for item in value):
-            yield lead
-            yield from field_lines({f"- {i}": item for i, item in enumerate(value, 1)}, indent + 4)
-        else:
-            yield f"{lead} {printable(shorten(orjson.dumps(value, default=plain).decode()))}"
-
-
-def shorten(text: str) -> str:
-    """A text, or the beginning and the end of one that is very long."""
-    if len(text) <= LONGEST:
-        return text
-    hidden = len(text) - LONGEST
-    return f"{text[: LONGEST - TAIL]}\n[… {hidden:,} of {len(text):,} characters are not shown …]\n{text[-TAIL:]}"
-
-
-def printable(text: str) -> str:
-    """A text with its control characters escaped, because a terminal would obey them."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
-
-
-def heading(text: str, line: str = "─") -> str:
-    """A line across the terminal that contains a text."""
-    width = max(40, min(120, shutil.get_terminal_size().columns))
-    text = printable(text)
-    full = f"{line * 3} {text} {line * max(3, width - len(text) - 5)}"
-    return f"\x1b[1m{full}\x1b[0m" if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else full

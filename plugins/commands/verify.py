@@ -5,10 +5,9 @@ It reads input, state and output again, and compares published files with those 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import sqlite3
 import sys
+from collections import Counter
 from collections.abc import Iterator
 
 import sdg
@@ -34,35 +33,48 @@ def verify(argv: list[str]) -> int:
     parser = Parser(prog="sdg.py verify", description=verify.__doc__)
     recorded.add_run_options(parser)
     run = recorded.load_run(parser.parse_args(argv))
-    found, counts = 0, {"rows": 0, "filtered": 0, "failed": 0}
-    for discrepancy in discrepancies(run, counts):
+    found, counts, unfinished = 0, Counter({"rows": 0, "filtered": 0, "failed": 0}), Counter[str]()
+    for discrepancy in discrepancies(run, counts, unfinished):
         found += 1
         print(discrepancy, file=sys.stderr)
     figures = ", ".join(f"{number:,} {name}" for name, number in counts.items())
-    result = f"{found:,} discrepanc{'y' if found == 1 else 'ies'}" if found else "all accounted for"
-    print(f"{counted(sum(counts.values()), 'document')}: {figures}; {result}")
-    return 1 if found else 0
+    result = (
+        f"{found:,} discrepanc{'y' if found == 1 else 'ies'}" if found else "nothing is wrong" if unfinished else ""
+    )
+    print(f"{counted(counts.total(), 'document')}: {figures}; {result or 'all accounted for'}")
+    if unfinished:
+        chunks = f"{counted(unfinished['chunks'], 'chunk')} with {counted(unfinished['documents'], 'document')}"
+        print(f"not finished: {chunks}{ranks_not_begun(run)}; run the same command again to go on")
+    return 1 if found or unfinished else 0
 
 
-def discrepancies(run: sdg.Run, counts: dict[str, int]) -> Iterator[str]:
-    """All discrepancies, a line each; adds the documents that are accounted for to `counts`."""
+def ranks_not_begun(run: sdg.Run) -> str:
+    """The ranks that have not begun, for the summary."""
+    missing = [rank for rank in range(run.options.world_size) if not (run.state / f"{rank:05d}.sqlite3").exists()]
+    shown = ", ".join(map(str, missing[:10])) + "…" * (len(missing) > 10)
+    return f"; rank {shown} {'have' if len(missing) > 1 else 'has'} not begun" if missing else ""
+
+
+def discrepancies(run: sdg.Run, counts: Counter[str], unfinished: Counter[str]) -> Iterator[str]:
+    """All discrepancies, a line each.
+
+    Args:
+        run: whose.
+        counts: the documents that are accounted for are added to it.
+        unfinished: the chunks that are still to be written, and their documents, are added to it.
+    """
     options = run.options
-    with reading(options.input):
-        reader = run.plugins.readers[options.reader].factory(run)
+    reader = recorded.reader_of(run)
     writer = run.plugins.writers[format_of(options.output_filename)].factory(run)
-    known = {}
-    for rank in range(options.world_size):
-        path = run.state / f"{rank:05d}.sqlite3"
-        if path.exists():
-            known.update(asyncio.run(read_chunks(path.absolute().as_uri())))
-        else:
-            yield f"rank {rank} has not run: {path} is missing"
+    known = {chunk.index: chunk for chunk in recorded.chunks_of(run)}
     expected = set()
     for opened in all_chunks(run, reader):
         chunk = known.pop(opened.chunk.index, None)
         rows = f"rows {opened.chunk.start:,} to {opened.chunk.start + opened.chunk.count - 1:,} of the input"
         if chunk is None or not chunk.written:
-            yield f"chunk {opened.chunk.index} ({rows}) is not finished: run the same command again"
+            unfinished.update(chunks=1, documents=opened.chunk.count)
+            if chunk:  # written before, and open again for what was added or failed
+                expected |= {run.path_of(chunk), run.failed_path_of(chunk)}
         elif chunk.count != opened.chunk.count:
             yield f"chunk {chunk.index} ({rows}) was written with {counted(chunk.count, 'document')}"
         else:
@@ -94,17 +106,6 @@ def all_chunks(run: sdg.Run, reader: sdg.Reader) -> Iterator[OpenChunk]:
             yield OpenChunk(sdg.Chunk(index, index * size), parts, reader.schema)
         if sum(1 if isinstance(part, sdg.BadRow) else part.batch.num_rows for part in parts) < count:
             return
-
-
-async def read_chunks(uri: str) -> dict[int, sdg.Chunk]:
-    """The chunks that a rank has recorded in its database, which `uri` names."""
-    import aiosqlite
-
-    try:
-        async with aiosqlite.connect(f"{uri}?mode=ro", uri=True) as db:
-            return await sdg.recorded_chunks(db)
-    except sqlite3.Error as exc:
-        raise sdg.StateError(f"state {uri} cannot be read: {exc}") from exc
 
 
 def discrepancies_of_chunk(run: sdg.Run, chunk: sdg.Chunk, ids: list[str], writer: sdg.Writer) -> Iterator[str]:

@@ -19,7 +19,7 @@ from sdg_plugins.common.checks import check_blocks, reading
 from sdg_plugins.common.files import split_uri
 from sdg_plugins.common.paths import follow, parse_path, prompt_column_of
 from sdg_plugins.common.results import infer_fields
-from sdg_plugins.common.rows import numbered, shape_of, with_messages
+from sdg_plugins.common.rows import NUMBER, numbered, shape_of, with_messages
 from sdg_plugins.common.state import fixed_fields, promised_fields, recorded_fields, settle_fields
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class OpenChunk:
                 yield position, self.bad[position].reason
                 continue
             try:
-                text, messages = prompt_of(value)
+                text, messages = parse_prompt(value)
             except sdg.BadDocument as exc:
                 yield position, f"column {prompt_column!r} {exc}"
                 continue
@@ -207,6 +207,7 @@ class Outlet:
     def settle(self, outcomes: list[bytes]) -> None:
         """Learn the fields of results from a chunk's outcomes, if there are results in it."""
         results = [result for _, status, body in _each(outcomes) if status == "row" for result in body]
+        results = [{name: value for name, value in result.items() if name != NUMBER} for result in results]
         own = settle_fields(self._run, infer_fields(results)) if results else None
         self.fields = own or recorded_fields(self._run.state)  # another rank's
 
@@ -328,7 +329,7 @@ def id_column_of(options: argparse.Namespace, schema: pa.Schema) -> str | None:
     return options.id_column or ("id" if "id" in schema.names else None)
 
 
-def prompt_of(value: Any) -> tuple[str, list[dict[str, Any]] | None]:
+def parse_prompt(value: Any) -> tuple[str, list[dict[str, Any]] | None]:
     """Text and messages of a prompt column's value; BadDocument if it is not a prompt."""
     if isinstance(value, str):
         if not value.strip():

@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 import sdg
 from sdg_plugins.common import models
 from sdg_plugins.common.checks import check_rollout
-from sdg_plugins.common.files import expanded, format_of, list_files, split_uri
+from sdg_plugins.common.files import default_state_dir, expanded, format_of, list_files, split_uri
 from sdg_plugins.common.options import Option, Options, Parser, json_object, name_and_variable, names, number, one_of
 
 FILENAME = "${rank}_${chunk_index}.parquet"
 LONG_DOCUMENTS = ("truncate", "split", "fail")
+DEMO_OUTPUT = "output/demo"  # so that a demonstration does not stand in the way of the first real run
+FLAG = "store_true"
 EMPTY_ANSWERS = ("fail", "keep")
 
 
@@ -49,28 +51,24 @@ OPTIONS = {
         Option(
             "--output",
             "URI",
-            "a folder, s3://… or hf://datasets/OWNER/NAME; default: ./output/<rollout>",
+            "a folder, s3://… or hf://datasets/OWNER/NAME; default: ./output/<rollout>, ./output/demo for the demo",
             shared=True,
         ),
         Option("--output-config", "NAME", "sub-folder, and the config for load_dataset", "data", shared=True),
         Option(
             "--output-filename", "T", "template with ${chunk_index}; .jsonl writes JSON lines", FILENAME, identity=True
         ),
-        Option("--records-per-chunk", "N", "documents per file and checkpoint", 1000, _count, identity=True),
         Option(
-            "--flat", None, "write a row for each result, its fields as columns", action="store_true", identity=True
-        ),
-        Option(
-            "--keep-columns", "A,B", "columns of the source that rows have; default: all", type=names, identity=True
-        ),
-        Option("--drop-columns", "A,B", "columns of the source that rows do not have", type=names, identity=True),
-        Option(
-            "--keep-messages",
-            None,
-            "write the messages of each result's last request, with the answer",
-            action="store_true",
+            "--records-per-chunk",
+            "N",
+            "documents per file and checkpoint; default: 1000, fewer for inputs of less than 100,000",
+            type=_count,
             identity=True,
         ),
+        Option("--flat", None, "write a row for each result, with its fields as columns", action=FLAG, identity=True),
+        Option("--keep-columns", "A,B", "columns of the source that rows keep [all]", type=names, identity=True),
+        Option("--drop-columns", "A,B", "columns of the source that rows do not keep", type=names, identity=True),
+        Option("--keep-messages", None, "write the messages of each result's last request", action=FLAG, identity=True),
         Option("--results-column", "NAME", "column for the results", "rollout_results", identity=True),
     ],
     "server": [
@@ -444,7 +442,8 @@ def _derive(options: argparse.Namespace, plugins: sdg.Plugins) -> None:
     _check_filename(options.output_filename)
     if not re.fullmatch(r"[\w.-]+", options.output_config) or options.output_config in {"failed", ".", "..", ".sdg"}:
         raise sdg.UsageError(f"--output-config {options.output_config!r}: expected a folder name other than `failed`")
-    options.output = expanded(options.output or f"output/{options.rollout}")
+    demo = options.server == "demo" or not options.input
+    options.output = expanded(options.output or (DEMO_OUTPUT if demo else f"output/{options.rollout}"))
     _check_uris(options)
     scheme, name = split_uri(options.output)[0], options.output_filename
     options.writer = scheme if scheme in plugins.writers else by_scheme_or_suffix(plugins, "writers", name)
@@ -496,13 +495,6 @@ def _derive_rank(options: argparse.Namespace) -> None:
             raise sdg.UsageError("this Slurm array has gaps: give --rank and --world-size")
     if options.rank >= options.world_size:
         raise sdg.UsageError(f"--rank {options.rank} must be less than --world-size {options.world_size}")
-
-
-def default_state_dir(output: str, config: str) -> str:
-    """The default folder of a run's state: inside the output if that is a folder, else below the working directory."""
-    scheme, rest = split_uri(sdg.redact(output))
-    base = Path(rest) / ".sdg" if scheme == "file" else Path(".sdg") / re.sub(r"[^\w.-]+", "-", rest.strip("/"))
-    return str(base if config == "data" else base / config)
 
 
 def by_scheme_or_suffix(plugins: sdg.Plugins, kind: str, uri: str) -> str:

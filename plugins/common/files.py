@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import tempfile
-import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,10 +19,8 @@ from typing import Any
 import xxhash
 
 import sdg
+from sdg_plugins.common import s3
 
-S3_ATTEMPTS = 10  # per request, unless AWS_MAX_ATTEMPTS is set: about 70 s with the back-off of the AWS library
-QUICK_ATTEMPTS = 4  # per request of the first access, which fails mostly by mistake: 5 s, 25 s if nothing responds
-S3_VARIABLES = "AWS_ACCESS_KEY_ID or AWS_PROFILE, AWS_REGION and AWS_ENDPOINT_URL_S3"
 OBJECT_STORES = {"s3", "gcs", "abfs"}  # have no folders: creating one leaves an empty object
 PUT_BYTES = 16 << 20  # written at a time: more than the smallest part of an upload, so that pyarrow copies nothing
 END_BYTES = 64 << 10  # hashed at either end of an input file
@@ -58,7 +55,7 @@ def fixed_folder(pattern: str) -> str:
 
 
 def filesystem(uri: str, quick: bool = False) -> tuple[Any, str]:
-    """The pyarrow file system of a URI, and the path in it (absolute if local). See `_s3` for `quick`."""
+    """The pyarrow file system of a URI, and the path in it (absolute if local). See `s3.client` for `quick`."""
     import pyarrow as pa
     import pyarrow.fs
 
@@ -71,7 +68,7 @@ def filesystem(uri: str, quick: bool = False) -> tuple[Any, str]:
         bucket = path.partition("/")[0]
         if not re.fullmatch(r"[\w.:-]+", bucket):
             raise sdg.UsageError(f"{sdg.redact(uri)}: expected the name of a bucket after s3://")
-        return _s3(bucket, "".join(settings), quick), path.rstrip("/")
+        return s3.client(bucket, "".join(settings), quick), path.rstrip("/")
     try:
         try:
             fs, path = pyarrow.fs.FileSystem.from_uri(uri)
@@ -86,50 +83,7 @@ def filesystem(uri: str, quick: bool = False) -> tuple[Any, str]:
     return fs, str(path)
 
 
-# ── S3 ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def s3_endpoint() -> str | None:
-    """The server to use instead of AWS, from the same environment variables as AWS's own programs."""
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
-
-
-@functools.cache
-def _s3(bucket: str, settings: str, quick: bool) -> Any:
-    """A client for a bucket, which retries for about a minute while the server is overloaded or unreachable.
-
-    A client from `FileSystem.from_uri` gives up sooner, and waits only 3 s for a response: completing a large upload
-    takes longer. Credentials are found by the AWS library, as is the region if the bucket's cannot be looked up.
-
-    Args:
-        bucket: its name.
-        settings: as in pyarrow's URIs: `region=…&endpoint_override=…`.
-        quick: retry for a few seconds only.
-    """
-    import pyarrow.fs
-
-    options: dict[str, Any] = {"endpoint_override": s3_endpoint(), **dict(urllib.parse.parse_qsl(settings))}
-    if not options["endpoint_override"] and "region" not in options:
-        options["region"] = _region_of(bucket)
-    configured = os.environ.get("AWS_MAX_ATTEMPTS", "")
-    attempts = QUICK_ATTEMPTS if quick else int(configured) if configured.isdigit() else S3_ATTEMPTS
-    return pyarrow.fs.S3FileSystem(
-        **options,
-        retry_strategy=pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=attempts),
-        connect_timeout=5,
-        request_timeout=5 if quick else 60,
-    )
-
-
-@functools.cache
-def _region_of(bucket: str) -> str | None:
-    """The bucket's region; None if AWS cannot be reached, as in a private network."""
-    import pyarrow.fs
-
-    try:
-        return str(pyarrow.fs.resolve_s3_region(bucket))
-    except OSError:
-        return None
+# ── Access ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _check_bucket(uri: str) -> None:
@@ -152,8 +106,8 @@ def access_errors(uri: str, kind: type[sdg.Error]) -> Iterator[None]:
     except (OSError, pa.ArrowException) as exc:
         at, hint = "", ""
         if split_uri(uri)[0] == "s3":
-            at = f" at {sdg.redact(endpoint)}" if (endpoint := s3_endpoint()) else ""
-            hint = f"; check {S3_VARIABLES}"
+            at = f" at {sdg.redact(found)}" if (found := s3.endpoint()) else ""
+            hint = f"; check {s3.VARIABLES}"
         option = "--input " if kind is sdg.InputError else ""
         raise kind(f"{option}{sdg.redact(uri)}{at} cannot be used: {sdg.reason_of(exc)}{hint}") from exc
 
@@ -359,6 +313,13 @@ class Place:
 def output_place(options: argparse.Namespace, state: Path) -> Place:
     """Where a run writes: the output, or a folder of the state if the output's scheme has a writer of its own."""
     return Place(str(state / "spool") if options.writer == split_uri(options.output)[0] else options.output)
+
+
+def default_state_dir(output: str, config: str) -> str:
+    """The default folder of a run's state: inside the output if that is a folder, else below the working directory."""
+    scheme, rest = split_uri(sdg.redact(output))
+    base = Path(rest) / ".sdg" if scheme == "file" else Path(".sdg") / re.sub(r"[^\w.-]+", "-", rest.strip("/"))
+    return str(base if config == "data" else base / config)
 
 
 def sync(path: str | Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,7 @@ class Exchange:
 
 
 @dataclasses.dataclass
-class Outcome:
+class DocumentRecord:
     """The outcome of a document.
 
     Attributes:
@@ -76,7 +77,7 @@ class Notes:
 
     def __init__(self) -> None:
         self.requests: list[Exchange] = []
-        self.outcomes: list[Outcome] = []
+        self.outcomes: list[DocumentRecord] = []
         self.schema: pa.Schema | None = None
         self._documents: dict[int, tuple[str, list[list[Exchange]]]] = {}
         self._rollouts: dict[object, list[Exchange]] = {}
@@ -126,7 +127,7 @@ class Notes:
         for chunk in (await engine.store.chunks()).values():
             self.outcomes.extend(self._of_chunk(engine, chunk))
 
-    def _of_chunk(self, engine: sdg.Engine, chunk: sdg.Chunk) -> Iterator[Outcome]:
+    def _of_chunk(self, engine: sdg.Engine, chunk: sdg.Chunk) -> Iterator[DocumentRecord]:
         rows: Iterator[dict[str, Any]] = iter(())
         failures: Iterator[dict[str, Any]] = iter(())
         if chunk.written:
@@ -137,21 +138,21 @@ class Notes:
         for position in range(chunk.count):
             id_, rollouts = self._documents.get(chunk.start + position, ("", []))
             if not chunk.written:
-                yield Outcome(id_, "", rollouts=rollouts)
+                yield DocumentRecord(id_, "", rollouts=rollouts)
             elif position in chunk.failed:
                 failure = next(failures)
-                yield Outcome(failure["id"], "failed", failure=failure, rollouts=rollouts)
+                yield DocumentRecord(failure["id"], "failed", failure=failure, rollouts=rollouts)
             elif position in chunk.filtered:
-                yield Outcome(id_, "filtered", rollouts=rollouts)
+                yield DocumentRecord(id_, "filtered", rollouts=rollouts)
             else:
-                yield Outcome(id_, "row", row=next(rows), rollouts=rollouts)
+                yield DocumentRecord(id_, "row", row=next(rows), rollouts=rollouts)
 
 
 def rows_of_documents(run: sdg.Run, table: pa.Table) -> list[dict[str, Any]]:
     """A row for each document; of several flat rows all, by their numbers."""
     rows = rows_of(table)
     firsts = [*shape_of(run.options).firsts(table), len(rows)]
-    groups = [rows[start:end] for start, end in zip(firsts, firsts[1:], strict=False)]
+    groups = [rows[start:end] for start, end in itertools.pairwise(firsts)]
     return [group[0] if len(group) == 1 else {f"row {i}": row for i, row in enumerate(group)} for group in groups]
 
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import orjson
+
+import sdg
 
 # ── Values ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -146,17 +151,42 @@ class Options:
         return inner
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser that suggests close matches for unknown options."""
+def program() -> str:
+    """The name by which this program was called: `sdg` if it is installed, else `sdg.py`."""
+    return "sdg" if Path(sys.argv[0]).name == "sdg" else "sdg.py"
 
-    def __init__(self, **settings: Any) -> None:
+
+_refusing: ContextVar[bool] = ContextVar("refusing", default=False)
+
+
+@contextlib.contextmanager
+def refusing() -> Iterator[None]:
+    """Let parsers raise UsageError for wrong options, instead of printing their usage and ending the program."""
+    token = _refusing.set(True)
+    try:
+        yield
+    finally:
+        _refusing.reset(token)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that suggests close matches for unknown options, and calls the program as it was called."""
+
+    def __init__(self, *, prog: str, usage: str | None = None, **settings: Any) -> None:
         self.flags: list[str] = []
-        super().__init__(allow_abbrev=False, **settings)
+        usage = usage and usage.replace("sdg.py", program())
+        super().__init__(allow_abbrev=False, prog=prog.replace("sdg.py", program(), 1), usage=usage, **settings)
 
     def add_argument(self, *flags: Any, **settings: Any) -> argparse.Action:
         """See `argparse`."""
         self.flags.extend(flags)
         return super().add_argument(*flags, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        """See `argparse`."""
+        if _refusing.get():
+            raise sdg.UsageError(message)
+        super().error(message)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """See `argparse`."""

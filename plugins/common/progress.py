@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shlex
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import Any
 
 import sdg
-from sdg_plugins.common.files import format_of
+from sdg_plugins.common.files import default_state_dir
+from sdg_plugins.common.markdown import counted
+from sdg_plugins.common.options import program
 from sdg_plugins.common.statistics import retries_in
 
 BAR_INTERVAL = 0.5  # s between two updates on a terminal
@@ -31,15 +34,15 @@ async def progress(engine: sdg.Engine) -> AsyncIterator[None]:
     terminal = sys.stderr.isatty()
     began = sum(engine.tally.values())
     columns, lines = os.get_terminal_size(sys.stderr.fileno()) if terminal else (0, 0)
+    terminal = terminal or "ipykernel" in sys.modules  # a notebook shows a bar as well
     shape = "{n_fmt}/{total_fmt} {percentage:3.0f}%|{bar}| {desc}"
     columns, lines = columns or 80, lines or 24  # some terminals report no size
     bar = tqdm(initial=began, disable=not terminal, bar_format=shape, ncols=columns, nrows=lines)
 
     def show() -> None:
         bar.total = engine.intake.expected()
-        words = time_to_go(engine, bar.format_interval) + figures_of(engine)
-        room = max(20, columns - 45)  # the bar needs the rest
-        words = words if len(words) <= room else words[:room].rpartition(", ")[0]
+        counts = 2 * len(f"{bar.total or 0}")  # the bar and they need the rest
+        words = fitted(figures_of(engine, time_to_go(engine, bar.format_interval)), max(20, columns - counts - 18))
         bar.set_description_str(words, refresh=False)
         bar.update(sum(engine.tally.values()) - bar.n)
         bar.refresh()
@@ -62,15 +65,20 @@ def rate_of(engine: sdg.Engine) -> float:
     return engine.finished / max(engine.client.pool.seconds, 1e-9)
 
 
-def time_to_go(engine: sdg.Engine, shown: Callable[[int], str]) -> str:
+def fitted(words: str, room: int) -> str:
+    """As many of the figures, separated by commas, as fit."""
+    return words if len(words) <= room else words[: room + 1].rpartition(", ")[0] or words[:room]
+
+
+def time_to_go(engine: sdg.Engine, shown: Callable[[int], str]) -> list[str]:
     """Remaining time and documents per second, for the bar."""
     rate = rate_of(engine)
     left = max(0, (engine.intake.expected() or 0) - sum(engine.tally.values()))
-    return f"ETA {shown(int(left / rate))}, {rate:,.1f} documents/s, " if rate and left else ""
+    return [f"ETA {shown(int(left / rate))}", f"{rate:,.1f} documents/s"] if rate and left else []
 
 
-def figures_of(engine: sdg.Engine) -> str:
-    """The figures beside the bar."""
+def figures_of(engine: sdg.Engine, speed: Iterable[str] = ()) -> str:
+    """The figures beside the bar: first what someone may have to act on, because a terminal may be narrow."""
     counts, pool = engine.run.counts, engine.client.pool
     pools = {name: model.client.pool for name, model in engine.run.models.items() if model.client}
     every = [upstream for each in (pool, *pools.values()) for upstream in each.upstreams]
@@ -83,7 +91,7 @@ def figures_of(engine: sdg.Engine) -> str:
     loads = [upstream.limit.load for upstream in pool.upstreams if upstream.limit.load and upstream.up.is_set()]
     queue = f" ({sum(load.waiting for load in loads):.0f} queued)" if loads else ""
     rare = {"failed": engine.tally["failed"], "retries": retries_in(counts), "cached": counts["cache_hits"]}
-    figures = [f"{number:,} {name}" for name, number in rare.items() if number]
+    figures = [*(f"{number:,} {name}" for name, number in rare.items() if number), *speed]
     tokens = counts["completion_tokens"] / max(pool.seconds, 1e-9)
     figures += [f"{tokens:,.0f} tokens/s", f"{pool.active} in flight{queue}"]
     figures += [f"{each.active} at {name}" for name, each in pools.items()]
@@ -98,19 +106,25 @@ def progress_line(engine: sdg.Engine) -> str:
     return f"{done:,}{of} documents, {rate:,.1f} documents/s{left}, {figures_of(engine)}"
 
 
-def report(engine: sdg.Engine, figures: dict[str, Any]) -> str:
-    """What was written where, and how to look at it."""
+def report(engine: sdg.Engine, figures: dict[str, Any], chunks: Iterable[sdg.Chunk]) -> str:
+    """What is done, what was written where, and how to look at it.
+
+    Args:
+        engine: that has ended.
+        figures: the rank's statistics.
+        chunks: those that the rank has read.
+    """
     run, place = engine.run, engine.run.output
-    name = run.path_of(sdg.Chunk(0, 0))
     shown = os.path.relpath(place.root) if place.local else place.uri
     shown = place.root if shown.startswith("../../") else shown
-    kind = {"jsonl": "json"}.get(format_of(name), format_of(name))  # pyarrow's name
-    folder = f"{shown}/{os.path.dirname(name)}"
+    in_files = sum(chunk.count for chunk in chunks if chunk.written)
     lines = [
         f"{figures['documents']:,} documents: {figures['rows']:,} rows, {figures['filtered']:,} filtered, "
         f"{figures['failed']:,} failed ({engine.finished:,} of them now, {rate_of(engine):,.1f} documents/s)",
-        f"rows    {folder}",
+        *unfinished_lines(engine, figures["documents"], in_files),
     ]
+    if in_files:
+        lines.append(f"rows    {shown}/{os.path.dirname(run.path_of(sdg.Chunk(0, 0)))}")
     if figures["truncated"]:
         lines.append(
             f"cut     {figures['truncated']:,} documents did not fit the model's context: --long-documents split"
@@ -119,17 +133,42 @@ def report(engine: sdg.Engine, figures: dict[str, Any]) -> str:
         named = ", ".join(f"{n:,} {name}" for name, n in sorted(unusual.items(), key=lambda item: -item[1]))
         lines.append(f"ends    completions that did not end as usual, by finish_reason: {named}")
     if figures["failed"]:
-        failed = f"{shown}/{os.path.dirname(run.failed_path_of(sdg.Chunk(0, 0)))}"
-        lines.append(f"failed  {failed}; run them again with --retry-failed")
-        common = engine.reasons.most_common(3)
-        lines += [f"        {times} × {engine.examples[kind][:150]}" for kind, times in common]
-        lines += [f"        and {len(engine.reasons) - 3:,} more reasons"] * (len(engine.reasons) > 3)
+        lines += failure_lines(engine, f"{shown}/{os.path.dirname(run.failed_path_of(sdg.Chunk(0, 0)))}")
     if run.options.rollouts_per_document > 1 and figures["failed_rollouts"]:
         lines.append(f"lost    {figures['failed_rollouts']:,} rollouts failed; a document fails only if all of its do")
     lines.append(f"state   {run.state}: stats.json has the figures")
-    if place.local:
-        lines.append(
-            f'look    python -c "import pyarrow.dataset as d; '
-            f"print(*d.dataset('{folder}', format='{kind}').head(3).to_pylist(), sep='\\n\\n')\""
-        )
+    if figures["documents"]:
+        lines.append(f"look    {show_command(run)}{' --failed' * (not figures['rows'] and figures['failed'] > 0)}")
     return "\n".join(lines)
+
+
+def unfinished_lines(engine: sdg.Engine, documents: int, in_files: int) -> Iterator[str]:
+    """What a run that ended early leaves to the next process."""
+    expected = engine.intake.expected()
+    if not engine.stopping:
+        return
+    if expected is not None and expected > documents:
+        yield f"open    {counted(expected - documents, 'document')}: run the same command again to go on"
+    if documents > in_files:
+        waiting = counted(documents - in_files, "finished document")
+        yield f"saved   {waiting} in the state, written to a file once all of the chunk are finished"
+
+
+def failure_lines(engine: sdg.Engine, folder: str) -> Iterator[str]:
+    """Where the failed documents are, and the most common reasons of this process."""
+    yield f"failed  {folder}; run them again with --retry-failed"
+    for kind, times in engine.failures.reasons.most_common(3):
+        yield f"        {times} × {engine.failures.examples[kind][:150]}"
+    if len(engine.failures.reasons) > 3:
+        yield f"        and {len(engine.failures.reasons) - 3:,} more reasons"
+
+
+def show_command(run: sdg.Run) -> str:
+    """The command that shows a run's rows."""
+    options = run.options
+    words = [program(), "show", "--output", options.output]
+    if options.output_config != "data":
+        words += ["--config", options.output_config]
+    if options.state_dir != default_state_dir(options.output, options.output_config):
+        words += ["--state-dir", options.state_dir]
+    return shlex.join(words)

@@ -3,20 +3,56 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import sdg
-from sdg_plugins.common.command_line import CORE, default_state_dir
-from sdg_plugins.common.files import expanded, output_place
+from sdg_plugins.common.checks import reading
+from sdg_plugins.common.command_line import CORE
+from sdg_plugins.common.files import default_state_dir, expanded, output_place, split_uri
 from sdg_plugins.common.state import parse_run, remember_source
 
+MEMORY = "memory"  # scheme of an input that was given to `sdg.run` as values
 
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that select a run."""
-    parser.add_argument("--output", required=True, type=expanded, metavar="URI", help="output of the run")
+
+def add_run_options(parser: argparse.ArgumentParser, required: bool = False) -> None:
+    """Add the options that select a run. Without --output it is the latest one that is found; see `latest_output`."""
+    text = "output of the run" if required else "output of the run; default: the latest run below ./output"
+    parser.add_argument("--output", required=required, type=expanded, metavar="URI", help=text)
     parser.add_argument("--output-config", default="data", metavar="NAME", help="--output-config of the run [data]")
     parser.add_argument("--state-dir", type=expanded, metavar="D", help="--state-dir of the run, if it had one")
+
+
+def latest_output(state_dir: str | None) -> str:
+    """The output of the latest run that has its default place, or of the one in a state folder.
+
+    Raises:
+        StateError: there is none.
+    """
+    if state_dir:
+        first = next(iter([Path(state_dir), *(Path(state_dir) / name for name in configs_in(Path(state_dir)))]))
+        return str(load_record(first)["options"]["output"])
+    found: dict[str, float] = {}
+    for path in states_here():
+        output = path.parts[1] if path.parts[0] == "output" else ""
+        name = f"output/{output}" if output else str(parse_run(path, path.read_bytes())["options"]["output"])
+        last = max(file.stat().st_mtime for file in [path, *path.parent.glob("*.stats.json")])
+        found[name] = max(last, found.get(name, 0.0))
+    if not found:
+        raise sdg.StateError("there is no run below ./output: name its output with --output")
+    latest = max(found, key=found.__getitem__)
+    if len(found) > 1:
+        sdg.say(f"this is {latest}, the latest of {len(found)} runs here; --output selects another one")
+    return latest
+
+
+def states_here() -> Iterator[Path]:
+    """The `run.json` of each run whose output and state have their default places below the working directory."""
+    for pattern in ("output/*/.sdg/run.json", "output/*/.sdg/*/run.json", ".sdg/*/run.json", ".sdg/*/*/run.json"):
+        yield from Path().glob(pattern)
 
 
 def load_run(args: argparse.Namespace) -> sdg.Run:
@@ -42,7 +78,11 @@ def load_run(args: argparse.Namespace) -> sdg.Run:
 
 
 def state_folder(args: argparse.Namespace) -> Path:
-    """The folder of the run's state: a sub-folder of --state-dir if the process of the run had several configs."""
+    """The folder of the run's state: a sub-folder of --state-dir if the process of the run had several configs.
+
+    Sets `args.output` if it was not given.
+    """
+    args.output = args.output or latest_output(args.state_dir)
     if not args.state_dir:
         return Path(default_state_dir(args.output, args.output_config))
     below = Path(args.state_dir) / args.output_config
@@ -63,3 +103,32 @@ def load_record(state: Path) -> dict[str, Any]:
 def configs_in(state: Path) -> list[str]:
     """The configs whose states are sub-folders of a state folder."""
     return sorted(path.parent.name for path in state.glob("*/run.json"))
+
+
+def reader_of(run: sdg.Run) -> sdg.Reader:
+    """Open the input of a run. Raises InputError, or StateError if the input was in memory."""
+    if run.options.input and split_uri(run.options.input)[0] == MEMORY:
+        raise sdg.StateError("the input of this run was given in Python, in memory: it cannot be read again")
+    entry = run.plugins.find("readers", run.options.reader)
+    with reading(run.options.input, entry.factory):
+        reader: sdg.Reader = entry.factory(run)
+    return reader
+
+
+def chunks_of(run: sdg.Run) -> list[sdg.Chunk]:
+    """The chunks that all ranks of a run have recorded, in order."""
+    known: dict[int, sdg.Chunk] = {}
+    for rank in range(run.options.world_size):
+        path = run.state / f"{rank:05d}.sqlite3"
+        if path.exists():
+            known.update(chunks_in(path))
+    return [known[index] for index in sorted(known)]
+
+
+def chunks_in(path: Path) -> dict[int, sdg.Chunk]:
+    """The chunks that a rank has recorded in its database, by index. Raises StateError."""
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=60)) as state:
+            return {row[0]: sdg.chunk_of(row) for row in state.execute("SELECT * FROM chunks")}
+    except sqlite3.Error as exc:
+        raise sdg.StateError(f"state {path} cannot be read: {exc}") from exc

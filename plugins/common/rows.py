@@ -89,11 +89,8 @@ class Flat(Shape):
 
     def results(self, rows: pa.Table, fields: Mapping[str, Any]) -> list[Results]:
         """See `Shape`."""
-        added = {*NUMBERS, *fields, "extra"}
-        source = [name for name in rows.column_names if name not in added and not name.startswith("generated_")]
+        source = rows.column_names[: rows.column_names.index(NUMBERS[0])]
         names = flat_names(source, fields)
-        if not set(names.values()) <= set(rows.column_names):  # the source has a column that begins with `generated_`
-            names = flat_names(rows.column_names[: rows.column_names.index("rollout")], fields)
         columns = rows.select([*names.values(), *NUMBERS]).to_pylist()
         found: list[Results] = []
         for row in columns:

@@ -6,6 +6,7 @@ import argparse
 import base64
 import json
 import os
+import re
 import urllib.parse
 from collections.abc import Iterable
 
@@ -54,3 +55,8 @@ def forms_of(value: str) -> Iterable[bytes]:
         text = base64.b64encode(b"\0" * shift + raw)
         # The first and the last characters also hold bits of what stands beside the secret.
         yield text[(0, 2, 3)[shift] : len(text) - (0, 3, 2)[(len(raw) + shift) % 3]]
+
+
+def redact(url: str) -> str:
+    """A URL without the password or key that it may carry."""
+    return re.sub(r"([?&][\w-]*(?:key|token)=)[^&\s]+", r"\1***", re.sub(r"//[^/]*@", "//***@", url))

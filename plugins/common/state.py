@@ -17,14 +17,17 @@ from typing import TYPE_CHECKING, Any, cast
 import xxhash
 
 import sdg
-from sdg_plugins.common.command_line import CORE, default_state_dir
-from sdg_plugins.common.files import expanded, split_uri, sync
+from sdg_plugins.common.command_line import CORE, DEMO_OUTPUT
+from sdg_plugins.common.files import default_state_dir, expanded, split_uri, sync
 from sdg_plugins.common.models import identity_of_models, recordable
 from sdg_plugins.common.results import annotated_fields, base_fields
 from sdg_plugins.common.rows import messages_type
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+LOOK = 1000  # rows that are read to estimate the number of all
+DEMO_MODEL = "demo-extractive"  # of the server `demo`
 
 
 # ── Shared files ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -144,6 +147,9 @@ def claim_state(run: sdg.Run, reader: sdg.Reader) -> None:
         OutputError: there is output without a state.
     """
     path = run.state / "run.json"
+    derived = run.options.records_per_chunk is None
+    if derived:
+        run.options.records_per_chunk = recorded_size(run) or size_of_chunks(documents_in(reader))
     identity = identity_of(run, reader)
     run.source = getattr(reader, "source", {})
     revision = xxhash.xxh3_64_hexdigest(json.dumps(identity["input"]).encode())
@@ -163,9 +169,16 @@ def claim_state(run: sdg.Run, reader: sdg.Reader) -> None:
         raise sdg.StateError(f"there is no run in {run.state} that --retry-failed could complete: is --output correct?")
     recorded = parse_run(path, publish_once(run, path.name, json.dumps(mine, indent=2).encode()))
     run.fingerprint = recorded["fingerprint"]
+    if derived and recorded["identity"]["records_per_chunk"] != run.options.records_per_chunk:  # another rank was first
+        run.options.records_per_chunk = None
+        return claim_state(run, reader)
     changes = changes_since(run, reader, recorded)
-    if changes and untouched(run):  # for example after a mistyped model
+    demo = run.options.output == DEMO_OUTPUT and recorded["identity"]["model"] == DEMO_MODEL
+    if changes and (demo or untouched(run)):  # for example after a mistyped model
+        if demo:
+            sdg.say(f"{DEMO_OUTPUT} holds a demo with other options: it is replaced")
         start_over(run)
+        run.options.records_per_chunk = None if derived else run.options.records_per_chunk
         return claim_state(run, reader)
     if changes:
         raise different_run(run, changes)
@@ -174,6 +187,28 @@ def claim_state(run: sdg.Run, reader: sdg.Reader) -> None:
     now = recorded | {"identity": identity, "options": mine["options"]}
     if now != recorded:
         replace_file(run, path.name, json.dumps(now, indent=2).encode())
+
+
+def recorded_size(run: sdg.Run) -> int | None:
+    """Documents per chunk as the run began; None if it has not."""
+    path = run.state / "run.json"
+    return int(parse_run(path, path.read_bytes())["identity"]["records_per_chunk"]) if path.exists() else None
+
+
+def size_of_chunks(documents: int | None) -> int:
+    """Documents per chunk for an input: a hundredth of it, so that the first file comes early, within limits."""
+    sizes = (100, 200, 500, 1000)
+    return max(size for size in sizes if size == sizes[0] or documents is None or 100 * size <= documents)
+
+
+def documents_in(reader: sdg.Reader) -> int | None:
+    """The number of rows, as far as a reader that is at its beginning can know it after a look at the first ones."""
+    total = reader.total()
+    if total is None:
+        rows = sum(1 if isinstance(part, sdg.BadRow) else part.batch.num_rows for part in reader.read(LOOK))
+        total = reader.total() if rows == LOOK else rows
+        reader.seek(0, None)
+    return total
 
 
 def changes_since(run: sdg.Run, reader: sdg.Reader, recorded: Mapping[str, Any]) -> list[str]:

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import sdg
 from sdg_plugins.common.files import format_of
+from sdg_plugins.common.hub import dataset_of_source
 from sdg_plugins.common.markdown import short_line
-from sdg_plugins.publishing.hub import dataset_of_source
 
 TAGS = ["synthetic", "sdg"]
 FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)

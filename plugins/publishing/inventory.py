@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import sdg
 from sdg_plugins.common import recorded
 from sdg_plugins.publishing.ledger import Known, Ledger
-from sdg_plugins.publishing.repository import Entry, Repository
+from sdg_plugins.publishing.repository import RemoteEntry, Repository
 from sdg_plugins.publishing.spool import Content, HubFile, Spool
 
 
@@ -141,7 +141,7 @@ class Inventory:
     def committed(self, added: dict[HubFile, str], deleted: list[str]) -> None:
         """Take in a commit: the files that it added, with their SHA-256 hashes, and those that it deleted."""
         for file, digest in added.items():
-            self._repository.entries[file.path] = Entry(digest, "")
+            self._repository.entries[file.path] = RemoteEntry(digest, "")
             self._ledger.remember(file.path, Known(self.run_id, file.signature, digest, file.parts))
         for path in deleted:
             del self._repository.entries[path]

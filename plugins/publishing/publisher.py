@@ -17,8 +17,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import sdg
+from sdg_plugins.common import hub
 from sdg_plugins.common.markdown import counted
-from sdg_plugins.publishing import card, hub
+from sdg_plugins.publishing import card
 from sdg_plugins.publishing.front_matter import BrokenCard
 from sdg_plugins.publishing.inventory import Inventory
 from sdg_plugins.publishing.ledger import Ledger

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import sdg
-from sdg_plugins.publishing import hub
+from sdg_plugins.common import hub
 from sdg_plugins.publishing.card import NAME
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
 
 
-class Entry(NamedTuple):
+class RemoteEntry(NamedTuple):
     """A file in the repository, identified by one of two hashes."""
 
     sha256: str | None  # of a large file
@@ -38,8 +38,8 @@ class Repository:
         self.uri, self.address = uri, hub.parse_address(uri)
         if self.address.revision:
             raise sdg.UsageError(f"{uri}: runs publish to `main`: remove @{self.address.revision}")
-        self.api = hub.connect()
-        self.entries: dict[str, Entry] = {}
+        self.api = hub.open_client()
+        self.entries: dict[str, RemoteEntry] = {}
         self.card: bytes | None = None
         self.private = True
         self._head = ""
@@ -119,6 +119,6 @@ class Repository:
         self._head = commit.oid
 
 
-def entry_of(file: RepoFile) -> Entry:
+def entry_of(file: RepoFile) -> RemoteEntry:
     """The entry of a file in a listing."""
-    return Entry(file.lfs.sha256 if file.lfs else None, file.blob_id)
+    return RemoteEntry(file.lfs.sha256 if file.lfs else None, file.blob_id)

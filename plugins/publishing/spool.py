@@ -158,7 +158,7 @@ class Spool:
     def expected(self) -> int:
         """Roughly how many files the run makes, as far as its ranks know; 0 if they are merged."""
         documents = sum(record.get("expected") or 0 for record in self._records())
-        return 0 if self._size else int(documents / self.run.options.records_per_chunk)
+        return 0 if self._size else int(documents / (self.run.options.records_per_chunk or 1000))
 
     def _records(self) -> list[dict[str, Any]]:
         """The record of each rank, in order; {} for ranks that have not begun, or whose figures are broken."""

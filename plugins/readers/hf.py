@@ -13,8 +13,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import sdg
+from sdg_plugins.common import hub
 from sdg_plugins.common.files import fixed_folder, format_of
-from sdg_plugins.publishing import hub
 from sdg_plugins.readers.parquet import ParquetReader
 
 T = TypeVar("T")
@@ -99,7 +99,7 @@ class Dataset:
     def __init__(self, run: sdg.Run, address: hub.Address) -> None:
         from huggingface_hub.errors import RevisionNotFoundError
 
-        self.api = hub.connect()
+        self.api = hub.open_client()
         self.address, self.run = address, run
         earlier = run.source
         same = (earlier.get("dataset"), earlier.get("asked")) == (address.repo, address.revision)

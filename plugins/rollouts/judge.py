@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import sdg
-from sdg_plugins.resources.structured import Ask
+from sdg_plugins.resources.ask import Ask
 
 RUBRIC = """0 for spam, navigation or gibberish; 1 for little of use among much else; 2 for what is on a topic but \
 shallow or disordered; 3 for a coherent text that teaches something; 4 for one that explains well, at a steady level; \

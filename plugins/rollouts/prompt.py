@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import importlib
-import importlib.util
 import json
 import re
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -20,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 import sdg
+from sdg_plugins.common.loading import named_object
 from sdg_plugins.common.paths import prompt_column_of, type_at
-from sdg_plugins.resources import structured
+from sdg_plugins.resources import ask as ask_module
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -65,7 +64,7 @@ async def prompt(
     document: sdg.Document,
     generate: sdg.Generate,
     prompt_of: Callable[[sdg.Document], Messages],
-    ask: structured.Ask,
+    ask: ask_module.Ask,
     run: sdg.Run,
 ) -> sdg.Reply | dict[str, Any]:
     """Send the document unchanged, or in --prompt-template, after --system-prompt; with --schema for JSON."""
@@ -83,7 +82,7 @@ async def prompt(
 def fields_of_answers(run: sdg.Run) -> dict[str, pa.DataType] | None:
     """The fields of results that --schema promises; None without it."""
     schema: Schema | None = run.options.schema
-    return None if schema is None else structured.arrow_fields(schema)
+    return None if schema is None else ask_module.arrow_fields(schema)
 
 
 prompt.fields = fields_of_answers  # type: ignore[attr-defined]
@@ -108,18 +107,16 @@ def parse_template(value: str) -> str:
 
 def parse_schema(value: str) -> Schema:
     """The schema in FILE.json, or that of a type, given as MODULE:TYPE or FILE.py:TYPE."""
-    target, mark, name = value.rpartition(":")
     try:
         if value.endswith(".json"):
             found = Schema(json.loads(Path(value).expanduser().read_text(encoding="utf-8")))
             found.shape = dict(found)
-            structured.form_of(found.shape)
+            ask_module.form_of(found.shape)
             return found
-        if not mark:
+        if ":" not in value:
             raise argparse.ArgumentTypeError(f"{value}: expected FILE.json or MODULE:TYPE")
-        module = sdg._import_file(Path(target))[0] if target.endswith(".py") else importlib.import_module(target)
-        shape = getattr(module, name)
-        found = Schema(structured.form_of(shape).schema)
+        shape = named_object(value)
+        found = Schema(ask_module.form_of(shape).schema)
     except (OSError, ValueError, TypeError, ImportError, AttributeError) as exc:
         raise argparse.ArgumentTypeError(f"{value} is not a schema: {sdg.one_line(exc)}") from exc
     except sdg.Error as exc:
@@ -165,15 +162,12 @@ def environment() -> Any:
 
 
 def names_in(template: str) -> set[str]:
-    """The columns that a template names; DOCUMENT is its text."""
+    """The columns that a template names; DOCUMENT, in Jinja `document`, is the text."""
     if not isinstance(template, Jinja):
         return set(PLACEHOLDER.findall(template))
     import jinja2.meta
 
-    return {
-        name.replace("document", "DOCUMENT") if name == "document" else name
-        for name in jinja2.meta.find_undeclared_variables(environment().parse(template))
-    }
+    return set(jinja2.meta.find_undeclared_variables(environment().parse(template)))
 
 
 def check_places(template: str, run: sdg.Run) -> None:
@@ -182,7 +176,8 @@ def check_places(template: str, run: sdg.Run) -> None:
 
     assert run.schema is not None
     options, used = run.options, names_in(template)
-    names = ["DOCUMENT", *dict.fromkeys(["id", *run.schema.names])]
+    text = "document" if isinstance(template, Jinja) else "DOCUMENT"
+    names = [text, *dict.fromkeys(["id", *run.schema.names])]
     for name in sorted(used):
         if name not in names:
             shown = name if isinstance(template, Jinja) else f"[[{name}]]"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import sdg
-from sdg_plugins.resources.structured import Ask
+from sdg_plugins.resources.ask import Ask
 
 PROMPT = """Write {count} questions on the following text, and answer them. Each question can be understood without \
 the text, asks for something that matters in it, and is unlike the others; each answer is complete, and nothing in it \

@@ -10,6 +10,7 @@ import orjson
 
 import sdg
 from sdg_plugins.common.secrets import secrets_of
+from sdg_plugins.common.waiting import quota_pause
 from sdg_plugins.servers.refusals import WHATEVER_IS_ASKED, error_inside, refused, smallest, way_out
 from sdg_plugins.servers.responses import (
     count_choices,
@@ -22,7 +23,6 @@ from sdg_plugins.servers.responses import (
     worst,
 )
 from sdg_plugins.servers.transport import Answer, Broken, Transport, Unreached
-from sdg_plugins.servers.waiting import quota_pause
 
 if TYPE_CHECKING:
     from sdg_plugins.servers.pool import Pool, Suspicion

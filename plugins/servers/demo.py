@@ -13,11 +13,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 import sdg
+from sdg_plugins.common.state import DEMO_MODEL as MODEL
 
 if TYPE_CHECKING:
     from aiohttp import web
 
-MODEL = "demo-extractive"
 RATE = 100.0  # responses per second: slow enough to watch a run, to stop it and to resume it
 
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 import sdg
+from sdg_plugins.common.waiting import quota_pause, retry_after
 from sdg_plugins.servers.responses import UNCODED_ATTEMPTS, code_in, error_in, error_text, words_in
 from sdg_plugins.servers.transport import Answer, redirected
-from sdg_plugins.servers.waiting import quota_pause, retry_after
 
 if TYPE_CHECKING:
     from sdg_plugins.common.secrets import Secrets

@@ -16,10 +16,10 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import sdg
+from sdg_plugins.common import hub
 from sdg_plugins.common.files import format_of
-from sdg_plugins.common.options import number
+from sdg_plugins.common.options import number, program
 from sdg_plugins.common.ranks import progress_section
-from sdg_plugins.publishing import hub
 from sdg_plugins.publishing.publisher import Publisher
 from sdg_plugins.publishing.quota import FILES
 
@@ -106,7 +106,8 @@ async def publish_during(run: sdg.Run) -> AsyncIterator[None]:
     """Publish in the background during the run, and the remaining files at its end unless it was ended early."""
     if not publishes_itself(run):
         yield
-        sdg.say(f"the rows are in {run.output.root}; `sdg.py monitor --output {run.options.output}` publishes them")
+        publishes = f"`{program()} monitor --output {run.options.output}` publishes them"
+        sdg.say(f"the rows are in {run.output.root}; {publishes}")
         return
     thread = PublisherThread(run, asyncio.get_running_loop())
     thread.start()

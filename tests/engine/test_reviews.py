@@ -21,7 +21,7 @@ from fake_server import Delay, FakeServer, Hang, Raw, Status, prompt_of
 from running import Job, documents, wait_until
 
 import sdg
-from sdg_plugins.servers.waiting import retry_after
+from sdg_plugins.common.waiting import retry_after
 
 KEY = "sk-VERYSECRETKEY0123456789"
 

@@ -28,9 +28,10 @@ from hypothesis import given, settings, strategies as st
 from running import Finished, Job, Output, documents, wait_until
 
 import sdg
+from sdg_plugins.common import hub as hub_plugin
 from sdg_plugins.common.command_line import FILENAME
 from sdg_plugins.common.files import output_place
-from sdg_plugins.publishing import hub as hub_plugin, quota as quota_plugin, spool as spool_plugin
+from sdg_plugins.publishing import quota as quota_plugin, spool as spool_plugin
 from sdg_plugins.publishing.ledger import Ledger
 from sdg_plugins.publishing.publisher import Publisher
 from sdg_plugins.publishing.spool import Spool

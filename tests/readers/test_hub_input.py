@@ -107,7 +107,7 @@ def texts_of(reader: Any, start: int = 0, rows: int = 1 << 40) -> list[str]:
 @pytest.fixture
 def here(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Here]:
     here = Here(hub)
-    monkeypatch.setattr("sdg_plugins.publishing.hub.connect", lambda: HfApi(endpoint=hub.url))
+    monkeypatch.setattr("sdg_plugins.common.hub.open_client", lambda: HfApi(endpoint=hub.url))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(logging.getLogger("huggingface_hub"), "disabled", True)
@@ -166,7 +166,7 @@ def loaded(published: FakeHub, tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_configs_splits_and_order_are_those_of_load_dataset(
     title: str, loaded: Any, published: FakeHub, here: Here, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sdg_plugins.publishing.hub.connect", lambda: HfApi(endpoint=published.url))
+    monkeypatch.setattr("sdg_plugins.common.hub.open_client", lambda: HfApi(endpoint=published.url))
 
     for config, splits in loaded[NAMES[title]].items():
         if isinstance(splits, str):

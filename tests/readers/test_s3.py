@@ -21,7 +21,7 @@ from fake_server import FakeServer, Status, free_port
 from running import Finished, Job, Output, Sdg, documents, wait_until
 
 import sdg
-from sdg_plugins.common import files
+from sdg_plugins.common import s3 as s3_client
 
 SECRET = "a-secret-that-must-not-be-shown"
 
@@ -59,9 +59,9 @@ def here(env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
         monkeypatch.delenv(name)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    files._s3.cache_clear()
+    s3_client.client.cache_clear()
     yield
-    files._s3.cache_clear()
+    s3_client.client.cache_clear()
 
 
 def parquet(rows: list[dict[str, str]]) -> bytes:
@@ -424,7 +424,7 @@ def test_the_s3_endpoint_overrides_the_general_one_and_a_uri_overrides_both(
     def found(of_s3: str, general: str, uri: str = uri) -> bool:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", of_s3)
         monkeypatch.setenv("AWS_ENDPOINT_URL", general)
-        files._s3.cache_clear()
+        s3_client.client.cache_clear()
         return sdg.list_files(uri) == [(f"{s3.bucket}/in/x.parquet", 1)]
 
     assert found(s3.url, nowhere)

@@ -14,12 +14,12 @@ from running import Job, documents, wait_until
 
 import sdg
 from sdg_plugins.common.secrets import Secrets, forms_of
+from sdg_plugins.common.waiting import duration, quota_pause, retry_after
 from sdg_plugins.servers.connecting import candidates_of, models_in
 from sdg_plugins.servers.load import parse_load
 from sdg_plugins.servers.responses import error_text, merged, parse_reply, read_json, worst
 from sdg_plugins.servers.streaming import Assembly
 from sdg_plugins.servers.transport import address, root_of
-from sdg_plugins.servers.waiting import duration, quota_pause, retry_after
 
 KEY = "sk-test-0123456789abcdefghijklmnop"
 

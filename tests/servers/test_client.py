@@ -14,7 +14,7 @@ import pytest
 from fake_server import PROBE, Answer, Delay, Drop, FakeServer, Hang, Raw, Status, prompt_of
 from running import Job, documents, wait_until
 
-from sdg_plugins.servers.waiting import quota_pause, retry_after
+from sdg_plugins.common.waiting import quota_pause, retry_after
 
 KEY = "sk-test-0123456789abcdefghijklmnop"
 

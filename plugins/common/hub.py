@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import sdg
 from sdg_plugins.common.files import split_uri
-from sdg_plugins.servers.waiting import retry_after
+from sdg_plugins.common.waiting import retry_after
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -71,7 +71,7 @@ def dataset_of_source(source: dict[str, Any]) -> str:
 # ── Requests ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def connect() -> HfApi:
+def open_client() -> HfApi:
     """The Hub's client, for HF_ENDPOINT and HF_TOKEN (or the token that `hf auth login` stored).
 
     Its progress bars and warnings are switched off: outages that last are reported by `patiently` and the publisher.

@@ -1,10 +1,9 @@
-"""The resources `temp_dir`, a temporary folder, and `rng`, reproducible random numbers."""
+"""The resource `temp_dir`: a temporary folder."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
 import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -15,7 +14,6 @@ import sdg
 @sdg.hookimpl
 def register_resources(register: sdg.RegisterResources) -> None:
     register("temp_dir", temp_dir)
-    register("rng", rng)
 
 
 @contextlib.asynccontextmanager
@@ -26,13 +24,3 @@ async def temp_dir(run: sdg.Run) -> AsyncIterator[Path]:
         yield Path(folder.name)
     finally:
         await asyncio.to_thread(folder.cleanup)
-
-
-@contextlib.asynccontextmanager
-async def rng(run: sdg.Run) -> AsyncIterator[sdg.PerRollout]:
-    """A random.Random for each rollout, seeded with --seed, the document's id and the rollout's index."""
-
-    def make(document: sdg.Document, generate: sdg.Generate) -> random.Random:
-        return random.Random(f"{run.options.seed} {generate.index} {document.id}".encode(errors="surrogatepass"))
-
-    yield sdg.PerRollout(make)

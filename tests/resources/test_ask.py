@@ -14,7 +14,7 @@ from hypothesis import assume, given, strategies as st
 from replaying import answers_in, check_replay
 from running import Job, documents, wait_until
 
-from sdg_plugins.resources import structured
+from sdg_plugins.resources import ask as structured
 
 SHAPES = """
     import asyncio

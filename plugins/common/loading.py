@@ -1,0 +1,117 @@
+"""Where plugins come from: the rooms of this package, installed packages, and `--plugin`."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+import re
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+import sdg
+
+# Folders of plugins/ whose modules are loaded as plugins if they have hooks.
+ROOMS = ("commands", "readers", "resources", "rollouts", "servers", "servers.launching", "truncation", "writers")
+
+
+def add_bundled(plugins: sdg.Plugins) -> None:
+    """Add the modules of the rooms that have hooks."""
+    for room in ROOMS:
+        package = importlib.import_module(f"sdg_plugins.{room}")
+        for found in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            if not found.ispkg and has_hooks(module := importlib.import_module(found.name)):
+                plugins.add(module, sdg.__version__, "sdg")
+
+
+def has_hooks(module: types.ModuleType) -> bool:
+    """True if a function of the module is marked with `@sdg.hookimpl`."""
+    return any(inspect.isroutine(thing) and hasattr(thing, "sdg_impl") for thing in vars(module).values())
+
+
+def add_installed(plugins: sdg.Plugins) -> None:
+    """Add the plugins announced by installed packages."""
+    for point in _entry_points():
+        package, version = (point.dist.name, point.dist.version) if point.dist else (point.module, "")
+        module = _import(f"the plugin {point.value} of the installed package {package}", point.load)
+        plugins.add(module, version, package)
+
+
+def add_named(plugins: sdg.Plugins, spec: str) -> tuple[str, list[str]]:
+    """Add one `--plugin`. Returns the rollout that it names, "" if it leaves that open, and all its rollouts."""
+    if spec in plugins.rollouts:
+        return spec, [spec]
+    target, _, name = spec.rpartition(":") if ":" in spec else (spec, "", "")
+    if target.endswith(".py"):
+        module, version = _import_file(Path(target).expanduser())
+        package = target
+    elif re.fullmatch(r"\w+(\.\w+)*", target) and importlib.util.find_spec(target.partition(".")[0]):
+        module = _import(f"plugin {target}", functools.partial(importlib.import_module, target))
+        version, package = str(getattr(module, "__version__", "")) or _hash_of(module), target
+    elif Path(f"{spec}.py").is_file():
+        raise sdg.UsageError(f"unknown rollout {spec!r}; did you mean --plugin ./{spec}.py?")
+    else:
+        plugins.find("rollouts", spec)
+    plugins.add(module, version, package)
+    if not has_hooks(module):
+        raise sdg.UsageError(f"--plugin {spec} registers nothing: is @sdg.hookimpl missing?")
+    own = [name for name, entry in plugins.rollouts.items() if entry.plugin == module.__name__]
+    if name and name not in own:
+        raise sdg.UsageError(f"{target} has no rollout {name!r}; available: {', '.join(own) or 'none'}")
+    stem = module.__name__.rpartition(".")[2]
+    return name or (own[0] if len(own) == 1 else stem if stem in own else ""), own
+
+
+def named_object(spec: str) -> Any:
+    """What MODULE:NAME or FILE.py:NAME names. Raises ImportError, AttributeError or sdg.Error."""
+    target, _, name = spec.rpartition(":")
+    file = Path(target).expanduser()
+    return getattr(_import_file(file)[0] if target.endswith(".py") else importlib.import_module(target), name)
+
+
+def _hash_of(module: types.ModuleType) -> str:
+    """Stands for the version of a module that has none."""
+    file = getattr(module, "__file__", None)
+    return xxhash.xxh3_64_hexdigest(Path(file).read_bytes()) if file else ""
+
+
+@functools.cache
+def _entry_points() -> list[Any]:
+    """Plugins announced by installed packages. Cached, because looking through all packages takes 20 ms."""
+    import importlib.metadata
+
+    return list(importlib.metadata.entry_points(group="sdg"))
+
+
+def _import(what: str, load: Callable[[], Any], file: str | None = None) -> types.ModuleType:
+    """Import a plugin's module; any exception becomes a PluginError."""
+    try:
+        module = load()
+    except sdg.Error:
+        raise
+    except (Exception, SystemExit) as exc:
+        raise sdg.PluginError(f"{what} cannot be imported: {sdg.describe(exc, file)}") from exc
+    if not isinstance(module, types.ModuleType):
+        raise sdg.PluginError(f"{what} is a {type(module).__name__}; a plugin must be a module")
+    return module
+
+
+def _import_file(path: Path) -> tuple[types.ModuleType, str]:
+    """Import a plugin file, once; its version is a hash of its text."""
+    if not path.is_file():
+        raise sdg.UsageError(f"--plugin {path}: no such file")
+    sys.modules.setdefault("sdg_plugin_files", types.ModuleType("sdg_plugin_files"))  # needed to pickle its contents
+    name, file = f"sdg_plugin_files.{path.stem}", str(path.resolve())
+    if name in sys.modules and sys.modules[name].__file__ != file:  # another file with the same name
+        name += f"_{xxhash.xxh3_64_hexdigest(file.encode())}"
+    module = sys.modules.get(name) or _import(
+        f"plugin {path}", functools.partial(sdg.exec_file, name, Path(file)), file
+    )
+    return module, xxhash.xxh3_64_hexdigest(path.read_bytes())
