@@ -71,15 +71,15 @@ if TYPE_CHECKING:
     import aiosqlite
     import pyarrow as pa
 
-    from sdg_plugins.common.chunks import Intake, OpenChunk, Outlet, plain as plain, rows_of as rows_of
+    from sdg_plugins.common.chunks import Intake, OpenChunk, Outlet
     from sdg_plugins.common.files import (
-        InputFiles as InputFiles,
         Place as Place,
         filesystem as filesystem,
         format_of as format_of,
-        list_files as list_files,
         split_uri as split_uri,
     )
+    from sdg_plugins.common.inputs import InputFiles as InputFiles, list_files as list_files
+    from sdg_plugins.common.kinds import checker as checker
     from sdg_plugins.common.options import (
         Option as Option,
         Options as Options,
@@ -88,9 +88,10 @@ if TYPE_CHECKING:
         one_of as one_of,
         text_or_file as text_or_file,
     )
-    from sdg_plugins.common.results import base_fields as base_fields, checker as checker, results_type as results_type
+    from sdg_plugins.common.results import base_fields as base_fields, results_type as results_type
     from sdg_plugins.common.secrets import redact as redact
     from sdg_plugins.common.tasks import background as background
+    from sdg_plugins.common.values import plain as plain, rows_of as rows_of
     from sdg_plugins.python import run as run
     from sdg_plugins.servers.client import Client
     from sdg_plugins.servers.pool import Pool
@@ -107,12 +108,14 @@ GRACE = 10.0  # s that requests in flight have to be answered after SIGTERM: sch
 LAST_RESORT = 18.0  # s after a signal at which the process ends even if a plugin blocks it
 PUBLISHER = "sdg-publisher"  # the thread that publishes during a run; see `script`
 
-# What plugins use that lives in plugins/: `sdg.InputFiles` is `sdg_plugins.common.files.InputFiles`.
+# What plugins use that lives in plugins/: `sdg.InputFiles` is `sdg_plugins.common.inputs.InputFiles`.
 HELPERS = {
-    **dict.fromkeys(("plain", "rows_of"), "common.chunks"),
-    **dict.fromkeys(("InputFiles", "Place", "filesystem", "format_of", "list_files", "split_uri"), "common.files"),
+    **dict.fromkeys(("Place", "filesystem", "format_of", "split_uri"), "common.files"),
+    **dict.fromkeys(("InputFiles", "list_files"), "common.inputs"),
+    "checker": "common.kinds",
     **dict.fromkeys(("Option", "Options", "json_object", "number", "one_of", "text_or_file"), "common.options"),
-    **dict.fromkeys(("base_fields", "checker", "results_type"), "common.results"),
+    **dict.fromkeys(("base_fields", "results_type"), "common.results"),
+    **dict.fromkeys(("plain", "rows_of"), "common.values"),
     "run": "python",
     "Upstream": "servers.upstream",
     "background": "common.tasks",

@@ -57,7 +57,7 @@ class Result:
 
     def rows(self) -> list[dict[str, Any]]:
         """All rows as dicts, in the order of the input."""
-        from sdg_plugins.common.chunks import rows_of
+        from sdg_plugins.common.values import rows_of
 
         return rows_of(self.table())
 

@@ -31,11 +31,12 @@ import aiohttp
 import sdg
 from sdg_plugins.commands.jobs import Job, Stop, open_run
 from sdg_plugins.common import checks
-from sdg_plugins.common.chunks import OpenChunk, rows_of
+from sdg_plugins.common.chunks import OpenChunk
 from sdg_plugins.common.command_line import Config, as_arguments, parse_with
 from sdg_plugins.common.notes import DocumentRecord, Exchange, Notes
 from sdg_plugins.common.results import base_fields, results_type
 from sdg_plugins.common.state import lock_rank
+from sdg_plugins.common.values import rows_of
 from sdg_plugins.servers.client import Client
 from sdg_plugins.servers.connecting import connect
 from sdg_plugins.servers.models import Servers

@@ -13,12 +13,13 @@ from collections.abc import Iterator
 import sdg
 from sdg_plugins.common import recorded
 from sdg_plugins.common.checks import reading
-from sdg_plugins.common.chunks import OpenChunk, id_column_of, read_failed
+from sdg_plugins.common.chunks import OpenChunk, read_failed
 from sdg_plugins.common.files import format_of
 from sdg_plugins.common.markdown import counted
 from sdg_plugins.common.options import Parser
 from sdg_plugins.common.rows import shape_of
 from sdg_plugins.common.state import output_files
+from sdg_plugins.common.values import id_column_of
 from sdg_plugins.publishing.publisher import Publisher
 from sdg_plugins.publishing.spool import uses_spool
 

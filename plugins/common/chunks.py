@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import functools
 import os
 import sys
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
 import sdg
 from sdg_plugins.common.checks import check_blocks, reading
 from sdg_plugins.common.files import split_uri
+from sdg_plugins.common.kinds import decoder, parse_json, relaxed
 from sdg_plugins.common.paths import follow, parse_path, prompt_column_of
 from sdg_plugins.common.results import infer_fields
 from sdg_plugins.common.rows import NUMBER, numbered, shape_of, with_messages
 from sdg_plugins.common.state import fixed_fields, promised_fields, recorded_fields, settle_fields
+from sdg_plugins.common.unify import conformed
+from sdg_plugins.common.values import (
+    id_column_of,
+    id_text,
+    null_row,
+    parse_prompt,
+    pick,
+    plain,
+    prune,
+    rows_of,
+    values_of,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 STEP = 256  # documents that are converted to Python at a time
+EXTRA = "source_extra"  # the column in which readers of JSON keep what does not fit the others
 
 
 class OpenChunk:
@@ -49,11 +62,12 @@ class OpenChunk:
         self._origins: list[tuple[int, str, int]] = []  # (position, file, row there)
         self._spool = spool
         batches = []
+        schema = pa.schema([relaxed(field) for field in schema], schema.metadata)
         for part in parts:
             self._origins.append((chunk.count, part.file, part.row))
             if isinstance(part, sdg.BadRow):
                 self.bad[chunk.count] = part
-            batches.append(_null_row(schema) if isinstance(part, sdg.BadRow) else part.batch)
+            batches.append(null_row(schema) if isinstance(part, sdg.BadRow) else conformed(part.batch, schema))
             chunk.count += batches[-1].num_rows
         self.table = pa.Table.from_batches(batches, schema).unify_dictionaries()
         if spool:
@@ -76,18 +90,37 @@ class OpenChunk:
         if column is None:
             return names
         own = values_of(self.table.column(column))
-        return [name if value is None else str(value) for name, value in zip(names, own, strict=True)]
+        extra = self._extra(column)
+        own = [extra(position) if value is None else value for position, value in enumerate(own)]
+        return [name if value is None else id_text(value) for name, value in zip(names, own, strict=True)]
+
+    def _extra(self, column: str) -> Callable[[int], Any]:
+        """The value of a row that does not fit its column: readers of JSON keep it in the column `source_extra`."""
+        if EXTRA not in self.table.column_names:
+            return lambda position: None
+        kept = self.table.column(EXTRA)
+        decode = decoder(kept.type) or (lambda value: parse_json(value.encode()) if value else None)
+
+        def extra(position: int) -> Any:
+            value = decode(kept[position].as_py())
+            return value.get(column) if isinstance(value, dict) else None
+
+        return extra
 
     def prompts(self, path: str | None) -> Iterator[Any]:
         """The value at a path in each row; without a path the row's columns as text."""
-        root, steps = parse_path(path, self.table.column_names) if path else ("", [])
-        for start in range(0, self.chunk.count, STEP):
-            if path:
-                values = values_of(self.table.column(root).slice(start, STEP))
-                yield from (follow(value, steps) for value in values) if steps else values
-            else:
+        if path is None:
+            for start in range(0, self.chunk.count, STEP):
                 rows = rows_of(self.table.slice(start, STEP))
                 yield from ("\n".join(f"{name}: {value}" for name, value in row.items()) for row in rows)
+            return
+        root, steps = parse_path(path, self.table.column_names)
+        column = self.table.column(root)
+        clean, extra = prune(column.type) or (lambda value: value), self._extra(root)
+        for start in range(0, self.chunk.count, STEP):
+            for position, value in enumerate(values_of(column.slice(start, STEP)), start):
+                whole = extra(position) if value is None else clean(value)
+                yield follow(whole, steps) if steps else whole
 
     def documents(self, prompt_column: str | None, id_column: str | None) -> Iterator[tuple[int, sdg.Document | str]]:
         """Position and document of each row in order; instead of one without a usable prompt the reason."""
@@ -319,84 +352,3 @@ def provenance(run: sdg.Run) -> dict[str, str]:
         "input_revision": run.input_revision,
     }
     return {f"sdg.{name}": value for name, value in names.items()}
-
-
-# ── Values ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def id_column_of(options: argparse.Namespace, schema: pa.Schema) -> str | None:
-    """The column that names the documents; None if they are named by file and row."""
-    return options.id_column or ("id" if "id" in schema.names else None)
-
-
-def parse_prompt(value: Any) -> tuple[str, list[dict[str, Any]] | None]:
-    """Text and messages of a prompt column's value; BadDocument if it is not a prompt."""
-    if isinstance(value, str):
-        if not value.strip():
-            raise sdg.BadDocument("is empty")
-        return value, None
-    if value is None:
-        raise sdg.BadDocument("is null")
-    if isinstance(value, bytes):
-        raise sdg.BadDocument("is not UTF-8")
-    if not isinstance(value, list) or not value:
-        raise sdg.BadDocument(f"is neither text nor a list of messages: {str(value)[:80]}")
-    messages = []
-    for message in value:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise sdg.BadDocument(f"has a message without a role: {str(message)[:80]}")
-        if not isinstance(message.get("content"), (str, list)) and not message.get("tool_calls"):
-            raise sdg.BadDocument(f"has a message without content: {str(message)[:80]}")
-        messages.append({key: item for key, item in message.items() if item is not None})
-    return "\n\n".join(m["content"] for m in messages if isinstance(m.get("content"), str)), messages
-
-
-def values_of(column: pa.ChunkedArray) -> list[Any]:
-    """A column's values as Python has them; invalid UTF-8 as bytes, nanoseconds and far years as text."""
-    try:
-        return cast("list[Any]", column.to_pylist())
-    except (ValueError, OverflowError):
-        return [_value_of(scalar) for scalar in column]
-
-
-def _value_of(scalar: Any) -> Any:
-    import pyarrow as pa
-
-    try:
-        return scalar.as_py()
-    except (ValueError, OverflowError):
-        if isinstance(scalar, pa.StructScalar):
-            return {name: _value_of(value) for name, value in scalar.items()}
-        if hasattr(scalar, "values"):
-            return [_value_of(item) for item in scalar.values]
-        return scalar.as_buffer().to_pybytes() if hasattr(scalar, "as_buffer") else scalar.cast(pa.string()).as_py()
-
-
-def rows_of(table: pa.Table) -> list[dict[str, Any]]:
-    """A table's rows as Python values."""
-    columns = [values_of(column) for column in table.columns]
-    return [dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True)]
-
-
-def plain(value: Any) -> str:
-    """The closest JSON text for a value that JSON cannot hold: times, decimals, bytes."""
-    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
-
-
-def pick(table: pa.Table, positions: list[int]) -> pa.Table:
-    """Some rows of a table, in order, without copying them: `take` fails above 2 GiB, and for some types."""
-    import pyarrow as pa
-
-    runs: list[list[int]] = []
-    for position in positions:
-        if runs and position == sum(runs[-1]):
-            runs[-1][1] += 1
-        else:
-            runs.append([position, 1])
-    return pa.concat_tables([table.slice(*run) for run in runs]) if runs else table.slice(0, 0)
-
-
-def _null_row(schema: pa.Schema) -> pa.RecordBatch:
-    import pyarrow as pa
-
-    return pa.RecordBatch.from_arrays([pa.nulls(1, field.type) for field in schema], schema=schema)

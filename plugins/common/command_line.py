@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import sdg
 from sdg_plugins.common import models
 from sdg_plugins.common.checks import check_rollout
-from sdg_plugins.common.files import default_state_dir, expanded, format_of, list_files, split_uri
+from sdg_plugins.common.files import default_state_dir, expanded, format_of, split_uri
+from sdg_plugins.common.inputs import input_format
 from sdg_plugins.common.options import Option, Options, Parser, json_object, name_and_variable, names, number, one_of
 
 FILENAME = "${rank}_${chunk_index}.parquet"
@@ -503,12 +504,7 @@ def by_scheme_or_suffix(plugins: sdg.Plugins, kind: str, uri: str) -> str:
     scheme, path = split_uri(uri)
     if scheme in entries:
         return scheme
-    many = kind == "readers" and (format_of(path) not in entries or any(mark in path for mark in "*?["))
-    formats = sorted({format_of(name) for name in ([name for name, _ in list_files(uri)] if many else [path])})
-    known = [name for name in formats if name in entries]
-    if len(known) == 1:
-        return known[0]
-    if known:
-        message = f"has files of several formats, {' and '.join(known)}: select those of one format with a glob"
-        raise sdg.UsageError(f"{sdg.redact(uri)} {message}")
+    found = input_format(uri, entries) if kind == "readers" else format_of(path)
+    if found in entries:
+        return str(found)
     raise sdg.UsageError(f"{sdg.redact(uri)}: unknown suffix or scheme; known: {', '.join(sorted(entries))}")

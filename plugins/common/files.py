@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fnmatch
-import functools
-import glob
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-
-import xxhash
 
 import sdg
 from sdg_plugins.common import s3
 
 OBJECT_STORES = {"s3", "gcs", "abfs"}  # have no folders: creating one leaves an empty object
 PUT_BYTES = 16 << 20  # written at a time: more than the smallest part of an upload, so that pyarrow copies nothing
-END_BYTES = 64 << 10  # hashed at either end of an input file
+ALIASES = {  # further suffixes of a format
+    **dict.fromkeys(("ndjson", "json"), "jsonl"),
+    **dict.fromkeys(("tsv", "tab", "psv"), "csv"),
+    **dict.fromkeys(("pq", "parq", "geoparquet", "gpq"), "parquet"),
+    **dict.fromkeys(("feather", "ipc", "arrows"), "arrow"),
+    **dict.fromkeys(("txt", "md", "markdown"), "text"),
+}
 
 # ── URIs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -39,14 +39,20 @@ def split_uri(uri: str) -> tuple[str, str]:
     return (scheme, rest) if separator else ("file", uri)
 
 
+def suffix_of(path: str) -> str:
+    """The suffix of a file, in lower case, without the dot and without a suffix for compression."""
+    return Path(re.sub(r"\.(gz|bz2|xz|zst|zstd)$", "", path.lower())).suffix[1:]
+
+
 def format_of(path: str) -> str:
-    """The suffix that names a file's format, without the dot and without a suffix for compression."""
-    return Path(re.sub(r"\.(gz|zst)$", "", path)).suffix[1:]
+    """The format that a file's suffix names: that of the plugin which reads or writes it; "" if there is no suffix."""
+    suffix = suffix_of(path)
+    return ALIASES.get(suffix, suffix)
 
 
 def codec_of(name: str) -> str | None:
-    """Arrow's name for the compression of a file; None if it is not compressed."""
-    return {"gz": "gzip", "zst": "zstd"}.get(name.rpartition(".")[2])
+    """Arrow's name for the compression that a file's name says; None if it is not compressed."""
+    return {"gz": "gzip", "bz2": "bz2", "zst": "zstd", "zstd": "zstd"}.get(name.lower().rpartition(".")[2])
 
 
 def fixed_folder(pattern: str) -> str:
@@ -110,110 +116,6 @@ def access_errors(uri: str, kind: type[sdg.Error]) -> Iterator[None]:
             hint = f"; check {s3.VARIABLES}"
         option = "--input " if kind is sdg.InputError else ""
         raise kind(f"{option}{sdg.redact(uri)}{at} cannot be used: {sdg.reason_of(exc)}{hint}") from exc
-
-
-# ── Input ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def list_files(uri: str) -> list[tuple[str, int]]:
-    """Paths and sizes (bytes) of the files of a URI, sorted: one file, a folder with everything below it, or a glob.
-
-    Hidden files and folders below the URI (`.git`, `_temporary`) and the outputs of runs are skipped.
-
-    Raises:
-        InputError: there are none, or the place cannot be read.
-    """
-    import pyarrow.fs
-
-    fs, path = filesystem(uri, quick=True)
-    local = isinstance(fs, pyarrow.fs.LocalFileSystem)
-    root = fixed_folder(path)
-    with access_errors(uri, sdg.InputError):
-        if not glob.has_magic(path) or (local and os.path.exists(path)):
-            infos, root = _files_below(uri, path), path
-        elif local:
-            infos = fs.get_file_info(glob.glob(path, recursive=True))
-        else:
-            infos = _files_below(uri, root)
-            infos = [info for info in infos if fnmatch.fnmatch(info.path, path)]
-    names = {info.path: info.path[len(root) :].lstrip("/") for info in infos}
-    outputs = tuple({f"{name.partition('/.sdg')[0]}/" for name in names.values() if re.search(r"/\.sdg(/|$)", name)})
-    found = [
-        (info.path, info.size)
-        for info in infos
-        if info.is_file and not re.search(r"(^|/)(_|\.[^.])", name := names[info.path]) and not name.startswith(outputs)
-    ]
-    if not found:
-        raise sdg.InputError(f"--input {uri}: no files found")
-    return sorted(found)
-
-
-def _files_below(uri: str, path: str) -> list[Any]:
-    """The file with this path, or everything below it if it is a folder."""
-    import pyarrow.fs
-
-    first, _ = filesystem(uri, quick=True)
-    info = first.get_file_info(path)
-    if info.type == pyarrow.fs.FileType.NotFound:
-        bucket = path.partition("/")[0]
-        if split_uri(uri)[0] == "s3" and first.get_file_info(bucket).type == info.type:
-            raise sdg.InputError(f"--input {uri}: bucket {bucket} does not exist")
-        name = re.fullmatch(r"(?:https://huggingface\.co/datasets/)?([\w.-]+/[\w.-]+)", uri)
-        hint = f"; for a dataset on the Hub write hf://datasets/{name[1]}" if name else ""
-        raise sdg.InputError(f"--input {uri}: no such file or folder{hint}")
-    if info.is_file:
-        return [info]
-    return list(filesystem(uri)[0].get_file_info(pyarrow.fs.FileSelector(path, recursive=True)))
-
-
-class InputFiles:
-    """The files of `--input` that have a given suffix: for readers of formats.
-
-    Attributes:
-        paths: in the file system `fs`, sorted.
-        sizes: in bytes.
-        names: the paths relative to their common folder.
-        local: False if each access takes a network request.
-    """
-
-    def __init__(self, uri: str, suffix: str) -> None:
-        self.fs, _ = filesystem(uri)
-        self.local = self.fs.type_name == "local"
-        found = [(file, size) for file, size in list_files(uri) if format_of(file) == suffix]
-        if not found:
-            raise sdg.InputError(f"--input {uri}: no .{suffix} files found")
-        self.paths = [file for file, _ in found]
-        self.sizes = [size for _, size in found]
-        root = os.path.commonpath(self.paths) if len(found) > 1 else os.path.dirname(found[0][0])
-        self.names = [os.path.relpath(file, root) for file in self.paths]
-
-    @functools.cached_property
-    def identity(self) -> dict[str, list[Any]]:
-        """Size and hash of each file, by name; only the first and the last 64 KiB are hashed."""
-        with ThreadPoolExecutor(16) as pool:
-            hashes = pool.map(self._hash, range(len(self.paths)), self.sizes)
-            return {name: [size, digest] for name, size, digest in zip(self.names, self.sizes, hashes, strict=True)}
-
-    def continues(self, earlier: Mapping[str, Any]) -> bool:
-        """True if the files of the identity `earlier` come first here, unchanged; only the last one may have grown."""
-        known = list(earlier)
-        if known != self.names[: len(known)]:
-            return False
-        same = all(earlier[name] == self.identity[name] for name in known[:-1])
-        size, digest = earlier[known[-1]]
-        return same and self.sizes[len(known) - 1] >= size and self._hash(len(known) - 1, size) == digest
-
-    def open(self, i: int) -> Any:
-        """Open the file with index `i` for reading; a compressed file is not decompressed."""
-        return self.fs.open_input_file(self.paths[i])
-
-    def _hash(self, i: int, size: int) -> str:
-        """A hash of both ends of a file's first `size` bytes."""
-        with self.open(i) as file:
-            digest = xxhash.xxh3_64(file.read(min(END_BYTES, size)))
-            file.seek(max(0, size - END_BYTES))
-            digest.update(file.read(min(END_BYTES, size)))
-        return digest.hexdigest()
 
 
 # ── Output ───────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 import sdg
-from sdg_plugins.common.chunks import plain
 from sdg_plugins.common.markdown import counted, visible
+from sdg_plugins.common.values import plain
 
 if TYPE_CHECKING:
     from sdg_plugins.commands.show import View

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 import sdg
-from sdg_plugins.common.chunks import read_failed, rows_of
+from sdg_plugins.common.chunks import read_failed
 from sdg_plugins.common.rows import shape_of
+from sdg_plugins.common.values import rows_of
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -7,6 +7,8 @@ import re
 from typing import TYPE_CHECKING, Any
 
 import sdg
+from sdg_plugins.common.kinds import is_json
+from sdg_plugins.common.unify import is_list, is_text
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -37,9 +39,11 @@ def type_at(schema: pa.Schema, path: str) -> pa.DataType:
     kind = schema.field(root).type
     at = root
     for step in steps:
+        if is_json(kind):
+            return kind
         inner = kind.value_type if t.is_dictionary(kind) else kind
         if isinstance(step, int):
-            if not (t.is_list(inner) or t.is_large_list(inner) or t.is_fixed_size_list(inner)):
+            if not is_list(inner):
                 raise sdg.InputError(f"--prompt-column {path}: {at} holds {inner}, expected lists")
             kind, at = inner.value_type, f"{at}[{step}]"
             continue
@@ -54,29 +58,19 @@ def type_at(schema: pa.Schema, path: str) -> pa.DataType:
 def follow(value: Any, steps: list[int | str]) -> Any:
     """The value at the end of some steps; None if there is none."""
     for step in steps:
-        if value is None:
-            return None
         if isinstance(step, int):
-            value = value[step] if -len(value) <= step < len(value) else None
+            value = value[step] if isinstance(value, list) and -len(value) <= step < len(value) else None
         else:
-            value = value.get(step)
+            value = value.get(step) if isinstance(value, dict) else None
     return value
 
 
-def is_text(kind: pa.DataType) -> bool:
-    """True if a column of this type holds text."""
+def is_message(kind: pa.DataType) -> bool:
+    """True if a type can hold messages of chats."""
     import pyarrow.types as t
 
-    inner = kind.value_type if t.is_dictionary(kind) else kind
-    return bool(t.is_string(inner) or t.is_large_string(inner) or t.is_string_view(inner))
-
-
-def is_chat(kind: pa.DataType) -> bool:
-    """True if a column of this type holds lists of messages."""
-    import pyarrow.types as t
-
-    item = kind.value_type if t.is_list(kind) or t.is_large_list(kind) else None
-    return item is not None and t.is_struct(item) and {"role", "content"} <= {field.name for field in item}
+    names = {field.name for field in kind} if t.is_struct(kind) else set()
+    return is_json(kind) or t.is_map(kind) or {"role", "content"} <= names or {"from", "value"} <= names
 
 
 def results_columns(schema: pa.Schema) -> list[str]:
@@ -85,7 +79,7 @@ def results_columns(schema: pa.Schema) -> list[str]:
 
     found = []
     for field in schema:
-        item = field.type.value_type if t.is_list(field.type) or t.is_large_list(field.type) else None
+        item = field.type.value_type if is_list(field.type) else None
         if item is not None and t.is_struct(item) and {inner.name for inner in item} >= OF_RESULTS:
             found.append(field.name)
     return found
@@ -113,7 +107,7 @@ def check_prompts(options: argparse.Namespace, schema: pa.Schema) -> None:
     kind = type_at(schema, column)
     if schema.names.count(root) > 1:
         raise sdg.InputError(f"--prompt-column {root}: the input has {schema.names.count(root)} columns of this name")
-    if not is_text(kind) and not is_chat(kind):
+    if not is_text(kind) and not is_json(kind) and not (is_list(kind) and is_message(kind.value_type)):
         inside = results_columns(schema)
         hint = f"; the texts are in --prompt-column {root}[0].text" if root in inside and not steps else ""
         message = f"--prompt-column {column} holds {kind}, expected text or lists of {{role, content}}"

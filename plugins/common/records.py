@@ -13,8 +13,9 @@ import orjson
 import sdg
 from sdg_plugins.common import recorded
 from sdg_plugins.common.checks import reading
-from sdg_plugins.common.chunks import OpenChunk, id_column_of, read_failed, rows_of
+from sdg_plugins.common.chunks import OpenChunk, read_failed
 from sdg_plugins.common.files import format_of
+from sdg_plugins.common.values import id_column_of, rows_of
 
 if TYPE_CHECKING:
     import pyarrow as pa

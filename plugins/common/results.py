@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 import sdg
+from sdg_plugins.common.kinds import columns_of, is_json, type_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 Float32 = typing.Annotated[float, "float32"]  # in annotations of rollouts: `embedding: list[Float32]`
 SHORTEST_VECTOR = 8  # numbers in a list that is taken for an embedding without an annotation
-LARGEST_FLOAT32 = 3.4e38
 
 
 def base_fields() -> dict[str, pa.DataType]:
@@ -104,12 +104,13 @@ def arrow_type(annotation: Any) -> pa.DataType | None:
 
 def infer_fields(results: Iterable[Mapping[str, Any]]) -> dict[str, pa.DataType]:
     """Fields of results without an annotation: each key whose values all have one type."""
-    columns: dict[str, list[Any]] = {}
-    for result in results:
-        for key, value in result.items():
-            columns.setdefault(key, []).append(value)
-    kinds = {key: infer_type(values) for key, values in sorted(columns.items())}
-    return {key: kind for key, kind in kinds.items() if kind is not None}
+    import pyarrow as pa
+
+    kinds = {
+        key: pa.list_(pa.float32()) if is_vector(values) else type_of(values)
+        for key, values in sorted(columns_of(results).items())
+    }
+    return {key: kind for key, kind in kinds.items() if not is_json(kind)}
 
 
 def is_vector(values: list[Any]) -> bool:
@@ -118,57 +119,6 @@ def is_vector(values: list[Any]) -> bool:
     if not lists or not all(isinstance(value, list) and len(value) == len(lists[0]) for value in lists):
         return False
     return len(lists[0]) >= SHORTEST_VECTOR and all(type(item) is float for value in lists for item in value)
-
-
-def infer_type(values: list[Any]) -> pa.DataType | None:
-    """The Arrow type that some JSON values have in common; None if there is no single one."""
-    import pyarrow as pa
-    import pyarrow.types
-
-    if is_vector(values):
-        return pa.list_(pa.float32())
-    try:
-        kind = pa.infer_type(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
-        return None
-    if (pyarrow.types.is_struct(kind) and not kind.num_fields) or has_null(kind):
-        return None
-    return kind if all(map(checker(kind), values)) else None
-
-
-def has_null(kind: pa.DataType) -> bool:
-    """True if some part of a type is Arrow's type of columns without values."""
-    import pyarrow.types
-
-    inner = [kind.field(i).type for i in range(kind.num_fields)]
-    return bool(pyarrow.types.is_null(kind)) or any(map(has_null, inner))
-
-
-def checker(kind: pa.DataType) -> Callable[[Any], bool]:
-    """Return a function that is True for JSON values that can be stored as this Arrow type without losing anything.
-
-    Built once per type: inspecting Arrow types for each value would cost more than writing the value.
-    """
-    import pyarrow.types as t
-
-    if t.is_struct(kind):
-        fields = {field.name: checker(field.type) for field in kind}
-        return lambda value: (
-            value is None
-            or (isinstance(value, dict) and all(key in fields and fields[key](item) for key, item in value.items()))
-        )
-    if t.is_list(kind):
-        inner = checker(kind.value_type)
-        return lambda value: value is None or (isinstance(value, list) and all(inner(item) for item in value))
-    if t.is_boolean(kind):
-        return lambda value: value is None or isinstance(value, bool)
-    if t.is_integer(kind):
-        return lambda value: value is None or (type(value) is int and -(2**63) <= value < 2**63)
-    if t.is_float32(kind):
-        return lambda value: value is None or (type(value) in {int, float} and abs(value) <= LARGEST_FLOAT32)
-    if t.is_floating(kind):
-        return lambda value: value is None or type(value) is float or (type(value) is int and abs(value) <= 2**53)
-    return lambda value: value is None or (isinstance(value, str) and t.is_string(kind))
 
 
 def fit(result: Mapping[str, Any], checks: Mapping[str, Callable[[Any], bool]]) -> dict[str, Any]:

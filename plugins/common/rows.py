@@ -10,7 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import sdg
-from sdg_plugins.common.results import checker, fit, results_type, unfit
+from sdg_plugins.common.kinds import array_of, checker
+from sdg_plugins.common.results import fit, results_type, unfit
+from sdg_plugins.common.values import values_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -40,16 +42,15 @@ class Shape:
             bodies: their results.
             fields: Arrow types of the fields of results.
         """
-        import pyarrow as pa
 
         checks = {name: checker(kind) for name, kind in fields.items()}
         fitted = [[fit(result, checks) for result in results] for results in bodies]
         rows = self._kept(source, ids)
-        return rows.append_column(self.column, pa.array(fitted, results_type(fields)))
+        return rows.append_column(self.column, array_of(fitted, results_type(fields)))
 
     def results(self, rows: pa.Table, fields: Mapping[str, Any]) -> list[Results]:
         """The results of each document, from rows that were written."""
-        column = rows.column(self.column).to_pylist() if rows.num_rows else []
+        column = values_of(rows.column(self.column)) if rows.num_rows else []
         return [[unfit(result) for result in results] for results in column]
 
     def firsts(self, rows: pa.Table) -> list[int]:
@@ -84,7 +85,7 @@ class Flat(Shape):
         checks = {name: checker(kind) for name, kind in fields.items()}
         fitted = [fit(result, checks) for result in results]
         for name, kind in [*fields.items(), ("extra", pa.string())]:
-            rows = rows.append_column(names[name], pa.array([result.get(name) for result in fitted], kind))
+            rows = rows.append_column(names[name], array_of([result.get(name) for result in fitted], kind))
         return rows
 
     def results(self, rows: pa.Table, fields: Mapping[str, Any]) -> list[Results]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 
-from sdg_plugins.common.chunks import plain
+from sdg_plugins.common.values import plain
 
 LONGEST = 10_000  # characters of a text that are shown: a few pages
 BOLD, DIM, RED = "1", "2", "31"

@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import sdg
 from sdg_plugins.common import recorded
-from sdg_plugins.common.chunks import plain, rows_of
 from sdg_plugins.common.files import codec_of, default_state_dir, format_of, split_uri
 from sdg_plugins.common.hub import REPO_NAME, dataset_of_source, dataset_of_uri
 from sdg_plugins.common.markdown import counted, fence, inline, table, visible
 from sdg_plugins.common.models import SAMPLING
 from sdg_plugins.common.state import output_files, recorded_fields, schema_of
 from sdg_plugins.common.statistics import rank_statistics, sum_statistics
+from sdg_plugins.common.values import plain, rows_of
 from sdg_plugins.publishing.front_matter import BrokenCard, split_card, text_or_texts, updated, with_values
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import sdg
 from sdg_plugins.common import hub
-from sdg_plugins.common.files import fixed_folder, format_of
+from sdg_plugins.common.files import fixed_folder, suffix_of
 from sdg_plugins.readers.parquet import ParquetReader
 
 T = TypeVar("T")
@@ -277,12 +277,12 @@ def patterns_by_name(names: Collection[str]) -> dict[str, list[str]]:
 
 def is_parquet(file: FileEntry) -> bool:
     """True if a file is parquet, by its name."""
-    return format_of(file.path) in PARQUET
+    return suffix_of(file.path) in PARQUET
 
 
 def parquet_files(files: list[FileEntry]) -> list[FileEntry]:
     """The parquet files of a split; none if another format has more files, because then that one is its data."""
-    suffixes = Counter(format_of(file.path) for file in files)
+    suffixes = Counter(suffix_of(file.path) for file in files)
     others = [count for suffix, count in suffixes.items() if suffix in OTHER_FORMATS or is_media(suffix)]
     found = [file for file in files if is_parquet(file)]
     return found if len(found) >= max(others, default=0) else []

@@ -1,25 +1,42 @@
-"""JSON lines, plain or compressed (.gz, .zst): each line that is not blank is one document.
+"""JSON: lines, arrays and objects one after the other, plain or compressed. Each object is one document.
 
 The columns and their types are inferred from a sample at the start of the input. A column whose values in the sample
-have several types, or are all null, is text: strings stay as they are, other values become JSON. Later values that do
-not fit (a new column, a value of another type) are kept as JSON in the column `source_extra`.
+have several types, or whose type cannot be told, has Arrow's JSON type. Later values that do not fit (a new column, a
+value of another type) are kept as JSON in the column `source_extra`; a prompt is taken from there as it stands.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import sdg
-from sdg_plugins.common.results import checker, has_null
-from sdg_plugins.readers.lines import Lines, LinesReader
+from sdg_plugins.common.chunks import EXTRA
+from sdg_plugins.common.inputs import InputFiles
+from sdg_plugins.common.kinds import (
+    checker,
+    columns_of,
+    is_json,
+    json_text,
+    json_type,
+    parse_json,
+    prompt_checker,
+    type_of,
+    type_of_prompts,
+)
+from sdg_plugins.common.streams import BLOCK, Stream
+from sdg_plugins.readers.lines import Lines, LinesReader, split_lines
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 SAMPLE = 8 << 20  # bytes
-EXTRA = "source_extra"
+MOST_COLUMNS = 1000  # the rarest of more columns are kept in `source_extra`
+TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|["{}\[\]]', re.DOTALL)  # a lone quote: the text goes on
+BETWEEN = b"\xef\xbb\xbf \t\r\n,"  # what may stand between values
 
 
 @sdg.hookimpl
@@ -28,124 +45,139 @@ def register_readers(register: sdg.RegisterReaders) -> None:
 
 
 class JsonlReader(LinesReader):
-    """Read JSON lines, plain or compressed."""
+    """Read JSON objects, from lines or arrays."""
 
     def __init__(self, run: sdg.Run) -> None:
-        import pyarrow.types
-
-        super().__init__(run, "jsonl")
+        files = InputFiles(run.options.input, "jsonl")
+        encoding = getattr(run.options, "input_encoding", None)
         self._prompt = run.options.prompt_column
-        self.schema = run.source_schema or infer_schema(Lines(self.files), self._prompt)
-        self._checks = {field.name: checker(field.type) for field in self.schema}
-        self._texts = {field.name for field in self.schema if pyarrow.types.is_string(field.type)}
+        self.schema = run.source_schema or infer_schema(Lines(files, encoding, splitter=splitter_for), self._prompt)
+        self._checks = self._checkers(huge=False)
+        self._exact_checks = self._checkers(huge=True)
+        super().__init__(files, Lines(files, encoding, splitter=splitter_for))
+
+    def _checkers(self, huge: bool) -> dict[str, Any]:
+        checks = {field.name: checker(field.type, huge=huge) for field in self.schema}
+        if self._prompt in checks:
+            checks[self._prompt] = prompt_checker(self.schema.field(self._prompt).type, huge)
+        return checks
 
     def rows_of_file(self) -> Iterator[bytes]:
         """See `LinesReader`."""
-        return (line for line in self.lines if not line.isspace())
+        return (line for line in self.lines if line.strip(BETWEEN + b"]"))
 
     def parse(self, raw: bytes) -> dict[str, Any]:
         """See `LinesReader`."""
-        import orjson
+        values = parse_row(raw, exact=False)
+        if all(name in self._checks and self._checks[name](value) for name, value in values.items()):
+            return values
+        values = parse_row(raw)
+        checks = self._exact_checks
+        extra = {name: value for name, value in values.items() if name not in checks or not checks[name](value)}
+        if not extra:
+            return values
+        if EXTRA not in checks or values.get(EXTRA) is not None:  # the input may have such a column
+            raise ValueError(f"column {next(iter(extra))!r} does not fit the schema that this run has recorded")
+        return {**{name: value for name, value in values.items() if name not in extra}, EXTRA: self._extra(extra)}
 
-        values = parse_line(raw)
-        extra = {}
-        for name, value in list(values.items()):
-            fits = self._checks.get(name)
-            if fits and fits(value):
-                continue
-            if name == self._prompt and fits:
-                expected = "is not text" if name in self._texts else "does not have the type of most rows"
-                raise ValueError(f"column {name!r} {expected}: {str(value)[:80]}")
-            if name not in self._texts:
-                extra[name] = values.pop(name)
-            else:
-                values[name] = orjson.dumps(value).decode()
-        if extra:
-            if EXTRA not in self._checks or values.get(EXTRA) is not None:  # the input may have such a column
-                raise ValueError(f"column {next(iter(extra))!r} does not fit the schema that this run has recorded")
-            values[EXTRA] = orjson.dumps(extra).decode()
-        return values
+    def _extra(self, values: dict[str, Any]) -> Any:
+        return values if is_json(self.schema.field(EXTRA).type) else json_text(values)
 
 
-def parse_line(line: bytes) -> dict[str, Any]:
-    """The JSON object in a line; ValueError if the line holds anything else."""
-    import orjson
-
-    values = orjson.loads(line.removeprefix(b"\xef\xbb\xbf"))
+def parse_row(piece: bytes, exact: bool = True) -> dict[str, Any]:
+    """The JSON object in a piece of a file; ValueError if it holds anything else. See `parse_json` for `exact`."""
+    text = piece.strip(BETWEEN)
+    if text[:1] == b"[" and not text.endswith(b"]"):  # the beginning of an array
+        text = text[1:]
+    values = parse_json(text, exact)
     if not isinstance(values, dict):
         raise ValueError(f"expected a JSON object, found a {type(values).__name__}")
     return values
 
 
-def infer_schema(lines: Lines, prompt: str) -> pa.Schema:
-    """The columns of a sample of the input.
+# ── Arrays, and objects over several lines ───────────────────────────────────────────────────────────────────────────
 
-    The prompt column has the type of most of its values, so that only the documents with other values fail.
-    """
+
+def splitter_for(head: bytes) -> Any:
+    """The function that splits a file which begins with `head` into the pieces that hold its objects."""
+    text = head.lstrip(BETWEEN)
+    first, _, rest = text.partition(b"\n")
+    if text[:1] == b"[":
+        is_row = False if not rest.strip() else is_whole(first) and is_whole(rest.lstrip().partition(b"\n")[0])
+        return split_lines if is_row else split_objects
+    piece = next(objects_in([text]), b"") if text[:1] == b"{" and not is_whole(first) else b""
+    return split_objects if b"\n" in piece.strip() and is_whole(piece) else split_lines
+
+
+def is_whole(text: bytes) -> bool:
+    """True if a text is JSON."""
+    try:
+        parse_json(text, exact=False)
+    except ValueError:
+        return False
+    return True
+
+
+def split_objects(stream: Stream) -> Iterator[bytes]:
+    """The pieces of a stream, each of which ends with a JSON object or list that is inside of at most an array."""
+    return objects_in(iter(functools.partial(stream.read, BLOCK), b""))
+
+
+def objects_in(blocks: Any) -> Iterator[bytes]:
+    """As `split_objects`, for the content's blocks."""
+    rest, at, depth, first = b"", 0, 0, True
+    for block in blocks:
+        rest += block
+        begun = 0  # of the next piece
+        if first and rest.strip(BETWEEN):
+            first, stripped = False, rest.lstrip(BETWEEN)
+            at = len(rest) - len(stripped) + stripped.startswith(b"[")
+        for token in TOKEN.finditer(rest, at):
+            text = token[0]
+            if text == b'"':
+                at = token.start()
+                break
+            at = token.end()
+            if text in b"{[":
+                depth += 1
+            elif text in b"}]":
+                depth = max(0, depth - 1)
+                if not depth and (text == b"}" or rest[begun:at].strip(BETWEEN + b"]")):
+                    yield rest[begun:at]
+                    begun = at
+        else:
+            at = len(rest)
+        rest, at = rest[begun:], at - begun
+    if rest:
+        yield rest
+
+
+# ── Schema ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def infer_schema(lines: Lines, prompt: str) -> pa.Schema:
+    """The columns of a sample of the input."""
     import pyarrow as pa
 
-    known: dict[str, pa.DataType | None] = {}  # None: several types
     rows: list[dict[str, Any]] = []
-    prompts: list[Any] = []
     size = 0
     while lines.file < len(lines.files.names) and size < SAMPLE:
-        for line in lines:
-            size += len(line)
-            try:
-                rows.append(parse_line(line))
-            except ValueError:
-                continue  # a broken line says nothing about the columns; it fails when it is read
-            prompts.append(rows[-1].get(prompt))
-            if len(rows) == 1000 or size >= SAMPLE:
-                merge_types(known, rows)
-                rows = []
+        for piece in lines:
+            size += len(piece)
+            with contextlib.suppress(ValueError):  # a broken line says nothing about the columns; it fails when read
+                rows.append(parse_row(piece))
             if size >= SAMPLE:
                 break
         else:
             lines.move_to(lines.file + 1, 0, 0)
-    merge_types(known, rows)
-    if prompt in known and known[prompt] is None:
-        known[prompt] = most_common_type(prompts)
-    if not known:
+    complete = lines.file == len(lines.files.names)
+    columns = columns_of(rows)
+    if not columns:
         raise sdg.InputError(f"--input: {lines.files.names[0]} has no line with a JSON object")
-    fields = [(name, pa.string() if kind is None or has_null(kind) else kind) for name, kind in known.items()]
-    complete = lines.file == len(lines.files.names) or EXTRA in known
-    return pa.schema(fields if complete else [*fields, (EXTRA, pa.string())])
-
-
-def merge_types(known: dict[str, pa.DataType | None], rows: list[dict[str, Any]]) -> None:
-    """Merge the types of more rows into the known types of columns."""
-    import pyarrow as pa
-
-    for name in dict.fromkeys(name for row in rows for name in row):
-        values = [row.get(name) for row in rows]
-        try:
-            kind = pa.infer_type(values)
-            if name in known:
-                both = [pa.schema([(name, known[name])]), pa.schema([(name, kind)])] if known[name] is not None else []
-                kind = pa.unify_schemas(both, promote_options="permissive").field(name).type if both else None
-        except (pa.ArrowException, OverflowError):
-            kind = None
-        if kind is not None and not has_null(kind):
-            known[name] = kind if all(map(checker(kind), values)) else None
-        else:
-            known[name] = kind
-
-
-def most_common_type(values: list[Any]) -> pa.DataType | None:
-    """The type of most of these values; None if they are all null."""
-    import pyarrow as pa
-
-    found: list[tuple[pa.Schema, int]] = []  # a type, as that of a column, and how many values have it
-    for value in values:
-        try:
-            kind = pa.schema([("", pa.infer_type([value]))])
-        except (pa.ArrowException, OverflowError):
-            continue
-        for i, (known, count) in enumerate(found):
-            with contextlib.suppress(pa.ArrowException):
-                found[i] = pa.unify_schemas([known, kind], promote_options="permissive"), count + 1
-                break
-        else:
-            found.append((kind, 1))
-    return max(found, key=lambda item: item[1])[0].field(0).type if found else None
+    if len(columns) > MOST_COLUMNS:
+        complete = False
+        often = sorted(columns, key=lambda name: (name != prompt, -len(columns[name])))[:MOST_COLUMNS]
+        columns = {name: columns[name] for name in columns if name in set(often)}
+        sdg.say(f"--input: the objects have more than {MOST_COLUMNS:,} keys: the rarest are kept in {EXTRA}")
+    fields = [(name, type_of_prompts(found) if name == prompt else type_of(found)) for name, found in columns.items()]
+    return pa.schema(fields if complete or EXTRA in columns else [*fields, (EXTRA, json_type())])

@@ -2,55 +2,106 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import sdg
-from sdg_plugins.common.files import InputFiles, codec_of
+from sdg_plugins.common.files import codec_of
+from sdg_plugins.common.inputs import InputFiles
+from sdg_plugins.common.kinds import encoder, storage
+from sdg_plugins.common.streams import BLOCK, BROKEN, Stream
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-BLOCK = 1 << 20  # bytes read at a time
 SHOWN = 2000  # bytes or characters of a broken row that are kept in `failed/`
+BLOCK_ROWS_BYTES = 256 << 20  # bytes of rows in a block: an Arrow array of text holds 2 GiB
+
+Split = Callable[[Stream], Iterator[bytes]]  # the pieces of a stream; together they are its content
+
+
+@sdg.hookimpl
+def add_options(parser: sdg.Options) -> None:
+    parser.add_argument(
+        "--input-encoding",
+        metavar="NAME",
+        help="encoding of text, csv and JSON files, such as latin-1; default: UTF-8 or UTF-16, else Windows-1252",
+    )
 
 
 class Lines:
-    """A cursor over the lines of many files.
+    """A cursor over the lines of many files, or over other pieces that rows are made of.
+
+    Args:
+        files: to read.
+        encoding: of all files; None to find out that of each.
+        legacy: take files that are not Unicode for Windows-1252.
+        splitter: `splitter(head)` returns the function that splits a file which begins with these bytes.
 
     Attributes:
         file: index of the current file; the number of files after the last one.
-        line: lines of the current file that were read.
-        offset: bytes of the current file that were read, after decompression.
+        line: pieces of the current file that were read.
+        offset: bytes of the current file's content that were read: decompressed, and in UTF-8.
     """
 
-    def __init__(self, files: InputFiles) -> None:
+    def __init__(
+        self,
+        files: InputFiles,
+        encoding: str | None = None,
+        legacy: bool = False,
+        splitter: Callable[[bytes], Split] | None = None,
+    ) -> None:
         self.files = files
+        self._encoding, self._legacy = encoding, legacy
+        self._splitter = splitter or (lambda head: split_lines)
+        self._said = False
+        self._stream: Stream | None = None
+        self._raw: Any = None
         self.move_to(0, 0, 0)
 
     def move_to(self, file: int, line: int, offset: int) -> None:
-        """Continue in a file after its first `line` lines, which are `offset` bytes.
+        """Continue in a file after its first `line` pieces, which are `offset` bytes.
 
         A compressed file is decompressed up to there, because it cannot be entered in the middle.
         """
+        if self._raw is not None:
+            self._raw.close()
         self.file, self.line, self.offset = file, line, offset
-        self._lines: Iterator[bytes] | None = None
-        self._raw: Any = None
+        self._pieces: Iterator[bytes] | None = None
+        self._raw = None
 
     @property
     def name(self) -> str:
         """Name of the current file."""
         return self.files.names[self.file]
 
+    @property
+    def stream(self) -> Stream:
+        """The current file's content."""
+        if self._pieces is None:
+            self._pieces = self._open()
+        assert self._stream
+        return self._stream
+
     def __iter__(self) -> Iterator[bytes]:
-        """The remaining lines of the current file."""
-        if self._lines is None:
-            self._lines = self._open()
-        for line in self._lines:
-            self.line += 1
-            self.offset += len(line)
-            yield line
+        """The remaining pieces of the current file."""
+        with self._naming_damage():
+            if self._pieces is None:
+                self._pieces = self._open()
+            while (piece := next(self._pieces, None)) is not None:
+                self.line += 1
+                self.offset += len(piece)
+                yield piece
+
+    def take_back(self, pieces: list[bytes]) -> None:
+        """Return the last pieces that were read: they come next."""
+        assert self._pieces is not None
+        self._pieces = itertools.chain(pieces, self._pieces)
+        self.line -= len(pieces)
+        self.offset -= sum(map(len, pieces))
 
     def fraction(self) -> float:
         """The fraction of all bytes that has been read."""
@@ -59,27 +110,35 @@ class Lines:
         return float(before + inside) / max(1, sum(self.files.sizes))
 
     def _open(self) -> Iterator[bytes]:
-        import pyarrow as pa
+        self._raw = self.files.open(self.file)
+        self._stream = stream = Stream(self._raw, self._encoding, self._legacy)
+        if stream.encoding == "cp1252" and not self._encoding and not self._said:
+            self._said = True
+            sdg.say(f"{self.name} is not UTF-8: read as Windows-1252, unless --input-encoding names another one")
+        split = self._splitter(stream.head)
+        if self.offset:
+            stream.skip(self.offset)
+        return split(stream)
 
-        self._raw = stream = self.files.open(self.file)
-        codec = codec_of(self.name)
-        if codec:
-            stream = pa.CompressedInputStream(self._raw, codec)
-            left = self.offset
-            while left and (block := stream.read(min(left, BLOCK))):
-                left -= len(block)
-        elif self.offset:
-            stream.seek(self.offset)
-        return split_lines(stream)
+    @contextlib.contextmanager
+    def _naming_damage(self) -> Iterator[None]:
+        """Name the file and the place in errors of reading it."""
+        try:
+            yield
+        except BROKEN as exc:
+            where = f"{self.name} cannot be read after line {self.line:,}: {sdg.one_line(exc)}"
+            raise sdg.InputError(
+                f"{where}. What was made of the lines before stays: replace the file, and run the same command again"
+            ) from exc
 
 
-def split_lines(stream: Any) -> Iterator[bytes]:
-    """The lines of a binary stream, line ends included."""
+def split_lines(stream: Stream, end: bytes = b"\n") -> Iterator[bytes]:
+    """The lines of a stream, line ends included."""
     begun: list[bytes] = []
     while block := stream.read(BLOCK):
-        *whole, last = block.split(b"\n")
+        *whole, last = block.split(end)
         for line in whole:
-            begun.append(line + b"\n")
+            begun.append(line + end)
             yield b"".join(begun)
             begun = []
         begun.append(last)
@@ -95,10 +154,9 @@ class LinesReader:
 
     schema: pa.Schema
 
-    def __init__(self, run: sdg.Run, suffix: str) -> None:
-        self.files = InputFiles(run.options.input, suffix)
-        self.identity = self.files.identity
-        self.lines = Lines(self.files)
+    def __init__(self, files: InputFiles, lines: Lines) -> None:
+        self.files, self.lines = files, lines
+        self.identity = files.identity
         self._row = self._row_in_file = 0
         self._rows: Iterator[Any] = self.rows_of_file()
 
@@ -136,16 +194,20 @@ class LinesReader:
         found: list[sdg.Block | sdg.BadRow] = []
         good: list[dict[str, Any]] = []  # rows of the next block
         start = ("", 0)  # file of `good`, and its first row there
+        size = 0  # of the rows in `good`
 
         def end_block() -> None:
+            nonlocal size
+            size = 0
             if good:
                 found.append(self._block(good, *start))
                 good.clear()
 
-        end = self._row + rows
+        end, last = self._row + rows, self.lines.offset
         while self._row < end and (raw := self._next()) is not None:
             name, row = self.lines.name, self._row_in_file - 1
-            if row == 0:
+            size, last = size + max(0, self.lines.offset - last), self.lines.offset
+            if row == 0 or size > BLOCK_ROWS_BYTES:
                 end_block()
             try:
                 values = self.parse(raw)
@@ -185,4 +247,15 @@ class LinesReader:
     def _block(self, rows: list[dict[str, Any]], name: str, row: int) -> sdg.Block:
         import pyarrow as pa
 
-        return sdg.Block(pa.RecordBatch.from_pylist(rows, schema=self.schema), name, row)
+        if not hasattr(self, "_encoders"):
+            self._encoders = {field.name: encode for field in self.schema if (encode := encoder(field.type))}
+            self._storage = pa.schema([field.with_type(storage(field.type)) for field in self.schema])
+        for column, encode in self._encoders.items():
+            for values in rows:
+                if (value := values.get(column)) is not None:
+                    values[column] = encode(value)
+        batch = pa.RecordBatch.from_pylist(rows, schema=self._storage)
+        if self._encoders:
+            columns = [column.cast(field.type) for column, field in zip(batch.columns, self.schema, strict=True)]
+            batch = pa.RecordBatch.from_arrays(columns, schema=self.schema)
+        return sdg.Block(batch, name, row)

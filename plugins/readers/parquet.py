@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import functools
 import json
 import sys
@@ -13,13 +14,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import sdg
-from sdg_plugins.common.files import InputFiles
+from sdg_plugins.common.inputs import InputFiles
+from sdg_plugins.common.unify import conformed, unified
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 BUFFER = 1 << 20  # bytes of a column chunk read at a time
-EAGER = 200  # footers read at the beginning: with more files than this the total is an estimate
+EAGER = 2000  # footers read at the beginning, for the schema: with more files than this the total is an estimate
+EAGER_REMOTE = 200  # of remote files: each takes a request, in each rank
+SORT_OUT = "choose files with the same columns, or name one that has them all so that it comes among the first"
 FOOTERS = 16  # footers read at the same time
 AHEAD = 16  # row groups fetched before they are needed, if files are remote
 AHEAD_BYTES = 128 << 20  # at most this much of them together
@@ -76,14 +80,16 @@ class ParquetReader:
     def __init__(self, run: sdg.Run, files: Files, identity: Mapping[str, Any]) -> None:
         self.identity = identity
         self.source: dict[str, Any] = {}
+        self.schema: pa.Schema = None
         self._files, self._run = files, run
         self._cached_footer = functools.lru_cache(8)(self._read_footer)
         self._footer_locks = [threading.Lock() for _ in range(FOOTERS)]
         self._pool = ThreadPoolExecutor(max(FOOTERS, AHEAD), "sdg-parquet")
         self._ahead: OrderedDict[Piece, Future[Iterator[pa.RecordBatch]]] = OrderedDict()
-        self.schema = self._footer(0).schema.to_arrow_schema().remove_metadata()
+        self._schemas: dict[str, pa.Schema] = {}
         self._restart_at(0, 0)
-        self._add_footers(EAGER)
+        self._add_footers(EAGER if files.local else EAGER_REMOTE)
+        self.schema = self._unified()
         self._row = 0
         self._piece: Piece | None = None
         self._batches: Iterator[pa.RecordBatch] = iter(())
@@ -140,53 +146,47 @@ class ParquetReader:
         """Read the footers of the next `count` files."""
         known = self._first + len(self._groups)
         for footer in self._pool.map(self._footer, range(known, min(known + count, len(self._files.names)))):
-            name = self._files.names[self._first + len(self._groups)]
-            if columns := self._incompatible(footer.schema.to_arrow_schema()):
-                different = f"{name} has different columns than {self._files.names[0]} ({columns})"
-                raise sdg.InputError(f"{different}: choose files with the same schema")
+            self._check(self._files.names[self._first + len(self._groups)], footer)
             groups = [footer.row_group(g) for g in range(footer.num_row_groups)]
             self._groups.append([Group(group.num_rows, group.total_byte_size) for group in groups])
             self._starts.append(self._starts[-1] + footer.num_rows)
 
-    def _incompatible(self, schema: pa.Schema) -> str:
-        """The columns that keep a file's rows from taking the first file's schema; "" if they can take it.
+    def _check(self, name: str, footer: Any) -> None:
+        """Take the columns of a file into account; those of files that are met later must fit the schema."""
+        schema = self._schema_of(footer)
+        if self.schema is None:
+            self._schemas.setdefault(name, schema)
+        elif not schema.equals(self.schema):
+            both = [(self._files.names[0], self.schema), (name, schema)]
+            if not unified(both, self._run.options.prompt_column).equals(self.schema):
+                added = sorted(set(schema.names) - set(self.schema.names))
+                what = ", ".join(added) or "other types"
+                raise sdg.InputError(f"{name} has different columns than {self._files.names[0]} ({what}): {SORT_OUT}")
 
-        As in `datasets`, types are cast, and columns that a file lacks are null, but not the prompt column.
-        """
-        import pyarrow as pa
+    def _unified(self) -> pa.Schema:
+        """The schema of the files that are known, or the one that an earlier process has recorded if it holds them."""
+        known = self._run.source_schema
+        prompt = self._run.options.prompt_column
+        found = unified(self._schemas.items(), prompt)
+        if known and found.names == known.names[: len(found.names)]:
+            with contextlib.suppress(sdg.InputError):
+                both = unified([("", known), *self._schemas.items()], prompt)
+                found = known if both.equals(known) else found
+        self._schemas.clear()
+        return found
 
-        names = {field.name for field in schema}
-        found = sorted(names - set(self.schema.names))
-        if self._run.options.prompt_column in set(self.schema.names) - names:
-            found.append(self._run.options.prompt_column)
-        for field in self.schema if not found else []:
-            if field.name in names and not (kind := schema.field(field.name).type).equals(field.type):
-                try:
-                    if drops_fields(kind, field.type):
-                        raise pa.ArrowInvalid("a cast would drop fields")
-                    pa.nulls(0, kind).cast(field.type)
-                except pa.ArrowException:
-                    found.append(f"{field.name}: {kind} instead of {field.type}")
-        return ", ".join(found)
+    @staticmethod
+    def _schema_of(footer: Any) -> pa.Schema:
+        return footer.schema.to_arrow_schema().remove_metadata()
 
     def _conform(self, batch: pa.RecordBatch, name: str) -> pa.RecordBatch:
-        """Rows of the file `name`, with the first file's schema."""
+        """Rows of the file `name`, with the schema of all files."""
         import pyarrow as pa
 
-        if batch.schema.equals(self.schema):
-            return pa.RecordBatch.from_arrays(batch.columns, schema=self.schema)
-        present = set(batch.schema.names)
         try:
-            columns = [
-                batch.column(field.name).cast(field.type) if field.name in present else pa.nulls(len(batch), field.type)
-                for field in self.schema
-            ]
+            return conformed(batch, self.schema)
         except pa.ArrowException as exc:
-            first = self._files.names[0]
-            raise sdg.InputError(
-                f"{name} has values that do not fit the columns of {first}: {sdg.one_line(exc)}"
-            ) from exc
-        return pa.RecordBatch.from_arrays(columns, schema=self.schema)
+            raise no_fit(name, exc) from exc
 
     def _footer(self, i: int) -> pa.parquet.FileMetaData:
         """A file's footer. One thread reads it; others that need it meanwhile wait."""
@@ -284,13 +284,6 @@ class ParquetReader:
             yield from batches
 
 
-def drops_fields(kind: pa.DataType, other: pa.DataType) -> bool:
-    """True if a cast from `kind` to `other` would drop fields of a struct, at any depth: Arrow drops them silently."""
-    import pyarrow.types as t
-
-    if t.is_struct(kind) and t.is_struct(other):
-        known = {field.name: field.type for field in other}
-        return any(field.name not in known or drops_fields(field.type, known[field.name]) for field in kind)
-    if kind.num_fields and kind.num_fields == other.num_fields:
-        return any(drops_fields(kind.field(i).type, other.field(i).type) for i in range(kind.num_fields))
-    return False
+def no_fit(name: str, exc: Exception) -> sdg.InputError:
+    """The error for a file whose values do not fit the columns of all files."""
+    return sdg.InputError(f"{name} has values that do not fit the columns of the other files: {sdg.one_line(exc)}")

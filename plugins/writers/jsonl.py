@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import sdg
-from sdg_plugins.common.chunks import plain, rows_of
 from sdg_plugins.common.files import codec_of
 from sdg_plugins.common.results import results_type
 from sdg_plugins.common.state import recorded_fields
+from sdg_plugins.common.values import plain, rows_of
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -181,7 +181,7 @@ def test_a_wrong_message_fails_its_document_alone(job: Job, server: FakeServer) 
 
 
 def test_messages_of_another_shape_are_named(job: Job, server: FakeServer) -> None:
-    job.input([{"id": "a", "chat": [{"from": "human", "value": "hello"}]}])
+    job.input([{"id": "a", "chat": [{"speaker": "human", "value": "hello"}]}])
 
     finished = job(prompt_column="chat")
 

@@ -11,13 +11,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import orjson
-import pyarrow as pa
 from hypothesis import given, settings, strategies as st
 
 import sdg
 from sdg_plugins.common.chunks import Intake
+from sdg_plugins.common.kinds import array_of
 from sdg_plugins.common.results import fit, infer_fields, results_type, unfit
 from sdg_plugins.common.state import differences
+from sdg_plugins.common.values import values_of
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False, allow_infinity=False)
@@ -108,8 +109,8 @@ def test_any_results_fit_one_schema_and_lose_nothing(results: list[dict[str, Any
     inferred = {name: kind for name, kind in infer_fields(results[:known]).items() if name not in special}
     fields = sdg.base_fields() | inferred
     checks = {name: sdg.checker(kind) for name, kind in fields.items()}
-    column = pa.array([[fit(result, checks) for result in results]], results_type(fields))
-    back = [unfit(result) for result in column.to_pylist()[0]]
+    column = array_of([[fit(result, checks) for result in results]], results_type(fields))
+    back = [unfit(result) for result in values_of(column)[0]]
     assert [without_nulls(result) for result in back] == [without_nulls(result) for result in results]
 
 

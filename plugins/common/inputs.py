@@ -1,0 +1,222 @@
+"""Files of the input: which ones a URI names, which format they have, what identifies them."""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import glob
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import xxhash
+
+import sdg
+from sdg_plugins.common.files import access_errors, filesystem, fixed_folder, format_of, split_uri, suffix_of
+from sdg_plugins.common.streams import BROKEN, Stream
+
+END_BYTES = 64 << 10  # hashed at either end of an input file
+SHOWN = 3  # names of files in a message
+UNREAD = re.compile(r"(^|/)(_|\.[^.]|failed/(.+/)?\d{5,}_\d{5,}\.jsonl$)")  # hidden files, and a run's failures
+
+# Suffixes of data: such files are named if they are not read. Those of text are not, because every folder has some.
+DATA = {
+    *("parquet", "jsonl", "csv", "arrow", "orc", "avro", "xml", "xls", "xlsx", "h5", "hdf5", "npy", "npz"),
+    *("pkl", "pickle", "pt", "safetensors", "tar", "zip", "7z", "rar", "lance", "vortex", "mds", "tfrecord"),
+    *("sqlite", "sqlite3", "db", "duckdb", "conll", "conllu", "msgpack", "bson"),
+}
+
+
+def list_files(uri: str) -> list[tuple[str, int]]:
+    """Paths and sizes (bytes) of the files of a URI, sorted: one file, a folder with everything below it, or a glob.
+
+    Hidden files and folders below the URI (`.git`, `_temporary`) and the outputs of runs are skipped.
+
+    Raises:
+        InputError: there are none, or the place cannot be read.
+    """
+    import pyarrow.fs
+
+    fs, path = filesystem(uri, quick=True)
+    local = isinstance(fs, pyarrow.fs.LocalFileSystem)
+    root = fixed_folder(path)
+    with access_errors(uri, sdg.InputError):
+        if not glob.has_magic(path) or (local and os.path.exists(path)):
+            files, root = _files_below(uri, path), path
+        elif local:
+            files = [(name, os.path.getsize(name)) for name in glob.glob(path, recursive=True) if os.path.isfile(name)]
+        else:
+            files = [file for file in _files_below(uri, root) if fnmatch.fnmatch(file[0], path)]
+    names = {file: file[len(root) :].lstrip("/") for file, _ in files}
+    states = [name for name in names.values() if "/.sdg/" in name]
+    outputs = tuple({f"{name.partition('/.sdg/')[0]}/" for name in states})
+    found = [
+        (file, size) for file, size in files if not UNREAD.search(name := names[file]) and not name.startswith(outputs)
+    ]
+    if not found:
+        raise sdg.InputError(f"--input {uri}: no files found")
+    return sorted(found)
+
+
+def _files_below(uri: str, path: str) -> list[tuple[str, int]]:
+    """Path and size of the file with this path, or of everything below it if it is a folder."""
+    import pyarrow.fs
+
+    first, _ = filesystem(uri, quick=True)
+    info = first.get_file_info(path)
+    if info.type == pyarrow.fs.FileType.NotFound:
+        bucket = path.partition("/")[0]
+        if split_uri(uri)[0] == "s3" and first.get_file_info(bucket).type == info.type:
+            raise sdg.InputError(f"--input {uri}: bucket {bucket} does not exist")
+        name = re.fullmatch(r"(?:https://huggingface\.co/datasets/)?([\w.-]+/[\w.-]+)", uri)
+        hint = f"; for a dataset on the Hub write hf://datasets/{name[1]}" if name else ""
+        raise sdg.InputError(f"--input {uri}: no such file or folder{hint}")
+    if info.is_file:
+        return [(path, info.size)]
+    if isinstance(first, pyarrow.fs.LocalFileSystem):
+        return list(_walk(path, ()))
+    infos = filesystem(uri)[0].get_file_info(pyarrow.fs.FileSelector(path, recursive=True))
+    return [(info.path, info.size) for info in infos if info.is_file]
+
+
+def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, int]]:
+    """The files below a local folder. Links are followed, except to folders that they are in.
+
+    Args:
+        folder: its path.
+        above: device and inode of each folder on the way to it.
+    """
+    status = os.stat(folder)
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        sdg.say(f"{folder} is a link to a folder that contains it: not followed")
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield from _walk(entry.path, (*above, here))
+            elif entry.is_file():
+                yield entry.path, entry.stat().st_size
+
+
+# ── Formats ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def input_format(uri: str, known: Collection[str]) -> str | None:
+    """The one of the `known` formats that the files of a URI have; None if it is none of them.
+
+    Files whose names have no suffix are looked into. Text files beside others, such as a README, do not count.
+
+    Raises:
+        UsageError: there are files of several formats.
+    """
+    named = _format_by_name(split_uri(uri)[1], known)
+    if named and not glob.has_magic(uri) and not os.path.isdir(os.path.expanduser(uri)):
+        return named
+    files = [name for name, _ in list_files(uri)]
+    formats = sorted({found for name in files if (found := _format_by_name(name, known))})
+    if len(formats) > 1:
+        formats = [name for name in formats if name not in {"text", "txt"}] or formats
+    if len(formats) > 1:
+        message = f"has files of several formats, {' and '.join(formats)}: select those of one format with a glob"
+        raise sdg.UsageError(f"{sdg.redact(uri)} {message}")
+    if formats:
+        return formats[0]
+    silent = files if len(files) == 1 else [name for name in files if not suffix_of(name)]
+    found = format_by_content(uri, silent[0]) if silent else None
+    return found if found in known else None
+
+
+def _format_by_name(path: str, known: Collection[str]) -> str | None:
+    """The format that a file's suffix names: a plugin may have registered the suffix itself."""
+    return next((name for name in (suffix_of(path), format_of(path)) if name in known), None)
+
+
+def format_by_content(uri: str, path: str) -> str | None:
+    """The format that a file has by its first bytes; None if they do not say."""
+    with access_errors(uri, sdg.InputError), filesystem(uri)[0].open_input_file(path) as file:
+        try:
+            head = Stream(file).head.lstrip(b"\xef\xbb\xbf \t\r\n")
+        except BROKEN:
+            return None
+    if head.startswith(b"PAR1"):
+        return "parquet"
+    if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
+        return "arrow"
+    return "jsonl" if head.startswith((b"{", b"[")) else None
+
+
+# ── The files of a run ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class InputFiles:
+    """The files of `--input` that have a given format: for readers of formats.
+
+    Args:
+        uri: of a file, a folder or a glob.
+        format: or a suffix. A single file is taken whatever its name is.
+
+    Attributes:
+        paths: in the file system `fs`, sorted.
+        sizes: in bytes.
+        names: the paths relative to their common folder.
+        local: False if each access takes a network request.
+    """
+
+    def __init__(self, uri: str, format: str) -> None:
+        self.fs, _ = filesystem(uri)
+        self.local = self.fs.type_name == "local"
+        files = list_files(uri)
+        found = [(file, size) for file, size in files if format in {suffix_of(file), format_of(file)}]
+        if not found:
+            found = [(file, size) for file, size in files if len(files) == 1 or not suffix_of(file)]
+        if not found:
+            raise sdg.InputError(f"--input {uri}: no .{format} files found")
+        self._say_skipped(uri, files, {file for file, _ in found})
+        self.use(found)
+
+    def use(self, found: list[tuple[str, int]]) -> None:
+        """Take these files, given by path and size."""
+        self.paths = [file for file, _ in found]
+        self.sizes = [size for _, size in found]
+        root = os.path.commonpath(self.paths) if len(found) > 1 else os.path.dirname(found[0][0])
+        self.names = [os.path.relpath(file, root) for file in self.paths]
+        self.__dict__.pop("identity", None)
+
+    @staticmethod
+    def _say_skipped(uri: str, files: list[tuple[str, int]], used: set[str]) -> None:
+        skipped = [name for name, _ in files if name not in used and format_of(name) in DATA]
+        if skipped:
+            names = ", ".join(os.path.basename(name) for name in skipped[:SHOWN])
+            more = f" and {len(skipped) - SHOWN:,} more" * (len(skipped) > SHOWN)
+            sdg.say(f"--input {sdg.redact(uri)}: these files look like data, but are not read: {names}{more}")
+
+    @functools.cached_property
+    def identity(self) -> dict[str, list[Any]]:
+        """Size and hash of each file, by name; only the first and the last 64 KiB are hashed."""
+        with ThreadPoolExecutor(16) as pool:
+            hashes = pool.map(self._hash, range(len(self.paths)), self.sizes)
+            return {name: [size, digest] for name, size, digest in zip(self.names, self.sizes, hashes, strict=True)}
+
+    def continues(self, earlier: Mapping[str, Any]) -> bool:
+        """True if the files of the identity `earlier` come first here, unchanged; only the last one may have grown."""
+        known = list(earlier)
+        if known != self.names[: len(known)]:
+            return False
+        same = all(earlier[name] == self.identity[name] for name in known[:-1])
+        size, digest = earlier[known[-1]]
+        return same and self.sizes[len(known) - 1] >= size and self._hash(len(known) - 1, size) == digest
+
+    def open(self, i: int) -> Any:
+        """Open the file with index `i` for reading; a compressed file is not decompressed."""
+        return self.fs.open_input_file(self.paths[i])
+
+    def _hash(self, i: int, size: int) -> str:
+        """A hash of both ends of a file's first `size` bytes."""
+        with open(self.paths[i], "rb", 0) if self.local else self.open(i) as file:
+            digest = xxhash.xxh3_64(file.read(min(END_BYTES, size)))
+            file.seek(max(0, size - END_BYTES))
+            digest.update(file.read(min(END_BYTES, size)))
+        return digest.hexdigest()

@@ -1,0 +1,330 @@
+"""JSON values as Arrow columns: types that hold every value exactly, and Arrow's JSON type where there is none.
+
+A column of the JSON type (`arrow.json`, which `datasets`, DuckDB and polars know) holds JSON as text. It stands where
+values have several types, where a type cannot be told (only nulls, empty objects), and for objects of very many keys.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+MOST_FIELDS = 500  # of a struct: a column for each of thousands of keys makes footers of megabytes
+EXACT = 2**53  # integers up to here are exact as floats
+LARGEST_FLOAT32 = 3.4e38
+HUGE = float(2**63)  # orjson reads integers from here on as floats, which are not exact
+
+Check = Callable[[Any], bool]
+Convert = Callable[[Any], Any]
+
+
+def json_type() -> pa.DataType:
+    """Arrow's JSON type."""
+    import pyarrow as pa
+
+    return pa.json_(pa.string())
+
+
+def is_json(kind: pa.DataType) -> bool:
+    """True for Arrow's JSON type."""
+    import pyarrow as pa
+
+    return isinstance(kind, pa.BaseExtensionType) and kind.extension_name == "arrow.json"
+
+
+def parts_of(kind: pa.DataType) -> list[pa.DataType]:
+    """The types that a type is made of; none if it is not nested."""
+    return [kind.field(i).type for i in range(kind.num_fields)]
+
+
+def holds(kind: pa.DataType, test: Check) -> bool:
+    """True if a test is true for a type, or for one of its parts at any depth."""
+    return test(kind) or any(holds(part, test) for part in parts_of(kind))
+
+
+# ── Parsing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def parse_json(content: bytes, exact: bool = True) -> Any:
+    """The value of a JSON text, as Python's `json` writes it: NaN, infinities and lone surrogates are accepted.
+
+    A lone surrogate, which no encoding can hold, becomes U+FFFD.
+
+    Args:
+        content: the text, in UTF-8.
+        exact: look for integers beyond 64 bits, which are floats otherwise.
+
+    Raises:
+        ValueError: it is not JSON.
+    """
+    try:
+        value = orjson.loads(content)
+    except orjson.JSONDecodeError as exc:
+        try:
+            return without_surrogates(json.loads(content))
+        except (ValueError, RecursionError):
+            raise exc from None
+    return json.loads(content) if exact and has_huge(value) else value
+
+
+def has_huge(value: Any) -> bool:
+    """True if there is a float in a value that may have been an integer beyond 64 bits."""
+    if isinstance(value, float):
+        return abs(value) >= HUGE and not math.isinf(value)
+    if isinstance(value, dict):
+        return any(map(has_huge, value.values()))
+    return isinstance(value, list) and any(map(has_huge, value))
+
+
+def without_surrogates(value: Any) -> Any:
+    """A JSON value whose texts can be encoded."""
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, dict):
+        return {without_surrogates(key): without_surrogates(item) for key, item in value.items()}
+    return [without_surrogates(item) for item in value] if isinstance(value, list) else value
+
+
+def json_text(value: Any) -> str:
+    """A value as JSON. NaN and large integers stay what they are, which orjson does not support."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+# ── Types of values ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def type_of(values: Iterable[Any], exact: bool = False) -> pa.DataType:
+    """The Arrow type that holds some JSON values; the JSON type if no other one does.
+
+    Args:
+        values: nulls among them say nothing.
+        exact: an object that lacks a key of others, or has it as null, makes the JSON type: a struct would not tell
+            one from the other.
+    """
+    import pyarrow as pa
+
+    values = list(values)
+    kinds = set(map(type, values))
+    if exact and type(None) in kinds:
+        return json_type()
+    kinds.discard(type(None))
+    if kinds == {dict}:
+        return _struct_of([value for value in values if value is not None], exact)
+    if kinds == {list}:
+        return pa.list_(type_of((item for value in values if value for item in value), exact))
+    if kinds in ({int}, {float}, {int, float}):
+        return _number_of(values, float in kinds)
+    plain = {str: pa.string(), bool: pa.bool_()}
+    return plain.get(kinds.pop(), json_type()) if len(kinds) == 1 else json_type()
+
+
+def _struct_of(objects: list[dict[str, Any]], exact: bool) -> pa.DataType:
+    import pyarrow as pa
+
+    fields = columns_of(objects)
+    if not 0 < len(fields) <= MOST_FIELDS or (exact and any(len(v) < len(objects) for v in fields.values())):
+        return json_type()
+    return pa.struct([(name, type_of(values, exact)) for name, values in fields.items()])
+
+
+def columns_of(objects: Iterable[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """The values of each key of some objects, as far as they have it."""
+    columns: dict[str, list[Any]] = {}
+    for item in objects:
+        for key, value in item.items():
+            columns.setdefault(key, []).append(value)
+    return columns
+
+
+def _number_of(values: list[Any], floats: bool) -> pa.DataType:
+    import pyarrow as pa
+
+    integers = [value for value in values if type(value) is int]
+    least, most = min(integers, default=0), max(integers, default=0)
+    if floats:
+        return pa.float64() if least >= -EXACT and most <= EXACT else json_type()
+    if least >= -(2**63) and most < 2**63:
+        return pa.int64()
+    return pa.uint64() if least >= 0 and most < 2**64 else json_type()
+
+
+def type_of_prompts(values: list[Any]) -> pa.DataType:
+    """The Arrow type of a prompt column. Whatever lies below the messages of chats is kept exactly as it is.
+
+    Keys of a message itself may be missing, because those that are null are not sent.
+    """
+    import pyarrow as pa
+
+    chats = [value for value in values if value is not None]
+    if not chats or not all(isinstance(chat, list) for chat in chats):
+        return type_of(chats, exact=True)
+    messages = [message for chat in chats for message in chat]
+    if not messages or not all(isinstance(message, dict) for message in messages):
+        return type_of(chats, exact=True)
+    fields = {
+        name: type_of([value for value in values if value is not None], exact=True)
+        for name, values in columns_of(messages).items()
+    }
+    return pa.list_(pa.struct(list(fields.items()))) if 0 < len(fields) <= MOST_FIELDS else json_type()
+
+
+# ── Checks and conversions ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def checker(kind: pa.DataType, exact: bool = False, huge: bool = True) -> Check:
+    """Return a function that is True for JSON values that can be stored as this Arrow type without losing anything.
+
+    Built once per type: inspecting Arrow types for each value would cost more than writing the value.
+
+    Args:
+        kind: the type.
+        exact: as for `type_of`: below the top, null and missing keys do not fit.
+        huge: accept floats that may have been integers beyond 64 bits.
+    """
+    import pyarrow.types as t
+
+    if is_json(kind):
+        return (lambda _: True) if huge else (lambda value: not has_huge(value))
+    if t.is_struct(kind):
+        return _struct_checker(kind, exact, huge)
+    if t.is_list(kind):
+        inner = checker(kind.value_type, exact, huge)
+        return lambda value: (
+            value is None or (isinstance(value, list) and all(map(inner, value)) and not (exact and None in value))
+        )
+    if t.is_boolean(kind):
+        return lambda value: value is None or isinstance(value, bool)
+    if t.is_uint64(kind):
+        return lambda value: value is None or (type(value) is int and 0 <= value < 2**64)
+    if t.is_integer(kind):
+        return lambda value: value is None or (type(value) is int and -(2**63) <= value < 2**63)
+    if t.is_float32(kind):
+        return lambda value: value is None or (type(value) in {int, float} and abs(value) <= LARGEST_FLOAT32)
+    if t.is_floating(kind):
+        return lambda value: (
+            value is None
+            or (type(value) is float and (huge or -HUGE < value < HUGE))
+            or (type(value) is int and -EXACT <= value <= EXACT)
+        )
+    is_text = t.is_string(kind)
+    return lambda value: value is None or (isinstance(value, str) and is_text)
+
+
+def _struct_checker(kind: pa.DataType, exact: bool, huge: bool) -> Check:
+    fields = {field.name: checker(field.type, exact, huge) for field in kind}
+    if exact:
+        return lambda value: (
+            isinstance(value, dict)
+            and value.keys() == fields.keys()
+            and all(item is not None and fields[key](item) for key, item in value.items())
+        )
+    return lambda value: (
+        value is None
+        or (isinstance(value, dict) and all(key in fields and fields[key](item) for key, item in value.items()))
+    )
+
+
+def prompt_checker(kind: pa.DataType, huge: bool = True) -> Check:
+    """As `checker`, for a type from `type_of_prompts`."""
+    import pyarrow.types as t
+
+    if not t.is_list(kind) or not t.is_struct(kind.value_type):
+        return checker(kind, True, huge)
+    fields = {field.name: checker(field.type, True, huge) for field in kind.value_type}
+
+    def fits(message: Any) -> bool:
+        return isinstance(message, dict) and all(
+            key in fields and (item is None or fields[key](item)) for key, item in message.items()
+        )
+
+    return lambda value: value is None or (isinstance(value, list) and all(map(fits, value)))
+
+
+def converter(kind: pa.DataType, convert: Convert) -> Convert | None:
+    """Return a function that applies `convert` to the parts of a value that have the JSON type; None if none has it."""
+    import pyarrow.types as t
+
+    if is_json(kind):
+        return lambda value: None if value is None else convert(value)
+    if t.is_struct(kind):
+        fields = {field.name: inner for field in kind if (inner := converter(field.type, convert))}
+        if not fields:
+            return None
+        return lambda value: (
+            value and {key: fields[key](item) if key in fields else item for key, item in value.items()}
+        )
+    part = kind.item_type if t.is_map(kind) else getattr(kind, "value_type", None)
+    inner = converter(part, convert) if part is not None else None
+    if inner is None:
+        return None
+    if t.is_map(kind):
+        return lambda value: value and [(key, inner(item)) for key, item in value]
+    return lambda value: [inner(item) for item in value] if isinstance(value, list) else value
+
+
+def encoder(kind: pa.DataType) -> Convert | None:
+    """Return a function that makes a JSON value one of the type's `storage`; None if it is that already.
+
+    A null where a type has JSON is Arrow's null, and not JSON's.
+    """
+    return converter(kind, json_text)
+
+
+def decoder(kind: pa.DataType) -> Convert | None:
+    """Return a function that parses the JSON in a value from a column of this type; None if there is none."""
+    return converter(kind, lambda value: parse_json(value.encode()) if isinstance(value, str) else value)
+
+
+def storage(kind: pa.DataType) -> pa.DataType:
+    """A type with text in place of JSON: Arrow cannot make arrays of extension types from Python's values."""
+    import pyarrow as pa
+    import pyarrow.types as t
+
+    if is_json(kind):
+        return kind.storage_type
+    if t.is_struct(kind):
+        return pa.struct([field.with_type(storage(field.type)) for field in kind])
+    if t.is_large_list(kind):
+        return pa.large_list(kind.value_field.with_type(storage(kind.value_type)))
+    if t.is_list(kind):
+        return pa.list_(kind.value_field.with_type(storage(kind.value_type)))
+    return kind
+
+
+def array_of(values: list[Any], kind: pa.DataType) -> pa.Array:
+    """JSON values as an array of a type."""
+    import pyarrow as pa
+
+    if encode := encoder(kind):
+        return pa.array([encode(value) for value in values], storage(kind)).cast(kind)
+    return pa.array(values, kind)
+
+
+def writable(kind: pa.DataType) -> pa.DataType:
+    """The type in which a column is written: what parquet cannot hold, objects without fields, is JSON."""
+    import pyarrow as pa
+    import pyarrow.types as t
+
+    if t.is_struct(kind):
+        return pa.struct([relaxed(field) for field in kind]) if kind.num_fields else json_type()
+    if t.is_map(kind):
+        return pa.map_(kind.key_field, relaxed(kind.item_field))
+    if t.is_fixed_size_list(kind):
+        return pa.list_(relaxed(kind.value_field), kind.list_size)
+    if t.is_large_list(kind):
+        return pa.large_list(relaxed(kind.value_field))
+    if t.is_list(kind):
+        return pa.list_(relaxed(kind.value_field))
+    return kind
+
+
+def relaxed(field: pa.Field) -> pa.Field:
+    """A field in which every value can be written: rows that could not be read have nulls."""
+    return field.with_type(writable(field.type)).with_nullable(True)

@@ -1,0 +1,163 @@
+"""Values of Arrow tables as Python and people have them, and what a prompt is made of."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any, cast
+
+import sdg
+from sdg_plugins.common.kinds import Convert, array_of, decoder, json_type
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SHOWN = 80  # characters of a value in a message
+
+# Who speaks in a message of ShareGPT's form, {from, value}
+SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant"}
+SPEAKERS |= {"system": "system", "tool": "tool", "observation": "tool"}
+
+Chat = list[dict[str, Any]]
+
+
+# ── From Arrow ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def values_of(column: pa.Array | pa.ChunkedArray) -> list[Any]:
+    """A column's values as Python has them: JSON parsed, invalid UTF-8 as bytes, nanoseconds and far years as text."""
+    try:
+        values = cast("list[Any]", column.to_pylist())
+    except (ValueError, OverflowError):
+        values = [_value_of(scalar) for scalar in column]
+    decode = decoder(column.type)
+    return [decode(value) for value in values] if decode else values
+
+
+def _value_of(scalar: Any) -> Any:
+    import pyarrow as pa
+
+    try:
+        return scalar.as_py()
+    except (ValueError, OverflowError):
+        if isinstance(scalar, pa.StructScalar):
+            return {name: _value_of(value) for name, value in scalar.items()}
+        if hasattr(scalar, "values"):
+            return [_value_of(item) for item in scalar.values]
+        return scalar.as_buffer().to_pybytes() if hasattr(scalar, "as_buffer") else scalar.cast(pa.string()).as_py()
+
+
+def rows_of(table: pa.Table | pa.RecordBatch) -> list[dict[str, Any]]:
+    """A table's rows as Python values."""
+    columns = [values_of(column) for column in table.columns]
+    names = table.schema.names
+    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def plain(value: Any) -> str:
+    """The closest JSON text for a value that JSON cannot hold: times, decimals, bytes."""
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+
+
+def jsonable(value: Any) -> Any:
+    """A value as JSON has it, with `plain` for what it cannot hold."""
+    if isinstance(value, dict):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(item) for item in value]
+    return value if value is None or isinstance(value, str | int | float) else plain(value)
+
+
+def as_json(array: pa.Array) -> pa.Array:
+    """Any values as an array of Arrow's JSON type."""
+    return array_of([jsonable(value) for value in values_of(array)], json_type())
+
+
+def id_text(value: Any) -> str:
+    """An id as people write it."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return value.hex()
+    return str(value)
+
+
+def id_column_of(options: argparse.Namespace, schema: pa.Schema) -> str | None:
+    """The column that names the documents; None if they are named by file and row."""
+    return options.id_column or ("id" if "id" in schema.names else None)
+
+
+def pick(table: pa.Table, positions: list[int]) -> pa.Table:
+    """Some rows of a table, in order, without copying them: `take` fails above 2 GiB, and for some types."""
+    import pyarrow as pa
+
+    runs: list[list[int]] = []
+    for position in positions:
+        if runs and position == sum(runs[-1]):
+            runs[-1][1] += 1
+        else:
+            runs.append([position, 1])
+    return pa.concat_tables([table.slice(*run) for run in runs]) if runs else table.slice(0, 0)
+
+
+def null_row(schema: pa.Schema) -> pa.RecordBatch:
+    """One row of nulls."""
+    import pyarrow as pa
+
+    return pa.RecordBatch.from_arrays([pa.nulls(1, field.type) for field in schema], schema=schema)
+
+
+# ── Prompts ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def prune(kind: pa.DataType) -> Convert | None:
+    """Return a function that drops the keys of a value's structs that are null: this row does not have them.
+
+    What is JSON is left as it stands. None if the type has no structs.
+    """
+    import pyarrow.types as t
+
+    if t.is_struct(kind):
+        fields = {field.name: prune(field.type) for field in kind}
+        return lambda value: (
+            value
+            and {
+                key: inner(item) if (inner := fields[key]) else item for key, item in value.items() if item is not None
+            }
+        )
+    inner = prune(kind.value_type) if hasattr(kind, "value_type") else None
+    return inner and (lambda value: value and [inner(item) for item in value])
+
+
+def parse_prompt(value: Any) -> tuple[str, Chat | None]:
+    """Text and messages of a prompt column's value; BadDocument if it is not a prompt."""
+    if isinstance(value, str):
+        if not value.strip():
+            raise sdg.BadDocument("is empty")
+        return value, None
+    if value is None:
+        raise sdg.BadDocument("is null")
+    if isinstance(value, bytes):
+        raise sdg.BadDocument("is not UTF-8")
+    if not isinstance(value, list) or not value:
+        raise sdg.BadDocument(f"is neither text nor a list of messages: {str(value)[:SHOWN]}")
+    messages = [message_of(item) for item in value]
+    return "\n\n".join(m["content"] for m in messages if isinstance(m.get("content"), str)), messages
+
+
+def message_of(value: Any) -> dict[str, Any]:
+    """A message as it is sent: without keys that are null, and {from, value} as {role, content}."""
+    if isinstance(value, list) and all(isinstance(item, tuple) for item in value):  # a map
+        value = dict(value)
+    if not isinstance(value, dict):
+        raise sdg.BadDocument(f"has a message without a role: {str(value)[:SHOWN]}")
+    if "role" not in value and isinstance(value.get("from"), str):
+        speaker = SPEAKERS.get(value["from"].lower())
+        if speaker is None:
+            raise sdg.BadDocument(f"has a message from {value['from'][:SHOWN]!r}; known: {', '.join(SPEAKERS)}")
+        value = {"role": speaker, "content": value.get("value")}
+    if not isinstance(value.get("role"), str):
+        raise sdg.BadDocument(f"has a message without a role: {str(value)[:SHOWN]}")
+    if not isinstance(value.get("content"), (str, list)) and not value.get("tool_calls"):
+        raise sdg.BadDocument(f"has a message without content: {str(value)[:SHOWN]}")
+    return {key: item for key, item in value.items() if item is not None}
