@@ -30,7 +30,7 @@ from sdg_plugins.common.checks import (
 )
 from sdg_plugins.common.chunks import Intake, Outlet
 from sdg_plugins.common.command_line import Config
-from sdg_plugins.common.files import output_place
+from sdg_plugins.common.files import output_place, rank_file
 from sdg_plugins.common.progress import progress, report
 from sdg_plugins.common.shares import Share, Shares
 from sdg_plugins.common.state import (
@@ -235,7 +235,7 @@ class Job:
         async with contextlib.AsyncExitStack() as stack:
             await connect_models(run, servers, self._connecting, stack)
             claim_state(run, reader)
-            path = run.state / f"{run.options.rank:05d}.sqlite3"
+            path = rank_file(run.state, run.options.rank, "sqlite3")
             store = await stack.enter_async_context(sdg.Store.open(path, run.counts))
             send = run.plugins.linked(run)
             resources = await self._resources(stack)

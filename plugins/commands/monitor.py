@@ -11,11 +11,11 @@ import time
 
 import sdg
 from sdg_plugins.common import hub, recorded
+from sdg_plugins.common.files import uses_spool
 from sdg_plugins.common.options import Parser, number
 from sdg_plugins.common.ranks import Overview, any_queued, other_jobs, progress_section
 from sdg_plugins.publishing import card
 from sdg_plugins.publishing.publisher import Publisher
-from sdg_plugins.publishing.spool import uses_spool
 
 # s for which a run must appear to be over before the monitor ends: network file systems show late what other machines
 # wrote, and a run that ended early may be about to be started again, together with this monitor.
@@ -68,7 +68,7 @@ def follow(args: argparse.Namespace) -> bool:
     run = wait_for_run(args)
     with contextlib.ExitStack() as stack:
         publisher = None
-        if uses_spool(run):
+        if uses_spool(run.options):
             publisher = stack.enter_context(contextlib.closing(Publisher(run)))
             hub.patiently(publisher.prepare, publisher.address, run.stopping)
         return watch(run, publisher, args)
@@ -107,11 +107,11 @@ def watch(run: sdg.Run, publisher: Publisher | None, args: argparse.Namespace) -
     Raises:
         Error: the run has ended early, or its last files cannot be published.
     """
-    first_id, began, since, said = run_id(run), time.time(), 0.0, ""
+    first_id, began, since, said = present_id(run), time.time(), 0.0, ""
     settling = min(SETTLING, args.patience)
     local = sdg.file_system_of(run.state) in sdg.LOCAL_FILE_SYSTEMS
     where = publisher.url if publisher else run.output.path(card.NAME)
-    while first_id and run_id(run) == first_id:
+    while first_id and present_id(run) == first_id:
         overview, now = Overview.of_run(run), time.monotonic()
         reason = overview.early_end(other_jobs([*args.job, *overview.jobs]), args.patience, began)
         early = f"the run has ended early: {reason}"
@@ -133,10 +133,10 @@ def watch(run: sdg.Run, publisher: Publisher | None, args: argparse.Namespace) -
     return False
 
 
-def run_id(run: sdg.Run) -> str:
-    """The ID that a run gets when it is started, or started over; "" if its state cannot be read."""
+def present_id(run: sdg.Run) -> str:
+    """The ID of the run that the state belongs to now; "" if its state cannot be read."""
     with contextlib.suppress(sdg.StateError):
-        return str(recorded.load_record(run.state).get("run"))
+        return recorded.run_id(run.state)
     return ""
 
 

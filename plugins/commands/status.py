@@ -120,14 +120,14 @@ def rank_table(ranks: list[Rank]) -> Iterator[str]:
 
 def as_json(ranks: list[Rank], overview: Overview, queued: bool | None, troubled: list[Rank]) -> dict[str, Any]:
     """The report for programs. Times are in s, `updated` since the epoch; `queued` is null if `squeue` fails."""
-    left = (overview.expected or 0) - overview.documents
+    to_go = overview.seconds_to_go
     return {
         "finished": overview.finished,
         "documents": overview.documents,
         "expected": overview.expected,
         "documents_per_second": round(overview.rate, 3),
         "tokens_per_second": round(overview.tokens_per_second, 3),
-        "seconds_to_go": round(left / overview.rate) if left > 0 and overview.rate else None,
+        "seconds_to_go": None if to_go is None else round(to_go),
         "states": {state: number for state, number in overview.states.items() if number},
         "slurm_jobs": sorted(overview.jobs),
         "queued": queued,

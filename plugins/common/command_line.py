@@ -17,7 +17,17 @@ from sdg_plugins.common import models
 from sdg_plugins.common.checks import check_rollout
 from sdg_plugins.common.files import default_state_dir, expanded, format_of, split_uri
 from sdg_plugins.common.inputs import input_format
-from sdg_plugins.common.options import Option, Options, Parser, json_object, name_and_variable, names, number, one_of
+from sdg_plugins.common.options import (
+    Option,
+    Options,
+    Parser,
+    json_object,
+    name_and_variable,
+    names,
+    number,
+    one_of,
+    setting,
+)
 
 FILENAME = "${rank}_${chunk_index}.parquet"
 LONG_DOCUMENTS = ("truncate", "split", "fail")
@@ -42,19 +52,19 @@ def rank_or_any(value: str) -> float | str:
 
 OPTIONS = {
     "task": [
-        Option(
+        setting(
             "--plugin",
             "P",
             "rollout, FILE.py or MODULE[:ROLLOUT]; repeatable: all are loaded, the last one runs",
             action="append",
         ),
-        Option(
+        setting(
             "--config", "FILE.toml", "read options of the same names from a file; the command line wins", shared=True
         ),
-        Option("--preview", "N", "show requests and rows of N documents; write nothing", type=_count, shared=True),
+        setting("--preview", "N", "show requests and rows of N documents; write nothing", type=_count, shared=True),
     ],
     "input": [
-        Option(
+        setting(
             "--input",
             "URI",
             "hf://datasets/OWNER/NAME, or parquet, jsonl or csv: a file, folder, glob or s3://…; default: a demo",
@@ -64,48 +74,42 @@ OPTIONS = {
             "PATH",
             "column of strings or of lists of {role, content}, or a place in it such as rollout_results[0].text",
             "text",
-            identity=True,
         ),
-        Option(
-            "--id-column", "NAME", "column of document ids; default: id if present, else <file>/<row>", identity=True
-        ),
-        Option("--max-documents", "N", "use only the first N of the whole input; may grow between runs", type=_count),
+        Option("--id-column", "NAME", "column of document ids; default: id if present, else <file>/<row>"),
+        setting("--max-documents", "N", "use only the first N of the whole input; may grow between runs", type=_count),
     ],
     "output": [
-        Option(
+        setting(
             "--output",
             "URI",
             "a folder, s3://… or hf://datasets/OWNER/NAME; default: ./output/<rollout>, ./output/demo for the demo",
             shared=True,
         ),
-        Option("--output-config", "NAME", "sub-folder, and the config for load_dataset", "data", shared=True),
-        Option(
-            "--output-filename", "T", "template with ${chunk_index}; .jsonl writes JSON lines", FILENAME, identity=True
-        ),
+        setting("--output-config", "NAME", "sub-folder, and the config for load_dataset", "data", shared=True),
+        Option("--output-filename", "T", "template with ${chunk_index}; .jsonl writes JSON lines", FILENAME),
         Option(
             "--records-per-chunk",
             "N",
             "documents per file and checkpoint; default: 1000, fewer for inputs of less than 100,000",
             type=_count,
-            identity=True,
         ),
-        Option("--flat", None, "write a row for each result, with its fields as columns", action=FLAG, identity=True),
-        Option("--keep-columns", "A,B", "columns of the source that rows keep [all]", type=names, identity=True),
-        Option("--drop-columns", "A,B", "columns of the source that rows do not keep", type=names, identity=True),
-        Option("--keep-messages", None, "write the messages of each result's last request", action=FLAG, identity=True),
-        Option("--results-column", "NAME", "column for the results", "rollout_results", identity=True),
+        Option("--flat", None, "write a row for each result, with its fields as columns", action=FLAG),
+        Option("--keep-columns", "A,B", "columns of the source that rows keep [all]", type=names),
+        Option("--drop-columns", "A,B", "columns of the source that rows do not keep", type=names),
+        Option("--keep-messages", None, "write the messages of each result's last request", action=FLAG),
+        Option("--results-column", "NAME", "column for the results", "rollout_results"),
     ],
     "server": [
-        Option("--server", "NAME", "default: endpoint with --base-url or $OPENAI_BASE_URL, else demo", shared=True),
-        Option(
+        setting("--server", "NAME", "default: endpoint with --base-url or $OPENAI_BASE_URL, else demo", shared=True),
+        setting(
             "--base-url",
             "URL",
             "server URL, with or without /v1; repeatable: requests go to the least loaded server",
             action="append",
             shared=True,
         ),
-        Option("--api-key-env", "NAME", "environment variable that holds the API key", "OPENAI_API_KEY", shared=True),
-        Option(
+        setting("--api-key-env", "NAME", "environment variable that holds the API key", "OPENAI_API_KEY", shared=True),
+        setting(
             "--header-env",
             "NAME=VARIABLE",
             "send a header whose value is in an environment variable, such as api-key=AZURE_KEY; repeatable",
@@ -113,27 +117,26 @@ OPTIONS = {
             action="append",
             shared=True,
         ),
-        Option("--model", "NAME", "model name; default: the server's only model", identity=True, shared=True),
+        Option("--model", "NAME", "model name; default: the server's only model", shared=True),
         Option(
             "--model-max-context",
             "N",
             "context length in tokens, prompt and completion; default: as reported by the server",
             type=_count,
-            identity=True,
             shared=True,
         ),
-        Option("--max-concurrent-generations", "N", "maximum requests in flight", 500, _count),
-        Option(
+        setting("--max-concurrent-generations", "N", "maximum requests in flight", 500, _count),
+        setting(
             "--max-concurrent-documents",
             "N",
             "maximum documents in flight; default: 1.5 × --max-concurrent-generations + 16",
             type=_count,
         ),
-        Option("--requests-per-minute", "N", "send at most N requests per minute to all servers together", type=_rate),
-        Option("--tokens-per-minute", "N", "send and receive at most N tokens per minute", type=_rate),
-        Option("--request-timeout", "S", "seconds for one attempt; with --stream between two tokens", 600.0, _seconds),
-        Option("--max-retries", "N", "attempts after the first one", 6, _natural),
-        Option(
+        setting("--requests-per-minute", "N", "send at most N requests per minute to all servers together", type=_rate),
+        setting("--tokens-per-minute", "N", "send and receive at most N tokens per minute", type=_rate),
+        setting("--request-timeout", "S", "seconds for one attempt; with --stream between two tokens", 600.0, _seconds),
+        setting("--max-retries", "N", "attempts after the first one", 6, _natural),
+        setting(
             "--models",
             "NAME.KEY=VALUE",
             "option of a further model, for generate(…, to=NAME); repeatable",
@@ -141,7 +144,7 @@ OPTIONS = {
             action="append",
             shared=True,
         ),
-        Option(
+        setting(
             "--stream",
             None,
             "receive completions in pieces, for servers that close idle connections",
@@ -149,48 +152,43 @@ OPTIONS = {
         ),
     ],
     "sampling": [
-        Option("--max-tokens", "N", "maximum completion tokens per request", type=_count, identity=True),
-        Option("--temperature", "X", "sampling temperature; default: the model's own", type=_ratio, identity=True),
+        Option("--max-tokens", "N", "maximum completion tokens per request", type=_count),
+        Option("--temperature", "X", "sampling temperature; default: the model's own", type=_ratio),
         Option(
             "--top-p",
             "X",
             "nucleus sampling probability; default: the model's own",
             type=number(float, 0, 1),
-            identity=True,
         ),
-        Option("--top-k", "N", "sample from the N most likely tokens", type=int, identity=True),
-        Option(
-            "--seed", "N", "seed of a document's first rollout; the next ones count up from it", type=int, identity=True
-        ),
-        Option("--generation", "JSON", "further fields of the request payload", type=json_object, identity=True),
+        Option("--top-k", "N", "sample from the N most likely tokens", type=int),
+        Option("--seed", "N", "seed of a document's first rollout; the next ones count up from it", type=int),
+        Option("--generation", "JSON", "further fields of the request payload", type=json_object),
         Option(
             "--empty-answers",
             "HOW",
             "completions without text: fail, or keep (a row with empty text, its reasoning and finish_reason)",
             EMPTY_ANSWERS[0],
             one_of(*EMPTY_ANSWERS),
-            identity=True,
         ),
-        Option("--rollouts-per-document", "N", "independent rollouts per document", 1, _count, identity=True),
+        Option("--rollouts-per-document", "N", "independent rollouts per document", 1, _count),
         Option(
             "--long-documents",
             "HOW",
             "documents that exceed the context: truncate, split (run the parts, join the results) or fail",
             LONG_DOCUMENTS[0],
             one_of(*LONG_DOCUMENTS),
-            identity=True,
         ),
     ],
     "run": [
-        Option(
+        setting(
             "--max-failure-rate",
             "X",
             "stop if more than this share of at least 100 documents fails",
             0.1,
             number(float, 0, 1),
         ),
-        Option("--retry-failed", None, "run only the failed documents, again", action="store_true", shared=True),
-        Option(
+        setting("--retry-failed", None, "run only the failed documents, again", action="store_true", shared=True),
+        setting(
             "--rank",
             "I",
             "process chunks I, I+N, I+2N…, or any: the ranks that are neither finished nor taken, one after the other; "
@@ -203,12 +201,11 @@ OPTIONS = {
             "N",
             "number of ranks that share the input; default: Slurm's array, else 1",
             type=_count,
-            identity=True,
             shared=True,
         ),
-        Option("--state-dir", "D", "default: <output>/.sdg for a folder, else ./.sdg/<output name>", shared=True),
-        Option("--fresh", None, "delete state and output, and start over", action="store_true", shared=True),
-        Option("--no-progress", None, "show no progress bar or lines", action="store_true", shared=True),
+        setting("--state-dir", "D", "default: <output>/.sdg for a folder, else ./.sdg/<output name>", shared=True),
+        setting("--fresh", None, "delete state and output, and start over", action="store_true", shared=True),
+        setting("--no-progress", None, "show no progress bar or lines", action="store_true", shared=True),
     ],
 }
 CORE = [option for group in OPTIONS.values() for option in group]

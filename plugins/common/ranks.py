@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import sdg
+from sdg_plugins.common.files import rank_file
 from sdg_plugins.common.markdown import inline, public, short_line
 from sdg_plugins.common.statistics import statistics_of, sum_statistics
 
@@ -67,7 +68,7 @@ def ranks_of(state: Path, world_size: int) -> list[Rank]:
 
 def _read_rank(state: Path, number: int) -> Rank:
     try:
-        figures = statistics_of(state / f"{number:05d}.stats.json")
+        figures = statistics_of(rank_file(state, number, "stats.json"))
     except sdg.StateError as exc:
         return Rank(number, "broken", {"rank": {"status": "broken", "error": str(exc)}})
     return Rank(number, _rank_state(figures.get("rank", {})) if figures else "waiting", figures)
@@ -156,10 +157,15 @@ class Overview(NamedTuple):
         """The ranks by state, and the last error."""
         return f"ranks: {self.ranks_by_state()}" + (f"; last error: {self.error}" if self.error else "")
 
+    @property
+    def seconds_to_go(self) -> float | None:
+        """The remaining time at the present rate; None if nothing is left, or the rate is unknown."""
+        left = (self.expected or 0) - self.documents
+        return left / self.rate if left > 0 and self.rate > 0 else None
+
     def speed(self) -> str:
         """Documents and tokens per second, and the remaining time at this rate."""
-        left = (self.expected or 0) - self.documents
-        to_go = f", {rounded_duration(left / self.rate)} to go" if left > 0 and self.rate > 0 else ""
+        to_go = f", {rounded_duration(self.seconds_to_go)} to go" if self.seconds_to_go is not None else ""
         return f"{self.rate:,.1f} documents/s, {self.tokens_per_second:,.0f} tokens/s{to_go}"
 
     def log_line(self) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import sdg
 from sdg_plugins.common.checks import reading
 from sdg_plugins.common.command_line import CORE
-from sdg_plugins.common.files import default_state_dir, expanded, output_place, split_uri
+from sdg_plugins.common.files import default_state_dir, expanded, output_place, rank_file, split_uri
 from sdg_plugins.common.state import parse_run, remember_source
 
 MEMORY = "memory"  # scheme of an input that was given to `sdg.run` as values
@@ -100,6 +100,11 @@ def load_record(state: Path) -> dict[str, Any]:
     return parse_run(path, path.read_bytes())
 
 
+def run_id(state: Path) -> str:
+    """The ID that a run gets when it is started, or started over. Raises StateError."""
+    return str(load_record(state)["run"])
+
+
 def configs_in(state: Path) -> list[str]:
     """The configs whose states are sub-folders of a state folder."""
     return sorted(path.parent.name for path in state.glob("*/run.json"))
@@ -119,7 +124,7 @@ def chunks_of(run: sdg.Run) -> list[sdg.Chunk]:
     """The chunks that all ranks of a run have recorded, in order."""
     known: dict[int, sdg.Chunk] = {}
     for rank in range(run.options.world_size):
-        path = run.state / f"{rank:05d}.sqlite3"
+        path = rank_file(run.state, rank, "sqlite3")
         if path.exists():
             known.update(chunks_in(path))
     return [known[index] for index in sorted(known)]

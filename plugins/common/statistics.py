@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import sdg
+from sdg_plugins.common.files import rank_file
 from sdg_plugins.common.state import replace_file
 
 HEARTBEAT = 10.0  # s between two updates of a rank's figures in the state; less in its first minutes
@@ -104,7 +105,7 @@ def recording_the_end(run: sdg.Run, reason: Callable[[], BaseException | None]) 
     try:
         yield
     except (Exception, asyncio.CancelledError) as exc:
-        path = run.state / f"{run.options.rank:05d}.stats.json"
+        path = rank_file(run.state, run.options.rank, "stats.json")
         cause = reason() or sdg.first_cause(exc)
         with contextlib.suppress(OSError, ValueError):  # a broken file or a full disk is reported elsewhere
             figures = json.loads(path.read_bytes()) if path.exists() else {}
@@ -127,7 +128,7 @@ def write_rank(
         "host": platform.node(),
         "slurm_job": job,
     }
-    name = f"{run.options.rank:05d}.stats.json"
+    name = rank_file(run.state, run.options.rank, "stats.json").name
     replace_file(run, name, json.dumps({**figures, "rank": rank}, indent=2).encode())
 
 

@@ -31,7 +31,6 @@ FOLDER = Path("/var/tmp/sdg-test-slurm")
 BRIDGE, NET = "sdgtest0", "10.77.0"
 ADDRESS = f"{NET}.1"  # of this machine, as the nodes see it
 NODES = {"node1": f"{NET}.11", "node2": f"{NET}.12", "node3": f"{NET}.13"}
-SLURMS_OWN = re.compile(r"/usr/sbin/slurmd|slurmstepd|nsenter|setpriv|unshare|bash \S+/init\.sh")
 PACKAGES = ["slurmctld", "slurmd", "slurm-client", "munge", "shellcheck", "iproute2"]
 GPUS = 2  # of a node
 

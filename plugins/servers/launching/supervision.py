@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import re
 import shlex
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -73,8 +72,7 @@ class Replica:
             except sdg.Error as exc:
                 on_failure(self, exc)
                 return
-            taken = re.search(r"address already in use", str(death), re.IGNORECASE)
-            most = PORT_ATTEMPTS if taken and self._fixed_port is None else 0
+            most = PORT_ATTEMPTS if death.port_taken and self._fixed_port is None else 0
             answered, found = self.upstream.answers > answers, self.upstream.convicted > convicted
             answers, convicted = self.upstream.answers, self.upstream.convicted
             # A convicted document is progress, too, unless every request crashes the server.
@@ -182,7 +180,7 @@ class Replica:
                 sdg.say(f"{self.name}: {said} ({seconds:.0f} s)")
             self._check_processes(process)
             if process.fatal_at and self._loop.time() > process.fatal_at + FATAL_PATIENCE:
-                raise ServerDied(process.reason)
+                raise process.death
             if seconds > self.options.start_timeout:
                 raise ServerDied(f"not ready within --start-timeout {self.options.start_timeout:g} s; {process.reason}")
             await asyncio.wait([process.exited], timeout=0.3)
@@ -210,7 +208,7 @@ class Replica:
     def _check_processes(self, process: Process) -> None:
         """Raise an exception if a process of the server has ended, or a node is gone."""
         if process.exited.done():
-            raise ServerDied(process.reason)
+            raise process.death
         if self.head and self.head.lost:
             raise sdg.ServerError(self.head.lost)
         if self.head and self.head.died:
