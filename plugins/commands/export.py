@@ -15,9 +15,9 @@ from sdg_plugins.common.files import expanded, format_of, sync
 from sdg_plugins.common.markdown import counted
 from sdg_plugins.common.options import Parser, number
 from sdg_plugins.common.paths import follow, parse_path
-from sdg_plugins.common.rows import Flat, shape_of
+from sdg_plugins.common.rows import NUMBERS, Flat, Results, shape_of
 from sdg_plugins.common.state import recorded_fields
-from sdg_plugins.common.values import parse_prompt, plain, rows_of
+from sdg_plugins.common.values import Chat, parse_prompt, plain, rows_of, values_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -38,9 +38,8 @@ def export(argv: list[str]) -> int:
     """
     parser = Parser(prog="sdg.py export", description=export.__doc__)
     recorded.add_run_options(parser)
-    parser.add_argument(
-        "--to", required=True, type=expanded, metavar="PATH", help="a .parquet or .jsonl file, or a folder"
-    )
+    text = "a .parquet or .jsonl file, or a folder"
+    parser.add_argument("--to", required=True, type=expanded, metavar="PATH", help=text)
     parser.add_argument("--format", required=True, choices=FORMATS, help=", ".join(FORMATS))
     text = "field of the results by which pairs are made [score]"
     parser.add_argument("--score", default="score", metavar="NAME", help=text)
@@ -48,8 +47,7 @@ def export(argv: list[str]) -> int:
     parser.add_argument("--min-margin", type=number(float, 0), default=0.0, metavar="X", help=text)
     args = parser.parse_args(argv)
     exporter = Exporter(recorded.load_run(args), args)
-    with contextlib.closing(exporter.parts()) as parts:
-        written, rows = write_all(parts, Path(args.to))
+    written, rows = write_all(exporter.parts(), Path(args.to))
     if remark := exporter.remark():
         sdg.say(remark)
     print(f"{counted(rows, 'row')} in {counted(written, 'file')}: {args.to}")
@@ -69,6 +67,7 @@ class Exporter:
         self.fields = recorded_fields(run.state) or {}
         self.writer: sdg.Writer = run.plugins.writers[format_of(run.options.output_filename)].factory(run)
         self.single = self.without_messages = 0
+        self.dropped: list[str] = []
         if args.format == "preference" and args.score not in self.fields:
             known = ", ".join(self.fields) or "none, because nothing is written yet"
             message = f"--format preference needs scores, and the results have no field {args.score}"
@@ -97,13 +96,13 @@ class Exporter:
         ids = [str(value) for value in rows.column("id").to_pylist()]
         if self.args.format == "flat":
             options = argparse.Namespace(**{**vars(self.run.options), "flat": True, "keep_columns": None})
-            options.drop_columns = [self.shape.column]
+            options.drop_columns = [self.shape.column, *(name for name in NUMBERS if name in rows.column_names)]
+            self.dropped = options.drop_columns[1:]
             return Flat(options).table(rows, ids, results, self.fields).replace_schema_metadata(None)
         prompts = self.prompts(rows)
         convert = self.messages if self.args.format == "messages" else self.preference
-        found = [
-            row for id_, prompt, each in zip(ids, prompts, results, strict=True) for row in convert(id_, prompt, each)
-        ]
+        documents = zip(ids, prompts, results, strict=True)
+        found = [{"id": id_, **row} for id_, prompt, each in documents for row in convert(prompt, each)]
         return pa.Table.from_pylist(found, schema=self.schema())
 
     def schema(self) -> pa.Schema:
@@ -116,13 +115,13 @@ class Exporter:
         numbers = [(name, pa.float64()) for name in ("score_chosen", "score_rejected", "margin")]
         return pa.schema([("id", pa.string()), ("prompt", chat), ("chosen", chat), ("rejected", chat), *numbers])
 
-    def prompts(self, rows: pa.Table) -> list[list[dict[str, Any]]]:
+    def prompts(self, rows: pa.Table) -> list[Chat]:
         """What each document asked, as messages: the prompt column."""
         root, steps = parse_path(self.run.options.prompt_column, rows.column_names)
         if root not in rows.column_names:
             return [[] for _ in range(rows.num_rows)]
-        found = []
-        for value in rows.column(root).to_pylist():
+        found: list[Chat] = []
+        for value in values_of(rows.column(root)):
             try:
                 text, messages = parse_prompt(follow(value, steps))
             except sdg.BadDocument:
@@ -130,33 +129,29 @@ class Exporter:
             found.append(messages or [{"role": "user", "content": text}])
         return found
 
-    def messages(
-        self, id_: str, prompt: list[dict[str, Any]], results: list[dict[str, Any]]
-    ) -> Iterator[dict[str, Any]]:
+    def messages(self, prompt: Chat, results: Results) -> Iterator[dict[str, Any]]:
         """A chat for each result with a text."""
         for result in results:
             chat = self.chat(prompt, result)
             if chat:
-                yield {"id": id_, "messages": plain_chat(chat)}
+                yield {"messages": plain_chat(chat)}
 
-    def chat(self, prompt: list[dict[str, Any]], result: dict[str, Any]) -> list[dict[str, Any]]:
+    def chat(self, prompt: Chat, result: dict[str, Any]) -> Chat:
         """The messages of a result: those that were kept, else the prompt column and the text."""
         if result.get("messages"):
-            kept: list[dict[str, Any]] = result["messages"]
+            kept: Chat = result["messages"]
             return kept
         self.without_messages += 1
         text = result.get("text")
         return [*prompt, {"role": "assistant", "content": text}] if prompt and text else []
 
-    def preference(
-        self, id_: str, prompt: list[dict[str, Any]], results: list[dict[str, Any]]
-    ) -> Iterator[dict[str, Any]]:
+    def preference(self, prompt: Chat, results: Results) -> Iterator[dict[str, Any]]:
         """The best and the worst result of a document."""
         name = self.args.score
-        scored = [
-            result for result in results if isinstance(result.get(name), int | float) and self.chat(prompt, result)
-        ]
-        ranked = sorted(scored, key=lambda result: -float(result[name]))
+        scored = [result for result in results if isinstance(result.get(name), int | float)]
+        ranked = sorted(
+            (result for result in scored if self.chat(prompt, result)), key=lambda result: -float(result[name])
+        )
         margin = float(ranked[0][name]) - float(ranked[-1][name]) if ranked else 0.0
         if margin <= 0 or margin < self.args.min_margin:
             self.single += 1
@@ -164,10 +159,12 @@ class Exporter:
         *asked, chosen = plain_chat(self.chat(prompt, ranked[0]))
         rejected = plain_chat(self.chat(prompt, ranked[-1]))[-1]
         scores = {"score_chosen": float(ranked[0][name]), "score_rejected": float(ranked[-1][name]), "margin": margin}
-        yield {"id": id_, "prompt": asked, "chosen": [chosen], "rejected": [rejected], **scores}
+        yield {"prompt": asked, "chosen": [chosen], "rejected": [rejected], **scores}
 
     def remark(self) -> str:
         """What a user should know of the rows; "" if there is nothing."""
+        if self.dropped:
+            return f"the source's columns {', '.join(self.dropped)} are left out: the names are those of the numbers"
         if self.single:
             return f"{counted(self.single, 'document')} left out: no two results whose scores differ enough"
         if self.without_messages and self.args.format == "messages":
@@ -175,7 +172,7 @@ class Exporter:
         return ""
 
 
-def plain_chat(messages: list[dict[str, Any]]) -> list[dict[str, str]]:
+def plain_chat(messages: Chat) -> list[dict[str, str]]:
     """Messages with role and text alone."""
     import orjson
 

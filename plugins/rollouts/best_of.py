@@ -15,7 +15,10 @@ import re
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypedDict
+
+import xxhash
 
 import sdg
 from sdg_plugins.common.loading import named_object
@@ -73,10 +76,17 @@ def register_resources(register: sdg.RegisterResources) -> None:
 
 
 def preference(value: str) -> str:
-    """A converter for --prefer."""
-    if value not in {"judge", "majority"} and not re.fullmatch(r".+:\w+", value):
+    """A converter for --prefer; another content of the function's file makes it another run."""
+    if value in {"judge", "majority"}:
+        return value
+    if not re.fullmatch(r".+:\w+", value):
         raise argparse.ArgumentTypeError(f"{value!r}: expected judge, majority or FILE.py:FUNCTION")
-    return value
+    try:
+        function = named_object(value)
+    except (ImportError, AttributeError, sdg.Error) as exc:
+        raise argparse.ArgumentTypeError(f"{value}: {exc}") from exc
+    file = sdg.file_of(function)
+    return f"{value}@{xxhash.xxh3_64_hexdigest(Path(file).read_bytes())}" if file else value
 
 
 def pattern(value: str) -> str:
@@ -128,7 +138,7 @@ async def scores_of(run: sdg.Run) -> AsyncIterator[sdg.PerRollout]:
                 )
             )
     else:
-        score = scorer_of(how)
+        score = named_object(how.partition("@")[0])
         yield sdg.PerRollout(lambda document, generate: functools.partial(by_function, score))
 
 
@@ -169,12 +179,3 @@ async def by_function(
     """The scores of a function of the user's."""
     values = [score(document, reply.text) for reply in replies]
     return [(float(await value if inspect.isawaitable(value) else value), None) for value in values]
-
-
-def scorer_of(how: str) -> Callable[..., Any]:
-    """The function that --prefer names. Raises UsageError."""
-    try:
-        function: Callable[..., Any] = named_object(how)
-    except (ImportError, AttributeError) as exc:
-        raise sdg.UsageError(f"--prefer {how}: {exc}") from exc
-    return function
