@@ -430,6 +430,7 @@ class Error(Exception):
     ├── OutputError      1   the output cannot be written
     ├── ServerError      1   no server (Unreachable), no permission, no such model
     ├── TooManyFailures  3   above --max-failure-rate
+    ├── BudgetSpent      4   --max-cost or --max-total-tokens is used up; run again with a larger one
     └── Interrupted    130, 143   by a signal; run again to resume
 
     `RequestFailed` stands beside it: it fails a document, not the run.
@@ -470,6 +471,10 @@ class Unreachable(ServerError):
 
 class TooManyFailures(Error):
     exit_code = 3
+
+
+class BudgetSpent(Error):
+    exit_code = 4
 
 
 class Interrupted(Error):

@@ -72,7 +72,7 @@ run_rank() {
     ((SLURM_NNODES == 1)) || step+=(--label)
     run "${step[@]}" ${container[@]+"${container[@]}"} "${sdg[@]}" "$@"
     case $status in
-    0 | 2 | 3 | 130) ;; # success, invalid options, too many failures, Ctrl-C
+    0 | 2 | 3 | 4 | 130) ;; # success, invalid options, too many failures, a budget is used up, Ctrl-C
     1) if ((SECONDS - began >= ${SDG_EARLY:-600})) || ! nodes_answer; then requeue; fi ;;
     *) requeue ;;
     esac

@@ -38,8 +38,9 @@ EMPTY_ANSWERS = ("fail", "keep")
 
 ANY = "any"  # instead of a rank: whichever is free
 
+_tokens = number(int, 1, 10**18)
 _count, _natural, _seconds, _ratio = number(int, 1), number(int, 0), number(float, 0.001), number(float, 0)
-_rate = number(float, 0.001, 1e12)
+_rate, _price = number(float, 0.001, 1e12), number(float, 0, 1e12)
 
 
 def rank_or_any(value: str) -> float | str:
@@ -132,6 +133,8 @@ OPTIONS = {
             "maximum documents in flight; default: 1.5 × --max-concurrent-generations + 16",
             type=_count,
         ),
+        setting("--price-input", "X", "price of a million prompt tokens, for costs and --max-cost", type=_price),
+        setting("--price-output", "X", "price of a million completion tokens", type=_price),
         setting("--requests-per-minute", "N", "send at most N requests per minute to all servers together", type=_rate),
         setting("--tokens-per-minute", "N", "send and receive at most N tokens per minute", type=_rate),
         setting("--request-timeout", "S", "seconds for one attempt; with --stream between two tokens", 600.0, _seconds),
@@ -187,6 +190,10 @@ OPTIONS = {
             0.1,
             number(float, 0, 1),
         ),
+        setting(
+            "--max-cost", "X", "end the run with exit 4 when all ranks have spent this much; may grow", type=_price
+        ),
+        setting("--max-total-tokens", "N", "end the run with exit 4 after this many tokens; may grow", type=_tokens),
         setting("--retry-failed", None, "run only the failed documents, again", action="store_true", shared=True),
         setting(
             "--rank",
@@ -519,6 +526,8 @@ def _derive(options: argparse.Namespace, plugins: sdg.Plugins) -> None:
     options.writer = scheme if scheme in plugins.writers else by_scheme_or_suffix(plugins, "writers", name)
     if options.fresh and os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
         raise sdg.UsageError("--fresh in a requeued job would delete its earlier work: submit it without --fresh")
+    if options.max_cost is not None and options.price_input is None and options.price_output is None:
+        raise sdg.UsageError("--max-cost requires --price-input or --price-output")
     if options.results_column == "id":
         raise sdg.UsageError("--results-column id: this column holds the document ids")
     options.state_dir = expanded(options.state_dir or default_state_dir(options.output, options.output_config))

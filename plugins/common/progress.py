@@ -15,6 +15,7 @@ import sdg
 from sdg_plugins.common.files import default_state_dir
 from sdg_plugins.common.markdown import counted
 from sdg_plugins.common.options import program
+from sdg_plugins.common.prices import in_money
 from sdg_plugins.common.statistics import retries_in
 
 BAR_INTERVAL = 0.5  # s between two updates on a terminal
@@ -131,6 +132,10 @@ def report(engine: sdg.Engine, figures: dict[str, Any], chunks: Iterable[sdg.Chu
     ]
     if in_files:
         lines.append(f"rows    {shown}/{os.path.dirname(run.path_of(sdg.Chunk(0, 0)))}")
+    if "cost" in figures:
+        tokens = figures["prompt_tokens"] + figures["completion_tokens"] + figures.get("estimated_tokens", 0)
+        guessed = " (estimated: the server reports no usage)" if "estimated_tokens" in figures else ""
+        lines.append(f"cost    {in_money(figures['cost'])} for {tokens:,} tokens{guessed}")
     if figures["truncated"]:
         lines.append(
             f"cut     {figures['truncated']:,} documents did not fit the model's context: --long-documents split"

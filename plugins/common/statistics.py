@@ -16,6 +16,7 @@ from typing import Any
 
 import sdg
 from sdg_plugins.common.files import rank_file
+from sdg_plugins.common.prices import cost_of, tokens_of
 from sdg_plugins.common.state import replace_file
 
 HEARTBEAT = 10.0  # s between two updates of a rank's figures in the state; less in its first minutes
@@ -32,6 +33,11 @@ async def statistics(engine: sdg.Engine, tally: Counter[str]) -> dict[str, Any]:
         causes = {name.partition(".")[2]: int(n) for name, n in totals.items() if name.startswith(f"{group}.")}
         figures[group] = dict(sorted(causes.items()))
     figures |= {name: int(totals[name]) for name in ("prompt_tokens", "completion_tokens")}
+    tokens = tokens_of(totals, run.options.models)
+    if estimated := int(totals["estimated_prompt_tokens"] + totals["estimated_completion_tokens"]):
+        figures["estimated_tokens"] = estimated
+    if (cost := cost_of(run.options, tokens)) is not None:
+        figures["cost"] = round(cost, 6)
     figures["seconds"] = round(totals["seconds"], 3)
     figures["tokens_per_second"] = round(totals["completion_tokens"] / max(totals["seconds"], 1e-9), 1)
     figures["mean_in_flight"] = round(engine.client.pool.mean_in_flight, 1)
@@ -58,7 +64,7 @@ def retries_in(counts: Mapping[str, float]) -> int:
 
 def status_of(reason: BaseException | None) -> str:
     """The status of a rank that ended for a reason."""
-    stopped = isinstance(reason, sdg.Interrupted | asyncio.CancelledError)
+    stopped = isinstance(reason, sdg.Interrupted | sdg.BudgetSpent | asyncio.CancelledError)
     return "finished" if reason is None else "stopped" if stopped else "failed"
 
 
@@ -176,5 +182,5 @@ def summed(total: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, dict):
             sums[name] = summed(total.get(name, {}), value)
         else:
-            sums[name] = value if isinstance(value, str) else round(total.get(name, 0) + value, 3)
+            sums[name] = value if isinstance(value, str) else round(total.get(name, 0) + value, 6)
     return sums
