@@ -25,6 +25,7 @@ from sdg_plugins.common.state import (
     remember_source,
     size_of_chunks,
 )
+from sdg_plugins.common.steps import SCHEME
 from sdg_plugins.rollouts import prompt
 from sdg_plugins.servers import command, sglang
 from sdg_plugins.servers.launching import launching
@@ -68,6 +69,8 @@ def check_config(config: Config) -> None:
         check_writable(folder)
     check_state_dir(run)
     remember_source(run)
+    if options.reader == SCHEME:  # the step before it has not run
+        return
     entry = plugins.readers[options.reader]
     with reading(options.input, entry.factory):
         reader = entry.factory(run)

@@ -50,6 +50,7 @@ from sdg_plugins.common.statistics import (
     write_rank,
     write_statistics,
 )
+from sdg_plugins.common.steps import SCHEME
 from sdg_plugins.servers.connecting import connect
 from sdg_plugins.servers.models import Connect, Servers, connect_models, start
 
@@ -374,6 +375,8 @@ async def serve(jobs: list[Job], stop: Stop) -> None:
             while waiting and stop.reason is None:
                 job = waiting.popleft()
                 await job.work(servers)
+                if job.problem and waiting and waiting[0].run.options.reader == SCHEME:
+                    break  # the following steps would work on a part of the rows
                 if following := await job.following():
                     jobs.append(following)
                     waiting.appendleft(following)

@@ -28,7 +28,7 @@ LOG_LINES = 20  # of a server's log, if the preview fails
 def preview_config(config: Config, folder: str, documents: int) -> Config:
     """A config that runs only the first documents of another one, as a single rank, below a temporary folder."""
     options = argparse.Namespace(**vars(config.options))
-    options.output, options.state_dir = f"{folder}/{config.name}", f"{folder}/{config.name}/.sdg"
+    options.output, options.state_dir = f"{folder}/output", f"{folder}/output/.sdg/{config.name}"
     writers = config.plugins.writers
     if options.writer not in writers or uses_spool(config.options):
         suffix = format_of(options.output_filename)  # the real output is not touched

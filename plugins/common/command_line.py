@@ -28,6 +28,7 @@ from sdg_plugins.common.options import (
     one_of,
     setting,
 )
+from sdg_plugins.common.steps import step_tables
 
 FILENAME = "${rank}_${chunk_index}.parquet"
 LONG_DOCUMENTS = ("truncate", "split", "fail")
@@ -336,6 +337,10 @@ def parse_configs(argv: list[str]) -> list[Config]:
         message = f"--config {asked['config']}: `config` is not an option of the file; name tables [configs.NAME]"
         raise sdg.UsageError(message)
     tables = common.pop("configs", None)
+    if "steps" in common:
+        if tables:
+            raise sdg.UsageError(f"--config {asked['config']} has configs and steps: use one of them in a file")
+        tables = step_tables(common.pop("steps"), common, argv := list(argv))
     if tables is None:
         return [parse_config(argv, common)]
     if not isinstance(tables, dict) or not tables or not all(isinstance(table, dict) for table in tables.values()):
