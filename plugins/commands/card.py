@@ -10,7 +10,8 @@ import sdg
 from sdg_plugins.common import recorded
 from sdg_plugins.common.files import uses_spool
 from sdg_plugins.common.options import Parser
-from sdg_plugins.common.ranks import Overview
+from sdg_plugins.common.ranks import Overview, ranks_of
+from sdg_plugins.common.slurm import Queue
 from sdg_plugins.common.statistics import rank_statistics, sum_statistics
 from sdg_plugins.publishing.card import NAME, write
 from sdg_plugins.publishing.publisher import Publisher
@@ -46,7 +47,9 @@ def card(argv: list[str]) -> int:
 
 def note_on_early_end(run: sdg.Run) -> str:
     """Markdown on which ranks ended early and why; "" if ranks are still running, or all have finished."""
-    overview = Overview.of_run(run)
+    ranks = ranks_of(run.state, run.options.world_size)
+    queue = Queue.now() if any(rank.record.get("slurm_job") and rank.state != "finished" for rank in ranks) else None
+    overview = Overview.of_ranks([rank.according_to(queue) for rank in ranks])
     over = not (overview.finished or overview.states["running"] or overview.states["silent"])
     return overview.markdown(overview.summary()) if over else ""
 

@@ -13,6 +13,7 @@ import sdg
 from sdg_plugins.common.checks import reading
 from sdg_plugins.common.command_line import CORE
 from sdg_plugins.common.files import default_state_dir, expanded, output_place, rank_file, split_uri
+from sdg_plugins.common.ranks import why_not_begun
 from sdg_plugins.common.state import parse_run, remember_source
 
 MEMORY = "memory"  # scheme of an input that was given to `sdg.run` as values
@@ -95,6 +96,8 @@ def load_record(state: Path) -> dict[str, Any]:
     if not path.exists() and (configs := configs_in(state)):
         message = f"{state} has no run of its own, but runs of the configs {', '.join(configs)}"
         raise sdg.StateError(f"{message}: choose one with --output-config")
+    if not path.exists() and (why := why_not_begun(state)):
+        raise sdg.StateError(f"the run in {state} has no rows yet: {why}")
     if not path.exists():
         raise sdg.StateError(f"{state} has no run.json: is --output correct, and --state-dir if the run had one?")
     return parse_run(path, path.read_bytes())

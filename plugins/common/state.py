@@ -410,7 +410,7 @@ def start_over(run: sdg.Run) -> None:
         refuse_others(run, doomed)
         for file in sorted(doomed):
             run.output.delete(file)
-        own = re.compile(r"(run|schema|stats|\d{5}\.stats)\.json|\d{5}\.sqlite3(-wal|-shm|-journal)?")
+        own = re.compile(r"(run|schema|stats|\d{5}\.(stats|attempt))\.json|\d{5}\.sqlite3(-wal|-shm|-journal)?")
         for path in run.state.iterdir():
-            if own.fullmatch(path.name):
+            if own.fullmatch(path.name) and path.name != f"{run.options.rank:05d}.attempt.json":  # this one
                 path.unlink()

@@ -8,9 +8,10 @@ import errno
 import json
 import os
 import platform
+import re
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from sdg_plugins.common.prices import cost_of, tokens_of
 from sdg_plugins.common.state import replace_file
 
 HEARTBEAT = 10.0  # s between two updates of a rank's figures in the state; less in its first minutes
+START_INTERVAL = 2.0  # s between two updates until the engine begins
+PHASE_DETAILS = re.compile(r" \(\d+ s\).*")  # the seconds and the last line of the log
 RECENT = 6  # heartbeats over which the current rate is taken
 
 
@@ -73,6 +76,7 @@ async def heartbeat(engine: sdg.Engine) -> AsyncIterator[None]:
     """Keep the rank's figures in the state up to date: monitors see nothing else of a run."""
     over = asyncio.Event()
     began = time.monotonic()
+    loading = Loading(engine.client.pool.upstreams)
     looks = deque([(began, engine.finished)], maxlen=RECENT + 1)
 
     async def beat() -> None:
@@ -86,6 +90,8 @@ async def heartbeat(engine: sdg.Engine) -> AsyncIterator[None]:
                     "expected": engine.intake.expected(),
                     "documents_per_second": rate,
                 }
+                if phase := loading.phase():
+                    record["loading"] = phase
                 if waiting := engine.client.pool.waiting():
                     record["waiting"] = {"until": round(time.time() + waiting[0]), "reason": waiting[1]}
                 await asyncio.to_thread(write_rank, engine.run, figures, record)
@@ -98,6 +104,54 @@ async def heartbeat(engine: sdg.Engine) -> AsyncIterator[None]:
     finally:
         over.set()
         await beating
+
+
+class Loading:
+    """What launched servers are doing until one of them is ready."""
+
+    def __init__(self, servers: Iterable[str | sdg.Upstream]) -> None:
+        self._servers = list(servers)
+        self._since = 0.0  # in s since the epoch; 0 while a server is up
+
+    def phase(self) -> dict[str, Any] | None:
+        """Since when no server has been ready, in s since the epoch, and what the first one is doing; else None."""
+        launched = [server for server in self._servers if isinstance(server, sdg.Upstream)]
+        if not launched or len(launched) < len(self._servers) or any(server.up.is_set() for server in launched):
+            self._since = 0.0
+            return None
+        self._since = self._since or time.time()
+        status = next((server.status for server in launched if not server.gone), "")
+        return {"since": round(self._since, 3), "phase": PHASE_DETAILS.sub("", status)}
+
+
+@contextlib.asynccontextmanager
+async def recording_the_start(run: sdg.Run, servers: Iterable[str | sdg.Upstream]) -> AsyncIterator[None]:
+    """Record what launched servers are doing before the engine's own heartbeat begins.
+
+    A rerun that is refused leaves the figures as they were.
+    """
+    path = rank_file(run.state, run.options.rank, "stats.json")
+    earlier = path.read_bytes() if path.exists() else None
+    loading = Loading(servers)
+
+    async def beat() -> None:
+        while True:
+            await asyncio.sleep(START_INTERVAL)
+            if phase := loading.phase():
+                with contextlib.suppress(OSError, sdg.StateError):  # reported by the run itself
+                    figures = statistics_of(path)
+                    record = {"status": "running", "expected": figures.get("rank", {}).get("expected")}
+                    write_rank(run, figures, {**record, "loading": phase})
+
+    try:
+        async with sdg.background(beat()):
+            yield
+    except sdg.StateError:
+        if earlier is not None:
+            replace_file(run, path.name, earlier)
+        else:
+            path.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager
@@ -133,6 +187,8 @@ def write_rank(
         "updated": round(time.time(), 3),
         "host": platform.node(),
         "slurm_job": job,
+        "slurm_task": os.environ.get("SLURM_ARRAY_TASK_ID"),
+        "world_size": run.options.world_size,
     }
     name = rank_file(run.state, run.options.rank, "stats.json").name
     replace_file(run, name, json.dumps({**figures, "rank": rank}, indent=2).encode())

@@ -276,7 +276,7 @@ def test_the_pages_plugin_for_json_runs(job: Job, plugin_files: dict[str, str]) 
 def test_every_resource_is_in_the_guide() -> None:
     loaded, _ = sdg.Plugins.load([])
     rows = GUIDE.read_text().partition("## Options and resources")[2].partition("\n## ")[0]
-    assert set(re.findall(r"^\| `(\w+)` \|", rows, re.MULTILINE)) >= {*loaded.resources} - {"prompt_of"}
+    assert set(re.findall(r"^\| `(\w+)` \|", rows, re.MULTILINE)) >= {*loaded.resources} - {"prompt_of", "scores_of"}
 
 
 def snippets(language: str) -> list[str]:
