@@ -16,7 +16,11 @@ from sdg_plugins.common.options import text_or_file
 from sdg_plugins.common.paths import needs_no_document
 
 SCHEME = "step"
-OF_THE_INPUT = ("input", "input-config", "input-split", "input-encoding", "vary", "prompt-column", "id-column")
+# Options of the input: above the tables and on the command line they are the first step's.
+OF_THE_INPUT = (
+    *("input", "input-config", "input-split", "input-encoding", "vary"),
+    *("prompt-column", "id-column", "max-documents"),
+)
 RESULTS = "rollout_results"
 
 
@@ -33,8 +37,7 @@ def step_tables(steps: Any, common: dict[str, Any], argv: list[str]) -> dict[str
     """
     if not isinstance(steps, list) or not steps or not all(isinstance(step, dict) for step in steps):
         raise sdg.UsageError("steps must be tables, each of them [[steps]]")
-    of_the_input = {key: common.pop(key) for key in [*OF_THE_INPUT, "max-documents"] if key in common}
-    words = without(argv, OF_THE_INPUT)
+    of_the_input = {key: common.pop(key) for key in OF_THE_INPUT if key in common}
     tables: dict[str, dict[str, Any]] = {}
     before: tuple[str, dict[str, Any]] | None = None
     for step in steps:
@@ -46,7 +49,8 @@ def step_tables(steps: Any, common: dict[str, Any], argv: list[str]) -> dict[str
             table = {"input": f"{SCHEME}://{before[0]}", **following(before[1], name, table)}
         tables[name] = table
         before = name, table
-    argv[:] = [*argv] if len(tables) == 1 else [*words, *taken(argv, OF_THE_INPUT, tables)]
+    take_input(argv, tables)
+    argv[:] = without(argv, OF_THE_INPUT)
     return tables
 
 
@@ -97,12 +101,11 @@ def without(argv: list[str], names: tuple[str, ...]) -> list[str]:
     return kept
 
 
-def taken(argv: list[str], names: tuple[str, ...], tables: dict[str, dict[str, Any]]) -> list[str]:
-    """Move options of the input from a command line into the first step's table."""
+def take_input(argv: list[str], tables: dict[str, dict[str, Any]]) -> None:
+    """Copy options of the input from a command line into the first step's table."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in names:
+    for name in OF_THE_INPUT:
         parser.add_argument(f"--{name}", action="append" if name == "vary" else "store")
     given = vars(parser.parse_known_args(argv)[0])
     first = next(iter(tables.values()))
     first.update({name.replace("_", "-"): value for name, value in given.items() if value is not None})
-    return []
