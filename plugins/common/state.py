@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, cast
 import xxhash
 
 import sdg
-from sdg_plugins.common.command_line import CORE, DEMO_OUTPUT
+from sdg_plugins.common.command_line import CORE
+from sdg_plugins.common.defaults import DEMO_OUTPUT
 from sdg_plugins.common.files import default_state_dir, expanded, rank_file, split_uri, sync
 from sdg_plugins.common.models import identity_of_models, recordable
 from sdg_plugins.common.results import annotated_fields, base_fields
