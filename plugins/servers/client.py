@@ -162,7 +162,7 @@ class Client:
                 self.counts[f"given_up.{failure.cause}"] += 1
                 raise failure
             self.counts[f"retries.{failure.cause}"] += 1
-            await asyncio.sleep(tries.pause)
+            await self.pool.pause(tries.pause)
 
     async def _try(self, upstream: sdg.Upstream, request: sdg.Request, tries: Tries) -> sdg.Response:
         """One attempt, after a smallest request if a server has had no capacity for this one again and again."""
