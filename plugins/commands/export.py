@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import sdg
 from sdg_plugins.common import recorded
-from sdg_plugins.common.files import expanded, format_of, sync
+from sdg_plugins.common.files import expanded, file_writer, sync
 from sdg_plugins.common.markdown import counted
 from sdg_plugins.common.options import Parser, number
 from sdg_plugins.common.paths import follow, parse_path
@@ -65,7 +65,7 @@ class Exporter:
         self.run, self.args = run, args
         self.shape = shape_of(run.options)
         self.fields = recorded_fields(run.state) or {}
-        self.writer: sdg.Writer = run.plugins.writers[format_of(run.options.output_filename)].factory(run)
+        self.writer: sdg.Writer = run.plugins.writers[file_writer(run.options)].factory(run)
         self.single = self.without_messages = 0
         self.dropped: list[str] = []
         if args.format == "preference" and args.score not in self.fields:

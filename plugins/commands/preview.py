@@ -17,8 +17,12 @@ from typing import Any
 import sdg
 from sdg_plugins.commands.jobs import Stop, run_all
 from sdg_plugins.common.command_line import Config
+<<<<<<< HEAD
 from sdg_plugins.common.ending import run_to_the_end
 from sdg_plugins.common.files import format_of, uses_spool
+=======
+from sdg_plugins.common.files import file_writer, uses_spool
+>>>>>>> 527f69179258a177adf70a2009257dc2fcdbeca8
 from sdg_plugins.common.notes import DocumentRecord, Exchange, Notes
 from sdg_plugins.common.secrets import secrets_of
 from sdg_plugins.common.terminal import field_lines, heading, printable
@@ -32,8 +36,8 @@ def preview_config(config: Config, folder: str, documents: int) -> Config:
     options.output, options.state_dir = f"{folder}/output", f"{folder}/output/.sdg/{config.name}"
     writers = config.plugins.writers
     if options.writer not in writers or uses_spool(config.options):
-        suffix = format_of(options.output_filename)  # the real output is not touched
-        options.writer = suffix if suffix in writers else "parquet"
+        name = file_writer(options)  # the real output is not touched
+        options.writer = options.file_writer = name if name in writers else "parquet"
     options.max_documents = min(documents, options.max_documents or documents)
     options.rank, options.world_size = 0, 1
     options.fresh = options.retry_failed = False

@@ -16,7 +16,7 @@ import sdg
 from sdg_plugins.common import recorded
 from sdg_plugins.common.checks import reading
 from sdg_plugins.common.chunks import OpenChunk, read_failed
-from sdg_plugins.common.files import format_of, rank_file, uses_spool
+from sdg_plugins.common.files import file_writer, rank_file, uses_spool
 from sdg_plugins.common.markdown import counted
 from sdg_plugins.common.options import Parser
 from sdg_plugins.common.rows import shape_of
@@ -69,8 +69,12 @@ def discrepancies(run: sdg.Run, counts: Counter[str], unfinished: Counter[str]) 
     """
     options = run.options
     reader = recorded.reader_of(run)
+<<<<<<< HEAD
     yield from discrepancies_of_input(run, reader)
     writer = run.plugins.writers[format_of(options.output_filename)].factory(run)
+=======
+    writer = run.plugins.writers[file_writer(options)].factory(run)
+>>>>>>> 527f69179258a177adf70a2009257dc2fcdbeca8
     known = {chunk.index: chunk for chunk in recorded.chunks_of(run)}
     expected = set()
     for opened in all_chunks(run, reader):

@@ -83,6 +83,7 @@ OPTIONS = {
             "a folder, s3://… or hf://datasets/OWNER/NAME; default: ./output/<rollout>, ./output/demo for the demo",
             shared=True,
         ),
+        setting("--writer", "NAME", "writer of the files; default: by the suffix of --output-filename"),
         setting("--output-config", "NAME", "sub-folder, and the config for load_dataset", "data", shared=True),
         Option("--output-filename", "T", "template with ${chunk_index}; .jsonl writes JSON lines", FILENAME),
         Option(

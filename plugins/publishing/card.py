@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import sdg
 from sdg_plugins.common import recorded
-from sdg_plugins.common.files import codec_of, default_state_dir, format_of, split_uri
+from sdg_plugins.common.files import codec_of, default_state_dir, file_writer, format_of, split_uri
 from sdg_plugins.common.hub import REPO_NAME, dataset_of_source, dataset_of_uri
 from sdg_plugins.common.markdown import counted, fence, inline, table, visible
 from sdg_plugins.common.models import SAMPLING
@@ -350,10 +350,23 @@ def first_rows(run: sdg.Run) -> list[dict[str, Any]]:
     """The first rows of the first file that has any."""
     import pyarrow as pa
 
+    if file_writer(run.options) not in {"parquet", "jsonl"}:
+        return first_rows_by_writer(run)
     for file in output_files(run)[:FILES_TRIED]:
         with contextlib.suppress(OSError, ValueError, pa.ArrowException):  # `verify` reports broken files
             if rows := first_rows_of(run, file):
                 return rows
+    return []
+
+
+def first_rows_by_writer(run: sdg.Run) -> list[dict[str, Any]]:
+    """The first rows as the plugin reads them that has written them."""
+    entry = run.plugins.writers.get(file_writer(run.options))
+    for chunk in recorded.chunks_of(run)[:FILES_TRIED] if entry else ():
+        table = entry.factory(run).read(chunk) if entry and chunk.written and chunk.rows else None
+        if table is not None:
+            columns = [field.name for field in table.schema if not has_binary(field.type)]
+            return rows_of(table.select(columns[:COLUMNS]).slice(0, SAMPLES))
     return []
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import sdg
 from sdg_plugins.common import recorded
-from sdg_plugins.common.files import format_of, split_uri
+from sdg_plugins.common.files import file_writer, split_uri
 from sdg_plugins.common.statistics import rank_statistics
 from sdg_plugins.common.steps import SCHEME
 
@@ -39,9 +39,7 @@ class StepReader:
             self._check_finished()
         self._chunks = [chunk for chunk in recorded.chunks_of(self._before) if chunk.written]
         before = self._before
-        self._writer: sdg.Writer = before.plugins.find("writers", format_of(before.options.output_filename)).factory(
-            before
-        )
+        self._writer: sdg.Writer = before.plugins.find("writers", file_writer(before.options)).factory(before)
         self._sizes: dict[int, int] = {}
         self._table: tuple[int, pa.Table] | None = None
         first = next((chunk for chunk in self._chunks if chunk.rows), None)
