@@ -17,12 +17,8 @@ from typing import Any
 import sdg
 from sdg_plugins.commands.jobs import Stop, run_all
 from sdg_plugins.common.command_line import Config
-<<<<<<< HEAD
 from sdg_plugins.common.ending import run_to_the_end
-from sdg_plugins.common.files import format_of, uses_spool
-=======
 from sdg_plugins.common.files import file_writer, uses_spool
->>>>>>> 527f69179258a177adf70a2009257dc2fcdbeca8
 from sdg_plugins.common.notes import DocumentRecord, Exchange, Notes
 from sdg_plugins.common.secrets import secrets_of
 from sdg_plugins.common.terminal import field_lines, heading, printable

@@ -69,12 +69,8 @@ def discrepancies(run: sdg.Run, counts: Counter[str], unfinished: Counter[str]) 
     """
     options = run.options
     reader = recorded.reader_of(run)
-<<<<<<< HEAD
     yield from discrepancies_of_input(run, reader)
-    writer = run.plugins.writers[format_of(options.output_filename)].factory(run)
-=======
     writer = run.plugins.writers[file_writer(options)].factory(run)
->>>>>>> 527f69179258a177adf70a2009257dc2fcdbeca8
     known = {chunk.index: chunk for chunk in recorded.chunks_of(run)}
     expected = set()
     for opened in all_chunks(run, reader):
