@@ -6,7 +6,7 @@ import asyncio
 import functools
 import os
 import sys
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +49,7 @@ class OpenChunk:
         bad: the rows that could not be read, by position.
         remaining: documents that are not final.
         resumed: an earlier process has begun it.
+        only: positions of the documents that are run; None for all.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class OpenChunk:
         self.bad: dict[int, sdg.BadRow] = {}
         self.remaining = 0
         self.resumed = False
+        self.only: frozenset[int] | None = None
         self._origins: list[tuple[int, str, int]] = []  # (position, file, row there)
         self._spool = spool
         batches = []
@@ -126,6 +128,7 @@ class OpenChunk:
     def documents(self, prompt_column: str | None, id_column: str | None) -> Iterator[tuple[int, sdg.Document | str]]:
         """Position and document of each row in order; instead of one without a usable prompt the reason."""
         ids = self.ids(id_column)
+<<<<<<< HEAD
         for position, value in enumerate(self.prompts(prompt_column)):
             if position in self.bad:
                 yield position, self.bad[position].reason
@@ -140,6 +143,28 @@ class OpenChunk:
                 position,
                 sdg.Document(ids[position], text, messages, index, functools.partial(self.row, position)),
             )
+=======
+        prompts = self.table.column(prompt_column)
+        skipped = set[int]() if self.only is None else set(range(self.chunk.count)) - self.only
+        clean, extra = prune(prompts.type) or (lambda value: value), self._extra(prompt_column)
+        for start in range(0, self.chunk.count, STEP):
+            for position, value in enumerate(values_of(prompts.slice(start, STEP)), start):
+                if position in skipped:
+                    continue
+                if position in self.bad:
+                    yield position, self.bad[position].reason
+                    continue
+                try:
+                    text, messages = parse_prompt(extra(position) if value is None else clean(value))
+                except sdg.BadDocument as exc:
+                    yield position, f"column {prompt_column!r} {exc}"
+                    continue
+                index = self.chunk.start + position
+                yield (
+                    position,
+                    sdg.Document(ids[position], text, messages, index, functools.partial(self.row, position)),
+                )
+>>>>>>> main
 
     def close(self) -> None:
         """Drop the rows."""
@@ -149,12 +174,17 @@ class OpenChunk:
 
 
 class Intake:
-    """Reads this rank's chunks, in a thread of its own and one chunk ahead."""
+    """Reads this rank's chunks, in a thread of its own and one chunk ahead.
+
+    Attributes:
+        chosen: for a sample: positions of its documents, by the index of their chunk. None for the whole input.
+    """
 
     def __init__(self, run: sdg.Run, reader: sdg.Reader) -> None:
         self._run, self.reader = run, reader
         self.prompt_column = prompt_column_of(run.options, reader.schema)
         self.id_column = id_column_of(run.options, reader.schema)
+        self.chosen: Mapping[int, frozenset[int]] | None = None
         self._thread = ThreadPoolExecutor(1, "sdg-reader")
         self._clear_leftovers()
 
@@ -175,6 +205,8 @@ class Intake:
 
     def expected(self) -> int | None:
         """How many documents belong to this rank, as far as the reader knows."""
+        if self.chosen is not None:
+            return sum(map(len, self.chosen.values()))
         options, total = self._run.options, self.reader.total()
         if total is None:
             return None
@@ -202,7 +234,8 @@ class Intake:
         options = self._run.options
         size, most = options.records_per_chunk, options.max_documents or sys.maxsize
         bookmark = None
-        for index in range(options.rank, sys.maxsize, options.world_size):
+        indices = range(options.rank, sys.maxsize, options.world_size)
+        for index in indices if self.chosen is None else sorted(self.chosen):
             start = index * size
             count = min(size, most - start)
             chunk = known.get(index)
@@ -222,6 +255,7 @@ class Intake:
                 return
             spool = self._run.state / "open" / f"{options.rank:05d}_{index:05d}.arrow"
             opened = OpenChunk(sdg.Chunk(index, start, bookmark=bookmark), parts, self.reader.schema, spool)
+            opened.only = None if self.chosen is None else self.chosen[index]
             yield opened
             if opened.chunk.count < count:
                 return
