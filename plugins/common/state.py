@@ -484,7 +484,7 @@ def start_over(run: sdg.Run) -> None:
         replace_file(run, "run.json", json.dumps({**record, "discarded": True}).encode())
         for file in sorted(doomed):
             run.output.delete(file)
-        own = re.compile(r"(schema|stats|\d{5,}\.(stats|attempt))\.json|\d{5,}\.sqlite3(-wal|-shm|-journal)?")
+        own = re.compile(r"(schema|stats|\d{5,}\.(stats|attempt|meeting))\.json|\d{5,}\.sqlite3(-wal|-shm|-journal)?")
         for path in sorted(run.state.iterdir()):
             if own.fullmatch(path.name) and path.name != f"{run.options.rank:05d}.attempt.json":  # this one
                 path.unlink()
