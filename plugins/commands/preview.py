@@ -18,7 +18,7 @@ import sdg
 from sdg_plugins.commands.jobs import Stop, run_all
 from sdg_plugins.common.command_line import Config
 from sdg_plugins.common.ending import run_to_the_end
-from sdg_plugins.common.files import file_writer, format_of, uses_spool
+from sdg_plugins.common.files import file_writer, uses_spool
 from sdg_plugins.common.markdown import counted
 from sdg_plugins.common.notes import DocumentRecord, Exchange, Notes
 from sdg_plugins.common.options import program

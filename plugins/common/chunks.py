@@ -128,8 +128,10 @@ class OpenChunk:
     def documents(self, prompt_column: str | None, id_column: str | None) -> Iterator[tuple[int, sdg.Document | str]]:
         """Position and document of each row in order; instead of one without a usable prompt the reason."""
         ids = self.ids(id_column)
-<<<<<<< HEAD
+        skipped = set[int]() if self.only is None else set(range(self.chunk.count)) - self.only
         for position, value in enumerate(self.prompts(prompt_column)):
+            if position in skipped:
+                continue
             if position in self.bad:
                 yield position, self.bad[position].reason
                 continue
@@ -143,28 +145,6 @@ class OpenChunk:
                 position,
                 sdg.Document(ids[position], text, messages, index, functools.partial(self.row, position)),
             )
-=======
-        prompts = self.table.column(prompt_column)
-        skipped = set[int]() if self.only is None else set(range(self.chunk.count)) - self.only
-        clean, extra = prune(prompts.type) or (lambda value: value), self._extra(prompt_column)
-        for start in range(0, self.chunk.count, STEP):
-            for position, value in enumerate(values_of(prompts.slice(start, STEP)), start):
-                if position in skipped:
-                    continue
-                if position in self.bad:
-                    yield position, self.bad[position].reason
-                    continue
-                try:
-                    text, messages = parse_prompt(extra(position) if value is None else clean(value))
-                except sdg.BadDocument as exc:
-                    yield position, f"column {prompt_column!r} {exc}"
-                    continue
-                index = self.chunk.start + position
-                yield (
-                    position,
-                    sdg.Document(ids[position], text, messages, index, functools.partial(self.row, position)),
-                )
->>>>>>> main
 
     def close(self) -> None:
         """Drop the rows."""
