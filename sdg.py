@@ -1313,7 +1313,7 @@ class RolloutRun:
 
     __slots__ = (
         *("_answers", "_branches", "_engine", "_key", "_ordinals", "_part", "attempts", "document", "final", "index"),
-        *("interrupted", "reasons", "room", "truncated", "usage"),
+        *("asked", "interrupted", "reasons", "room", "truncated", "usage"),
     )
 
     def __init__(
@@ -1323,6 +1323,7 @@ class RolloutRun:
         self._part = part  # ".1" is the second part, ".1.0" the first part of that
         self._ordinals: dict[bytes, int] = {}  # of the last of equal requests: each of them is another sample
         self._branches: set[asyncio.Task[Any]] = set()  # tasks that wait for a response
+        self.asked: list[list[Any]] = []  # the payload and the reply of each request, with --keep-messages
         self.attempts = 0
         self.interrupted = self.final = self.truncated = False
         self.reasons: list[str | None] = []  # to finish, of all replies
@@ -1358,6 +1359,9 @@ class RolloutRun:
         """The response to a payload: stored by an earlier process, or from a server."""
         if self.final:  # a branch that the rollout has left behind
             raise asyncio.CancelledError
+        asked: list[Any] = [payload]
+        if self._engine.run.options.keep_messages:
+            self.asked.append(asked)
         try:
             request = Request(path, payload, self, to=to)
         except TypeError as exc:
@@ -1375,6 +1379,7 @@ class RolloutRun:
                 request = request.with_payload({**payload, "seed": seed})
             response = await self._send(request, key)
         reply = response.reply
+        asked.append(reply)
         self.attempts += 1
         self.truncated |= reply.truncated
         self.reasons.append(reply.finish_reason)
@@ -1447,7 +1452,7 @@ class RolloutRun:
             common: dict[str, Any] = {"truncated": self.truncated}
             if self.reasons:
                 common["finish_reason"] = engine.client.worst(self.reasons)
-            return [{**common, **result} for result in results]
+            return engine.outlet.with_messages([{**common, **result} for result in results], self.asked)
         except BaseException as exc:
             if engine.crew.cut_off or (self.interrupted and engine.stopping):
                 raise
@@ -1467,7 +1472,8 @@ class RolloutRun:
         )
         if isinstance(exc, BadResult):
             error, kind = f"{exc}{place_of(self._engine.rollout)}", "TypeError"
-        return {"error": error, "error_type": kind, "attempts": max(1, self.attempts)}
+        details = getattr(exc, "details", {})  # what an exception has for `failed/`, such as the model's last answer
+        return {"error": error, "error_type": kind, "attempts": max(1, self.attempts), **details}
 
 
 # ── Engine ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1561,7 +1567,8 @@ class Engine:
         self._unwritten = 0
         self._space = asyncio.Event()
         self._ready: Iterator[tuple[OpenChunk, Document]] = iter(())
-        self._turn = asyncio.Lock()
+        self._asleep: deque[asyncio.Future[None]] = deque()  # workers that wait for a document
+        self._reading = self._exhausted = False  # a worker reads on; there is nothing more
         self._writing = ThreadPoolExecutor(2, "sdg-writer")
         self._settling, self._two_write, self._one_large = asyncio.Lock(), asyncio.Semaphore(2), asyncio.Lock()
 
@@ -1605,22 +1612,16 @@ class Engine:
         """Process one document after the other. What fails beside them ends the run, but no worker."""
         try:
             while not self.stopping:
-                if taken := next(self._ready, None):
-                    self.crew.busy += 1
-                    try:
-                        await self._roll_out(*taken)
-                    finally:
-                        self.crew.busy -= 1
-                    if self.store.crowded:
-                        await self.store.room()
-                    continue
-                exhausted = self._ready
-                async with self._turn:  # not for each document: waiters for a lock would queue up for good
-                    if self._ready is exhausted:
-                        batch = await anext(batches, None)
-                        if batch is None:
-                            return
-                        self._ready = batch
+                taken = next(self._ready, None) or await self._next(batches)
+                if not taken:
+                    return
+                self.crew.busy += 1
+                try:
+                    await self._roll_out(*taken)
+                finally:
+                    self.crew.busy -= 1
+                if self.store.crowded:
+                    await self.store.room()
         except asyncio.CancelledError:
             if not self.stopping:
                 raise
@@ -1628,6 +1629,31 @@ class Engine:
             self.run.stop(exc)
 
     # Reading
+
+    async def _next(
+        self, batches: AsyncIterator[Iterator[tuple[OpenChunk, Document]]]
+    ) -> tuple[OpenChunk, Document] | None:
+        """The next document, None if there is none. One worker at a time reads on, while the others sleep.
+
+        Each one that is served wakes two: with a lock, all that wait would pass through it for each chunk.
+        """
+        try:
+            while not (taken := next(self._ready, None)) and not self._exhausted:
+                if self._reading:
+                    self._asleep.append(sleeper := asyncio.get_running_loop().create_future())
+                    await sleeper
+                    continue
+                self._reading = True
+                try:
+                    batch = await anext(batches, None)
+                finally:
+                    self._reading = False
+                self._ready, self._exhausted = batch or iter(()), batch is None
+            return taken
+        finally:
+            for _ in range(min(2, len(self._asleep))):
+                if not (sleeper := self._asleep.popleft()).done():
+                    sleeper.set_result(None)
 
     async def _batches(self) -> AsyncGenerator[Iterator[tuple[OpenChunk, Document]], None]:
         """For each chunk the documents that are not final."""
@@ -1736,7 +1762,7 @@ class Engine:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(rollout.run()) for rollout in rollouts]
             outcomes = [task.result() for task in tasks]
-        results = [result for outcome in outcomes if isinstance(outcome, list) for result in outcome]
+        results = self.outlet.results_of(outcomes)
         failures = [outcome for outcome in outcomes if isinstance(outcome, dict)]
         self.run.counts["failed_rollouts"] += len(failures)
         self._finish(opened, position, results or (failures[0] if failures else None))
