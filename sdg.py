@@ -921,8 +921,6 @@ async def _run_resource(run: Run) -> AsyncIterator[Run]:
 
 # ── Store ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-LOCAL_FILE_SYSTEMS = {"apfs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "hfs", "overlay", "ramfs", "tmpfs", "xfs", "zfs"}
-
 TABLES = """
     CREATE TABLE IF NOT EXISTS chunks (
         chunk INTEGER PRIMARY KEY, start INTEGER, count INTEGER, bookmark TEXT,
@@ -990,6 +988,8 @@ class Store:
             (version,) = await cursor.fetchone() or (0,)
         if version not in {0, STATE_VERSION}:
             raise wrong_version(path, version)
+        from sdg_plugins.common.files import LOCAL_FILE_SYSTEMS, file_system_of
+
         mode = "WAL" if file_system_of(path) in LOCAL_FILE_SYSTEMS else "TRUNCATE"  # WAL needs shared memory
         for pragma in (f"journal_mode={mode}", "synchronous=FULL", "cache_size=-8192"):
             await self._db.execute(f"PRAGMA {pragma}")
@@ -1233,20 +1233,6 @@ def chunk_of(row: Sequence[Any]) -> Chunk:
     index, start, count, bookmark, written, filtered, failed, *stamps = (*row, None, None, None)[:10]
     filtered, failed = tuple(json.loads(filtered)), tuple(json.loads(failed))
     return Chunk(index, start, count, bookmark, bool(written), filtered, failed, *stamps)
-
-
-def file_system_of(path: Path) -> str:
-    """The type of the file system that holds a path, as named in the kernel's mount table."""
-    mounts = Path("/proc/self/mountinfo")
-    if not mounts.exists():
-        return "apfs"  # macOS: local unless mounted otherwise
-    best, kind = "", ""
-    for line in mounts.read_text().splitlines():
-        before, _, after = line.partition(" - ")
-        mount = before.split()[4].encode().decode("unicode_escape")
-        if Path(os.path.realpath(path)).is_relative_to(mount) and len(mount) >= len(best):
-            best, kind = mount, after.split()[0]
-    return kind
 
 
 # ── Rollouts ─────────────────────────────────────────────────────────────────────────────────────────────────────────

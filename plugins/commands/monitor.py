@@ -10,7 +10,7 @@ import sys
 import time
 
 import sdg
-from sdg_plugins.common import hub, recorded
+from sdg_plugins.common import files, hub, recorded
 from sdg_plugins.common.files import uses_spool
 from sdg_plugins.common.options import Parser, number
 from sdg_plugins.common.published import record
@@ -115,7 +115,7 @@ def watch(run: sdg.Run, publisher: Publisher | None, args: argparse.Namespace) -
     """
     first_id, began, since, said = present_id(run), time.time(), 0.0, ""
     settling, looks = min(SETTLING, args.patience), Looks()
-    local = sdg.file_system_of(run.state) in sdg.LOCAL_FILE_SYSTEMS
+    local = files.file_system_of(run.state) in files.LOCAL_FILE_SYSTEMS
     where = publisher.url if publisher else run.output.path(card.NAME)
     while first_id and present_id(run) == first_id:
         overview, now = Overview.of_ranks(looks.look(run)), time.monotonic()

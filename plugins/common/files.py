@@ -31,6 +31,9 @@ ALIASES = {  # further suffixes of a format
 # Further file systems by scheme, set by the modules that make them: from a URI, the file system and the path in it.
 FILE_SYSTEMS: dict[str, Callable[[str], tuple[Any, str]]] = {}
 
+LOCAL_FILE_SYSTEMS = {"apfs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "hfs", "overlay", "ramfs", "tmpfs", "xfs", "zfs"}
+
+
 # ── URIs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -305,3 +308,17 @@ def sync(path: str | Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def file_system_of(path: Path) -> str:
+    """The type of the file system that holds a path, as named in the kernel's mount table."""
+    mounts = Path("/proc/self/mountinfo")
+    if not mounts.exists():
+        return "apfs"  # macOS: local unless mounted otherwise
+    best, kind = "", ""
+    for line in mounts.read_text().splitlines():
+        before, _, after = line.partition(" - ")
+        mount = before.split()[4].encode().decode("unicode_escape")
+        if Path(os.path.realpath(path)).is_relative_to(mount) and len(mount) >= len(best):
+            best, kind = mount, after.split()[0]
+    return kind

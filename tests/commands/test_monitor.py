@@ -289,7 +289,9 @@ def test_all_finished_is_published_at_once_and_the_card_is_the_final_one(story: 
 
 def test_on_a_network_file_system_a_file_may_be_seen_later_than_the_finish(story: Story) -> None:
     plugin = story.folder / "network.py"
-    plugin.write_text(textwrap.dedent(ECHO) + "\nsdg.LOCAL_FILE_SYSTEMS = set()\n")
+    plugin.write_text(
+        textwrap.dedent(ECHO) + "\nfrom sdg_plugins.common import files\nfiles.LOCAL_FILE_SYSTEMS = set()\n"
+    )
     story.options(plugin=[str(plugin)])
     story.ranks("finished", "finished", "finished")
     story.chunk(0)
