@@ -790,3 +790,28 @@ def test_a_recorded_error_has_no_secrets(ranks: Job, server: FakeServer) -> None
         assert json.loads(text)["rank"]["status"] == "failed"
         assert "hunter2" not in text
         assert "sk-secret" not in text
+
+
+def test_a_rank_whose_clock_differs_is_alive_while_its_heartbeat_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import argparse
+
+    from sdg_plugins.common import ranks as ranks_module
+
+    run: Any = argparse.Namespace(state=tmp_path, options=argparse.Namespace(world_size=1))
+    looks = ranks_module.Looks()
+
+    def look(clock: float) -> str:
+        record = {"status": "running", "updated": time.time() + clock, "host": "another-machine"}
+        (tmp_path / "00000.stats.json").write_text(json.dumps({"rank": record}))
+        return looks.look(run)[0].state
+
+    assert look(-5000) == "silent"
+    assert look(-4999) == "running"
+    (rank,) = looks.look(run)
+    assert abs(rank.updated - time.time()) < 60
+    look(5000)
+    monkeypatch.setattr(ranks_module, "SILENT", 0.05)
+    time.sleep(0.1)
+    assert looks.look(run)[0].state == "silent"
