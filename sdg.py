@@ -172,6 +172,12 @@ class Document:
         """All columns of the input row as Python values. Built at each access, because most rollouts need none."""
         return self._row()
 
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"a document has no `{name}`: the columns of its row are in `document.row`")
+
+    def __getitem__(self, name: object) -> NoReturn:
+        raise TypeError(f"a document is not a dict: use document.row[{name!r}]")
+
 
 class Block(NamedTuple):
     """Rows returned by a reader: `batch` starts at row `row` of `file` (both only serve to name the rows)."""
@@ -415,6 +421,8 @@ class Response(NamedTuple):
 Send = Callable[[Request], Awaitable[Response]]  # raises RequestFailed
 
 # What plugins register; each may be a class or a function.
+RowsOf = Callable[[Run], Iterator[Mapping[str, Any]]]  # a generator of rows: the simplest reader
+WriteFile = Callable[[str, "pa.Table"], object]  # writes rows to the file with this path: the simplest writer
 OpenReader = Callable[[Run], Reader]  # opens `run.options.input`, in a thread; raises InputError if it cannot be read
 OpenWriter = Callable[[Run], Writer]  # opens the output, in a thread, before the server starts; raises OutputError
 OpenResource = Callable[[Run], contextlib.AbstractAsyncContextManager[Any]]  # yields what rollouts get
@@ -613,10 +621,10 @@ hookspec = pluggy.HookspecMarker("sdg")
 hookimpl = pluggy.HookimplMarker("sdg")
 
 # Handed to the `register_*` hooks: `register(name, factory)`. The factory's docstring is its one-line help.
-RegisterReaders = Callable[[str, OpenReader], None]
+RegisterReaders = Callable[[str, OpenReader | RowsOf], None]
 RegisterRollouts = Callable[[str, Rollout], None]
 RegisterResources = Callable[[str, OpenResource], None]
-RegisterWriters = Callable[[str, OpenWriter], None]
+RegisterWriters = Callable[[str, OpenWriter | WriteFile], None]
 RegisterServers = Callable[[str, OpenServer], None]
 RegisterCommands = Callable[[str, Command], None]
 
@@ -636,6 +644,9 @@ class Hooks:
     @hookspec
     def register_readers(self, register: RegisterReaders) -> None:
         """Register `open_reader(run) -> Reader` under a URI scheme (`hf`) or a file suffix without its dot (`csv`).
+
+        A generator function that yields dicts will do: its first 1,000 rows decide on the columns and identify the
+        input, and seeking skips rows.
 
         `open_reader`, `seek`, `tell` and `read` run in threads, one call at a time; an exception there ends the run.
         """
@@ -659,6 +670,8 @@ class Hooks:
     @hookspec
     def register_writers(self, register: RegisterWriters) -> None:
         """Register `open_writer(run) -> Writer` under a URI scheme or a file suffix without its dot.
+
+        A function of two parameters, a path and an Arrow table, will do: it writes one file.
 
         `open_writer` runs in a thread, before the server starts. For a scheme that has a writer, `run.output` is a
         folder in the state, and the plugin publishes what the writer puts there. The writer runs in threads; an
@@ -806,11 +819,23 @@ class Plugins:
             both = f"plugins {entries[name].plugin} and {plugin} both register the {kind[:-1]} {name!r}"
             raise PluginError(f"{both}: rename one of them")
         if not callable(factory):
-            expected = "an async function" if kind == "rollouts" else "a function or a class"
+            expected = {
+                "rollouts": "an async function",
+                "resources": "a function that makes an async context manager (@contextlib.asynccontextmanager)",
+            }.get(kind, "a function or a class")
             raise PluginError(
                 f"plugin {plugin}: the {kind[:-1]} {name!r} is a {type(factory).__name__}, expected {expected}"
             )
-        entries[name] = Entry(factory, *of)
+        entries[name] = Entry(adapted(kind, factory), *of)
+
+
+def adapted(kind: str, factory: Callable[..., Any]) -> Callable[..., Any]:
+    """A factory as registered, or one made of a generator of dicts (reader) or a function of path and rows (writer)."""
+    if kind == "readers" and inspect.isgeneratorfunction(factory):
+        return cast("OpenReader", importlib.import_module("sdg_plugins.common.simple").reader_from(factory))
+    if kind == "writers" and inspect.isfunction(factory) and len(inspect.signature(factory).parameters) == 2:
+        return cast("OpenWriter", importlib.import_module("sdg_plugins.common.simple").writer_from(factory))
+    return factory
 
 
 def option_for(word: str, plugins: Plugins) -> str:
@@ -1437,6 +1462,8 @@ class RolloutRun:
         error, kind = describe(exc, self._engine.rollout_file), type(exc).__name__
         if isinstance(exc, BadResult):
             error, kind = f"{exc}{place_of(self._engine.rollout)}", "TypeError"
+        if isinstance(exc, dataclasses.FrozenInstanceError):
+            error += "; a document is read-only: use a variable for the prompt, and return what is new"
         return {"error": error, "error_type": kind, "attempts": max(1, self.attempts)}
 
 
