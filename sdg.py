@@ -781,7 +781,9 @@ class Plugins:
         entries: dict[str, Entry] = getattr(self, kind)
         if name in entries:
             return entries[name]
-        if kind == "commands" and (option := option_for(name, self)):
+        if kind == "commands" and (
+            option := importlib.import_module("sdg_plugins.common.loading").option_for(name, self)
+        ):
             raise UsageError(f"unknown command {name!r}; did you mean {option} {name}?")
         raise UsageError(f"unknown {kind[:-1]} {name!r}; {nearest(name, entries, cutoff=0.5)}")
 
@@ -826,23 +828,7 @@ class Plugins:
             raise PluginError(
                 f"plugin {plugin}: the {kind[:-1]} {name!r} is a {type(factory).__name__}, expected {expected}"
             )
-        entries[name] = Entry(adapted(kind, factory), *of)
-
-
-def adapted(kind: str, factory: Callable[..., Any]) -> Callable[..., Any]:
-    """A factory as registered, or one made of a generator of dicts (reader) or a function of path and rows (writer)."""
-    if kind == "readers" and inspect.isgeneratorfunction(factory):
-        return cast("OpenReader", importlib.import_module("sdg_plugins.common.simple").reader_from(factory))
-    if kind == "writers" and inspect.isfunction(factory) and len(inspect.signature(factory).parameters) == 2:
-        return cast("OpenWriter", importlib.import_module("sdg_plugins.common.simple").writer_from(factory))
-    return factory
-
-
-def option_for(word: str, plugins: Plugins) -> str:
-    """The option of `run` that a word belongs to that stands without one; "" if there is none."""
-    if word in plugins.rollouts or word.endswith(".py"):
-        return "--plugin"
-    return "--input" if "://" in word or Path(word).exists() else ""
+        entries[name] = Entry(importlib.import_module("sdg_plugins.common.simple").adapted(kind, factory), *of)
 
 
 def _check_hooks(module: types.ModuleType) -> None:
@@ -1311,7 +1297,7 @@ class RolloutRun:
 
     __slots__ = (
         *("_answers", "_branches", "_engine", "_key", "_ordinals", "_part", "attempts", "document", "final", "index"),
-        *("interrupted", "reasons", "room", "truncated", "usage"),
+        *("asked", "interrupted", "reasons", "room", "truncated", "usage"),
     )
 
     def __init__(
@@ -1321,6 +1307,7 @@ class RolloutRun:
         self._part = part  # ".1" is the second part, ".1.0" the first part of that
         self._ordinals: dict[bytes, int] = {}  # of the last of equal requests: each of them is another sample
         self._branches: set[asyncio.Task[Any]] = set()  # tasks that wait for a response
+        self.asked: list[list[Any]] = []  # the payload and the reply of each request, with --keep-messages
         self.attempts = 0
         self.interrupted = self.final = self.truncated = False
         self.reasons: list[str | None] = []  # to finish, of all replies
@@ -1356,6 +1343,9 @@ class RolloutRun:
         """The response to a payload: stored by an earlier process, or from a server."""
         if self.final:  # a branch that the rollout has left behind
             raise asyncio.CancelledError
+        asked: list[Any] = [payload]
+        if self._engine.run.options.keep_messages:
+            self.asked.append(asked)
         try:
             request = Request(path, payload, self, to=to)
         except TypeError as exc:
@@ -1373,6 +1363,7 @@ class RolloutRun:
                 request = request.with_payload({**payload, "seed": seed})
             response = await self._send(request, key)
         reply = response.reply
+        asked.append(reply)
         self.attempts += 1
         self.truncated |= reply.truncated
         self.reasons.append(reply.finish_reason)
@@ -1445,7 +1436,7 @@ class RolloutRun:
             common: dict[str, Any] = {"truncated": self.truncated}
             if self.reasons:
                 common["finish_reason"] = engine.client.worst(self.reasons)
-            return [{**common, **result} for result in results]
+            return engine.outlet.with_messages([{**common, **result} for result in results], self.asked)
         except BaseException as exc:
             if engine.crew.cut_off or (self.interrupted and engine.stopping):
                 raise
@@ -1464,7 +1455,8 @@ class RolloutRun:
             error, kind = f"{exc}{place_of(self._engine.rollout)}", "TypeError"
         if isinstance(exc, dataclasses.FrozenInstanceError):
             error += "; a document is read-only: use a variable for the prompt, and return what is new"
-        return {"error": error, "error_type": kind, "attempts": max(1, self.attempts)}
+        details = getattr(exc, "details", {})  # what an exception has for `failed/`, such as the model's last answer
+        return {"error": error, "error_type": kind, "attempts": max(1, self.attempts), **details}
 
 
 # ── Engine ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1558,7 +1550,8 @@ class Engine:
         self._unwritten = 0
         self._space = asyncio.Event()
         self._ready: Iterator[tuple[OpenChunk, Document]] = iter(())
-        self._turn = asyncio.Lock()
+        self._asleep: deque[asyncio.Future[None]] = deque()  # workers that wait for a document
+        self._reading = self._exhausted = False  # a worker reads on; there is nothing more
         self._writing = ThreadPoolExecutor(2, "sdg-writer")
         self._settling = asyncio.Lock()
         self._two_write = asyncio.Semaphore(2)
@@ -1603,22 +1596,16 @@ class Engine:
         """Process one document after the other. What fails beside them ends the run, but no worker."""
         try:
             while not self.stopping:
-                if taken := next(self._ready, None):
-                    self.crew.busy += 1
-                    try:
-                        await self._roll_out(*taken)
-                    finally:
-                        self.crew.busy -= 1
-                    if self.store.crowded:
-                        await self.store.room()
-                    continue
-                exhausted = self._ready
-                async with self._turn:  # not for each document: waiters for a lock would queue up for good
-                    if self._ready is exhausted:
-                        batch = await anext(batches, None)
-                        if batch is None:
-                            return
-                        self._ready = batch
+                taken = next(self._ready, None) or await self._next(batches)
+                if not taken:
+                    return
+                self.crew.busy += 1
+                try:
+                    await self._roll_out(*taken)
+                finally:
+                    self.crew.busy -= 1
+                if self.store.crowded:
+                    await self.store.room()
         except asyncio.CancelledError:
             if not self.stopping:
                 raise
@@ -1626,6 +1613,31 @@ class Engine:
             self.run.stop(exc)
 
     # Reading
+
+    async def _next(
+        self, batches: AsyncIterator[Iterator[tuple[OpenChunk, Document]]]
+    ) -> tuple[OpenChunk, Document] | None:
+        """The next document, None if there is none. One worker at a time reads on, while the others sleep.
+
+        Each one that is served wakes two: with a lock, all that wait would pass through it for each chunk.
+        """
+        try:
+            while not (taken := next(self._ready, None)) and not self._exhausted:
+                if self._reading:
+                    self._asleep.append(sleeper := asyncio.get_running_loop().create_future())
+                    await sleeper
+                    continue
+                self._reading = True
+                try:
+                    batch = await anext(batches, None)
+                finally:
+                    self._reading = False
+                self._ready, self._exhausted = batch or iter(()), batch is None
+            return taken
+        finally:
+            for _ in range(min(2, len(self._asleep))):
+                if not (sleeper := self._asleep.popleft()).done():
+                    sleeper.set_result(None)
 
     async def _batches(self) -> AsyncGenerator[Iterator[tuple[OpenChunk, Document]], None]:
         """For each chunk the documents that are not final."""
@@ -1734,7 +1746,7 @@ class Engine:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(rollout.run()) for rollout in rollouts]
             outcomes = [task.result() for task in tasks]
-        results = [result for outcome in outcomes if isinstance(outcome, list) for result in outcome]
+        results = self.outlet.results_of(outcomes)
         failures = [outcome for outcome in outcomes if isinstance(outcome, dict)]
         self.run.counts["failed_rollouts"] += len(failures)
         self._finish(opened, position, results or (failures[0] if failures else None))

@@ -42,6 +42,7 @@ from sdg_plugins.common.state import (
     discarded,
     goal_of,
     lock_rank,
+    promised_fields,
     remember_source,
     start_over,
 )
@@ -54,6 +55,7 @@ from sdg_plugins.common.statistics import (
     write_rank,
     write_statistics,
 )
+from sdg_plugins.common.steps import SCHEME
 from sdg_plugins.servers.connecting import connect
 from sdg_plugins.servers.models import Connect, Servers, connect_models, start
 
@@ -204,7 +206,7 @@ class Job:
         remember_source(self.run)
         async with self._engine(await self._reader(), servers) as engine:
             await self._observe()
-            _tune_collector()
+            _tune_collector(self.run.options.max_concurrent_generations)
             async with self._present(engine, self.stop):
                 self.stop.gently = engine.stop
                 try:
@@ -220,7 +222,7 @@ class Job:
         with reading(options.input, entry.factory):
             reader: sdg.Reader = await asyncio.to_thread(created, entry.factory, run)
         check_reader(reader, f"the reader {options.reader!r} of plugin {entry.plugin}")
-        check_columns(reader.schema, options)
+        check_columns(reader.schema, options, promised_fields(run) or ())
         run.schema = reader.schema
         return reader
 
@@ -387,6 +389,8 @@ async def serve(jobs: list[Job], stop: Stop) -> None:
             while waiting and stop.reason is None:
                 job = waiting.popleft()
                 await job.work(servers)
+                if job.problem and waiting and waiting[0].run.options.reader == SCHEME:
+                    break  # the following steps would work on a part of the rows
                 if following := await job.following():
                     jobs.append(following)
                     waiting.appendleft(following)
@@ -412,7 +416,7 @@ def explained(exc: BaseException, run: sdg.Run) -> BaseException:
     return error
 
 
-def _tune_collector() -> None:
+def _tune_collector(in_flight: int) -> None:
     """Make garbage collection rare: 10,000 requests in flight are a million objects, and full passes half the time."""
     import gc
 
@@ -421,4 +425,4 @@ def _tune_collector() -> None:
     pa.array(["if pandas is installed, Arrow imports it here rather than in the middle of the run"])
     gc.collect()
     gc.freeze()
-    gc.set_threshold(10_000, 50, 50)
+    gc.set_threshold(max(10_000, 50 * in_flight), 50, 50)

@@ -25,6 +25,15 @@ FIRST = 1000  # rows from which the columns and the identity of an input are lea
 READABLE = {"parquet", "orc", "csv", "arrow", "feather"}  # formats that pyarrow reads back
 
 
+def adapted(kind: str, factory: Callable[..., Any]) -> Callable[..., Any]:
+    """A factory as registered, or one made of a generator of dicts (reader) or a function of path and rows (writer)."""
+    if kind == "readers" and inspect.isgeneratorfunction(factory):
+        return reader_from(factory)
+    if kind == "writers" and inspect.isfunction(factory) and len(inspect.signature(factory).parameters) == 2:
+        return writer_from(factory)
+    return factory
+
+
 def reader_from(function: Callable[..., Iterator[Mapping[str, Any]]]) -> sdg.OpenReader:
     """A reader from a generator function of the run, or of nothing, that yields rows as dicts."""
 
