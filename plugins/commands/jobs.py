@@ -225,7 +225,9 @@ class Job:
             store = await stack.enter_async_context(sdg.Store.open(path, run.counts))
             send = run.plugins.linked(run)
             resources = await self._resources(stack)
-            yield sdg.Engine(run, store, Intake(run, reader), Outlet(run, self._writer), send, resources)
+            outlet = Outlet(run, self._writer)
+            outlet.check(reader.schema)
+            yield sdg.Engine(run, store, Intake(run, reader), outlet, send, resources)
 
     async def _resources(self, stack: contextlib.AsyncExitStack) -> dict[str, Any]:
         """Enter the resources that the rollout has parameters for."""

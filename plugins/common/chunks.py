@@ -15,6 +15,7 @@ import orjson
 
 import sdg
 from sdg_plugins.common.checks import check_blocks, reading
+from sdg_plugins.common.features import described
 from sdg_plugins.common.files import split_uri
 from sdg_plugins.common.kinds import array_of, checker, decoder, parse_json, relaxed
 from sdg_plugins.common.results import annotated_fields, base_fields, fit, infer_fields, results_type, unfit
@@ -257,7 +258,23 @@ class Outlet:
         rows = rows.append_column(run.options.results_column, array_of(fitted, results_type(self.fields)))
         self._write_failed(opened, ids, bodies["failed"])
         with sdg.at_work(f"the writer of {run.output.path(run.path_of(chunk))}", self.writer):
-            self.writer.write(chunk, rows.replace_schema_metadata(provenance(run)))
+            self.writer.write(chunk, rows.replace_schema_metadata(self._metadata(rows.schema)))
+
+    def check(self, schema: pa.Schema) -> None:
+        """Have the writer prove that it can write rows of this input: before a request is paid for."""
+        import pyarrow as pa
+
+        if not hasattr(self.writer, "check"):
+            return
+        fields = [relaxed(field) for field in schema]
+        if "id" not in schema.names:
+            fields.append(pa.field("id", pa.string()))
+        fields.append(pa.field(self._run.options.results_column, results_type(self.fields or base_fields())))
+        self.writer.check(pa.schema(fields, self._metadata(pa.schema(fields))))
+
+    def _metadata(self, schema: pa.Schema) -> dict[Any, Any]:
+        """Key-value metadata for files of rows with this schema."""
+        return {**described(schema, self._run.schema), **provenance(self._run)}
 
     def _write_failed(self, opened: OpenChunk, ids: list[str], failures: list[dict[str, Any]]) -> None:
         path = self._run.failed_path_of(opened.chunk)

@@ -308,10 +308,16 @@ def array_of(values: list[Any], kind: pa.DataType) -> pa.Array:
 
 
 def writable(kind: pa.DataType) -> pa.DataType:
-    """The type in which a column is written: what parquet cannot hold, objects without fields, is JSON."""
+    """The type in which a column is written.
+
+    Objects without fields are JSON, because parquet cannot hold them; UUIDs are text, because `datasets` cannot read
+    them.
+    """
     import pyarrow as pa
     import pyarrow.types as t
 
+    if isinstance(kind, pa.BaseExtensionType) and kind.extension_name == "arrow.uuid":
+        return pa.string()
     if t.is_struct(kind):
         return pa.struct([relaxed(field) for field in kind]) if kind.num_fields else json_type()
     if t.is_map(kind):

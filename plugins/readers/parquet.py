@@ -145,15 +145,14 @@ class ParquetReader:
     def _add_footers(self, count: int) -> None:
         """Read the footers of the next `count` files."""
         known = self._first + len(self._groups)
-        for footer in self._pool.map(self._footer, range(known, min(known + count, len(self._files.names)))):
-            self._check(self._files.names[self._first + len(self._groups)], footer)
+        for footer, schema in self._pool.map(self._footer, range(known, min(known + count, len(self._files.names)))):
+            self._check(self._files.names[self._first + len(self._groups)], schema)
             groups = [footer.row_group(g) for g in range(footer.num_row_groups)]
             self._groups.append([Group(group.num_rows, group.total_byte_size) for group in groups])
             self._starts.append(self._starts[-1] + footer.num_rows)
 
-    def _check(self, name: str, footer: Any) -> None:
+    def _check(self, name: str, schema: pa.Schema) -> None:
         """Take the columns of a file into account; those of files that are met later must fit the schema."""
-        schema = self._schema_of(footer)
         if self.schema is None:
             self._schemas.setdefault(name, schema)
         elif not schema.equals(self.schema):
@@ -175,10 +174,6 @@ class ParquetReader:
         self._schemas.clear()
         return found
 
-    @staticmethod
-    def _schema_of(footer: Any) -> pa.Schema:
-        return footer.schema.to_arrow_schema().remove_metadata()
-
     def _conform(self, batch: pa.RecordBatch, name: str) -> pa.RecordBatch:
         """Rows of the file `name`, with the schema of all files."""
         import pyarrow as pa
@@ -188,18 +183,22 @@ class ParquetReader:
         except pa.ArrowException as exc:
             raise no_fit(name, exc) from exc
 
-    def _footer(self, i: int) -> pa.parquet.FileMetaData:
-        """A file's footer. One thread reads it; others that need it meanwhile wait."""
+    def _footer(self, i: int) -> tuple[pa.parquet.FileMetaData, pa.Schema]:
+        """A file's footer, and the schema of its batches. One thread reads it; others that need it meanwhile wait."""
         with self._footer_locks[i % FOOTERS]:
             return self._cached_footer(i)
 
-    def _read_footer(self, i: int) -> pa.parquet.FileMetaData:
+    def _read_footer(self, i: int) -> tuple[pa.parquet.FileMetaData, pa.Schema]:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         try:
             with self._files.open(i) as file:
-                return pq.read_metadata(file)
+                parquet = pq.ParquetFile(file)
+                return parquet.metadata, parquet.schema_arrow
+        except pa.ArrowNotImplementedError as exc:
+            hint = "convert the column to a type that pyarrow reads"
+            raise sdg.InputError(f"{self._files.names[i]} cannot be read: {sdg.one_line(exc)}; {hint}") from exc
         except (pa.ArrowException, OSError) as exc:
             raise sdg.InputError(f"{self._files.names[i]} is not a complete parquet file: {sdg.one_line(exc)}") from exc
 
@@ -267,7 +266,7 @@ class ParquetReader:
         """The batches of a row group. Those of a remote file are being fetched when this returns."""
         import pyarrow.parquet as pq
 
-        footer, local = self._footer(piece.file), self._files.local
+        (footer, _), local = self._footer(piece.file), self._files.local
         # For local files, pre-buffering would keep everything read until the file is closed; without a buffer size,
         # pyarrow would read the whole row group at once.
         how = {"pre_buffer": False, "buffer_size": BUFFER} if local else {"pre_buffer": True}
