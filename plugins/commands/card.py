@@ -28,7 +28,7 @@ def observe(run: sdg.Run) -> contextlib.AbstractAsyncContextManager[None]:
 
 def card(argv: list[str]) -> int:
     """Write the dataset card from the run's state and files; publish what is missing on the Hub."""
-    parser = Parser(prog="sdg.py card", description=card.__doc__)
+    parser = Parser(prog="sdg.py card", description=card.__doc__, epilog="example: sdg.py card --output ./summaries")
     recorded.add_run_options(parser)
     run = recorded.load_run(parser.parse_args(argv))
     note = note_on_early_end(run)

@@ -29,7 +29,11 @@ def register_commands(register: sdg.RegisterCommands) -> None:
 
 def monitor(argv: list[str]) -> int:
     """Publish finished chunks, and keep the card's progress up to date until the run ends."""
-    parser = Parser(prog="sdg.py monitor", description=monitor.__doc__)
+    parser = Parser(
+        prog="sdg.py monitor",
+        description=monitor.__doc__,
+        epilog="example: sdg.py monitor --output hf://datasets/YOU/summaries",
+    )
     recorded.add_run_options(parser, required=True)
     interval, patience = number(float, 0.1), number(float, 1)
     parser.add_argument("--interval", metavar="S", type=interval, default=300.0, help="seconds between updates [300]")

@@ -13,7 +13,9 @@ def register_commands(register: sdg.RegisterCommands) -> None:
 
 def plugins(argv: list[str]) -> int:
     """List what is registered, and by which package."""
-    parser = Parser(prog="sdg.py plugins", description=plugins.__doc__)
+    parser = Parser(
+        prog="sdg.py plugins", description=plugins.__doc__, epilog="example: sdg.py plugins --plugin ./my_plugin.py"
+    )
     parser.add_argument("--plugin", action="append", metavar="FILE.py|MODULE", help="also load this one; repeatable")
     loaded, _ = sdg.Plugins.load([*(parser.parse_args(argv).plugin or []), "summarize"])
     for kind in sdg.Plugins.kinds:

@@ -28,7 +28,7 @@ def register_commands(register: sdg.RegisterCommands) -> None:
 
 def show(argv: list[str]) -> int:
     """Show rows of a run as a person reads them: the prompt column, then each result."""
-    parser = Parser(prog="sdg.py show", description=show.__doc__)
+    parser = Parser(prog="sdg.py show", description=show.__doc__, epilog="example: sdg.py show -n 3 --failed")
     recorded.add_run_options(parser)
     parser.add_argument("--config", dest="output_config", metavar="NAME", help="the same as --output-config")
     parser.add_argument("-n", type=number(int, 1), default=5, metavar="N", help="documents [5]")

@@ -19,7 +19,10 @@ from sdg_plugins.common.options import Parser
 from sdg_plugins.common.ranks import Overview, Rank, any_queued, ranks_of, rounded_duration
 
 GROUPS = 10  # groups of ranks that are shown: a thousand ranks fail for few reasons, or for too many to read
-EXIT = "exit status: 0 no rank needs attention; 1 some ranks do, or no such run exists; 2 usage error"
+EXIT = (
+    "example: sdg.py status --output ./summaries --ranks; exit status: 0 no rank needs attention; "
+    "1 some ranks do, or no such run exists; 2 usage error"
+)
 
 
 @sdg.hookimpl

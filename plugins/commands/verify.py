@@ -30,7 +30,9 @@ def register_commands(register: sdg.RegisterCommands) -> None:
 
 def verify(argv: list[str]) -> int:
     """Reconcile input, state and output; report each discrepancy, and exit with 1 if there are any."""
-    parser = Parser(prog="sdg.py verify", description=verify.__doc__)
+    parser = Parser(
+        prog="sdg.py verify", description=verify.__doc__, epilog="example: sdg.py verify --output ./summaries"
+    )
     recorded.add_run_options(parser)
     run = recorded.load_run(parser.parse_args(argv))
     found, counts, unfinished = 0, Counter({"rows": 0, "filtered": 0, "failed": 0}), Counter[str]()

@@ -8,9 +8,9 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import sdg
 from sdg_plugins.common import models
@@ -29,6 +29,18 @@ _count, _natural, _seconds, _ratio = number(int, 1), number(int, 0), number(floa
 _rate = number(float, 0.001, 1e12)
 
 OPTIONS = {
+    "task": [
+        Option(
+            "--plugin",
+            "P",
+            "rollout, FILE.py or MODULE[:ROLLOUT]; repeatable: all are loaded, the last one runs",
+            action="append",
+        ),
+        Option(
+            "--config", "FILE.toml", "read options of the same names from a file; the command line wins", shared=True
+        ),
+        Option("--preview", "N", "show requests and rows of N documents; write nothing", type=_count, shared=True),
+    ],
     "input": [
         Option(
             "--input",
@@ -149,15 +161,6 @@ OPTIONS = {
     ],
     "run": [
         Option(
-            "--plugin",
-            "P",
-            "rollout, FILE.py or MODULE[:ROLLOUT]; repeatable: all are loaded, the last one runs",
-            action="append",
-        ),
-        Option(
-            "--config", "FILE.toml", "read options of the same names from a file; the command line wins", shared=True
-        ),
-        Option(
             "--max-failure-rate",
             "X",
             "stop if more than this share of at least 100 documents fails",
@@ -183,26 +186,74 @@ OPTIONS = {
         Option("--state-dir", "D", "default: <output>/.sdg for a folder, else ./.sdg/<output name>", shared=True),
         Option("--fresh", None, "delete state and output, and start over", action="store_true", shared=True),
         Option("--no-progress", None, "show no progress bar or lines", action="store_true", shared=True),
-        Option("--preview", "N", "show requests and rows of N documents; write nothing", type=_count, shared=True),
     ],
 }
 CORE = [option for group in OPTIONS.values() for option in group]
 
+# What `--help` shows, beside the options of plugins that are in use or not bundled; `--help-all` shows the rest.
+EVERYDAY = {
+    *("--plugin", "--config", "--preview", "--prompt-template", "--system-prompt"),
+    *("--input", "--prompt-column", "--id-column", "--max-documents", "--output", "--output-config"),
+    *("--base-url", "--server", "--model", "--api-key-env", "--max-concurrent-generations", "--tp", "--replicas"),
+    *("--max-tokens", "--temperature", "--generation", "--rollouts-per-document", "--long-documents"),
+    *("--retry-failed", "--rank", "--world-size", "--fresh", "--version", "--help", "--help-all"),
+}
+EXAMPLES = """\
+examples:
+  sdg.py                                                   a demonstration: no server, no key
+  sdg.py --plugin prompt --prompt-template 'Translate into French: [[DOCUMENT]]' \\
+      --input docs.jsonl --base-url http://localhost:8000 --preview 3
+  sdg.py --config run.toml                                 options of the same names from a file
+"""
 
-def build_parser(plugins: sdg.Plugins) -> tuple[Parser, dict[str, Options]]:
-    """The parser of `run`, and the options that each plugin added."""
+
+def build_parser(plugins: sdg.Plugins, rollout: str | None = None) -> tuple[Parser, dict[str, Options]]:
+    """The parser of `run`, and the options that each plugin added.
+
+    Args:
+        plugins: those that are loaded.
+        rollout: the one to run; `--help` shows the options of its plugin.
+    """
+    width = max(map(len, plugins.commands))
+    commands = [f"  {name:<{width}}  {entry.help}" for name, entry in sorted(plugins.commands.items())]
     parser = Parser(
         prog="sdg.py",
         usage="sdg.py [run] [OPTIONS]\n       sdg.py COMMAND [OPTIONS]",
         description=(sdg.__doc__ or "").partition("\n")[0],
-        epilog=f"commands: {', '.join(sorted(plugins.commands))}; each has its own --help",
+        epilog="\n".join([EXAMPLES, "commands; each has its own --help:", *commands]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
     )
-    parser.add_argument("--version", action="version", version=f"sdg {sdg.__version__}")
+    brief = parser.add_argument("-h", "--help", action=BriefHelp, help="show the options that are used most")
+    parser.add_argument("--help-all", action="help", help="show all options")
+    parser.add_argument("--version", action="version", version=f"sdg {sdg.__version__}", help="show the version")
     for title, options in OPTIONS.items():
         group = Options(parser, parser.add_argument_group(title))
         for option in options:
             group.add(option)
-    return parser, {name: plugin_options(parser, plugins, name) for name, _ in plugins.manager.list_name_plugin()}
+    added = {name: plugin_options(parser, plugins, name) for name, _ in plugins.manager.list_name_plugin()}
+    in_use = plugins.rollouts[rollout].plugin if rollout in plugins.rollouts else ""
+    shown = [group.identity for name, group in added.items() if name == in_use or not name.startswith("sdg_plugins.")]
+    brief.const = {flag[2:].replace("-", "_") for flag in EVERYDAY}.union(*shown)
+    return parser, added
+
+
+class BriefHelp(argparse.Action):
+    """`--help`: the options whose names are in `const`."""
+
+    const: set[str]
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **settings: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **settings)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        """Hide the other options, and print what is left."""
+        for action in parser._actions:
+            flags = [flag for flag in action.option_strings if flag.startswith("--")]
+            if flags and flags[0][2:].replace("-", "_") not in self.const:
+                action.help = argparse.SUPPRESS
+        parser.print_help()
+        parser.exit()
 
 
 def plugin_options(parser: Parser, plugins: sdg.Plugins, name: str) -> Options:
@@ -211,12 +262,21 @@ def plugin_options(parser: Parser, plugins: sdg.Plugins, name: str) -> Options:
     none = Options(parser, None)
     if not any(impl.plugin is plugin for impl, _ in plugins.calls("add_options", parser=none)):
         return none
-    group = Options(parser, parser.add_argument_group(name.rpartition(".")[2]))
+    group = Options(parser, parser.add_argument_group(title_of(name)))
     try:
         plugins.call_one("add_options", plugin, parser=group)
     except argparse.ArgumentError as exc:
         raise sdg.PluginError(f"plugin {name}: {exc}; rename the option") from exc
     return group
+
+
+def title_of(plugin: str) -> str:
+    """The title of a plugin's options: `rollout judge` for a bundled one, else the last part of its name."""
+    package, _, rest = plugin.partition(".")
+    kind, _, name = rest.partition(".")
+    return (
+        f"{kind.removesuffix('s')} {name.rpartition('.')[2]}" if package == "sdg_plugins" else plugin.rpartition(".")[2]
+    )
 
 
 # ── Parsing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -302,7 +362,7 @@ def parse_with(plugins: sdg.Plugins, rollout: str, argv: list[str], own: Iterabl
     Raises:
         UsageError, PluginError: with the option or plugin named.
     """
-    parser, added = build_parser(plugins)
+    parser, added = build_parser(plugins, rollout)
     parser.prog += name
     options = parser.parse_args(argv)
     if sum(word.partition("=")[0] == "--input" for word in argv) > 1:

@@ -199,7 +199,9 @@ def form_of_schema(text: str) -> Form:
     try:
         import jsonschema
     except ImportError as exc:
-        message = "a JSON schema needs a package that is missing: pip install 'sdg[jsonschema]', or use a dataclass"
+        message = (
+            "a JSON schema needs a package that is missing: pip install 'sdg-engine[jsonschema]', or use a dataclass"
+        )
         raise sdg.PluginError(message) from exc
     validator = jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator)
     try:

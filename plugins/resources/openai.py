@@ -32,7 +32,7 @@ async def openai(run: sdg.Run) -> AsyncIterator[sdg.PerRollout]:
         import httpx
         from openai import AsyncOpenAI
     except ImportError as exc:
-        message = f"the resource openai needs a package that is missing ({exc}): pip install 'sdg[openai]'"
+        message = f"the resource openai needs a package that is missing ({exc}): pip install 'sdg-engine[openai]'"
         raise sdg.PluginError(message) from exc
 
     def make(document: sdg.Document, generate: sdg.Generate) -> AsyncOpenAI:

@@ -302,7 +302,7 @@ class Tokens:
         try:
             return await asyncio.to_thread(LocalCounter, files)
         except ImportError as exc:
-            raise Unusable("the library tokenizers is not installed: pip install 'sdg[tokenizers]'") from exc
+            raise Unusable("the library tokenizers is not installed: pip install 'sdg-engine[tokenizers]'") from exc
         except Exception as exc:
             raise Unusable(f"the model's files cannot be used: {sdg.describe(exc)}") from exc
 
@@ -310,6 +310,7 @@ class Tokens:
         reasons = "; ".join(dict.fromkeys(self._reasons))
         sdg.say(
             "token counts are estimated on the high side, so up to half of the context may stay unused "
-            f"({reasons}); for exact counts install 'sdg[tokenizers]', with --model a folder or a name on the Hub"
+            f"({reasons}); for exact counts install 'sdg-engine[tokenizers]', with --model a folder or a name on the "
+            "Hub"
         )
         return Estimate()

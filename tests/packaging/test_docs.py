@@ -281,11 +281,24 @@ def snippets(language: str) -> list[str]:
     return [code for page in PAGES for code in re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)]
 
 
-@pytest.mark.parametrize("command", ["run", "verify", "card", "check", "monitor", "plugins", "status"])
-def test_every_command_has_help(run_sdg, command: str) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("command", ["card", "check", "monitor", "plugins", "run", "show", "status", "verify"])
+def test_every_command_has_help_with_an_example(run_sdg, command: str) -> None:  # type: ignore[no-untyped-def]
     finished = run_sdg(command, "--help")
     assert finished.rc == 0
     assert "usage" in finished.stdout
+    assert "example" in finished.stdout
+
+
+def test_help_shows_what_is_used_most_and_help_all_the_rest(run_sdg) -> None:  # type: ignore[no-untyped-def]
+    parser, _ = build_parser(sdg.Plugins.load([])[0])
+    brief, full, judge = (
+        set(re.findall(r"^  (--[\w-]+)", run_sdg(*words).stdout, re.MULTILINE))
+        for words in (["--help"], ["--help-all"], ["--plugin", "judge", "--help"])
+    )
+    assert {flag for flag in parser.flags if flag.startswith("--")} - full <= {"--help"}  # stands behind `-h`
+    assert {"--input", "--base-url", "--model", "--prompt-template"} < brief
+    assert len(brief) < len(full) / 2
+    assert judge - brief == {"--rubric", "--min-score"}
 
 
 if __name__ == "__main__":

@@ -188,3 +188,28 @@ def test_mypy_knows_the_types_in_a_checkout(environment: Environment, tmp_path: 
     said = mypy(bare, "typed.py", folder=tmp_path)
     assert 'Revealed type is "str"' in said
     assert "def (message: str)" in said
+
+
+def test_another_projects_package_sdg_is_reported(environment: Environment, tmp_path: Path) -> None:
+    site_packages = environment("-c", "import site; print(site.getsitepackages()[0])").strip()
+    other = Path(site_packages, "sdg")
+    other.mkdir()
+    (other / "__init__.py").write_text('"""Metrics of synthetic data."""\n')
+    try:
+        done = subprocess.run(
+            [environment.folder / "bin" / "sdg"], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+    finally:
+        shutil.rmtree(other)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "pip uninstall sdg" in done.stderr
+    assert str(other) in done.stderr
+
+
+def test_the_distribution_has_a_name_of_its_own(environment: Environment, tmp_path: Path) -> None:
+    show = "import importlib.metadata as m; print(m.version('sdg-engine'), *m.files('sdg-engine'))"
+    version, *files = environment("-c", show, folder=tmp_path).split()
+    assert environment.sdg("--version", folder=tmp_path).split() == ["sdg", version]
+    assert {"sdg.py", "sdg_plugins/__init__.py", "sdg_plugins/servers/pool.py"} <= set(files)
+    assert not [name for name in files if name.endswith(".md")]

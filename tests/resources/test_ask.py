@@ -135,7 +135,7 @@ def test_a_json_schema_without_the_library_says_how_to_get_it(shapes: Job, serve
     finished = shapes(env={"PYTHONPATH": str(package.parent)})
 
     assert finished.rc == 1
-    assert finished.says("jsonschema", "pip install 'sdg[jsonschema]'")
+    assert finished.says("jsonschema", "pip install 'sdg-engine[jsonschema]'")
     assert not server.requests
 
 

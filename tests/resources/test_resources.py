@@ -447,7 +447,7 @@ def test_without_the_package_the_message_says_how_to_get_it(job: Job, server: Fa
     finished = job(env={"PYTHONPATH": str(package.parent)})
 
     assert finished.rc == 1
-    assert finished.says("openai", "pip install 'sdg[openai]'")
+    assert finished.says("openai", "pip install 'sdg-engine[openai]'")
 
 
 HEAVY = ("openai", "httpx", "pydantic", "jsonschema", "concurrent.futures.process", "pyarrow", "aiohttp")

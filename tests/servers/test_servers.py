@@ -217,7 +217,7 @@ def test_missing_program_names_the_extra(launch: Launch) -> None:
     finished = launch(server="vllm")
 
     assert finished.rc == 1
-    assert finished.says("vllm is not installed", "pip install 'sdg[vllm]'")
+    assert finished.says("vllm is not installed", "pip install 'sdg-engine[vllm]'")
 
 
 def test_missing_command_is_reported(launch: Launch) -> None:

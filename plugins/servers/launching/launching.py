@@ -133,8 +133,8 @@ def find_program(name: str, extra: str) -> Path:
     found = str(beside) if beside.exists() else shutil.which(name)
     if found is None:
         raise sdg.ServerError(
-            f"{name} is not installed: run `pip install 'sdg[{extra}]'`, or add the bin folder of the environment "
-            "that has it to PATH"
+            f"{name} is not installed: run `pip install 'sdg-engine[{extra}]'`, or add the bin folder of the "
+            "environment that has it to PATH"
         )
     return Path(found)
 
