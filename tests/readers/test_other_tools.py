@@ -23,7 +23,8 @@ def test_types_of_duckdb_are_read(tmp_path: Path) -> None:
     path = tmp_path / "duck.parquet"
     duckdb.sql(
         f"""COPY (SELECT '5f0c6f9e-8d3c-4d57-9d4b-3a7f1c2b9e10'::uuid AS id, 'Hello.' AS text,
-        '{{"a": [1]}}'::json AS j, map {{'k': 1}} AS m, [1, 2] AS l, {{'a': 1}} AS s, timestamp_ns '2024-01-01' AS t, 1.5::decimal(10, 2) AS d,
+        '{{"a": [1]}}'::json AS j, map {{'k': 1}} AS m, [1, 2] AS l, {{'a': 1}} AS s,
+        timestamp_ns '2024-01-01' AS t, 1.5::decimal(10, 2) AS d,
         'x'::enum('x', 'y') AS e) TO '{path}'"""
     )
 
