@@ -100,7 +100,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 COMMIT_INTERVAL = 0.05  # s between group commits: 5,000 documents/s become 250 rows a commit, not 5,000 commits
 WINDOW = 32  # documents read but not yet written, per document in flight: 1 % stragglers of 20 times the mean need 20
 RECENT = 1000  # documents that the failure rate is also judged by, so that a long run stops soon when all go wrong
@@ -323,6 +323,7 @@ class Chunk:
     written: bool = False
     filtered: tuple[int, ...] = ()  # positions in the chunk
     failed: tuple[int, ...] = ()
+    digest: str = ""  # of the rows that it is made of; see `digest_of` in plugins/common/chunks.py
 
     @property
     def rows(self) -> int:
@@ -900,7 +901,7 @@ LOCAL_FILE_SYSTEMS = {"apfs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "hfs", "o
 TABLES = """
     CREATE TABLE IF NOT EXISTS chunks (
         chunk INTEGER PRIMARY KEY, start INTEGER, count INTEGER, bookmark TEXT,
-        written INTEGER, filtered TEXT, failed TEXT);
+        written INTEGER, filtered TEXT, failed TEXT, digest TEXT);
     -- id = chunk << 32 | position: a chunk is one range of the tree
     CREATE TABLE IF NOT EXISTS documents (id INTEGER PRIMARY KEY, status TEXT, body TEXT);
     CREATE TABLE IF NOT EXISTS requests (document INTEGER, key BLOB, body TEXT);
@@ -1032,7 +1033,7 @@ class Store:
             chunks, documents, requests = self._chunks, self._documents, self._requests
             self._chunks, self._documents, self._requests = [], [], {}
             totals, handed = list(self.totals().items()), self._handed
-            await self._insert("chunks", 7, [_chunk_row(chunk) for chunk in chunks])
+            await self._insert("chunks", 8, [_chunk_row(chunk) for chunk in chunks])
             await self._insert("documents", 3, documents)
             await self._insert("requests", 3, [(i, *answer) for i, answers in requests.items() for answer in answers])
             await self._insert("totals", 2, totals)
@@ -1053,7 +1054,7 @@ class Store:
         """The chunk's file is durable: record that, and drop the documents and responses it was made of."""
         span = (chunk.index << 32, (chunk.index + 1) << 32)
         async with self._transaction():
-            await self._insert("chunks", 7, [_chunk_row(chunk)])
+            await self._insert("chunks", 8, [_chunk_row(chunk)])
             await self._db.execute("DELETE FROM documents WHERE id >= ? AND id < ?", span)
             await self._db.execute("DELETE FROM requests WHERE document >= ? AND document < ?", span)
 
@@ -1061,7 +1062,7 @@ class Store:
         """Make a written chunk open again, with the documents that stay as they are."""
         async with self._transaction():
             await self._insert("documents", 3, [(chunk.index << 32 | i, status, body) for i, status, body in outcomes])
-            await self._insert("chunks", 7, [_chunk_row(chunk)])
+            await self._insert("chunks", 8, [_chunk_row(chunk)])
 
     async def forget_failures(self) -> None:
         """Make the failed documents of open chunks unfinished."""
@@ -1138,14 +1139,14 @@ async def _database(path: Path) -> AsyncIterator[aiosqlite.Connection]:
 
 
 def _chunk_row(chunk: Chunk) -> tuple[Any, ...]:
-    return (*dataclasses.astuple(chunk)[:5], json.dumps(chunk.filtered), json.dumps(chunk.failed))
+    return (*dataclasses.astuple(chunk)[:5], json.dumps(chunk.filtered), json.dumps(chunk.failed), chunk.digest)
 
 
 def chunk_of(row: Sequence[Any]) -> Chunk:
     """The chunk in a row of the table `chunks`."""
-    index, start, count, bookmark, written, filtered, failed = row
+    index, start, count, bookmark, written, filtered, failed, digest = row
     filtered, failed = tuple(json.loads(filtered)), tuple(json.loads(failed))
-    return Chunk(index, start, count, bookmark, bool(written), filtered, failed)
+    return Chunk(index, start, count, bookmark, bool(written), filtered, failed, digest)
 
 
 def file_system_of(path: Path) -> str:
@@ -1556,7 +1557,7 @@ class Engine:
         opened.remaining = chunk.count - len(final)
         self._open[chunk.index] = opened
         self._unwritten += chunk.count
-        if not earlier or earlier.count != chunk.count:
+        if not earlier or earlier.count != chunk.count or earlier.digest != chunk.digest:
             self.store.opened(chunk)
         if not opened.remaining:
             self._write_tasks.create_task(self._write_chunk(opened))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import inspect
 import os
 import signal
@@ -31,6 +32,7 @@ from sdg_plugins.common.chunks import Intake, Outlet
 from sdg_plugins.common.command_line import Config
 from sdg_plugins.common.files import output_place
 from sdg_plugins.common.progress import progress, report
+from sdg_plugins.common.rereading import changed_rows
 from sdg_plugins.common.state import check_state_dir, claim_state, lock_rank, remember_source, start_over
 from sdg_plugins.common.statistics import (
     heartbeat,
@@ -220,7 +222,7 @@ class Job:
         run = self.run
         async with contextlib.AsyncExitStack() as stack:
             await connect_models(run, servers, self._connecting, stack)
-            claim_state(run, reader)
+            claim_state(run, reader, functools.partial(changed_rows, run, reader))
             path = run.state / f"{run.options.rank:05d}.sqlite3"
             store = await stack.enter_async_context(sdg.Store.open(path, run.counts))
             send = run.plugins.linked(run)

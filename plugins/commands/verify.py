@@ -13,12 +13,12 @@ from collections.abc import Iterator
 import sdg
 from sdg_plugins.common import recorded
 from sdg_plugins.common.checks import reading
-from sdg_plugins.common.chunks import OpenChunk, read_failed
+from sdg_plugins.common.chunks import OpenChunk, read_failed, same_rows
 from sdg_plugins.common.files import format_of
 from sdg_plugins.common.markdown import counted
 from sdg_plugins.common.options import Parser
 from sdg_plugins.common.state import output_files
-from sdg_plugins.common.values import id_column_of
+from sdg_plugins.common.values import id_column_of, id_text, values_of
 from sdg_plugins.publishing.publisher import Publisher
 from sdg_plugins.publishing.spool import uses_spool
 
@@ -81,6 +81,8 @@ def discrepancies(run: sdg.Run, counts: Counter[str], unfinished: Counter[str]) 
             yield f"chunk {chunk.index} ({rows}) was written with {counted(chunk.count, 'document')}"
         else:
             expected |= {run.path_of(chunk), *([run.failed_path_of(chunk)] if chunk.failed else [])}
+            if not same_rows(opened, chunk):
+                yield f"{rows} ({', '.join(opened.files)}) have changed since chunk {chunk.index} was made of them"
             yield from discrepancies_of_chunk(run, chunk, opened.ids(id_column_of(options, reader.schema)), writer)
             counts["rows"] += chunk.rows
             counts["filtered"] += len(chunk.filtered)
@@ -127,9 +129,9 @@ def discrepancies_of_chunk(run: sdg.Run, chunk: sdg.Chunk, ids: list[str], write
         yield f"{path} has {counted(table.num_rows, 'row')}, expected {chunk.rows:,}"
     elif chunk.rows:
         column = run.options.id_column if run.options.id_column in table.column_names else "id"
-        found = table.column(column).to_pylist()
+        found = values_of(table.column(column))
         for row, (id_, expected_id) in enumerate(zip(found, expected, strict=True)):
-            if id_ is not None and str(id_) != expected_id:
+            if id_ is not None and id_text(id_) != expected_id:
                 yield f"{path} row {row} is document {id_!r}, expected {expected_id!r}"
                 return
     if failed != [ids[position] for position in chunk.failed]:

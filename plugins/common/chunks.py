@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import orjson
+import xxhash
 
 import sdg
 from sdg_plugins.common.checks import check_blocks, reading
@@ -69,10 +70,16 @@ class OpenChunk:
             batches.append(null_row(schema) if isinstance(part, sdg.BadRow) else conformed(part.batch, schema))
             chunk.count += batches[-1].num_rows
         self.table = pa.Table.from_batches(batches, schema).unify_dictionaries()
+        chunk.digest = digest_of(self.table, tuple(self.bad))
         if spool:
             with pa.OSFile(str(spool), "wb") as sink, pa.ipc.new_file(sink, schema) as file:
                 file.write_table(self.table)
             self.table = pa.ipc.open_file(pa.memory_map(str(spool))).read_all()
+
+    @property
+    def files(self) -> list[str]:
+        """The files that the rows come from."""
+        return list(dict.fromkeys(file for _, file, _ in self._origins))
 
     def row(self, position: int) -> dict[str, Any]:
         """One row as Python values."""
@@ -132,6 +139,41 @@ class OpenChunk:
         del self.table
         if self._spool:
             self._spool.unlink(missing_ok=True)
+
+
+def digest_of(table: pa.Table, bad: tuple[int, ...]) -> str:
+    """A digest of a chunk's rows, followed by the positions of those that could not be read, which it leaves out."""
+    import pyarrow as pa
+
+    digest = xxhash.xxh3_128()
+    gone = set(bad)
+    kept = pick(table, [position for position in range(table.num_rows) if position not in gone]) if gone else table
+    with pa.PythonFile(_Digesting(digest), "w") as sink, pa.ipc.new_stream(sink, kept.schema) as stream:
+        stream.write_table(kept.combine_chunks())
+    return f"{digest.hexdigest()}:{','.join(map(str, bad))}"
+
+
+class _Digesting:
+    """A file that only adds what is written to a digest."""
+
+    closed = False
+
+    def __init__(self, digest: Any) -> None:
+        self.write = digest.update
+
+    def flush(self) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+def same_rows(opened: OpenChunk, recorded: sdg.Chunk) -> bool:
+    """True if the rows of a chunk are those that an earlier process has recorded, as far as that could read them."""
+    if opened.chunk.count < recorded.count:
+        return False
+    bad = tuple(int(position) for position in recorded.digest.partition(":")[2].split(",") if position)
+    return digest_of(opened.table.slice(0, recorded.count), bad) == recorded.digest
 
 
 class Intake:
@@ -208,6 +250,11 @@ class Intake:
                 return
             spool = self._run.state / "open" / f"{options.rank:05d}_{index:05d}.arrow"
             opened = OpenChunk(sdg.Chunk(index, start, bookmark=bookmark), parts, self.reader.schema, spool)
+            if chunk and not same_rows(opened, chunk):
+                raise sdg.InputError(
+                    f"--input {options.input}: {', '.join(opened.files)} has changed since chunk {index} was begun: "
+                    "restore it, or start over with --fresh"
+                )
             yield opened
             if opened.chunk.count < count:
                 return

@@ -209,6 +209,17 @@ class InputFiles:
         size, digest = earlier[known[-1]]
         return same and self.sizes[len(known) - 1] >= size and self._hash(len(known) - 1, size) == digest
 
+    def stamp(self, count: int) -> list[Any]:
+        """What changes when files are written again: of the first files by name, then size and time of the last one.
+
+        Args:
+            count: how many files, at most.
+        """
+        names = self.names[:count]
+        times = [os.stat(path).st_mtime_ns if self.local else 0 for path in self.paths[:count]]
+        digest = xxhash.xxh3_64(repr(list(zip(names[:-1], times, strict=False))).encode())
+        return [digest.hexdigest(), self.sizes[len(names) - 1], times[-1]] if names else ["", 0, 0]
+
     def open(self, i: int) -> Any:
         """Open the file with index `i` for reading; a compressed file is not decompressed."""
         return self.fs.open_input_file(self.paths[i])

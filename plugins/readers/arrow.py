@@ -67,6 +67,10 @@ class ArrowReader:
         read = sum(self.files.sizes[: self._file])
         return round(self._start * sum(self.files.sizes) / read) if read else None
 
+    def stamp(self, count: int) -> list[Any]:
+        """See `InputFiles`."""
+        return self.files.stamp(count)
+
     def continues(self, earlier: Mapping[str, Any]) -> bool:
         """See `sdg.Reader`."""
         return list(self.identity.items())[: len(earlier)] == list(earlier.items())

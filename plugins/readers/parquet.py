@@ -103,6 +103,10 @@ class ParquetReader:
             return self._starts[-1]
         return round(self._starts[-1] * sum(self._files.sizes) / max(1, sum(self._files.sizes[:known])))
 
+    def stamp(self, count: int) -> list[Any] | None:
+        """See `InputFiles`; None if the files cannot change."""
+        return self._files.stamp(count) if isinstance(self._files, InputFiles) else None
+
     def continues(self, earlier: Mapping[str, Any]) -> bool:
         """See `sdg.Reader`."""
         # A parquet file cannot grow: known files must be unchanged, new ones may follow.
