@@ -226,7 +226,10 @@ class Writer(Protocol):
     """Where chunks go. Called in threads, at most two at a time, each with another chunk."""
 
     def write(self, chunk: Chunk, rows: pa.Table) -> None:
-        """Make the chunk's file durable, whole or not at all. Called again after a crash, with the same result."""
+        """Make the chunk's file durable, whole or not at all. Called again after a crash, with the same result.
+
+        Chunks without rows are not written; only if there are no rows at all, the first one is, at the end.
+        """
 
     def read(self, chunk: Chunk) -> pa.Table | None:
         """The rows of a chunk that was written, None if its file is gone."""
@@ -314,7 +317,7 @@ class Rollout(Protocol):
 
 @dataclasses.dataclass(slots=True)
 class Chunk:
-    """`count` rows of the input from row `start` on: one output file. `index` counts chunks of the whole input."""
+    """`count` rows of the input from row `start` on, for one output file. `index` counts chunks of the whole input."""
 
     index: int
     start: int
@@ -1474,10 +1477,12 @@ class Engine:
                 except BaseException:
                     self._broken_off = True
                     raise
-            if self._deferred and not self.stopping:  # no document has a result: the files are empty
+            if self._deferred and not self.stopping:  # no document has a result
                 self.outlet.settle_without_results()
                 async with asyncio.TaskGroup() as self._write_tasks:
                     self._write_deferred()
+            if not self.stopping:
+                await self._in_writing_thread(self.outlet.finish)
         if self._draining:
             await self._draining
         if self._open and not self.stopping:

@@ -15,6 +15,7 @@ import os
 import signal
 import sqlite3
 import threading
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -33,7 +34,8 @@ from sdg_plugins.common.command_line import Config
 from sdg_plugins.common.files import output_place
 from sdg_plugins.common.progress import progress, report
 from sdg_plugins.common.rereading import changed_rows
-from sdg_plugins.common.state import check_state_dir, claim_state, lock_rank, remember_source, start_over
+from sdg_plugins.common.shares import Share, Shares
+from sdg_plugins.common.state import check_state_dir, claim_state, goal_of, lock_rank, remember_source, start_over
 from sdg_plugins.common.statistics import (
     heartbeat,
     recording_the_end,
@@ -45,6 +47,7 @@ from sdg_plugins.common.statistics import (
 from sdg_plugins.servers.connecting import connect
 from sdg_plugins.servers.models import Connect, Servers, connect_models, start
 
+Lock = Callable[[sdg.Run], contextlib.AbstractContextManager[None]]
 Present = Callable[[sdg.Engine, "Stop"], contextlib.AbstractAsyncContextManager[None]]  # entered around `Engine.work`
 
 
@@ -124,7 +127,8 @@ async def reported(engine: sdg.Engine, stop: Stop) -> AsyncIterator[None]:
 async def record_end(engine: sdg.Engine, stop: Stop) -> dict[str, Any]:
     """Write the figures of a rank that has ended, and the sum over all ranks. Returns the rank's."""
     figures = await statistics(engine, await engine.store.tally())
-    record = {"status": status_of(stop.reason), "expected": engine.intake.expected()}
+    goal = goal_of(engine.intake.reader, engine.run.options)
+    record = {"status": status_of(stop.reason), "expected": engine.intake.expected(), "goal": goal}
     write_rank(engine.run, figures, record, stop.reason)
     write_statistics(engine.run)
     return figures
@@ -141,6 +145,7 @@ class Job:
         name: printed before its messages, "" if it is the only job.
         present: a context manager around the engine's work: shows it.
         connecting: yields the client for the servers.
+        lock: keeps other processes of the same rank out.
 
     Attributes:
         problem: what ended it early.
@@ -153,6 +158,7 @@ class Job:
         name: str = "",
         present: Present = reported,
         connecting: Connect = connect,
+        lock: Lock = lock_rank,
     ) -> None:
         task = asyncio.current_task()
         assert task
@@ -160,7 +166,7 @@ class Job:
         self.run = open_run(config, self.stop)
         self.problem: BaseException | None = None
         self._task, self._everything, self._name = task, everything, name
-        self._present, self._connecting = present, connecting
+        self._present, self._connecting, self._lock = present, connecting, lock
         self._observers = contextlib.AsyncExitStack()
         self._writer: sdg.Writer
 
@@ -176,7 +182,7 @@ class Job:
         """Run to the end, or as far as it gets."""
         self._everything.gently = lambda: self.stop(cast("sdg.Error", self._everything.reason))
         try:
-            with lock_rank(self.run), recording_the_end(self.run, lambda: self.stop.reason):
+            with self._lock(self.run), recording_the_end(self.run, lambda: self.stop.reason):
                 await self._work(servers)
         except asyncio.CancelledError:
             if self.stop.reason is None:
@@ -251,6 +257,10 @@ class Job:
                 if (observer := call()) is not None:
                     await self._observers.enter_async_context(observer)
 
+    async def following(self) -> Job | None:
+        """The job to do next with the same config, if there is one."""
+        return None
+
     async def leave(self) -> None:
         """Leave the observers; with several configs, say how this one ended."""
         try:
@@ -265,6 +275,36 @@ class Job:
             if self._name and isinstance(self.problem, sdg.Error) and not self.problem.said:
                 sdg.say(f"{self._name}{self.problem}")
                 self.problem.said = True
+
+
+class FreeRank(Job):
+    """One of the ranks that a process with `--rank any` takes, one after the other."""
+
+    def __init__(self, share: Share, shares: Shares, everything: Stop, name: str, present: Present) -> None:
+        super().__init__(share.config, everything, name, present, lock=share.held)
+        self._shares = shares
+
+    @classmethod
+    async def first(cls, config: Config, everything: Stop, name: str, present: Present) -> FreeRank | None:
+        """A job for a rank of this config; None if none is free, which is said."""
+        return await cls._take(Shares(config, open_run(config, everything)), everything, name, present)
+
+    @classmethod
+    async def _take(cls, shares: Shares, everything: Stop, name: str, present: Present) -> FreeRank | None:
+        if not (share := await shares.take()):
+            sdg.say(f"{name}no rank is free: {shares.summary()}")
+            return None
+        sdg.say(f"{name}rank {share.config.options.rank} of {share.config.options.world_size}")
+        job = cls(share, shares, everything, name, present)
+        await job.prepare()
+        return job
+
+    async def following(self) -> FreeRank | None:
+        """Leave this rank's observers, while the server goes on, and take the next rank."""
+        await self.leave()
+        if self.problem or self._everything.reason:
+            return None
+        return await self._take(self._shares, self._everything, self._name, self._present)
 
 
 def open_run(config: Config, stop: Stop) -> sdg.Run:
@@ -299,9 +339,13 @@ async def run_all(
         with signals(stop) if called is None else contextlib.nullcontext(called(stop)):
             for config in configs:
                 name = f"config {config.name}: " if len(configs) > 1 else ""
-                jobs.append(Job(config, stop, name, present))
-                await jobs[-1].prepare()
-            await serve(jobs, stop)
+                if config.options.any_rank:
+                    jobs += filter(None, [await FreeRank.first(config, stop, name, present)])
+                else:
+                    jobs.append(Job(config, stop, name, present))
+                    await jobs[-1].prepare()
+            if jobs:
+                await serve(jobs, stop)
             for job in jobs:
                 await job.leave()
     except (asyncio.CancelledError, Exception) as exc:
@@ -322,9 +366,13 @@ async def serve(jobs: list[Job], stop: Stop) -> None:
     try:
         async with contextlib.AsyncExitStack() as stack:
             servers = await start(run, stack)
-            for job in jobs if servers[""] else []:  # none: we have lent our GPUs to a run elsewhere, which has ended
-                if stop.reason is None:
-                    await job.work(servers)
+            waiting = deque(jobs if servers[""] else [])  # none: our GPUs were lent to a run elsewhere, which has ended
+            while waiting and stop.reason is None:
+                job = waiting.popleft()
+                await job.work(servers)
+                if following := await job.following():
+                    jobs.append(following)
+                    waiting.appendleft(following)
     except (asyncio.CancelledError, Exception) as exc:  # noqa: BLE001 - raised when all observers are left
         for job in jobs:
             job.problem = job.problem or stop.reason or explained(exc, run)

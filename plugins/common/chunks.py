@@ -19,8 +19,9 @@ from sdg_plugins.common.checks import check_blocks, reading
 from sdg_plugins.common.features import described
 from sdg_plugins.common.files import split_uri
 from sdg_plugins.common.kinds import array_of, checker, decoder, parse_json, relaxed
+from sdg_plugins.common.recorded import chunks_in
 from sdg_plugins.common.results import annotated_fields, base_fields, fit, infer_fields, results_type, unfit
-from sdg_plugins.common.state import recorded_fields, settle_fields
+from sdg_plugins.common.state import output_files, recorded_fields, settle_fields
 from sdg_plugins.common.unify import conformed
 from sdg_plugins.common.values import (
     id_column_of,
@@ -269,6 +270,7 @@ class Outlet:
 
     def __init__(self, run: sdg.Run, writer: sdg.Writer) -> None:
         self._run, self.writer = run, writer
+        self._without_rows: pa.Table | None = None  # chunk 0 if it has none
         rollout = run.plugins.rollouts[run.options.rollout].factory
         self.fields = recorded_fields(run.state) or settle_fields(run, annotated_fields(rollout))
 
@@ -304,8 +306,31 @@ class Outlet:
         fitted = [[fit(result, checks) for result in row] for row in bodies["row"]]
         rows = rows.append_column(run.options.results_column, array_of(fitted, results_type(self.fields)))
         self._write_failed(opened, ids, bodies["failed"])
-        with sdg.at_work(f"the writer of {run.output.path(run.path_of(chunk))}", self.writer):
-            self.writer.write(chunk, rows.replace_schema_metadata(self._metadata(rows.schema)))
+        rows = rows.replace_schema_metadata(self._metadata(rows.schema))
+        if rows.num_rows:
+            self._write_rows(chunk, rows)
+        elif chunk.index == 0:
+            self._without_rows = rows
+
+    def _write_rows(self, chunk: sdg.Chunk, rows: pa.Table) -> None:
+        with sdg.at_work(f"the writer of {self._run.output.path(self._run.path_of(chunk))}", self.writer):
+            self.writer.write(chunk, rows)
+
+    def finish(self) -> None:
+        """Leave a file without rows if the run has no rows at all: it names the columns.
+
+        All other chunks without rows have no file, because one such file among others makes the whole dataset
+        unloadable in some versions of `datasets`: 4.8 stumbles over any file without rows that is not the last one.
+        """
+        run, first = self._run, sdg.Chunk(0, 0)
+        path, files = run.path_of(first), output_files(run)
+        if not files and self._without_rows is not None:
+            self._write_rows(first, self._without_rows)
+        elif path in files and len(files) > 1:
+            state = run.state / "00000.sqlite3"  # of the rank that has written it
+            chunk = chunks_in(state).get(0) if state.exists() else None
+            if chunk and chunk.written and not chunk.rows:
+                run.output.delete(path)
 
     def check(self, schema: pa.Schema) -> None:
         """Have the writer prove that it can write rows of this input: before a request is paid for."""
@@ -338,11 +363,11 @@ class Outlet:
     def outcomes(self, chunk: sdg.Chunk) -> list[tuple[int, str, bytes]]:
         """The documents of a written chunk as the store would have them, from its files."""
         run, gone = self._run, set(chunk.filtered) | set(chunk.failed)
-        table = self.writer.read(chunk)
-        if table is None or table.num_rows != chunk.rows:
+        table = self.writer.read(chunk) if chunk.rows else None
+        if chunk.rows and (table is None or table.num_rows != chunk.rows):
             path = run.output.path(run.path_of(chunk))
             raise sdg.OutputError(f"{path} is not as it was written: restore it, or use --fresh")
-        rows = values_of(table.column(run.options.results_column)) if chunk.rows else []
+        rows = values_of(table.column(run.options.results_column)) if table is not None else []
         kept = [position for position in range(chunk.count) if position not in gone]
         outcomes = [
             (position, "row", orjson.dumps([unfit(result) for result in results]))

@@ -25,8 +25,19 @@ DEMO_OUTPUT = "output/demo"  # so that a demonstration does not stand in the way
 EMPTY_ANSWERS = ("fail", "keep")
 
 
+ANY = "any"  # instead of a rank: whichever is free
+
 _count, _natural, _seconds, _ratio = number(int, 1), number(int, 0), number(float, 0.001), number(float, 0)
 _rate = number(float, 0.001, 1e12)
+
+
+def rank_or_any(value: str) -> float | str:
+    """A rank, or the word that stands for whichever is free."""
+    try:
+        return value if value == ANY else _natural(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{value!r}: expected the number of a rank, or {ANY}") from None
+
 
 OPTIONS = {
     "task": [
@@ -171,8 +182,9 @@ OPTIONS = {
         Option(
             "--rank",
             "I",
-            "process chunks I, I+N, I+2N…; default: Slurm's array task, else 0",
-            type=_natural,
+            "process chunks I, I+N, I+2N…, or any: the ranks that are neither finished nor taken, one after the other; "
+            "default: Slurm's array task, else 0",
+            type=rank_or_any,
             shared=True,
         ),
         Option(
@@ -535,6 +547,9 @@ def _check_uris(options: argparse.Namespace) -> None:
 
 def _derive_rank(options: argparse.Namespace) -> None:
     """Take rank and world size from Slurm's array if they are not given."""
+    options.any_rank = options.rank == ANY
+    if options.any_rank:
+        _check_any_rank(options)
     first, last, task = (os.environ.get(f"SLURM_ARRAY_TASK_{key}") for key in ("MIN", "MAX", "ID"))
     if options.rank is None:
         options.rank = int(task) - int(first or 0) if task else 0
@@ -544,6 +559,17 @@ def _derive_rank(options: argparse.Namespace) -> None:
             raise sdg.UsageError("this Slurm array has gaps: give --rank and --world-size")
     if options.rank >= options.world_size:
         raise sdg.UsageError(f"--rank {options.rank} must be less than --world-size {options.world_size}")
+
+
+def _check_any_rank(options: argparse.Namespace) -> None:
+    """Raise UsageError if processes that share the ranks cannot do what is asked; sets a rank to begin with."""
+    if options.world_size is None:
+        raise sdg.UsageError("--rank any needs --world-size N, the number of ranks that the processes share")
+    if options.fresh:
+        raise sdg.UsageError(
+            "--rank any with --fresh would delete the work of other processes: run once with --rank 0 --fresh"
+        )
+    options.rank = 0
 
 
 def by_scheme_or_suffix(plugins: sdg.Plugins, kind: str, uri: str) -> str:

@@ -131,9 +131,10 @@ class Notes:
         failures: Iterator[dict[str, Any]] = iter(())
         if chunk.written:
             table = engine.outlet.writer.read(chunk)
-            table = self._tables[chunk.index] if table is None else table  # some writers cannot read
-            self.schema = table.schema if self.schema is None else self.schema
-            rows, failures = iter(rows_of(table)), iter(read_failed(engine.run, chunk))
+            table = self._tables.get(chunk.index) if table is None else table  # some writers cannot read
+            if table is not None:  # a chunk without rows is not written
+                self.schema, rows = self.schema or table.schema, iter(rows_of(table))
+            failures = iter(read_failed(engine.run, chunk))
         for position in range(chunk.count):
             id_, rollouts = self._documents.get(chunk.start + position, ("", []))
             if not chunk.written:

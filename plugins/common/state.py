@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import base64
 import contextlib
 import json
@@ -55,20 +56,23 @@ def _write_temporary(run: sdg.Run, name: str, content: bytes) -> Path:
     return temporary
 
 
+def lock_rank(run: sdg.Run) -> contextlib.AbstractContextManager[None]:
+    """Keep other processes of this run's rank out, on this and on other hosts that share the file system."""
+    return locked(run.state, run.options.rank)
+
+
 @contextlib.contextmanager
-def lock_rank(run: sdg.Run) -> Iterator[None]:
-    """Keep other processes of this rank out, on this and on other hosts that share the file system."""
+def locked(state: Path, rank: int) -> Iterator[None]:
+    """Hold the lock of a rank. Raises StateError if another process holds it."""
     import filelock
 
-    path = run.state / f"{run.options.rank:05d}.lock"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(path, timeout=0):
+        state.mkdir(parents=True, exist_ok=True)
+        # Not bound to a thread: `--rank any` takes it in one thread and releases it in another.
+        with filelock.FileLock(state / f"{rank:05d}.lock", timeout=0, thread_local=False):
             yield
     except filelock.Timeout as exc:
-        raise sdg.StateError(
-            f"another process is running rank {run.options.rank} in {run.state}: wait for it, or stop it"
-        ) from exc
+        raise sdg.StateError(f"another process is running rank {rank} in {state}: wait for it, or stop it") from exc
 
 
 # ── Schema of results ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -142,8 +146,7 @@ def claim_state(run: sdg.Run, reader: sdg.Reader, changed_rows: Callable[[], str
         run.options.records_per_chunk = recorded_size(run) or size_of_chunks(documents_in(reader))
     identity = identity_of(run, reader)
     run.source = getattr(reader, "source", {})
-    revision = xxhash.xxh3_64_hexdigest(json.dumps(identity["input"]).encode())
-    run.input_revision = str(run.source.get("revision", revision))
+    run.input_revision = revision_of(reader)
     mine: dict[str, Any] = {
         "sdg": sdg.__version__,
         "state_version": sdg.STATE_VERSION,
@@ -226,6 +229,17 @@ def files_changed(reader: sdg.Reader, recorded: Mapping[str, Any], changes: list
         return all(change.startswith("input ") for change in changes)
     grown = now[1] != earlier[1]  # the last file: what `Reader.continues` has accepted
     return bool(now[0] != earlier[0] or (not grown and now[2] != earlier[2]))
+
+
+def revision_of(reader: sdg.Reader) -> str:
+    """The revision of the input: the one that its source has, else a hash of its identity."""
+    identity = xxhash.xxh3_64_hexdigest(json.dumps(dict(reader.identity)).encode())
+    return str(getattr(reader, "source", {}).get("revision", identity))
+
+
+def goal_of(reader: sdg.Reader, options: argparse.Namespace) -> str:
+    """What a rank has done when it has finished: it is open again if the input grows, or more of it is wanted."""
+    return f"{options.max_documents or 'all'} of {revision_of(reader)}"
 
 
 def changes_since(run: sdg.Run, reader: sdg.Reader, recorded: Mapping[str, Any]) -> list[str]:

@@ -46,7 +46,7 @@ MARK = re.compile(r"^<!-- sdg: (begin|end) ([\w.-]+) -->[ \t]*\r?$", re.MULTILIN
 FACTS = re.compile(r"^<!-- sdg: facts (\{.*\}) -->", re.MULTILINE)
 SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/(\w+)/?$")  # a model in the Hub client's cache
 SAMPLES_HEADING = "\n### Sample rows\n"
-NO_FACTS: dict[str, Any] = {"rows": 0, "files": "", "columns": ""}
+NO_FACTS: dict[str, Any] = {"rows": 0, "files": "", "exist": True, "columns": ""}
 
 
 def write(run: sdg.Run, progress: str = "") -> None:
@@ -72,7 +72,9 @@ def read(run: sdg.Run) -> str | None:
         raise BrokenCard(f"{run.output.path(NAME)} is not UTF-8 ({exc}): it is left unchanged") from exc
 
 
-def render(readme: str | None, run: sdg.Run, progress: str = "", folder: str = "", dataset: str = "") -> str:
+def render(
+    readme: str | None, run: sdg.Run, progress: str = "", folder: str = "", dataset: str = "", published: bool = False
+) -> str:
     """Return the card with the section of the run's config up to date; the same input gives the same text.
 
     Args:
@@ -81,6 +83,7 @@ def render(readme: str | None, run: sdg.Run, progress: str = "", folder: str = "
         progress: markdown for the top of the section.
         folder: folder of the repository for the run's output, "" for its root.
         dataset: OWNER/NAME on the Hub, "" for an output elsewhere.
+        published: data files of this config are on the Hub, even if the run's output has none of them any more.
 
     Raises:
         BrokenCard: its front matter cannot be read.
@@ -93,7 +96,7 @@ def render(readme: str | None, run: sdg.Run, progress: str = "", folder: str = "
         body = f"\n# {inline(dataset.rpartition('/')[2]) or 'Synthetic data'}\n"
     name, record = run.options.output_config, recorded.load_record(run.state)
     present = {section.name: section for section in sections(body)}
-    lines = SectionRenderer(run, record, facts_of(run, record, folder), dataset).lines(
+    lines = SectionRenderer(run, record, facts_of(run, record, folder, published), dataset).lines(
         progress, present[name].text if name in present else ""
     )
     body = with_section(body, name, "\n".join(lines).replace("\n", newline), newline)
@@ -150,8 +153,8 @@ def with_section(body: str, name: str, text: str, newline: str) -> str:
     return f"{before}{gap}{text}{after if present else newline}"
 
 
-def facts_of(run: sdg.Run, record: dict[str, Any], folder: str) -> dict[str, Any]:
-    """What the front matter needs of a config: number of rows, glob of its files, and a hash of its columns."""
+def facts_of(run: sdg.Run, record: dict[str, Any], folder: str, published: bool) -> dict[str, Any]:
+    """What the front matter needs of a config: number of rows, its files as a glob, and a hash of its columns."""
     import xxhash
 
     results = recorded_fields(run.state) or {}
@@ -161,6 +164,7 @@ def facts_of(run: sdg.Run, record: dict[str, Any], folder: str) -> dict[str, Any
     return {
         "rows": sum_statistics(rank_statistics(run.state)).get("rows", 0),
         "files": posixpath.join(glob.escape(folder), run.options.output_config, f"**/*{suffix[0] if suffix else ''}"),
+        "exist": published or bool(output_files(run)),
         "columns": xxhash.xxh3_64_hexdigest(json.dumps([*columns, run.options.results_column]).encode()),
     }
 

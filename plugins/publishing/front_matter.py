@@ -97,8 +97,13 @@ def merge_configs(present: list[Any], configs: dict[str, dict[str, Any]]) -> lis
     """The `configs` of the front matter: ours updated, `all` added if there are several, all others as they are.
 
     With several configs, the first of ours becomes the default, so that `load_dataset` still works without a name.
+    A config that has no files yet is left out beside others: `load_dataset` would load none of them.
     """
     paths = {name: facts["files"] for name, facts in configs.items() if facts["files"]}
+    without = {name for name in paths if not configs[name]["exist"]}
+    present = [entry for entry in present if not is_ours(entry, paths, without)]
+    if present or without != paths.keys():
+        paths = {name: path for name, path in paths.items() if name not in without}
     named = {name: entry for entry in present if (name := config_name_of(entry))}
     ours = {name: {**named.get(name, {}), **config_entry(name, [path])} for name, path in paths.items()}
     several = "all" not in paths and len(paths) > 1 and same_columns([configs[name] for name in paths])
@@ -122,6 +127,12 @@ def config_name_of(entry: Any) -> str:
     """The name of an entry of `configs`, "" if it has none."""
     name = entry.get("config_name") if isinstance(entry, dict) else None
     return name if isinstance(name, str) else ""
+
+
+def is_ours(entry: Any, paths: dict[str, str], names: set[str]) -> bool:
+    """True if an entry is that of one of these configs, as `config_entry` makes it."""
+    name = config_name_of(entry)
+    return name in names and paths_of(entry) == [paths[name]]
 
 
 def config_entry(name: str, paths: list[str]) -> dict[str, Any]:

@@ -133,16 +133,17 @@ class Publisher:
             batch = whole_groups(missing, max(0, most - len(earlier)))
             present = files.keys() - {file.path for file in missing} | {file.path for file in batch}
             gone = earlier[:most] + self._inventory.superseded(files, present)
-            readme = self._updated_card(progress)
+            data = any(map(self._spool.is_loaded_with_ours, {*self.repository.entries, *present}.difference(gone)))
+            readme = self._updated_card(progress, data)
             if missing or gone or readme is not None:
                 self._commit(batch, gone, readme, content)
         return len(missing) - len(batch) + max(0, len(earlier) - most)
 
-    def _updated_card(self, progress: str) -> str | None:
-        """The card as it should be; None if it is so already, or cannot be updated."""
+    def _updated_card(self, progress: str, data: bool) -> str | None:
+        """The card as it should be with or without data files; None if it is so already, or cannot be updated."""
         try:
             before = None if self.repository.card is None else self.repository.card.decode()
-            after = card.render(before, self.run, progress, self.address.folder, self.address.repo)
+            after = card.render(before, self.run, progress, self.address.folder, self.address.repo, data)
         except BrokenCard as exc:
             self._report_card(str(exc))
             return None

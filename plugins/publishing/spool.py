@@ -238,6 +238,7 @@ def merge(parts: list[str], target: str) -> None:
         begun: list[pa.Table] = []
         for number, part in enumerate(parts, 1):
             begun.append(pq.read_table(part))
-            if number == len(parts) or sum(table.nbytes for table in begun) >= ROW_GROUP:
+            whole = number == len(parts) or sum(table.nbytes for table in begun) >= ROW_GROUP
+            if whole and any(table.num_rows for table in begun):  # `datasets` cannot read row groups without rows
                 writer.write_table(pa.concat_tables(begun), row_group_size=1 << 30)
                 begun = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import sdg
 
@@ -28,8 +28,13 @@ class ParquetWriter:
         import pyarrow.parquet as pq
 
         group = max(1, rows.num_rows * GROUP_BYTES // max(rows.nbytes, 1))
-        how = {"compression": "zstd", "row_group_size": group, "write_page_index": True}
-        self._run.output.write(self._run.path_of(chunk), lambda file: pq.write_table(rows, file, **how))
+
+        def produce(file: Any) -> None:
+            with pq.ParquetWriter(file, rows.schema, compression="zstd", write_page_index=True) as writer:
+                if rows.num_rows:  # `datasets` cannot read row groups without rows
+                    writer.write_table(rows, row_group_size=group)
+
+        self._run.output.write(self._run.path_of(chunk), produce)
 
     def check(self, schema: pa.Schema) -> None:
         """Write an empty file of a schema to memory. Raises InputError, naming the column that cannot be written."""

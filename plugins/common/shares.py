@@ -1,0 +1,105 @@
+"""`--rank any`: processes that come and go take the ranks of a run one after the other.
+
+A rank belongs to the process that holds its lock, which the kernel takes back when the process is gone. Whether a rank
+has finished is in its figures, together with the input that it was finished for: if the input grows, it is open again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import sdg
+from sdg_plugins.common.checks import created, reading
+from sdg_plugins.common.command_line import Config
+from sdg_plugins.common.state import goal_of, locked
+from sdg_plugins.common.statistics import statistics_of
+
+
+class Share:
+    """One rank that this process has taken: its config, and its lock."""
+
+    def __init__(self, config: Config, rank: int, lock: contextlib.ExitStack) -> None:
+        self.config = Config(argparse.Namespace(**{**vars(config.options), "rank": rank}), config.plugins)
+        self._lock = lock
+
+    @contextlib.contextmanager
+    def held(self, run: sdg.Run) -> Iterator[None]:
+        """The rank's lock, in place of `lock_rank`; it is released on the way out."""
+        with self._lock:
+            yield
+
+
+class Shares:
+    """The ranks of one config that this process may still take.
+
+    Args:
+        config: with `--rank any`.
+        run: of that config; it opens the reader.
+
+    Attributes:
+        tried: ranks that this process has had.
+    """
+
+    def __init__(self, config: Config, run: sdg.Run) -> None:
+        self.config, self._run = config, run
+        self.tried: set[int] = set()
+        self._goal: str | None = None
+
+    async def take(self) -> Share | None:
+        """The next rank that is neither finished nor taken; None if there is none."""
+        return await asyncio.to_thread(self._take)
+
+    def _take(self) -> Share | None:
+        state = self._run.state
+        for rank in self._candidates(state):
+            lock = contextlib.ExitStack()
+            try:
+                lock.enter_context(locked(state, rank))
+            except sdg.StateError:
+                continue
+            if self._status(state, rank) == "finished":  # by a process that was faster
+                lock.close()
+                continue
+            self.tried.add(rank)
+            return Share(self.config, rank, lock)
+        return None
+
+    def summary(self) -> str:
+        """How many ranks have finished, and what is with the others."""
+        state, ranks = self._run.state, range(self._run.options.world_size)
+        finished = sum(self._status(state, rank) == "finished" for rank in ranks)
+        others = len(ranks) - finished
+        return f"{finished} of {len(ranks)} have finished" + (
+            f", {others} are in the hands of other processes, or ended early in this one" if others else ""
+        )
+
+    def _candidates(self, state: Path) -> list[int]:
+        """Ranks that have not finished, those last that have failed: their documents may fail again."""
+        ranks = {
+            rank: status
+            for rank in range(self.config.options.world_size)
+            if rank not in self.tried and (status := self._status(state, rank)) != "finished"
+        }
+        return sorted(ranks, key=lambda rank: ranks[rank] == "failed")
+
+    def _status(self, state: Path, rank: int) -> str:
+        figures = statistics_of(state / f"{rank:05d}.stats.json")
+        record = figures.get("rank", {})
+        status = str(record.get("status", ""))
+        if status == "finished":
+            retry = self.config.options.retry_failed and figures.get("failed")
+            return "finished" if record.get("goal") == self.goal and not retry else "open"
+        return status
+
+    @property
+    def goal(self) -> str:
+        """What a finished rank has been finished for."""
+        if self._goal is None:
+            entry = self._run.plugins.readers[self._run.options.reader]
+            with reading(self._run.options.input, entry.factory):
+                self._goal = goal_of(created(entry.factory, self._run), self._run.options)
+        return self._goal
