@@ -129,7 +129,9 @@ def _struct_of(objects: list[dict[str, Any]], exact: bool) -> pa.DataType:
     import pyarrow as pa
 
     fields = columns_of(objects)
-    if not 0 < len(fields) <= MOST_FIELDS or (exact and any(len(v) < len(objects) for v in fields.values())):
+    if not 0 < len(fields) <= MOST_FIELDS:
+        return json_type()
+    if exact and any(len(values) < len(objects) or None in values for values in fields.values()):
         return json_type()
     return pa.struct([(name, type_of(values, exact)) for name, values in fields.items()])
 
