@@ -1199,19 +1199,37 @@ def results_of(value: Any, usage: Usage | None) -> list[dict[str, Any]]:
     if isinstance(value, Reply):
         untouched = value.choices and dataclasses.replace(value, choices=()) == value.choices[0]
         return [_reply_result(choice) for choice in (value.choices if untouched else (value,))]
-    if isinstance(value, str):
-        value = {"text": value}
-    elif hasattr(value, "model_dump"):
-        value = value.model_dump(mode="json")
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = dataclasses.asdict(value)
+    value = _fields_of(value)
     if not isinstance(value, dict):
         missing = "await" if inspect.isawaitable(value) else "list(…)" if isinstance(value, Iterable) else ""
         hint = f"is {missing} missing?" if missing else "expected a str, dict, Reply, list or None"
         raise BadResult(f"the rollout returned a {type(value).__name__}: {hint}")
     if not all(isinstance(key, str) for key in value):
         raise BadResult("the rollout returned a dict with keys that are not str: they name the fields of the result")
+    value = {key: _plain_replies(item) for key, item in value.items()}
     return [value if "usage" in value or not usage else {**value, "usage": usage}]
+
+
+def _fields_of(value: Any) -> Any:
+    """The fields of a single result: a text is `text`, a number or a truth value is `value`."""
+    if isinstance(value, str):
+        return {"text": value}
+    if isinstance(value, bool | int | float):
+        return {"value": value}
+    if hasattr(value, "model_dump"):
+        return value.model_dump(mode="json")
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return value
+
+
+def _plain_replies(value: Any) -> Any:
+    """A field of a result, with the replies in it as dicts."""
+    if isinstance(value, Reply):
+        return _reply_result(value)
+    if isinstance(value, dict):
+        return {key: _plain_replies(item) for key, item in value.items()}
+    return [_plain_replies(item) for item in value] if isinstance(value, list) else value
 
 
 def _reply_result(reply: Reply) -> dict[str, Any]:
@@ -1632,7 +1650,13 @@ class Engine:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(rollout.run()) for rollout in rollouts]
             outcomes = [task.result() for task in tasks]
-        results = [result for outcome in outcomes if isinstance(outcome, list) for result in outcome]
+        numbered = [{"rollout": index} if count > 1 else {} for index in range(count)]
+        results = [
+            {**number, **result}
+            for number, outcome in zip(numbered, outcomes, strict=True)
+            if isinstance(outcome, list)
+            for result in outcome
+        ]
         failures = [outcome for outcome in outcomes if isinstance(outcome, dict)]
         self.run.counts["failed_rollouts"] += len(failures)
         self._finish(opened, position, results or (failures[0] if failures else None))
@@ -1641,7 +1665,7 @@ class Engine:
         """Hand a document's outcome to the store: results, a failure, or None if it was filtered."""
         status = "filtered" if not outcome else "row" if isinstance(outcome, list) else "failed"
         try:
-            body = orjson.dumps(outcome or None, option=orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY)
+            body = self.outlet.stored(outcome or None)
         except TypeError as exc:
             reason = f"the rollout's result cannot be stored as JSON: {exc}{place_of(self.rollout)}"
             self._finish(opened, position, {"error": reason, "error_type": "TypeError", "attempts": 1})
@@ -1678,8 +1702,11 @@ class Engine:
         async with self._settling:
             self._deferred.append(opened)
             self._written(opened.chunk)
-            if self.outlet.fields is None:
-                self.outlet.settle(await self.store.outcomes_of(opened.chunk))
+            # In the order of the input, so that equal responses give equal files, whichever chunk is complete first.
+            incomplete = self._open.keys() - {chunk.chunk.index for chunk in self._deferred}
+            for first in sorted(self._deferred, key=lambda deferred: deferred.chunk.index):
+                if self.outlet.fields is None and first.chunk.index < min(incomplete, default=sys.maxsize):
+                    self.outlet.settle(await self.store.outcomes_of(first.chunk))
             if self.outlet.fields is not None:
                 self._write_deferred()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
 import os
 import sys
 from collections.abc import AsyncGenerator, Callable, Iterator
@@ -18,7 +19,7 @@ import sdg
 from sdg_plugins.common.checks import check_blocks, reading
 from sdg_plugins.common.features import described
 from sdg_plugins.common.files import split_uri
-from sdg_plugins.common.kinds import array_of, checker, decoder, parse_json, relaxed
+from sdg_plugins.common.kinds import array_of, checker, decoder, has_nan, parse_json, relaxed
 from sdg_plugins.common.recorded import chunks_in
 from sdg_plugins.common.results import annotated_fields, base_fields, fit, infer_fields, results_type, unfit
 from sdg_plugins.common.state import output_files, recorded_fields, settle_fields
@@ -280,6 +281,14 @@ class Outlet:
         own = settle_fields(self._run, infer_fields(results)) if results else None
         self.fields = own or recorded_fields(self._run.state)  # another rank's
 
+    @staticmethod
+    def stored(outcome: Any) -> bytes:
+        """An outcome as JSON for the store, with NaN and infinities, which orjson makes null. Raises TypeError."""
+        body = orjson.dumps(outcome, option=orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY)
+        if b"null" not in body or not has_nan(outcome):
+            return body
+        return json.dumps(outcome, default=lambda value: orjson.loads(Outlet.stored(value))).encode()
+
     def settle_without_results(self) -> None:
         """There is no result at all: the files are empty."""
         self.fields = recorded_fields(self._run.state) or base_fields()
@@ -370,7 +379,7 @@ class Outlet:
         rows = values_of(table.column(run.options.results_column)) if table is not None else []
         kept = [position for position in range(chunk.count) if position not in gone]
         outcomes = [
-            (position, "row", orjson.dumps([unfit(result) for result in results]))
+            (position, "row", self.stored([unfit(result) for result in results]))
             for position, results in zip(kept, rows, strict=True)
         ]
         outcomes += [(position, "filtered", b"null") for position in chunk.filtered]
@@ -404,7 +413,7 @@ class Outlet:
 def _each(outcomes: list[bytes]) -> Iterator[tuple[int, str, Any]]:
     """Position, status and body of each document in lists from `Store.outcomes_of`."""
     for text in outcomes:
-        yield from orjson.loads(text)
+        yield from parse_json(text, exact=False)
 
 
 def read_failed(run: sdg.Run, chunk: sdg.Chunk) -> list[dict[str, Any]]:

@@ -83,6 +83,15 @@ def has_huge(value: Any) -> bool:
     return isinstance(value, list) and any(map(has_huge, value))
 
 
+def has_nan(value: Any) -> bool:
+    """True if there is a float in a value that standard JSON does not have."""
+    if isinstance(value, float):
+        return not math.isfinite(value)
+    if isinstance(value, Mapping):
+        return any(map(has_nan, value.values()))
+    return isinstance(value, list | tuple) and any(map(has_nan, value))
+
+
 def without_surrogates(value: Any) -> Any:
     """A JSON value whose texts can be encoded."""
     if isinstance(value, str):

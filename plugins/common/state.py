@@ -106,6 +106,8 @@ def settle_fields(run: sdg.Run, own: dict[str, pa.DataType] | None) -> dict[str,
     if own is None:
         return None
     base = base_fields()
+    if run.options.rollouts_per_document > 1:
+        base["rollout"] = pa.int64()
     special = {*base, "extra", "tool_calls", "logprobs"}
     fields = {**base, **{name: kind for name, kind in own.items() if name not in special}}
     names = {name: str(kind) for name, kind in fields.items()}

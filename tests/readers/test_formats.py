@@ -440,3 +440,65 @@ def test_files_whose_columns_no_type_can_hold_are_named(job: Job, server: FakeSe
     assert finished.rc == 1
     assert finished.says("b.parquet", "meta", "a.parquet")
     assert not server.requests
+
+
+# ── Results ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+SHAPES = """
+    import asyncio
+    import math
+    from typing import TypedDict
+
+    import sdg
+
+    @sdg.hookimpl
+    def register_rollouts(register):
+        register("shapes", shapes)
+        register("judged", judged)
+        register("number", number)
+
+    async def shapes(document, generate):
+        n = int(document.text.split()[1])
+        await asyncio.sleep(0.2 * (n == 0))
+        answer = await generate(document.text)
+        result = {"answer": answer, "score": math.nan if n % 2 else 0.5, "table": [[1, 2], [n]], "call": {"arguments": {}}}
+        return result if n < 2 else {"later": n}
+
+    class Judged(TypedDict):
+        answer: sdg.Reply
+        score: float
+
+    async def judged(document, generate) -> Judged:
+        return {"answer": await generate(document.text), "score": 1.0}
+
+    async def number(document, generate):
+        return 0.5
+"""
+
+
+def test_results_keep_their_shape(job: Job) -> None:
+    job.input(documents(4))
+    plugin = job.plugin("shapes", SHAPES)
+
+    output = job.succeed(plugin=f"{plugin}:shapes", records_per_chunk=2)
+
+    first, second, third, _ = (row["rollout_results"][0] for row in output.rows())
+    assert first["answer"]["text"].startswith("answer ")
+    assert first["table"] == [[1, 2], [0]]
+    assert json.loads(first["call"]["arguments"]) == {}
+    assert first["score"] == 0.5
+    assert str(second["score"]) == "nan"
+    assert json.loads(third["extra"]) == {"later": 2}  # the fields are those of the first chunk of the input
+    assert job.verify().rc == 0
+
+
+def test_numbers_are_results_and_rollouts_are_numbered(job: Job) -> None:
+    job.input(documents(2))
+    plugin = job.plugin("shapes", SHAPES)
+
+    results = [row["rollout_results"] for row in job.succeed(plugin=f"{plugin}:number", rollouts_per_document=2).rows()]
+    judged = job.succeed(plugin=f"{plugin}:judged", output="judged").rows()[0]["rollout_results"][0]
+
+    assert [[(item["rollout"], item["value"]) for item in row] for row in results] == [[(0, 0.5), (1, 0.5)]] * 2
+    assert judged["answer"]["text"].startswith("answer ")
+    assert judged["extra"] is None
