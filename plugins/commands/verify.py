@@ -13,7 +13,8 @@ from collections.abc import Iterator
 import sdg
 from sdg_plugins.common import recorded
 from sdg_plugins.common.checks import reading
-from sdg_plugins.common.chunks import OpenChunk, read_failed, same_rows
+from sdg_plugins.common.chunks import OpenChunk, read_failed
+from sdg_plugins.common.digests import same_rows
 from sdg_plugins.common.files import format_of
 from sdg_plugins.common.markdown import counted
 from sdg_plugins.common.options import Parser

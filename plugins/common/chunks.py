@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import orjson
-import xxhash
 
 import sdg
 from sdg_plugins.common.checks import check_blocks, reading
+from sdg_plugins.common.digests import digest_of, same_rows
 from sdg_plugins.common.features import described
 from sdg_plugins.common.files import split_uri
 from sdg_plugins.common.kinds import array_of, checker, decoder, has_nan, parse_json, relaxed
@@ -141,41 +141,6 @@ class OpenChunk:
         del self.table
         if self._spool:
             self._spool.unlink(missing_ok=True)
-
-
-def digest_of(table: pa.Table, bad: tuple[int, ...]) -> str:
-    """A digest of a chunk's rows, followed by the positions of those that could not be read, which it leaves out."""
-    import pyarrow as pa
-
-    digest = xxhash.xxh3_128()
-    gone = set(bad)
-    kept = pick(table, [position for position in range(table.num_rows) if position not in gone]) if gone else table
-    with pa.PythonFile(_Digesting(digest), "w") as sink, pa.ipc.new_stream(sink, kept.schema) as stream:
-        stream.write_table(kept.combine_chunks())
-    return f"{digest.hexdigest()}:{','.join(map(str, bad))}"
-
-
-class _Digesting:
-    """A file that only adds what is written to a digest."""
-
-    closed = False
-
-    def __init__(self, digest: Any) -> None:
-        self.write = digest.update
-
-    def flush(self) -> None:
-        """Do nothing."""
-
-    def close(self) -> None:
-        """Do nothing."""
-
-
-def same_rows(opened: OpenChunk, recorded: sdg.Chunk) -> bool:
-    """True if the rows of a chunk are those that an earlier process has recorded, as far as that could read them."""
-    if opened.chunk.count < recorded.count:
-        return False
-    bad = tuple(int(position) for position in recorded.digest.partition(":")[2].split(",") if position)
-    return digest_of(opened.table.slice(0, recorded.count), bad) == recorded.digest
 
 
 class Intake:

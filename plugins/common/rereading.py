@@ -12,7 +12,8 @@ from pathlib import Path
 
 import sdg
 from sdg_plugins.common.checks import reading
-from sdg_plugins.common.chunks import OpenChunk, same_rows
+from sdg_plugins.common.chunks import OpenChunk
+from sdg_plugins.common.digests import same_rows
 
 
 def changed_rows(run: sdg.Run, reader: sdg.Reader) -> str | None:

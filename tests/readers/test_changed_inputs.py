@@ -13,6 +13,8 @@ import pytest
 from fake_server import FakeServer
 from running import Job
 
+from sdg_plugins.common.digests import digest_of
+
 
 def lines(start: int, end: int) -> bytes:
     return b"".join(json.dumps({"text": f"document {n}"}).encode() + b"\n" for n in range(start, end))
@@ -109,3 +111,19 @@ def test_a_broken_record_that_is_fixed_can_be_retried(job: Job, server: FakeServ
     assert texts(job) == [f"document {n}" for n in range(3)]
     assert len(server.prompts) == 3
     assert job.verify().rc == 0
+
+
+def test_a_digest_depends_on_values_and_not_on_how_they_were_read() -> None:
+    rows = [
+        {"s": "x" * (n % 3), "l": [n, None] if n % 4 else None, "d": {"a": None if n % 5 else n, "b": ["y"] * (n % 3)}}
+        for n in range(40)
+    ]
+    whole = pa.Table.from_pylist(rows)
+    alone = pa.Table.from_pylist(rows[7:30], schema=whole.schema)
+    parts = pa.concat_tables([whole.slice(7, 4), whole.slice(11, 19)])
+    kinds = pa.table({"c": pa.array(["a", "b", "a"]).dictionary_encode()})
+
+    assert digest_of(whole.slice(7, 23), ()) == digest_of(alone, ()) == digest_of(parts, ())
+    assert digest_of(whole.slice(8, 23), ()) != digest_of(alone, ())
+    assert digest_of(whole.slice(7, 23), (3,)) == digest_of(parts, (3,)) != digest_of(parts, ())
+    assert digest_of(kinds.slice(0, 1), ()) == digest_of(pa.table({"c": pa.array(["a"]).dictionary_encode()}), ())

@@ -461,7 +461,8 @@ SHAPES = """
         n = int(document.text.split()[1])
         await asyncio.sleep(0.2 * (n == 0))
         answer = await generate(document.text)
-        result = {"answer": answer, "score": math.nan if n % 2 else 0.5, "table": [[1, 2], [n]], "call": {"arguments": {}}}
+        result = {"answer": answer, "score": math.nan if n % 2 else 0.5, "table": [[1, 2], [n]]}
+        result["call"] = {"arguments": {}}
         return result if n < 2 else {"later": n}
 
     class Judged(TypedDict):
