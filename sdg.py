@@ -364,8 +364,12 @@ class Run:
 
     def failed_path_of(self, chunk: Chunk) -> str:
         """The file of the chunk's failed documents, relative to the output."""
-        folder = "failed" if self.options.output_config == "data" else f"failed/{self.options.output_config}"
-        return f"{folder}/{chunk.index % self.options.world_size:05d}_{chunk.index:05d}.jsonl"
+        return failed_path(self.options.output_config, chunk.index % self.options.world_size, chunk.index)
+
+
+def failed_path(config: str, rank: int, chunk_index: int) -> str:
+    """The file of a chunk's failed documents, relative to the output."""
+    return f"{'failed' if config == 'data' else f'failed/{config}'}/{rank:05d}_{chunk_index:05d}.jsonl"
 
 
 class Request:
@@ -427,6 +431,7 @@ class Error(Exception):
     ├── OutputError      1   the output cannot be written
     ├── ServerError      1   no server (Unreachable), no permission, no such model
     ├── TooManyFailures  3   above --max-failure-rate
+    ├── BudgetSpent      4   --max-cost or --max-total-tokens is used up; run again with a larger one
     └── Interrupted    130, 143   by a signal; run again to resume
 
     `RequestFailed` stands beside it: it fails a document, not the run.
@@ -467,6 +472,10 @@ class Unreachable(ServerError):
 
 class TooManyFailures(Error):
     exit_code = 3
+
+
+class BudgetSpent(Error):
+    exit_code = 4
 
 
 class Interrupted(Error):
@@ -598,7 +607,6 @@ hookspec = pluggy.HookspecMarker("sdg")
 hookimpl = pluggy.HookimplMarker("sdg")
 
 # Handed to the `register_*` hooks: `register(name, factory)`. The factory's docstring is its one-line help.
-Register = Callable[[str, Any], None]
 RegisterReaders = Callable[[str, OpenReader], None]
 RegisterRollouts = Callable[[str, Rollout], None]
 RegisterResources = Callable[[str, OpenResource], None]
@@ -1399,6 +1407,20 @@ class RolloutRun:
         return {"error": error, "error_type": kind, "attempts": max(1, self.attempts)}
 
 
+# ── Engine ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def announce(run: Run, chunk: Chunk) -> None:
+    """Call the hook `chunk_written`."""
+    if run.plugins.quiet:
+        return
+    for impl, call in run.plugins.calls("chunk_written", run=run, chunk=chunk):
+        try:
+            call()
+        except (Exception, SystemExit) as exc:  # noqa: BLE001 - the chunk is durable, whatever an observer does
+            say(f"plugin {impl.plugin_name}: chunk_written failed: {describe(exc)}")
+
+
 class Failures:
     """The documents that failed in this process.
 
@@ -1434,9 +1456,6 @@ class Failures:
             f"{''.join(reasons)}. Fix the cause and rerun with --retry-failed, "
             "or raise --max-failure-rate (at most 1)"
         )
-
-
-# ── Engine ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Engine:
@@ -1733,23 +1752,13 @@ class Engine:
             await self.store.written(chunk)
             self._open.pop(chunk.index)
             opened.close()
-            await self._in_writing_thread(self._announce, chunk)
+            await self._in_writing_thread(announce, self.run, chunk)
         self._written(chunk)
 
     def _written(self, chunk: Chunk) -> None:
         """Move the window on."""
         self._unwritten -= chunk.count
         self._space.set()
-
-    def _announce(self, chunk: Chunk) -> None:
-        """Call the hook `chunk_written`."""
-        if self.run.plugins.quiet:
-            return
-        for impl, call in self.run.plugins.calls("chunk_written", run=self.run, chunk=chunk):
-            try:
-                call()
-            except (Exception, SystemExit) as exc:  # noqa: BLE001 - the chunk is durable, whatever an observer does
-                say(f"plugin {impl.plugin_name}: chunk_written failed: {describe(exc)}")
 
     async def _in_writing_thread(self, work: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._writing, work, *arguments)

@@ -2,8 +2,9 @@
 # Functions that the templates share. They find this file in their own folder, or in the folder that SDG_SLURM names.
 #
 #   SDG           how to run sdg, if not by the checkout's sdg.py or an installed `sdg`: "/env/bin/python /code/sdg.py"
-#   SDG_REQUEUES  maximum number of requeues of a job [20]
-#   SDG_EARLY     seconds within which an error is taken for an error in the options, and the job is not requeued [600]
+#   SDG_REQUEUES  maximum number of requeues of a job, whatever their reason [after interruptions no limit, otherwise
+#                 until 3 attempts in a row have made no progress]
+#   SDG_EARLY     seconds within which an error is taken for one that another attempt would meet, too [600]
 #   SDG_SCRATCH   folder on each node's local disk [$SLURM_TMPDIR, $TMPDIR or /tmp]
 
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
@@ -16,6 +17,11 @@ else
 fi
 container=() # options of srun; see generate.sbatch
 status=0     # exit status of the command that `run` has run
+signaled=0   # Slurm has sent a signal to this script
+job=${SLURM_JOB_ID:-} # submit.sh has none
+if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then # the SLURM_JOB_ID of one task is that of the whole array
+    job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+fi
 
 # Models (HF_HOME) and compiled graphs (~/.cache) are in shared caches: one process fills them, the others wait for its
 # lock. Caches without locks are on the node's local disk, in a folder for each job.
@@ -43,8 +49,8 @@ run() {
     "$@" &
     local process=$!
     [[ $1 == srun ]] || to_process="kill -USR1 $process"
-    trap 'interrupted=1; $to_process' TERM
-    trap 'interrupted=1; kill -USR1 $process' USR1
+    trap 'interrupted=1 signaled=1; $to_process' TERM
+    trap 'interrupted=1 signaled=1; kill -USR1 $process' USR1
     while ((interrupted)); do # a signal ends `wait` as well
         interrupted=0
         status=0
@@ -53,8 +59,8 @@ run() {
     trap - USR1 TERM
 }
 
-# Run one rank on the job's nodes, with a process on each, and exit with its status. The job is requeued if another
-# attempt may succeed: after an interruption, a kill, the loss of a node, or an error after SDG_EARLY seconds.
+# Run one rank on the job's nodes, with a process on each, and exit with the engine's status. The job is requeued if
+# another attempt may succeed, according to what the engine has recorded of its end.
 run_rank() {
     local word began=$SECONDS
     for word; do
@@ -69,36 +75,66 @@ run_rank() {
     fi
     local step=(srun --export=ALL --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1)
     step+=(--kill-on-bad-exit=1 --cpu-bind=none)
-    ((SLURM_NNODES == 1)) || step+=(--label)
+    ((SLURM_NNODES == 1)) || step+=(--label --wait="${SDG_WAIT:-60}")
     run "${step[@]}" ${container[@]+"${container[@]}"} "${sdg[@]}" "$@"
-    case $status in
-    0 | 2 | 3 | 130) ;; # success, invalid options, too many failures, Ctrl-C
-    1) if ((SECONDS - began >= ${SDG_EARLY:-600})) || ! nodes_answer; then requeue; fi ;;
-    *) requeue ;;
-    esac
+    ((status == 0)) || judge "$((SECONDS - began))" "$@"
     exit "$status"
 }
 
-nodes_answer() {
-    ((SLURM_NNODES == 1)) ||
-        timeout 60 srun --overlap --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 true
+# After an attempt: set `status` to that of the engine, and requeue the job if another attempt may succeed. The status of
+# srun says too little: it is the highest of all tasks, and 1 if any process was killed for memory.
+judge() { # SECONDS OPTIONS-OF-sdg.py
+    local seconds=$1 verdict='' code='' avoid='' once=(timeout 120)
+    shift
+    is_running || return 0
+    if ((${#container[@]})); then
+        once+=(srun --overlap --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" "${container[@]}")
+    fi
+    local words=(ended --status "$status" --seconds "$seconds")
+    ((!signaled)) || words+=(--signaled)
+    read -r verdict code avoid < <("${once[@]}" "${sdg[@]}" "${words[@]}" "$@") || true
+    case $verdict in
+    stop) status=$code ;;
+    requeue) status=$code && requeue "$avoid" ;;
+    *) # sdg does not run here
+        if ((${SLURM_RESTART_COUNT:-0} < ${SDG_REQUEUES:-2})); then
+            echo "sdg: exit status $status, and \`sdg ended\` fails on $SLURMD_NODENAME: trying another node" >&2
+            requeue "$SLURMD_NODENAME"
+        else
+            echo "sdg: not requeued: exit status $status, and \`sdg ended\` fails on $SLURMD_NODENAME, too" >&2
+        fi
+        ;;
+    esac
 }
 
-# Requeue this job, unless Slurm is ending it (scancel, or a preemption that requeues it anyway).
-requeue() {
-    local times=${SLURM_RESTART_COUNT:-0} job=$SLURM_JOB_ID state
-    if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then # the SLURM_JOB_ID of one task is that of the whole array
-        job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-    fi
+# False if Slurm is ending this job (scancel, or a preemption that requeues it anyway).
+is_running() {
+    local state
     state=$(patiently squeue --noheader --jobs="$job" --format=%T) || state=RUNNING # the likely state
-    if [[ $state != RUNNING ]]; then
+    [[ $state == RUNNING ]] || {
         echo "sdg: not requeued: Slurm reports the job as ${state:-gone}" >&2
-    elif ((times >= ${SDG_REQUEUES:-20})); then
-        echo "sdg: not requeued: the limit of ${SDG_REQUEUES:-20} requeues is reached (SDG_REQUEUES); submit it again to resume" >&2
-    else
-        echo "sdg: exited with status $status: requeueing the job ($((times + 1)) of at most ${SDG_REQUEUES:-20})" >&2
-        patiently scontrol requeue "$job"
-    fi
+        return 1
+    }
+}
+
+# Requeue this job, on other nodes than one if the partition has enough of them.
+requeue() { # [NODE-TO-AVOID]
+    local excluded=''
+    [[ -z ${1:-} ]] || excluded=$(exclusion "$1") || excluded=''
+    trap '' TERM # the requeue ends this script, but the list of excluded nodes can be changed only after it
+    patiently scontrol requeue "$job"
+    [[ -z $excluded ]] || patiently scontrol update JobId="$job" ExcNodeList="$excluded"
+}
+
+# Print the job's excluded nodes with one more; nothing if too few nodes would be left.
+exclusion() { # NODE
+    local listed nodes others
+    listed=$(scontrol show job "$job" | sed -n 's/.*ExcNodeList=\([^ ]*\).*/\1/p')
+    nodes=$( ([[ $listed == '(null)' ]] || scontrol show hostnames "$listed") && echo "$1")
+    others=$(sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --states=idle,alloc,mixed,completing --format=%N |
+        sort -u | grep -vxFc "$nodes")
+    ((others >= SLURM_NNODES)) || return 1
+    paste -sd, <<<"$nodes"
 }
 
 patiently() { # retries, because Slurm's controller may be unavailable for a moment

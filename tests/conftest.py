@@ -15,7 +15,7 @@ os.environ |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_H
 from fake_hub import FakeHub
 from fake_server import FakeServer
 from huggingface_hub.utils import close_session
-from running import Job, Sdg, Started
+from running import Job, Sdg
 
 import sdg as _  # noqa: F401 - makes `sdg_plugins` that of this checkout, whatever is installed
 
@@ -53,12 +53,6 @@ def run_sdg(tmp_path: Path) -> Iterator[Sdg]:
     sdg = Sdg(tmp_path)
     yield sdg
     sdg.close()
-
-
-@pytest.fixture
-def start_sdg(run_sdg: Sdg) -> Callable[..., Started]:
-    """The same without waiting for the end."""
-    return run_sdg.start
 
 
 @pytest.fixture

@@ -8,12 +8,13 @@ from collections.abc import AsyncIterator
 
 import sdg
 from sdg_plugins.common import recorded
+from sdg_plugins.common.files import uses_spool
 from sdg_plugins.common.options import Parser
-from sdg_plugins.common.ranks import Overview
+from sdg_plugins.common.ranks import Overview, ranks_of
+from sdg_plugins.common.slurm import Queue
 from sdg_plugins.common.statistics import rank_statistics, sum_statistics
 from sdg_plugins.publishing.card import NAME, write
 from sdg_plugins.publishing.publisher import Publisher
-from sdg_plugins.publishing.spool import uses_spool
 
 
 @sdg.hookimpl
@@ -32,7 +33,7 @@ def card(argv: list[str]) -> int:
     recorded.add_run_options(parser)
     run = recorded.load_run(parser.parse_args(argv))
     note = note_on_early_end(run)
-    if uses_spool(run):
+    if uses_spool(run.options):
         with contextlib.closing(Publisher(run)) as publisher:
             print(publisher.finish(lambda: note))
         return 0
@@ -46,7 +47,9 @@ def card(argv: list[str]) -> int:
 
 def note_on_early_end(run: sdg.Run) -> str:
     """Markdown on which ranks ended early and why; "" if ranks are still running, or all have finished."""
-    overview = Overview.of_run(run)
+    ranks = ranks_of(run.state, run.options.world_size)
+    queue = Queue.now() if any(rank.record.get("slurm_job") and rank.state != "finished" for rank in ranks) else None
+    overview = Overview.of_ranks([rank.according_to(queue) for rank in ranks])
     over = not (overview.finished or overview.states["running"] or overview.states["silent"])
     return overview.markdown(overview.summary()) if over else ""
 
@@ -54,7 +57,7 @@ def note_on_early_end(run: sdg.Run) -> str:
 @contextlib.asynccontextmanager
 async def writing_at_end(run: sdg.Run) -> AsyncIterator[None]:
     """Write the card when the run has ended for any reason, unless the publisher of its output writes it."""
-    writable, early = not uses_spool(run), True
+    writable, early = not uses_spool(run.options), True
     try:
         yield
         early = False

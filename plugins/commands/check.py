@@ -12,7 +12,7 @@ import sdg
 from sdg_plugins.common import recorded
 from sdg_plugins.common.checks import check_columns, check_reader, reading
 from sdg_plugins.common.command_line import Config, parse_configs
-from sdg_plugins.common.files import output_place, split_uri
+from sdg_plugins.common.files import output_place, split_uri, uses_spool
 from sdg_plugins.common.markdown import counted
 from sdg_plugins.common.state import (
     changes_since,
@@ -24,7 +24,6 @@ from sdg_plugins.common.state import (
     remember_source,
     size_of_chunks,
 )
-from sdg_plugins.publishing.spool import uses_spool
 from sdg_plugins.rollouts import prompt
 from sdg_plugins.servers import command, sglang
 from sdg_plugins.servers.launching import launching
@@ -79,7 +78,7 @@ def check_config(config: Config) -> None:
     documents = documents_in(reader)
     options.records_per_chunk = options.records_per_chunk or recorded_size(run) or size_of_chunks(documents)
     check_earlier_run(run, reader)
-    if uses_spool(run):
+    if uses_spool(run.options):
         check_publishing(run)
     fine = "fine: the number of documents is not known before they are read"
     if documents is not None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import sdg
+from sdg_plugins.common.attempts import begin_attempt, end_attempt
 from sdg_plugins.common.checks import (
     check_columns,
     check_reader,
@@ -31,7 +32,7 @@ from sdg_plugins.common.checks import (
 )
 from sdg_plugins.common.chunks import Intake, Outlet
 from sdg_plugins.common.command_line import Config
-from sdg_plugins.common.files import output_place
+from sdg_plugins.common.files import output_place, rank_file
 from sdg_plugins.common.progress import progress, report
 from sdg_plugins.common.rereading import changed_rows
 from sdg_plugins.common.shares import Share, Shares
@@ -39,6 +40,7 @@ from sdg_plugins.common.state import check_state_dir, claim_state, goal_of, lock
 from sdg_plugins.common.statistics import (
     heartbeat,
     recording_the_end,
+    recording_the_start,
     statistics,
     status_of,
     write_rank,
@@ -149,6 +151,7 @@ class Job:
 
     Attributes:
         problem: what ended it early.
+        finished: its work is done.
     """
 
     def __init__(
@@ -165,6 +168,7 @@ class Job:
         self.stop = Stop(task.cancel, everything, name)
         self.run = open_run(config, self.stop)
         self.problem: BaseException | None = None
+        self.finished = False
         self._task, self._everything, self._name = task, everything, name
         self._present, self._connecting, self._lock = present, connecting, lock
         self._observers = contextlib.AsyncExitStack()
@@ -183,7 +187,9 @@ class Job:
         self._everything.gently = lambda: self.stop(cast("sdg.Error", self._everything.reason))
         try:
             with self._lock(self.run), recording_the_end(self.run, lambda: self.stop.reason):
+                begin_attempt(self.run)
                 await self._work(servers)
+                self.finished = self.stop.reason is None
         except asyncio.CancelledError:
             if self.stop.reason is None:
                 raise
@@ -227,9 +233,10 @@ class Job:
         """An engine with all that it needs: client, state, resources."""
         run = self.run
         async with contextlib.AsyncExitStack() as stack:
-            await connect_models(run, servers, self._connecting, stack)
-            claim_state(run, reader, functools.partial(changed_rows, run, reader))
-            path = run.state / f"{run.options.rank:05d}.sqlite3"
+            async with recording_the_start(run, servers.get("", [])):
+                await connect_models(run, servers, self._connecting, stack)
+                claim_state(run, reader, functools.partial(changed_rows, run, reader))
+            path = rank_file(run.state, run.options.rank, "sqlite3")
             store = await stack.enter_async_context(sdg.Store.open(path, run.counts))
             send = run.plugins.linked(run)
             resources = await self._resources(stack)
@@ -331,10 +338,25 @@ async def run_all(
         present: a context manager around each engine's work: shows it.
         called: for calls in Python: given what stops all jobs, instead of signals.
     """
+    jobs: list[Job] = []
+    problem: BaseException | None = None
+    try:
+        await _run_jobs(configs, jobs, present, called)
+    except BaseException as exc:
+        problem = exc
+        raise
+    finally:
+        for job in jobs:  # the last thing that is written
+            end_attempt(job.run, job.problem or (None if job.finished else problem))
+
+
+async def _run_jobs(
+    configs: list[Config], jobs: list[Job], present: Present, called: Callable[[Stop], object] | None
+) -> None:
+    """Run the jobs of some configs, and add them to `jobs`; see `run_all`."""
     task = asyncio.current_task()
     assert task
     stop = Stop(task.cancel, quiet=called is not None)
-    jobs: list[Job] = []
     try:
         with signals(stop) if called is None else contextlib.nullcontext(called(stop)):
             for config in configs:

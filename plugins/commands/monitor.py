@@ -11,15 +11,17 @@ import time
 
 import sdg
 from sdg_plugins.common import hub, recorded
+from sdg_plugins.common.files import uses_spool
 from sdg_plugins.common.options import Parser, number
-from sdg_plugins.common.ranks import Overview, any_queued, other_jobs, progress_section
+from sdg_plugins.common.ranks import Overview, progress_section, why_not_begun
+from sdg_plugins.common.slurm import any_queued, other_jobs
 from sdg_plugins.publishing import card
 from sdg_plugins.publishing.publisher import Publisher
-from sdg_plugins.publishing.spool import uses_spool
 
 # s for which a run must appear to be over before the monitor ends: network file systems show late what other machines
 # wrote, and a run that ended early may be about to be started again, together with this monitor.
-SETTLING = 60.0
+SETTLING = 15.0
+LOOK = 2.0  # s between two looks at the heartbeats
 
 
 @sdg.hookimpl
@@ -68,7 +70,7 @@ def follow(args: argparse.Namespace) -> bool:
     run = wait_for_run(args)
     with contextlib.ExitStack() as stack:
         publisher = None
-        if uses_spool(run):
+        if uses_spool(run.options):
             publisher = stack.enter_context(contextlib.closing(Publisher(run)))
             hub.patiently(publisher.prepare, publisher.address, run.stopping)
         return watch(run, publisher, args)
@@ -82,18 +84,21 @@ def wait_for_run(args: argparse.Namespace) -> sdg.Run:
     """
     state = recorded.state_folder(args)
     jobs = other_jobs(args.job)
-    began, said = time.monotonic(), False
+    began, said = time.monotonic(), ""
     while not (state / "run.json").exists():
-        waited = time.monotonic() - began
+        waited, why = time.monotonic() - began, why_not_begun(state)
         queued = any_queued(jobs)
         if queued is False and waited >= min(SETTLING, args.patience):
-            raise sdg.StateError(f"job {', '.join(args.job)} is not in the queue, and no run has begun in {state}")
+            result = f"the run has ended early: {why}" if why else f"no run has begun in {state}"
+            raise sdg.StateError(f"job {', '.join(args.job)} is not in the queue, and {result}")
         if not queued and waited >= args.patience:
-            raise sdg.StateError(
-                f"no run has begun in {state}: is --output correct, and --state-dir if the run has one?"
-            )
+            where = "is --output correct, and --state-dir if the run has one?"
+            raise sdg.StateError(f"the run does not begin: {why}" if why else f"no run has begun in {state}: {where}")
+        if why and why != said:
+            said = why
+            sdg.say(why)
         if waited >= 1 and not said:
-            said = True
+            said = "waiting"
             configs = ", ".join(recorded.configs_in(state))
             hint = f"; it has runs of the configs {configs}: choose one with --output-config" if configs else ""
             sdg.say(f"waiting for a run to begin in {state}{hint}")
@@ -107,11 +112,11 @@ def watch(run: sdg.Run, publisher: Publisher | None, args: argparse.Namespace) -
     Raises:
         Error: the run has ended early, or its last files cannot be published.
     """
-    first_id, began, since, said = run_id(run), time.time(), 0.0, ""
+    first_id, began, since, said = present_id(run), time.time(), 0.0, ""
     settling = min(SETTLING, args.patience)
     local = sdg.file_system_of(run.state) in sdg.LOCAL_FILE_SYSTEMS
     where = publisher.url if publisher else run.output.path(card.NAME)
-    while first_id and run_id(run) == first_id:
+    while first_id and present_id(run) == first_id:
         overview, now = Overview.of_run(run), time.monotonic()
         reason = overview.early_end(other_jobs([*args.job, *overview.jobs]), args.patience, began)
         early = f"the run has ended early: {reason}"
@@ -129,14 +134,24 @@ def watch(run: sdg.Run, publisher: Publisher | None, args: argparse.Namespace) -
         if over:
             print(f"the run has finished: {where}")
             return True
-        time.sleep(min(args.interval, max(0.1, since + settling - now)) if since else args.interval)
+        if since:
+            time.sleep(min(args.interval, max(0.1, since + settling - now)))
+        else:
+            rest(run, args.interval, overview.active)
     return False
 
 
-def run_id(run: sdg.Run) -> str:
-    """The ID that a run gets when it is started, or started over; "" if its state cannot be read."""
+def rest(run: sdg.Run, seconds: float, active: bool) -> None:
+    """Wait, but not after the last heartbeat of an active run: its end is shown soon, whatever the interval."""
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0 and (not active or Overview.of_run(run).active):
+        time.sleep(min(LOOK, left) if active else left)
+
+
+def present_id(run: sdg.Run) -> str:
+    """The ID of the run that the state belongs to now; "" if its state cannot be read."""
     with contextlib.suppress(sdg.StateError):
-        return str(recorded.load_record(run.state).get("run"))
+        return recorded.run_id(run.state)
     return ""
 
 

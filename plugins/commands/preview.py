@@ -17,7 +17,7 @@ from typing import Any
 import sdg
 from sdg_plugins.commands.jobs import Stop, run_all
 from sdg_plugins.common.command_line import Config
-from sdg_plugins.common.files import format_of, split_uri
+from sdg_plugins.common.files import format_of, uses_spool
 from sdg_plugins.common.notes import DocumentRecord, Exchange, Notes
 from sdg_plugins.common.secrets import secrets_of
 from sdg_plugins.common.terminal import field_lines, heading, printable
@@ -30,7 +30,7 @@ def preview_config(config: Config, folder: str, documents: int) -> Config:
     options = argparse.Namespace(**vars(config.options))
     options.output, options.state_dir = f"{folder}/{config.name}", f"{folder}/{config.name}/.sdg"
     writers = config.plugins.writers
-    if options.writer not in writers or options.writer == split_uri(config.options.output)[0]:
+    if options.writer not in writers or uses_spool(config.options):
         suffix = format_of(options.output_filename)  # the real output is not touched
         options.writer = suffix if suffix in writers else "parquet"
     options.max_documents = min(documents, options.max_documents or documents)

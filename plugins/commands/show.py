@@ -6,13 +6,13 @@ import argparse
 import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import sdg
 from sdg_plugins.common import html, recorded
 from sdg_plugins.common.markdown import counted
 from sdg_plugins.common.options import Parser, number
-from sdg_plugins.common.records import Record, Records
+from sdg_plugins.common.records import Record, Records, View
 from sdg_plugins.common.results import unfit
 from sdg_plugins.common.secrets import secrets_of
 from sdg_plugins.common.terminal import DIM, RED, field_lines, heading, printable, styled
@@ -81,28 +81,6 @@ def title_of(run: sdg.Run) -> str:
 
 
 # ── What a person reads ──────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class View(NamedTuple):
-    """A document as it is shown.
-
-    Attributes:
-        note: on its status, "" for a row in a file.
-        prompt: the name of the prompt column.
-        source: the prompt column by its name, with all columns of the source if they were asked for.
-        results: the fields of each result that are neither null nor nested.
-        error: what failed.
-        left_out: columns that are not shown.
-    """
-
-    id: str
-    note: str
-    prompt: str
-    source: dict[str, Any]
-    results: list[dict[str, Any]]
-    error: dict[str, Any]
-    left_out: list[str]
-
 
 NOTES = {
     "filtered": "filtered: the rollout returned nothing",

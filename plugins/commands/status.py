@@ -1,24 +1,30 @@
 """The command `status`: the progress of a run, and which of its ranks need attention.
 
 It reads what the ranks record in the state, on the disk that they share, and sends no request to a server or the Hub.
-It asks Slurm only whether the ranks' job is still in the queue.
+It asks Slurm only which of the ranks' jobs are still in the queue.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import re
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import sdg
 from sdg_plugins.common import recorded
-from sdg_plugins.common.markdown import counted
+from sdg_plugins.common.markdown import counted, short_line
 from sdg_plugins.common.options import Parser
-from sdg_plugins.common.ranks import Overview, Rank, any_queued, ranks_of, rounded_duration
+from sdg_plugins.common.ranks import Overview, Rank, begun_ranks, phase_of, ranks_of, rounded_duration
+from sdg_plugins.common.slurm import Queue, Submission, any_queued
 
 GROUPS = 10  # groups of ranks that are shown: a thousand ranks fail for few reasons, or for too many to read
+NODES = 8  # nodes that are named in a line
+LOG = re.compile(r" \(log: [^)]*\)")  # each rank has its own
+NO_ERROR = {"waiting": "not started", "lost": "its job is gone, and it has recorded no end"}
 EXIT = (
     "example: sdg.py status --output ./summaries --ranks; exit status: 0 no rank needs attention; "
     "1 some ranks do, or no such run exists; 2 usage error"
@@ -38,45 +44,101 @@ def status(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print the report as JSON, for programs")
     args = parser.parse_args(argv)
     state = recorded.state_folder(args)
-    if state.is_dir() and not (state / "run.json").exists() and not recorded.configs_in(state):
-        raise sdg.StateError(f"no rank has begun yet in {state}")
-    ranks = ranks_of(state, int(recorded.load_record(state)["options"]["world_size"]))
-    overview = Overview.of_ranks(ranks)
-    queued = any_queued(set(overview.jobs)) if not overview.finished else None
-    troubled = [rank for rank in ranks if needs_attention(rank, overview, queued)]
+    ranks = recorded_ranks(state)
+    queue = Queue.now() if any(rank.state != "finished" for rank in ranks) else None
+    ranks = [rank.according_to(queue) for rank in ranks]
+    overview, submission = Overview.of_ranks(ranks), Submission.of_run(state)
+    jobs = overview.jobs | set(submission.jobs if submission else ())
+    queued = bool(jobs & queue.jobs) if queue and jobs else None
+    troubled = [rank for rank in ranks if needs_attention(rank, overview, queue, queued)]
     if args.json:
         print(json.dumps(as_json(ranks, overview, queued, troubled), indent=2))
-    else:
-        for line in overview_lines(ranks, overview, queued, troubled):
-            print(line)
-        for line in rank_table(ranks) if args.ranks else ():
-            print(line)
+        return 1 if troubled else 0
+    for line in overview_lines(ranks, overview, sorted(jobs), queued):
+        print(line)
+    for line in attention_lines(ranks, troubled, submission) if troubled else ():
+        print(line)
+    for line in rank_table(ranks) if args.ranks else ():
+        print(line)
     return 1 if troubled else 0
 
 
-def needs_attention(rank: Rank, overview: Overview, queued: bool | None) -> bool:
-    """True if a rank does not continue by itself, as far as the state and Slurm's queue show."""
-    if rank.state in {"running", "finished"}:
+def recorded_ranks(state: Path) -> list[Rank]:
+    """The ranks of the run in a state, even if none of them has got as far as to record its options."""
+    if (state / "run.json").exists() or recorded.configs_in(state):
+        return ranks_of(state, int(recorded.load_record(state)["options"]["world_size"]))
+    if ranks := begun_ranks(state):
+        return ranks
+    if not state.is_dir():
+        recorded.load_record(state)
+    submission = Submission.of_run(state)
+    queued = any_queued(submission.jobs) if submission else None
+    known = {True: "in the queue", False: "no longer in the queue", None: "unknown, because squeue failed"}
+    job = f": Slurm job {', '.join(submission.jobs)} is {known[queued]}" if submission else ""
+    raise sdg.StateError(f"no rank has begun yet in {state}{job}")
+
+
+def needs_attention(rank: Rank, overview: Overview, queue: Queue | None, queued: bool | None) -> bool:
+    """True if a rank does not continue by itself, as far as the state and Slurm's queue show.
+
+    Args:
+        rank: its state already follows from the queue, too.
+        overview: of the run.
+        queue: Slurm's queue; None if it is unknown.
+        queued: whether one of the run's jobs is in the queue.
+    """
+    if rank.state in {"running", "finished", "requeued"}:
         return False
-    if rank.state in {"failed", "broken"}:
+    if rank.state in {"lost", "broken"} or rank.in_queue(queue) == "":
         return True
+    if rank.state == "failed":
+        return not (rank.in_queue(queue) and rank.record.get("slurm_task"))  # its job script may requeue it
     return not queued and (rank.state != "waiting" or not overview.states["running"])
 
 
-def overview_lines(ranks: list[Rank], overview: Overview, queued: bool | None, troubled: list[Rank]) -> Iterator[str]:
-    """Lines on the whole run, then on the ranks that need attention."""
+def overview_lines(ranks: list[Rank], overview: Overview, jobs: list[str], queued: bool | None) -> Iterator[str]:
+    """Lines on the whole run."""
     share = f" ({int(100 * min(1.0, overview.documents / overview.expected))} %)" if overview.expected else ""
     speed = f", {overview.speed()}" if overview.states["running"] else ""
     yield f"{out_of(overview.documents, overview.expected)} documents{share}{speed}"
     yield f"{counted(overview.ranks, 'rank')}: {overview.ranks_by_state()}"
-    if overview.jobs and not overview.finished:
+    if jobs and not overview.finished:
         where = {True: "in the queue", False: "no longer in the queue", None: "unknown, because squeue failed"}
-        yield f"Slurm job {', '.join(sorted(overview.jobs))}: {where[queued]}"
+        yield f"Slurm job {', '.join(jobs)}: {where[queued]}"
+    yield from loading_lines(ranks)
     yield from waiting_lines(ranks)
-    if troubled:
-        yield ""
-        yield from trouble_by_reason(troubled)
-        yield f"rerun with the original options: ranks {ranges([rank.number for rank in troubled])}"
+
+
+def attention_lines(ranks: list[Rank], troubled: list[Rank], submission: Submission | None) -> Iterator[str]:
+    """Lines on the ranks that need attention, and how to run them again."""
+    numbers = ranges([rank.number for rank in troubled])
+    yield ""
+    yield from trouble_by_reason(troubled)
+    node = bad_node(ranks, troubled)
+    if node:
+        yield f"all failures were on {node}: avoid it with --exclude={node}"
+    yield f"rerun with the original options: ranks {numbers}"
+    if submission:
+        yield f"    {submission.again(numbers, node)}"
+
+
+def bad_node(ranks: list[Rank], troubled: list[Rank]) -> str:
+    """The node on which all failed ranks ran, if others ran elsewhere; "" if there is no such node."""
+    failed = [rank for rank in troubled if rank.state in {"failed", "lost"}]
+    nodes = {rank.node for rank in failed}
+    elsewhere = any(rank.node and rank.node not in nodes for rank in ranks)
+    return nodes.pop() if len(failed) > 1 and len(nodes) == 1 and elsewhere else ""
+
+
+def loading_lines(ranks: list[Rank]) -> Iterator[str]:
+    """A line for each group of ranks whose servers are in the same phase of their start."""
+    groups: dict[str, list[Rank]] = {}
+    for rank in ranks:
+        if rank.loading:
+            groups.setdefault(phase_of(rank), []).append(rank)
+    for phase, group in itertools.islice(groups.items(), GROUPS):
+        numbers, longest = ranges([rank.number for rank in group]), max(rank.loading_for for rank in group)
+        yield f"loading   rank {numbers}: loading its server for {rounded_duration(longest)}: {short_line(phase)}"
 
 
 def waiting_lines(ranks: list[Rank]) -> Iterator[str]:
@@ -93,14 +155,16 @@ def trouble_by_reason(troubled: list[Rank]) -> Iterator[str]:
     """A line for each group of ranks with the same state and error, the largest groups first."""
 
     def reason(rank: Rank) -> tuple[str, str]:
-        return rank.state, rank.error
+        return rank.state, LOG.sub("", rank.error)
 
     groups = [list(group) for _, group in itertools.groupby(sorted(troubled, key=reason), reason)]
     groups.sort(key=lambda group: (-len(group), group[0].number))
     for group in groups[:GROUPS]:
         last = max(group, key=lambda rank: rank.updated)
-        error = last.error or ("not started" if last.state == "waiting" else "no error recorded")
-        details = ", ".join(filter(None, [last_heartbeat(last), last.record.get("host"), job_of(last)]))
+        error = last.error or NO_ERROR.get(last.state, "no error recorded")
+        nodes = sorted({rank.node for rank in group if rank.node})
+        where = ", ".join(nodes[:NODES]) + (f" and {len(nodes) - NODES} more nodes" if len(nodes) > NODES else "")
+        details = ", ".join(filter(None, [last_heartbeat(last), where, job_of(last)]))
         shown = f" ({details})" if details else ""
         yield f"{last.state:<8}  rank {ranges([rank.number for rank in group])}: {error}{shown}"
     if rest := sum(len(group) for group in groups[GROUPS:]):
@@ -120,14 +184,14 @@ def rank_table(ranks: list[Rank]) -> Iterator[str]:
 
 def as_json(ranks: list[Rank], overview: Overview, queued: bool | None, troubled: list[Rank]) -> dict[str, Any]:
     """The report for programs. Times are in s, `updated` since the epoch; `queued` is null if `squeue` fails."""
-    left = (overview.expected or 0) - overview.documents
+    to_go = overview.seconds_to_go
     return {
         "finished": overview.finished,
         "documents": overview.documents,
         "expected": overview.expected,
         "documents_per_second": round(overview.rate, 3),
         "tokens_per_second": round(overview.tokens_per_second, 3),
-        "seconds_to_go": round(left / overview.rate) if left > 0 and overview.rate else None,
+        "seconds_to_go": None if to_go is None else round(to_go),
         "states": {state: number for state, number in overview.states.items() if number},
         "slurm_jobs": sorted(overview.jobs),
         "queued": queued,
@@ -144,6 +208,7 @@ def as_json(ranks: list[Rank], overview: Overview, queued: bool | None, troubled
                 "host": rank.record.get("host"),
                 "slurm_job": rank.record.get("slurm_job"),
                 "waiting": rank.waiting or None,
+                "loading": rank.loading or None,
                 "error": rank.error or None,
             }
             for rank in ranks

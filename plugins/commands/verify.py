@@ -15,13 +15,12 @@ from sdg_plugins.common import recorded
 from sdg_plugins.common.checks import reading
 from sdg_plugins.common.chunks import OpenChunk, read_failed
 from sdg_plugins.common.digests import same_rows
-from sdg_plugins.common.files import format_of
+from sdg_plugins.common.files import format_of, rank_file, uses_spool
 from sdg_plugins.common.markdown import counted
 from sdg_plugins.common.options import Parser
 from sdg_plugins.common.state import output_files
 from sdg_plugins.common.values import id_column_of, id_text, values_of
 from sdg_plugins.publishing.publisher import Publisher
-from sdg_plugins.publishing.spool import uses_spool
 
 
 @sdg.hookimpl
@@ -53,7 +52,7 @@ def verify(argv: list[str]) -> int:
 
 def ranks_not_begun(run: sdg.Run) -> str:
     """The ranks that have not begun, for the summary."""
-    missing = [rank for rank in range(run.options.world_size) if not (run.state / f"{rank:05d}.sqlite3").exists()]
+    missing = [rank for rank in range(run.options.world_size) if not rank_file(run.state, rank, "sqlite3").exists()]
     shown = ", ".join(map(str, missing[:10])) + "…" * (len(missing) > 10)
     return f"; rank {shown} {'have' if len(missing) > 1 else 'has'} not begun" if missing else ""
 
@@ -93,7 +92,7 @@ def discrepancies(run: sdg.Run, counts: Counter[str], unfinished: Counter[str]) 
     for file in output_files(run):
         if file not in expected:
             yield f"{run.output.path(file)} does not belong to a finished chunk"
-    if uses_spool(run):
+    if uses_spool(run.options):
         with contextlib.closing(Publisher(run)) as publisher:
             yield from publisher.discrepancies()
 

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import json
 import os
-import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,20 +14,18 @@ from typing import Any, NamedTuple, NoReturn
 import sdg
 from sdg_plugins.common import models
 from sdg_plugins.common.checks import check_rollout
-from sdg_plugins.common.files import default_state_dir, expanded, format_of, split_uri
-from sdg_plugins.common.inputs import input_format
-from sdg_plugins.common.options import Option, Options, Parser, json_object, name_and_variable, number, one_of
+from sdg_plugins.common.defaults import ANY, check_uris, derive, derive_server
+from sdg_plugins.common.files import default_state_dir
+from sdg_plugins.common.options import Option, Options, Parser, json_object, name_and_variable, number, one_of, setting
 
 FILENAME = "${rank}_${chunk_index}.parquet"
 LONG_DOCUMENTS = ("truncate", "split", "fail")
-DEMO_OUTPUT = "output/demo"  # so that a demonstration does not stand in the way of the first real run
 EMPTY_ANSWERS = ("fail", "keep")
 
 
-ANY = "any"  # instead of a rank: whichever is free
-
+_tokens = number(int, 1, 10**18)
 _count, _natural, _seconds, _ratio = number(int, 1), number(int, 0), number(float, 0.001), number(float, 0)
-_rate = number(float, 0.001, 1e12)
+_rate, _price = number(float, 0.001, 1e12), number(float, 0, 1e12)
 
 
 def rank_or_any(value: str) -> float | str:
@@ -41,60 +38,55 @@ def rank_or_any(value: str) -> float | str:
 
 OPTIONS = {
     "task": [
-        Option(
+        setting(
             "--plugin",
             "P",
             "rollout, FILE.py or MODULE[:ROLLOUT]; repeatable: all are loaded, the last one runs",
             action="append",
         ),
-        Option(
+        setting(
             "--config", "FILE.toml", "read options of the same names from a file; the command line wins", shared=True
         ),
-        Option("--preview", "N", "show requests and rows of N documents; write nothing", type=_count, shared=True),
+        setting("--preview", "N", "show requests and rows of N documents; write nothing", type=_count, shared=True),
     ],
     "input": [
-        Option(
+        setting(
             "--input",
             "URI",
             "hf://datasets/OWNER/NAME, or parquet, jsonl or csv: a file, folder, glob or s3://…; default: a demo",
         ),
-        Option("--prompt-column", "NAME", "column of strings, or of lists of {role, content}", "text", identity=True),
-        Option(
-            "--id-column", "NAME", "column of document ids; default: id if present, else <file>/<row>", identity=True
-        ),
-        Option("--max-documents", "N", "use only the first N of the whole input; may grow between runs", type=_count),
+        Option("--prompt-column", "NAME", "column of strings, or of lists of {role, content}", "text"),
+        Option("--id-column", "NAME", "column of document ids; default: id if present, else <file>/<row>"),
+        setting("--max-documents", "N", "use only the first N of the whole input; may grow between runs", type=_count),
     ],
     "output": [
-        Option(
+        setting(
             "--output",
             "URI",
             "a folder, s3://… or hf://datasets/OWNER/NAME; default: ./output/<rollout>, ./output/demo for the demo",
             shared=True,
         ),
-        Option("--output-config", "NAME", "sub-folder, and the config for load_dataset", "data", shared=True),
-        Option(
-            "--output-filename", "T", "template with ${chunk_index}; .jsonl writes JSON lines", FILENAME, identity=True
-        ),
+        setting("--output-config", "NAME", "sub-folder, and the config for load_dataset", "data", shared=True),
+        Option("--output-filename", "T", "template with ${chunk_index}; .jsonl writes JSON lines", FILENAME),
         Option(
             "--records-per-chunk",
             "N",
             "documents per file and checkpoint; default: 1000, fewer for inputs of less than 100,000",
             type=_count,
-            identity=True,
         ),
-        Option("--results-column", "NAME", "column for the results", "rollout_results", identity=True),
+        Option("--results-column", "NAME", "column for the results", "rollout_results"),
     ],
     "server": [
-        Option("--server", "NAME", "default: endpoint with --base-url or $OPENAI_BASE_URL, else demo", shared=True),
-        Option(
+        setting("--server", "NAME", "default: endpoint with --base-url or $OPENAI_BASE_URL, else demo", shared=True),
+        setting(
             "--base-url",
             "URL",
             "server URL, with or without /v1; repeatable: requests go to the least loaded server",
             action="append",
             shared=True,
         ),
-        Option("--api-key-env", "NAME", "environment variable that holds the API key", "OPENAI_API_KEY", shared=True),
-        Option(
+        setting("--api-key-env", "NAME", "environment variable that holds the API key", "OPENAI_API_KEY", shared=True),
+        setting(
             "--header-env",
             "NAME=VARIABLE",
             "send a header whose value is in an environment variable, such as api-key=AZURE_KEY; repeatable",
@@ -102,27 +94,28 @@ OPTIONS = {
             action="append",
             shared=True,
         ),
-        Option("--model", "NAME", "model name; default: the server's only model", identity=True, shared=True),
+        Option("--model", "NAME", "model name; default: the server's only model", shared=True),
         Option(
             "--model-max-context",
             "N",
             "context length in tokens, prompt and completion; default: as reported by the server",
             type=_count,
-            identity=True,
             shared=True,
         ),
-        Option("--max-concurrent-generations", "N", "maximum requests in flight", 500, _count),
-        Option(
+        setting("--max-concurrent-generations", "N", "maximum requests in flight", 500, _count),
+        setting(
             "--max-concurrent-documents",
             "N",
             "maximum documents in flight; default: 1.5 × --max-concurrent-generations + 16",
             type=_count,
         ),
-        Option("--requests-per-minute", "N", "send at most N requests per minute to all servers together", type=_rate),
-        Option("--tokens-per-minute", "N", "send and receive at most N tokens per minute", type=_rate),
-        Option("--request-timeout", "S", "seconds for one attempt; with --stream between two tokens", 600.0, _seconds),
-        Option("--max-retries", "N", "attempts after the first one", 6, _natural),
-        Option(
+        setting("--price-input", "X", "price of a million prompt tokens, for costs and --max-cost", type=_price),
+        setting("--price-output", "X", "price of a million completion tokens", type=_price),
+        setting("--requests-per-minute", "N", "send at most N requests per minute to all servers together", type=_rate),
+        setting("--tokens-per-minute", "N", "send and receive at most N tokens per minute", type=_rate),
+        setting("--request-timeout", "S", "seconds for one attempt; with --stream between two tokens", 600.0, _seconds),
+        setting("--max-retries", "N", "attempts after the first one", 6, _natural),
+        setting(
             "--models",
             "NAME.KEY=VALUE",
             "option of a further model, for generate(…, to=NAME); repeatable",
@@ -130,7 +123,7 @@ OPTIONS = {
             action="append",
             shared=True,
         ),
-        Option(
+        setting(
             "--stream",
             None,
             "receive completions in pieces, for servers that close idle connections",
@@ -138,48 +131,47 @@ OPTIONS = {
         ),
     ],
     "sampling": [
-        Option("--max-tokens", "N", "maximum completion tokens per request", type=_count, identity=True),
-        Option("--temperature", "X", "sampling temperature; default: the model's own", type=_ratio, identity=True),
+        Option("--max-tokens", "N", "maximum completion tokens per request", type=_count),
+        Option("--temperature", "X", "sampling temperature; default: the model's own", type=_ratio),
         Option(
             "--top-p",
             "X",
             "nucleus sampling probability; default: the model's own",
             type=number(float, 0, 1),
-            identity=True,
         ),
-        Option("--top-k", "N", "sample from the N most likely tokens", type=int, identity=True),
-        Option(
-            "--seed", "N", "seed of a document's first rollout; the next ones count up from it", type=int, identity=True
-        ),
-        Option("--generation", "JSON", "further fields of the request payload", type=json_object, identity=True),
+        Option("--top-k", "N", "sample from the N most likely tokens", type=int),
+        Option("--seed", "N", "seed of a document's first rollout; the next ones count up from it", type=int),
+        Option("--generation", "JSON", "further fields of the request payload", type=json_object),
         Option(
             "--empty-answers",
             "HOW",
             "completions without text: fail, or keep (a row with empty text, its reasoning and finish_reason)",
             EMPTY_ANSWERS[0],
             one_of(*EMPTY_ANSWERS),
-            identity=True,
         ),
-        Option("--rollouts-per-document", "N", "independent rollouts per document", 1, _count, identity=True),
+        Option("--rollouts-per-document", "N", "independent rollouts per document", 1, _count),
         Option(
             "--long-documents",
             "HOW",
             "documents that exceed the context: truncate, split (run the parts, join the results) or fail",
             LONG_DOCUMENTS[0],
             one_of(*LONG_DOCUMENTS),
-            identity=True,
         ),
     ],
     "run": [
-        Option(
+        setting(
             "--max-failure-rate",
             "X",
             "stop if more than this share of at least 100 documents fails",
             0.1,
             number(float, 0, 1),
         ),
-        Option("--retry-failed", None, "run only the failed documents, again", action="store_true", shared=True),
-        Option(
+        setting(
+            "--max-cost", "X", "end the run with exit 4 when all ranks have spent this much; may grow", type=_price
+        ),
+        setting("--max-total-tokens", "N", "end the run with exit 4 after this many tokens; may grow", type=_tokens),
+        setting("--retry-failed", None, "run only the failed documents, again", action="store_true", shared=True),
+        setting(
             "--rank",
             "I",
             "process chunks I, I+N, I+2N…, or any: the ranks that are neither finished nor taken, one after the other; "
@@ -192,12 +184,11 @@ OPTIONS = {
             "N",
             "number of ranks that share the input; default: Slurm's array, else 1",
             type=_count,
-            identity=True,
             shared=True,
         ),
-        Option("--state-dir", "D", "default: <output>/.sdg for a folder, else ./.sdg/<output name>", shared=True),
-        Option("--fresh", None, "delete state and output, and start over", action="store_true", shared=True),
-        Option("--no-progress", None, "show no progress bar or lines", action="store_true", shared=True),
+        setting("--state-dir", "D", "default: <output>/.sdg for a folder, else ./.sdg/<output name>", shared=True),
+        setting("--fresh", None, "delete state and output, and start over", action="store_true", shared=True),
+        setting("--no-progress", None, "show no progress bar or lines", action="store_true", shared=True),
     ],
 }
 CORE = [option for group in OPTIONS.values() for option in group]
@@ -382,7 +373,7 @@ def parse_with(plugins: sdg.Plugins, rollout: str, argv: list[str], own: Iterabl
     options.rollout = rollout
     try:
         _check_shared(own, {option.dest for option in CORE if option.shared})
-        _derive(options, plugins)
+        derive(options, plugins)
         serving = {plugins.rollouts[rollout].plugin, plugins.find("readers", options.reader).plugin}
         _check_idle(options, plugins, added, argv, serving)
         _derive_models(options, plugins, parser, added)
@@ -403,8 +394,8 @@ def _derive_models(
     """Replace `options.models` by the options of each further model."""
 
     def derive(model: argparse.Namespace, words: list[str]) -> None:
-        _derive_server(model, plugins)
-        _check_uris(model)
+        derive_server(model, plugins)
+        check_uris(model)
         _check_idle(model, plugins, added, words, set())
 
     own = {option.dest: option.action == "store_true" for option in OPTIONS["server"] + OPTIONS["sampling"]}
@@ -487,100 +478,3 @@ def as_arguments(table: Mapping[str, Any], argv: list[str]) -> list[str]:
             text = json.dumps(item, default=str) if isinstance(item, dict) else str(item)
             arguments.append(name if item is True else f"{name}={text}")
     return arguments
-
-
-# ── Defaults ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _derive(options: argparse.Namespace, plugins: sdg.Plugins) -> None:
-    """Fill in the defaults that depend on other options or on the environment."""
-    plugins.find("rollouts", options.rollout)
-    for name in ("input", "output", "state_dir"):
-        if getattr(options, name) == "":  # for example an unset shell variable, which must not select a default
-            raise sdg.UsageError(f"--{name.replace('_', '-')} is empty")
-    _derive_server(options, plugins)
-    options.reader = by_scheme_or_suffix(plugins, "readers", options.input) if options.input else "demo"
-    _check_filename(options.output_filename)
-    if not re.fullmatch(r"[\w.-]+", options.output_config) or options.output_config in {"failed", ".", "..", ".sdg"}:
-        raise sdg.UsageError(f"--output-config {options.output_config!r}: expected a folder name other than `failed`")
-    demo = options.server == "demo" or not options.input
-    options.output = expanded(options.output or (DEMO_OUTPUT if demo else f"output/{options.rollout}"))
-    _check_uris(options)
-    scheme, name = split_uri(options.output)[0], options.output_filename
-    options.writer = scheme if scheme in plugins.writers else by_scheme_or_suffix(plugins, "writers", name)
-    if options.fresh and os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
-        raise sdg.UsageError("--fresh in a requeued job would delete its earlier work: submit it without --fresh")
-    if options.results_column == "id":
-        raise sdg.UsageError("--results-column id: this column holds the document ids")
-    options.state_dir = expanded(options.state_dir or default_state_dir(options.output, options.output_config))
-    _derive_rank(options)
-
-
-def _derive_server(options: argparse.Namespace, plugins: sdg.Plugins) -> None:
-    """Settle the server of a model."""
-    options.base_url = options.base_url or []
-    given = options.base_url or (options.input and os.environ.get("OPENAI_BASE_URL"))
-    options.server = options.server or ("endpoint" if given else "demo")
-    plugins.find("servers", options.server)
-    if options.base_url and options.server != "endpoint":
-        raise sdg.UsageError(f"--base-url requires --server endpoint, not {options.server}")
-
-
-def _check_filename(name: str) -> None:
-    if "${chunk_index}" not in name:
-        raise sdg.UsageError("--output-filename needs ${chunk_index}, otherwise chunks overwrite each other")
-    if "$" in name.replace("${chunk_index}", "").replace("${rank}", ""):
-        raise sdg.UsageError("--output-filename may contain only the placeholders ${rank} and ${chunk_index}")
-    if "/" in name:
-        raise sdg.UsageError(f"--output-filename {name}: must not contain a folder; --output-config names the folder")
-
-
-def _check_uris(options: argparse.Namespace) -> None:
-    for uri in (options.input or "", options.output):
-        if sdg.redact(uri) != uri:
-            message = "put keys into the environment (AWS_ACCESS_KEY_ID…), not into a URI"
-            raise sdg.UsageError(f"{sdg.redact(uri)}: {message}")
-    for url in options.base_url or []:
-        if not url.startswith(("http://", "https://")):
-            raise sdg.UsageError(f"--base-url {sdg.redact(url)}: must begin with http:// or https://")
-
-
-def _derive_rank(options: argparse.Namespace) -> None:
-    """Take rank and world size from Slurm's array if they are not given."""
-    options.any_rank = options.rank == ANY
-    if options.any_rank:
-        _check_any_rank(options)
-    first, last, task = (os.environ.get(f"SLURM_ARRAY_TASK_{key}") for key in ("MIN", "MAX", "ID"))
-    if options.rank is None:
-        options.rank = int(task) - int(first or 0) if task else 0
-    if options.world_size is None:
-        options.world_size = int(os.environ.get("SLURM_ARRAY_TASK_COUNT", "1")) if task else 1
-        if task and options.world_size != int(last or 0) - int(first or 0) + 1:
-            raise sdg.UsageError("this Slurm array has gaps: give --rank and --world-size")
-    if options.rank >= options.world_size:
-        raise sdg.UsageError(f"--rank {options.rank} must be less than --world-size {options.world_size}")
-
-
-def _check_any_rank(options: argparse.Namespace) -> None:
-    """Raise UsageError if processes that share the ranks cannot do what is asked; sets a rank to begin with."""
-    if options.world_size is None:
-        raise sdg.UsageError("--rank any needs --world-size N, the number of ranks that the processes share")
-    if options.fresh:
-        raise sdg.UsageError(
-            "--rank any with --fresh would delete the work of other processes: run once with --rank 0 --fresh"
-        )
-    options.rank = 0
-
-
-def by_scheme_or_suffix(plugins: sdg.Plugins, kind: str, uri: str) -> str:
-    """The registered name for a URI: its scheme, else the format of its files."""
-    entries: dict[str, sdg.Entry] = getattr(plugins, kind)
-    scheme, path = split_uri(uri)
-    if scheme in entries:
-        return scheme
-    if uri == "-" and "stdin" in entries:
-        return "stdin"
-    found = input_format(uri, entries) if kind == "readers" else format_of(path)
-    if found in entries:
-        return str(found)
-    raise sdg.UsageError(f"{sdg.redact(uri)}: unknown suffix or scheme; known: {', '.join(sorted(entries))}")

@@ -38,10 +38,7 @@ def _add(digest: Any, array: pa.Array) -> None:
     import pyarrow as pa
     import pyarrow.types as t
 
-    if isinstance(array.type, pa.BaseExtensionType):
-        array = array.storage
-    if t.is_dictionary(array.type):  # which values it has depends on other rows, too
-        array = array.dictionary_decode()
+    array = _plain(array)
     valid = array.is_valid()
     if array.null_count:
         digest.update(valid.to_numpy(zero_copy_only=False))
@@ -61,6 +58,14 @@ def _add(digest: Any, array: pa.Array) -> None:
             _add(digest, child.slice(offsets[0], offsets[-1] - offsets[0]))
         return
     _add(digest, array.flatten())
+
+
+def _plain(array: pa.Array) -> pa.Array:
+    """An array without its dictionary, because which values that has depends on other rows, too."""
+    import pyarrow as pa
+
+    array = array.storage if isinstance(array.type, pa.BaseExtensionType) else array
+    return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
 
 
 def same_rows(opened: OpenChunk, recorded: sdg.Chunk) -> bool:

@@ -212,9 +212,19 @@ class Place:
             return sorted(f"{folder}/{info.base_name}" for info in self.fs.get_file_info(selector) if info.is_file)
 
 
+def uses_spool(options: argparse.Namespace) -> bool:
+    """True if the output's scheme has a writer of its own (`hf`): files are collected in the spool, then published."""
+    return bool(options.writer == split_uri(options.output)[0])
+
+
 def output_place(options: argparse.Namespace, state: Path) -> Place:
-    """Where a run writes: the output, or a folder of the state if the output's scheme has a writer of its own."""
-    return Place(str(state / "spool") if options.writer == split_uri(options.output)[0] else options.output)
+    """Where a run writes: the output, or the spool, a folder of the state."""
+    return Place(str(state / "spool") if uses_spool(options) else options.output)
+
+
+def rank_file(state: Path, rank: int, suffix: str) -> Path:
+    """A rank's file in the state, such as `00003.sqlite3`."""
+    return state / f"{rank:05d}.{suffix}"
 
 
 def default_state_dir(output: str, config: str) -> str:

@@ -13,7 +13,7 @@ from sdg_plugins.common.markdown import counted, visible
 from sdg_plugins.common.values import plain
 
 if TYPE_CHECKING:
-    from sdg_plugins.commands.show import View
+    from sdg_plugins.common.records import View
 
 FOLDED = 1_200  # characters of a text above which it is folded: a reader opens what he wants to read
 BEGINNING = 300  # characters of a folded text that stay visible

@@ -8,12 +8,12 @@ from collections.abc import Iterable, Iterator
 import sdg
 
 LONGEST_LINE = 300  # characters
-# URLs, IP addresses, hosts with ports, and absolute paths
+# URLs, IP addresses, hosts with ports, logs, absolute paths, and relative ones (a model's name has one slash)
 WHEREABOUTS = re.compile(
-    r"\w+://[^\s'\")\]]+"
+    r" ?\(log: [^)]*\)|\w+://[^\s'\")\]]+"
     r"|\[?\b(?:\d{1,3}\.){3}\d{1,3}\b\]?(?::\d+)?|\[[0-9a-fA-F:]*::?[0-9a-fA-F:.]*\](?::\d+)?"
     r"|(?<=host )[\w.-]+(?::\d+)?|\b[\w-]+(?:\.[\w-]+)*:\d{2,5}\b"
-    r"|(?<![\w/])~?/[^\s'\":;,()\[\]]+(?::\d+)?"
+    r"|(?<![\w/])~?/[^\s'\":;,()\[\]]+(?::\d+)?|(?<![\w./-])[\w.-]+(?:/[\w.-]+){2,}"
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import functools
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -77,7 +78,7 @@ def one_of(*names: str, more: bool = False) -> Callable[[str], str]:
 
 
 class Option(NamedTuple):
-    """One option, as data.
+    """One option, as data; see `setting` for those that do not change the data.
 
     Attributes:
         identity: another value gives other data, so it is part of the fingerprint.
@@ -89,7 +90,7 @@ class Option(NamedTuple):
     help: str
     default: Any = None
     type: Callable[[str], Any] = str
-    identity: bool = False
+    identity: bool = True
     action: str = "store"
     shared: bool = False
 
@@ -106,6 +107,9 @@ class Option(NamedTuple):
             return {"help": self.help, "action": self.action}
         how = {"metavar": self.metavar, "default": self.default, "action": self.action, "type": self.type}
         return {"help": text, **how}
+
+
+setting = functools.partial(Option, identity=False)
 
 
 class Options:

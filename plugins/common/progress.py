@@ -15,6 +15,7 @@ import sdg
 from sdg_plugins.common.files import default_state_dir
 from sdg_plugins.common.markdown import counted
 from sdg_plugins.common.options import program
+from sdg_plugins.common.prices import in_money
 from sdg_plugins.common.statistics import retries_in
 
 BAR_INTERVAL = 0.5  # s between two updates on a terminal
@@ -65,6 +66,12 @@ def rate_of(engine: sdg.Engine) -> float:
     return engine.finished / max(engine.client.pool.seconds, 1e-9)
 
 
+def seconds_to_go(engine: sdg.Engine) -> float | None:
+    """The remaining time at the present rate; None if the rate or the total is unknown."""
+    total, rate = engine.intake.expected(), rate_of(engine)
+    return max(0, total - sum(engine.tally.values())) / rate if total and rate else None
+
+
 def fitted(words: str, room: int) -> str:
     """As many of the figures, separated by commas, as fit."""
     return words if len(words) <= room else words[: room + 1].rpartition(", ")[0] or words[:room]
@@ -72,9 +79,8 @@ def fitted(words: str, room: int) -> str:
 
 def time_to_go(engine: sdg.Engine, shown: Callable[[int], str]) -> list[str]:
     """Remaining time and documents per second, for the bar."""
-    rate = rate_of(engine)
-    left = max(0, (engine.intake.expected() or 0) - sum(engine.tally.values()))
-    return [f"ETA {shown(int(left / rate))}", f"{rate:,.1f} documents/s"] if rate and left else []
+    seconds = seconds_to_go(engine)
+    return [f"ETA {shown(int(seconds))}", f"{rate_of(engine):,.1f} documents/s"] if seconds else []
 
 
 def figures_of(engine: sdg.Engine, speed: Iterable[str] = ()) -> str:
@@ -102,7 +108,8 @@ def progress_line(engine: sdg.Engine) -> str:
     """The bar as a line for a log file."""
     done, total, rate = sum(engine.tally.values()), engine.intake.expected(), rate_of(engine)
     of = f" of {total:,}" if total else ""
-    left = f", {max(0, total - done) / rate:,.0f} s to go" if total and rate else ""
+    seconds = seconds_to_go(engine)
+    left = f", {seconds:,.0f} s to go" if seconds is not None else ""
     return f"{done:,}{of} documents, {rate:,.1f} documents/s{left}, {figures_of(engine)}"
 
 
@@ -125,6 +132,10 @@ def report(engine: sdg.Engine, figures: dict[str, Any], chunks: Iterable[sdg.Chu
     ]
     if in_files:
         lines.append(f"rows    {shown}/{os.path.dirname(run.path_of(sdg.Chunk(0, 0)))}")
+    if "cost" in figures:
+        tokens = figures["prompt_tokens"] + figures["completion_tokens"] + figures.get("estimated_tokens", 0)
+        guessed = " (estimated: the server reports no usage)" if "estimated_tokens" in figures else ""
+        lines.append(f"cost    {in_money(figures['cost'])} for {tokens:,} tokens{guessed}")
     if figures["truncated"]:
         lines.append(
             f"cut     {figures['truncated']:,} documents did not fit the model's context: --long-documents split"

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import sdg
+from sdg_plugins.common.attempts import Attempt, attempt_of
+from sdg_plugins.common.files import rank_file
 from sdg_plugins.common.markdown import inline, public, short_line
+from sdg_plugins.common.slurm import Queue
 from sdg_plugins.common.statistics import statistics_of, sum_statistics
 
+FRESH = 12.0  # s that a heartbeat counts more than Slurm's queue
 SILENT = 120.0  # s without a heartbeat after which a rank no longer counts as running
 BAR = 30  # characters
 
@@ -21,8 +23,11 @@ class Rank(NamedTuple):
     """One rank, according to its figures."""
 
     number: int
-    state: str  # running, silent, finished, stopped, failed, broken, or waiting if it has not begun
+    # running, silent, finished, stopped, failed, broken, or waiting if it has not begun; according to Slurm's queue
+    # also lost (its job is gone, and it has recorded no end) or requeued
+    state: str
     figures: dict[str, Any]
+    attempt: Attempt | None = None  # the last one
 
     @property
     def record(self) -> dict[str, Any]:
@@ -55,6 +60,34 @@ class Rank(NamedTuple):
         return f"nothing is sent until {until}: {short_line(pause['reason'])}"
 
     @property
+    def loading(self) -> str:
+        """What its server is doing until it is ready; "" if it is."""
+        return str((self.record.get("loading") or {}).get("phase", "")) if self.state == "running" else ""
+
+    @property
+    def loading_for(self) -> float:
+        """For how many seconds the server has been loading."""
+        since = float((self.record.get("loading") or {}).get("since", time.time()))
+        return max(0.0, time.time() - since)
+
+    @property
+    def node(self) -> str:
+        """The host on which it ran, or on which a part of its server failed."""
+        return (self.attempt and self.attempt.node) or str(self.record.get("host") or "")
+
+    def in_queue(self, queue: Queue | None) -> str | None:
+        """The state of its Slurm job; "" if the job has left the queue, None if that is unknown."""
+        return queue.state_of(self.record.get("slurm_job"), self.record.get("slurm_task")) if queue else None
+
+    def according_to(self, queue: Queue | None) -> Rank:
+        """The rank with the state that follows from Slurm's queue, too."""
+        known = self.in_queue(queue)
+        if known == "" and self.state in {"running", "silent"}:
+            return self._replace(state="lost")
+        pending = known == "PENDING" and self.state in {"running", "silent", "failed", "stopped"}
+        return self._replace(state="requeued") if pending else self
+
+    @property
     def error(self) -> str:
         """Why it ended early, in one line; "" if it did not."""
         return short_line(self.record["error"]) if self.record.get("error") else ""
@@ -67,10 +100,39 @@ def ranks_of(state: Path, world_size: int) -> list[Rank]:
 
 def _read_rank(state: Path, number: int) -> Rank:
     try:
-        figures = statistics_of(state / f"{number:05d}.stats.json")
+        figures = statistics_of(rank_file(state, number, "stats.json"))
     except sdg.StateError as exc:
         return Rank(number, "broken", {"rank": {"status": "broken", "error": str(exc)}})
-    return Rank(number, _rank_state(figures.get("rank", {})) if figures else "waiting", figures)
+    attempt = attempt_of(state, number)
+    figures = _completed(figures, attempt)
+    return Rank(number, _rank_state(figures.get("rank", {})) if figures else "waiting", figures, attempt)
+
+
+def _completed(figures: dict[str, Any], attempt: Attempt | None) -> dict[str, Any]:
+    """The figures with the end of an attempt that could not write it there: it was killed, or failed early."""
+    record = figures.get("rank", {})
+    if attempt is None or attempt.ended is None or attempt.code == 0 or attempt.ended < record.get("updated", 0.0):
+        return figures
+    if record.get("status", "running") != "running":
+        return figures
+    status = {130: "stopped", 143: "stopped"}.get(attempt.code or 0, "failed")
+    job, _, task = attempt.job.partition("_")
+    own = {"status": status, "error": attempt.error, "updated": attempt.ended, "host": attempt.host}
+    return {**figures, "rank": {**record, **own, "slurm_job": job or None, "slurm_task": task or None}}
+
+
+def begun_ranks(state: Path) -> list[Rank]:
+    """The ranks of a run of which none has got as far as to record its options; empty if none has begun."""
+    files = [path for kind in ("stats", "attempt") for path in state.glob(f"[0-9]*.{kind}.json")]
+    numbers = {int(path.name.partition(".")[0]) for path in files}
+    ranks = [rank for number in sorted(numbers) if (rank := _read_rank(state, number)).state != "waiting"]
+    return ranks_of(state, max((int(rank.record.get("world_size") or rank.number + 1) for rank in ranks), default=0))
+
+
+def why_not_begun(state: Path) -> str:
+    """What the ranks of a run without recorded options are doing, or why they ended; "" if none has begun."""
+    overview = Overview.of_ranks(begun_ranks(state))
+    return "; ".join(filter(None, [overview.summary() if overview.ranks else "", overview.loading]))
 
 
 def _rank_state(record: dict[str, Any]) -> str:
@@ -90,6 +152,7 @@ class Overview(NamedTuple):
     tokens_per_second: float
     error: str  # the last one, with its rank
     waiting: str  # why a rank sends nothing just now, if one does
+    loading: str  # how many ranks are loading their servers, and what the first of them is doing
     jobs: frozenset[str]  # IDs of Slurm jobs
     updated: float  # time of the last heartbeat of any rank, in s since the epoch
 
@@ -115,6 +178,7 @@ class Overview(NamedTuple):
             tokens_per_second=rate * total.get("completion_tokens", 0) / max(1, documents),
             error=f"{last.error} (rank {last.number})" if last else "",
             waiting=next((rank.waiting for rank in ranks if rank.waiting), ""),
+            loading=loading_line([rank for rank in ranks if rank.loading]),
             jobs=frozenset(str(rank.record["slurm_job"]) for rank in ranks if rank.record.get("slurm_job")),
             updated=max((rank.updated for rank in ranks), default=0.0),
         )
@@ -123,6 +187,11 @@ class Overview(NamedTuple):
     def finished(self) -> bool:
         """True if all ranks have finished."""
         return self.states["finished"] == self.ranks
+
+    @property
+    def active(self) -> bool:
+        """True if a rank is running, and has said so within the last seconds."""
+        return bool(self.states["running"]) and time.time() - self.updated < FRESH
 
     @property
     def done(self) -> str:
@@ -137,9 +206,15 @@ class Overview(NamedTuple):
             patience: s without a heartbeat that are tolerated if the state of the queue is unknown.
             began: time since which heartbeats were expected, in s since the epoch, in case there was none at all.
         """
-        if self.finished or self.states["running"]:
+        if self.finished or self.active:
             return ""
-        queued = any_queued(jobs)
+        queue = Queue.now() if jobs else None
+        queued = None if queue is None else bool(jobs & queue.jobs)
+        if self.states["running"] and queued is not False:
+            return ""
+        if self.states["running"]:
+            states = self.states + Counter(lost=self.states["running"]) - Counter(running=self.states["running"])
+            return self._replace(states=states).early_end(jobs, patience, began)
         if queued is not None:
             return "" if queued else f"the job has left the queue, {self.summary()}"
         if not self.states["waiting"] and not self.states["silent"]:
@@ -156,15 +231,21 @@ class Overview(NamedTuple):
         """The ranks by state, and the last error."""
         return f"ranks: {self.ranks_by_state()}" + (f"; last error: {self.error}" if self.error else "")
 
+    @property
+    def seconds_to_go(self) -> float | None:
+        """The remaining time at the present rate; None if nothing is left, or the rate is unknown."""
+        left = (self.expected or 0) - self.documents
+        return left / self.rate if left > 0 and self.rate > 0 else None
+
     def speed(self) -> str:
         """Documents and tokens per second, and the remaining time at this rate."""
-        left = (self.expected or 0) - self.documents
-        to_go = f", {rounded_duration(left / self.rate)} to go" if left > 0 and self.rate > 0 else ""
+        to_go = f", {rounded_duration(self.seconds_to_go)} to go" if self.seconds_to_go is not None else ""
         return f"{self.rate:,.1f} documents/s, {self.tokens_per_second:,.0f} tokens/s{to_go}"
 
     def log_line(self) -> str:
         """Progress, speed and ranks in one line."""
-        return f"{self.done} documents, {self.speed()}; {self.summary()}"
+        words = [f"{self.done} documents, {self.speed()}", self.loading, self.summary()]
+        return "; ".join(filter(None, words))
 
     def markdown(self, early_end: str = "") -> str:
         """The progress section of the card, or a note on an early end; "" if the run has finished."""
@@ -181,6 +262,8 @@ class Overview(NamedTuple):
             f"- speed: {self.speed()}",
             f"- ranks: {self.ranks_by_state()}",
         ]
+        if self.loading:
+            lines.append(f"- loading: {inline(public(self.loading))}")
         if self.waiting:
             lines.append(f"- waiting: {inline(public(self.waiting))}")
         if self.error:
@@ -193,22 +276,18 @@ def progress_section(run: sdg.Run) -> str:
     return Overview.of_run(run).markdown()
 
 
-def other_jobs(jobs: list[str]) -> set[str]:
-    """Slurm jobs without the one that this process belongs to, which is in the queue as long as it runs."""
-    own = {os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_JOB_ID")}
-    return {job for job in jobs if job not in own}
+def loading_line(ranks: list[Rank]) -> str:
+    """What ranks do that load servers, such as `1 rank has been loading its server for 4 min: compiling`."""
+    if not ranks:
+        return ""
+    longest = max(ranks, key=lambda rank: rank.loading_for)
+    who, whose = ("1 rank has", "its server") if len(ranks) == 1 else (f"{len(ranks):,} ranks have", "their servers")
+    return f"{who} been loading {whose} for {rounded_duration(longest.loading_for)}: {short_line(phase_of(longest))}"
 
 
-def any_queued(jobs: set[str]) -> bool | None:
-    """True if one of some jobs is in Slurm's queue; None if there are no jobs, or `squeue` fails."""
-    if not jobs:
-        return None
-    command = ["squeue", "--noheader", f"--user={os.getuid()}", "--format=%F %A"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return bool(jobs & set(answer.stdout.split()))
+def phase_of(rank: Rank) -> str:
+    """The phase of the start that the rank's server has reached, without the server's name."""
+    return rank.loading.partition(": ")[2] or rank.loading
 
 
 def rounded_duration(seconds: float) -> str:

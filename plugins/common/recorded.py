@@ -11,7 +11,8 @@ from typing import Any
 
 import sdg
 from sdg_plugins.common.checks import reading
-from sdg_plugins.common.files import default_state_dir, expanded, output_place, split_uri
+from sdg_plugins.common.files import default_state_dir, expanded, output_place, rank_file, split_uri
+from sdg_plugins.common.ranks import why_not_begun
 from sdg_plugins.common.state import parse_run, remember_source
 
 MEMORY = "memory"  # scheme of an input that was given to `sdg.run` as values
@@ -93,9 +94,16 @@ def load_record(state: Path) -> dict[str, Any]:
     if not path.exists() and (configs := configs_in(state)):
         message = f"{state} has no run of its own, but runs of the configs {', '.join(configs)}"
         raise sdg.StateError(f"{message}: choose one with --output-config")
+    if not path.exists() and (why := why_not_begun(state)):
+        raise sdg.StateError(f"the run in {state} has no rows yet: {why}")
     if not path.exists():
         raise sdg.StateError(f"{state} has no run.json: is --output correct, and --state-dir if the run had one?")
     return parse_run(path, path.read_bytes())
+
+
+def run_id(state: Path) -> str:
+    """The ID that a run gets when it is started, or started over. Raises StateError."""
+    return str(load_record(state)["run"])
 
 
 def configs_in(state: Path) -> list[str]:
@@ -117,7 +125,7 @@ def chunks_of(run: sdg.Run) -> list[sdg.Chunk]:
     """The chunks that all ranks of a run have recorded, in order."""
     known: dict[int, sdg.Chunk] = {}
     for rank in range(run.options.world_size):
-        path = run.state / f"{rank:05d}.sqlite3"
+        path = rank_file(run.state, rank, "sqlite3")
         if path.exists():
             known.update(chunks_in(path))
     return [known[index] for index in sorted(known)]

@@ -14,7 +14,7 @@ import sdg
 from sdg_plugins.common import recorded
 from sdg_plugins.common.checks import reading
 from sdg_plugins.common.chunks import OpenChunk, read_failed
-from sdg_plugins.common.files import format_of
+from sdg_plugins.common.files import format_of, rank_file
 from sdg_plugins.common.values import id_column_of, rows_of
 
 if TYPE_CHECKING:
@@ -37,6 +37,27 @@ class Record(NamedTuple):
     row: dict[str, Any] | None = None
     failure: dict[str, Any] | None = None
     place: str = ""
+
+
+class View(NamedTuple):
+    """A document as it is shown.
+
+    Attributes:
+        note: on its status, "" for a row in a file.
+        prompt: the name of the prompt column.
+        source: the prompt column by its name, with all columns of the source if they were asked for.
+        results: the fields of each result that are neither null nor nested.
+        error: what failed.
+        left_out: columns that are not shown.
+    """
+
+    id: str
+    note: str
+    prompt: str
+    source: dict[str, Any]
+    results: list[dict[str, Any]]
+    error: dict[str, Any]
+    left_out: list[str]
 
 
 class Records:
@@ -171,7 +192,7 @@ class Records:
 
 def finished_in(run: sdg.Run, chunk: sdg.Chunk, status: str) -> Iterator[tuple[int, Any]]:
     """Position and outcome of each document of a status in an open chunk. Raises StateError."""
-    path = run.state / f"{chunk.index % run.options.world_size:05d}.sqlite3"
+    path = rank_file(run.state, chunk.index % run.options.world_size, "sqlite3")
     sql = "SELECT id & 0xffffffff, body FROM documents WHERE id >= ? AND id < ? AND status = ? ORDER BY id"
     span = (chunk.index << 32, (chunk.index + 1) << 32, status)
     try:

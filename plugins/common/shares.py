@@ -15,6 +15,7 @@ from pathlib import Path
 import sdg
 from sdg_plugins.common.checks import created, reading
 from sdg_plugins.common.command_line import Config
+from sdg_plugins.common.files import rank_file
 from sdg_plugins.common.state import goal_of, locked
 from sdg_plugins.common.statistics import statistics_of
 
@@ -87,7 +88,7 @@ class Shares:
         return sorted(ranks, key=lambda rank: ranks[rank] == "failed")
 
     def _status(self, state: Path, rank: int) -> str:
-        figures = statistics_of(state / f"{rank:05d}.stats.json")
+        figures = statistics_of(rank_file(state, rank, "stats.json"))
         record = figures.get("rank", {})
         status = str(record.get("status", ""))
         if status == "finished":

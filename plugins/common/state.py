@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import functools
 import json
 import os
 import re
@@ -17,8 +18,9 @@ from typing import TYPE_CHECKING, Any, cast
 import xxhash
 
 import sdg
-from sdg_plugins.common.command_line import CORE, DEMO_OUTPUT
-from sdg_plugins.common.files import default_state_dir, expanded, split_uri, sync
+from sdg_plugins.common.command_line import CORE
+from sdg_plugins.common.defaults import DEMO_OUTPUT
+from sdg_plugins.common.files import default_state_dir, expanded, rank_file, split_uri, sync
 from sdg_plugins.common.models import identity_of_models, recordable
 from sdg_plugins.common.results import base_fields
 
@@ -69,7 +71,7 @@ def locked(state: Path, rank: int) -> Iterator[None]:
     try:
         state.mkdir(parents=True, exist_ok=True)
         # Not bound to a thread: `--rank any` takes it in one thread and releases it in another.
-        with filelock.FileLock(state / f"{rank:05d}.lock", timeout=0, thread_local=False):
+        with filelock.FileLock(rank_file(state, rank, "lock"), timeout=0, thread_local=False):
             yield
     except filelock.Timeout as exc:
         raise sdg.StateError(f"another process is running rank {rank} in {state}: wait for it, or stop it") from exc
@@ -339,7 +341,7 @@ def check_state_dir(run: sdg.Run) -> None:
 
 def untouched(run: sdg.Run) -> bool:
     """True if the state holds nothing that was paid for, and no other rank has begun."""
-    mine = run.state / f"{run.options.rank:05d}.sqlite3"
+    mine = rank_file(run.state, run.options.rank, "sqlite3")
     ranks = {path.stem for pattern in ("*.lock", "*.sqlite3") for path in run.state.glob(f"[0-9]{pattern}")}
     if ranks != {mine.stem} or output_files(run):
         return False
@@ -359,15 +361,36 @@ def output_files(run: sdg.Run) -> list[str]:
     return [file for file in files if not os.path.basename(file).startswith(".")]
 
 
+def chunk_of(file: str, config: str, template: str) -> int | None:
+    """The index of the chunk that a file of the output, or of its `failed`, belongs to; None for any other file.
+
+    Args:
+        file: its path, relative to the output.
+        config: --output-config of the run.
+        template: its --output-filename.
+    """
+    data, failed = file_patterns(config, template)
+    found = data.fullmatch(file) or failed.fullmatch(file)
+    return int(found[1]) if found else None
+
+
+@functools.cache
+def file_patterns(config: str, template: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """Patterns of the files with a run's rows and its failed documents; the group is the index of the chunk."""
+    data = re.escape(f"{config}/{template}").replace(re.escape("${rank}"), r"\d{5,}")
+    data = data.replace(re.escape("${chunk_index}"), r"(\d{5,})")
+    return re.compile(data), re.compile(rf"{re.escape(failed_folder(config))}/\d{{5,}}_(\d{{5,}})\.jsonl")
+
+
+def failed_folder(config: str) -> str:
+    """The folder of a config's failed documents, relative to the output."""
+    return os.path.dirname(sdg.failed_path(config, 0, 0))
+
+
 def chunk_files(run: sdg.Run, config: str, template: str) -> list[str]:
     """Files in the output, and in its `failed`, that a run with these options can have written."""
-    name = re.escape(f"{config}/{template}")
-    for key in ("rank", "chunk_index"):
-        name = name.replace(re.escape(f"${{{key}}}"), r"\d{5,}")
-    failed = "failed" if config == "data" else f"failed/{config}"
-    pattern = re.compile(name + "|" + re.escape(failed) + r"/\d{5,}_\d{5,}\.jsonl")
-    folders = [os.path.dirname(f"{config}/{template}"), failed]
-    return [file for folder in folders for file in run.output.list(folder) if pattern.fullmatch(file)]
+    found = [file for folder in (config, failed_folder(config)) for file in run.output.list(folder)]
+    return [file for file in found if chunk_of(file, config, template) is not None]
 
 
 def refuse_strangers(run: sdg.Run) -> None:
@@ -395,7 +418,7 @@ def start_over(run: sdg.Run) -> None:
 
     with contextlib.ExitStack() as locks:
         for path in run.state.glob("*.lock"):
-            if path.name != f"{run.options.rank:05d}.lock":
+            if path != rank_file(run.state, run.options.rank, "lock"):
                 try:
                     locks.enter_context(filelock.FileLock(path, timeout=0))
                 except filelock.Timeout as exc:
@@ -408,7 +431,7 @@ def start_over(run: sdg.Run) -> None:
         refuse_others(run, doomed)
         for file in sorted(doomed):
             run.output.delete(file)
-        own = re.compile(r"(run|schema|stats|\d{5}\.stats)\.json|\d{5}\.sqlite3(-wal|-shm|-journal)?")
+        own = re.compile(r"(run|schema|stats|\d{5}\.(stats|attempt))\.json|\d{5}\.sqlite3(-wal|-shm|-journal)?")
         for path in run.state.iterdir():
-            if own.fullmatch(path.name):
+            if own.fullmatch(path.name) and path.name != f"{run.options.rank:05d}.attempt.json":  # this one
                 path.unlink()

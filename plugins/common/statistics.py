@@ -8,16 +8,21 @@ import errno
 import json
 import os
 import platform
+import re
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import sdg
+from sdg_plugins.common.files import rank_file
+from sdg_plugins.common.prices import cost_of, tokens_of
 from sdg_plugins.common.state import replace_file
 
 HEARTBEAT = 10.0  # s between two updates of a rank's figures in the state; less in its first minutes
+START_INTERVAL = 2.0  # s between two updates until the engine begins
+PHASE_DETAILS = re.compile(r" \(\d+ s\).*")  # the seconds and the last line of the log
 RECENT = 6  # heartbeats over which the current rate is taken
 
 
@@ -31,6 +36,11 @@ async def statistics(engine: sdg.Engine, tally: Counter[str]) -> dict[str, Any]:
         causes = {name.partition(".")[2]: int(n) for name, n in totals.items() if name.startswith(f"{group}.")}
         figures[group] = dict(sorted(causes.items()))
     figures |= {name: int(totals[name]) for name in ("prompt_tokens", "completion_tokens")}
+    tokens = tokens_of(totals, run.options.models)
+    if estimated := int(totals["estimated_prompt_tokens"] + totals["estimated_completion_tokens"]):
+        figures["estimated_tokens"] = estimated
+    if (cost := cost_of(run.options, tokens)) is not None:
+        figures["cost"] = round(cost, 6)
     figures["seconds"] = round(totals["seconds"], 3)
     figures["tokens_per_second"] = round(totals["completion_tokens"] / max(totals["seconds"], 1e-9), 1)
     figures["mean_in_flight"] = round(engine.client.pool.mean_in_flight, 1)
@@ -57,7 +67,7 @@ def retries_in(counts: Mapping[str, float]) -> int:
 
 def status_of(reason: BaseException | None) -> str:
     """The status of a rank that ended for a reason."""
-    stopped = isinstance(reason, sdg.Interrupted | asyncio.CancelledError)
+    stopped = isinstance(reason, sdg.Interrupted | sdg.BudgetSpent | asyncio.CancelledError)
     return "finished" if reason is None else "stopped" if stopped else "failed"
 
 
@@ -66,6 +76,7 @@ async def heartbeat(engine: sdg.Engine) -> AsyncIterator[None]:
     """Keep the rank's figures in the state up to date: monitors see nothing else of a run."""
     over = asyncio.Event()
     began = time.monotonic()
+    loading = Loading(engine.client.pool.upstreams)
     looks = deque([(began, engine.finished)], maxlen=RECENT + 1)
 
     async def beat() -> None:
@@ -79,6 +90,8 @@ async def heartbeat(engine: sdg.Engine) -> AsyncIterator[None]:
                     "expected": engine.intake.expected(),
                     "documents_per_second": rate,
                 }
+                if phase := loading.phase():
+                    record["loading"] = phase
                 if waiting := engine.client.pool.waiting():
                     record["waiting"] = {"until": round(time.time() + waiting[0]), "reason": waiting[1]}
                 await asyncio.to_thread(write_rank, engine.run, figures, record)
@@ -93,6 +106,54 @@ async def heartbeat(engine: sdg.Engine) -> AsyncIterator[None]:
         await beating
 
 
+class Loading:
+    """What launched servers are doing until one of them is ready."""
+
+    def __init__(self, servers: Iterable[str | sdg.Upstream]) -> None:
+        self._servers = list(servers)
+        self._since = 0.0  # in s since the epoch; 0 while a server is up
+
+    def phase(self) -> dict[str, Any] | None:
+        """Since when no server has been ready, in s since the epoch, and what the first one is doing; else None."""
+        launched = [server for server in self._servers if isinstance(server, sdg.Upstream)]
+        if not launched or len(launched) < len(self._servers) or any(server.up.is_set() for server in launched):
+            self._since = 0.0
+            return None
+        self._since = self._since or time.time()
+        status = next((server.status for server in launched if not server.gone), "")
+        return {"since": round(self._since, 3), "phase": PHASE_DETAILS.sub("", status)}
+
+
+@contextlib.asynccontextmanager
+async def recording_the_start(run: sdg.Run, servers: Iterable[str | sdg.Upstream]) -> AsyncIterator[None]:
+    """Record what launched servers are doing before the engine's own heartbeat begins.
+
+    A rerun that is refused leaves the figures as they were.
+    """
+    path = rank_file(run.state, run.options.rank, "stats.json")
+    earlier = path.read_bytes() if path.exists() else None
+    loading = Loading(servers)
+
+    async def beat() -> None:
+        while True:
+            await asyncio.sleep(START_INTERVAL)
+            if phase := loading.phase():
+                with contextlib.suppress(OSError, sdg.StateError):  # reported by the run itself
+                    figures = statistics_of(path)
+                    record = {"status": "running", "expected": figures.get("rank", {}).get("expected")}
+                    write_rank(run, figures, {**record, "loading": phase})
+
+    try:
+        async with sdg.background(beat()):
+            yield
+    except sdg.StateError:
+        if earlier is not None:
+            replace_file(run, path.name, earlier)
+        else:
+            path.unlink(missing_ok=True)
+        raise
+
+
 @contextlib.contextmanager
 def recording_the_end(run: sdg.Run, reason: Callable[[], BaseException | None]) -> Iterator[None]:
     """Record in the rank's figures why it ended, if it ended before it could do so itself.
@@ -104,7 +165,7 @@ def recording_the_end(run: sdg.Run, reason: Callable[[], BaseException | None]) 
     try:
         yield
     except (Exception, asyncio.CancelledError) as exc:
-        path = run.state / f"{run.options.rank:05d}.stats.json"
+        path = rank_file(run.state, run.options.rank, "stats.json")
         cause = reason() or sdg.first_cause(exc)
         with contextlib.suppress(OSError, ValueError):  # a broken file or a full disk is reported elsewhere
             figures = json.loads(path.read_bytes()) if path.exists() else {}
@@ -126,8 +187,10 @@ def write_rank(
         "updated": round(time.time(), 3),
         "host": platform.node(),
         "slurm_job": job,
+        "slurm_task": os.environ.get("SLURM_ARRAY_TASK_ID"),
+        "world_size": run.options.world_size,
     }
-    name = f"{run.options.rank:05d}.stats.json"
+    name = rank_file(run.state, run.options.rank, "stats.json").name
     replace_file(run, name, json.dumps({**figures, "rank": rank}, indent=2).encode())
 
 
@@ -175,5 +238,5 @@ def summed(total: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, dict):
             sums[name] = summed(total.get(name, {}), value)
         else:
-            sums[name] = value if isinstance(value, str) else round(total.get(name, 0) + value, 3)
+            sums[name] = value if isinstance(value, str) else round(total.get(name, 0) + value, 6)
     return sums

@@ -27,6 +27,7 @@ from sdg_plugins.common.files import codec_of, default_state_dir, format_of, spl
 from sdg_plugins.common.hub import REPO_NAME, dataset_of_source, dataset_of_uri
 from sdg_plugins.common.markdown import counted, fence, inline, table, visible
 from sdg_plugins.common.models import SAMPLING
+from sdg_plugins.common.prices import in_money
 from sdg_plugins.common.state import output_files, recorded_fields, schema_of
 from sdg_plugins.common.statistics import rank_statistics, sum_statistics
 from sdg_plugins.common.values import plain, rows_of
@@ -280,6 +281,9 @@ class SectionRenderer(NamedTuple):
         for name, model in total.get("models", {}).items():
             spent = f"{model['prompt_tokens']:,} prompt and {model['completion_tokens']:,} completion tokens"
             yield f"Of these at the model `{inline(name)}`", f"{counted(model['requests'], 'request')}, {spent}"
+        if "cost" in total:
+            guessed = "; estimated in part, because the server reports no usage" * ("estimated_tokens" in total)
+            yield "Cost", f"{in_money(total['cost'])}{guessed}"
         yield "Completion tokens per second", f"{total.get('tokens_per_second', 0.0):,.1f}"
         if gpus := gpus_per_rank(self.options):
             hours = gpus * seconds / 3600

@@ -32,7 +32,7 @@ class Inventory:
         """Read which run this is. Raises UsageError if its published files have another --max-file-size."""
         if not self._spool.begun:
             return
-        self.run_id = str(recorded.load_record(self._run.state)["run"])
+        self.run_id = recorded.run_id(self._run.state)
         size = self._run.options.max_file_size
         first = self._ledger.setting(f"max_file_size of {self.run_id}", size)
         if first != size:

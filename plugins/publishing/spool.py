@@ -8,7 +8,6 @@ import os
 import platform
 import re
 import shutil
-import string
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import sdg
 from sdg_plugins.common import recorded
-from sdg_plugins.common.files import split_uri
-from sdg_plugins.common.state import chunk_files
+from sdg_plugins.common.files import rank_file
+from sdg_plugins.common.state import chunk_files, chunk_of, file_patterns
 from sdg_plugins.common.statistics import statistics_of
 from sdg_plugins.publishing.ledger import Ledger
 
@@ -27,11 +26,6 @@ if TYPE_CHECKING:
 FOLDER = 9000  # chunks per folder: the Hub accepts 10,000 files in one
 SCRATCH = f"publishing-{platform.node()}-"  # prefix of folders for merged files, before the ID of their process
 ROW_GROUP = 128 << 20  # bytes of a row group in merged files, as Arrow counts them
-
-
-def uses_spool(run: sdg.Run) -> bool:
-    """True if the output is on the Hub, so that files are written to the spool and published from there."""
-    return bool(run.options.writer == split_uri(run.options.output)[0])
 
 
 class HubFile(NamedTuple):
@@ -48,13 +42,7 @@ class Spool:
 
     def __init__(self, run: sdg.Run, folder: str, ledger: Ledger) -> None:
         self.run, self.folder, self._ledger = run, folder, ledger
-        options = run.options
-        template = string.Template(re.escape(options.output_filename).replace(r"\$\{", "${").replace(r"\}", "}"))
-        name = template.safe_substitute(rank=r"\d{5,}", chunk_index=r"(\d{5,})")
-        failed = os.path.dirname(run.failed_path_of(sdg.Chunk(0, 0)))
-        self._data = re.compile(f"{re.escape(options.output_config)}/{name}")
-        self._failed = re.compile(rf"{re.escape(failed)}/\d{{5,}}_(\d{{5,}})\.jsonl")
-        self._size = options.max_file_size
+        self._size = run.options.max_file_size
 
     @property
     def begun(self) -> bool:
@@ -87,8 +75,7 @@ class Spool:
 
     def _index(self, name: str) -> int | None:
         """The index of the chunk to which a file of the spool belongs; None for any other file."""
-        found = self._data.fullmatch(name) or self._failed.fullmatch(name)
-        return int(found[1]) if found else None
+        return chunk_of(name, self.run.options.output_config, self.run.options.output_filename)
 
     def _path(self, name: str) -> str:
         """The path in the repository for a file of the spool: many chunks are spread over several folders."""
@@ -107,10 +94,12 @@ class Spool:
         signatures: dict[str, str] = {}
         data: dict[int, str] = {}
         grouped: list[tuple[str, tuple[str, ...]]] = []
-        for name in chunk_files(self.run, self.run.options.output_config, self.run.options.output_filename):
+        config, template = self.run.options.output_config, self.run.options.output_filename
+        rows, _ = file_patterns(config, template)
+        for name in chunk_files(self.run, config, template):
             status = os.stat(self.run.output.path(name))
             signatures[name] = f"{status.st_size} {status.st_mtime_ns}"
-            if found := self._data.fullmatch(name):
+            if found := rows.fullmatch(name):
                 data[int(found[1])] = name
             else:
                 grouped.append((name, (name,)))
@@ -135,7 +124,7 @@ class Spool:
         if not sizes:
             return
         mean = sum(sizes.values()) / len(sizes)
-        run = recorded.load_record(self.run.state)["run"]
+        run = recorded.run_id(self.run.state)
         width = self._ledger.setting(f"chunks_of_a_file of {run}", max(1, int(0.8 * self._size / max(1, mean))))
         over = {number for number, record in enumerate(self._records()) if record.get("status") == "finished"}
         ranges: dict[tuple[int, int], list[int]] = {}
@@ -165,7 +154,7 @@ class Spool:
         records = []
         for rank in range(self.run.options.world_size):
             try:
-                records.append(statistics_of(self.run.state / f"{rank:05d}.stats.json").get("rank", {}))
+                records.append(statistics_of(rank_file(self.run.state, rank, "stats.json")).get("rank", {}))
             except sdg.StateError:  # files can be published; the card cannot be made, and reports this error
                 records.append({})
         return records

@@ -6,9 +6,10 @@ import asyncio
 import contextlib
 import re
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import sdg
+from sdg_plugins.servers.limit import Load
 from sdg_plugins.servers.transport import Broken, Transport, Unreached, root_of
 
 if TYPE_CHECKING:
@@ -19,21 +20,11 @@ TIMEOUT = 5.0  # s for one
 PATIENT_LOOKS = 3  # at a server that does not respond, before it counts as one without metrics
 
 
-class Load(NamedTuple):
-    """A server's requests, summed over its engines; `kv_use` is the share in use of the fullest KV cache."""
-
-    running: float
-    waiting: float
-    kv_use: float
-    tokens: float | None  # prompt and completion tokens since it started; None if it does not report them
-
-
 # Names in vLLM (0.10 to 0.33) and SGLang (0.5)
 METRICS = {
     "running": {"vllm:num_requests_running", "sglang:num_running_reqs"},
     "waiting": {"vllm:num_requests_waiting", "sglang:num_queue_reqs"},
     "held": {"vllm:num_requests_waiting_by_reason"},  # of which only those that lack capacity are a queue
-    "kv_use": {"vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc", "sglang:token_usage"},
     "tokens": {
         *("vllm:prompt_tokens_total", "vllm:generation_tokens_total"),
         "sglang:realtime_tokens_total",  # its other counters advance only when a request ends
@@ -63,7 +54,7 @@ def parse_load(text: str) -> Load | None:
     if not values["running"] or not waiting:
         return None
     tokens = sum(values["tokens"]) if values["tokens"] else None
-    return Load(sum(values["running"]), sum(waiting), max(values["kv_use"], default=0.0), tokens)
+    return Load(sum(values["running"]), sum(waiting), tokens)
 
 
 async def look_at_load(transport: Transport, pool: Pool, upstream: sdg.Upstream) -> None:

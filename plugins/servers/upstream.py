@@ -7,7 +7,8 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sdg_plugins.servers.pool import Limit, Quarantine
+    from sdg_plugins.servers.limit import Limit
+    from sdg_plugins.servers.pool import Quarantine
 
 
 class Upstream:

@@ -656,3 +656,60 @@ def test_an_interrupted_start_is_clean(job: Job, server: FakeServer) -> None:
     server.release()
 
     assert running.finish().rc in {0, 130}
+
+
+def test_a_tilde_is_the_home_folder_wherever_a_path_is_given(job: Job, tmp_path: Path) -> None:
+    job.input(documents(3))
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "echo.py").write_text((job.folder / "echo.py").read_text())
+    env = {"HOME": str(home)}
+
+    finished = job(env=env, plugin="~/echo.py", output="~/out", state_dir="~/state")
+
+    assert finished.rc == 0, finished
+    assert (home / "out" / "data" / "00000_00000.parquet").exists()
+    assert (home / "state" / "run.json").exists()
+    assert not list(tmp_path.glob("*~*"))
+    assert job.sdg("verify", "--output", "~/out", "--state-dir", "~/state", **env).rc == 0
+
+
+@pytest.mark.parametrize("option", ["input", "output", "state_dir"])
+def test_an_empty_option_is_not_the_default(job: Job, option: str) -> None:
+    job.input(documents(3))
+    finished = job(**{option: ""})
+    assert finished.rc == 2
+    assert finished.says(f"--{option.replace('_', '-')} is empty")
+
+
+def test_retry_failed_without_a_run_is_refused(job: Job, server: FakeServer) -> None:
+    job.input(documents(3))
+    finished = job(retry_failed=True)
+    assert finished.rc == 1
+    assert finished.says("there is no run", "--retry-failed", "--output")
+    assert not server.requests
+
+
+@pytest.mark.parametrize("name", ["../${chunk_index}.jsonl", "/tmp/${chunk_index}.jsonl"])
+def test_files_are_not_written_outside_the_output(job: Job, name: str) -> None:
+    job.input(documents(3))
+    finished = job(output_filename=name)
+    assert finished.rc == 2
+    assert finished.says("--output-filename", "must not contain a folder")
+
+
+@pytest.mark.parametrize(
+    "name", ["${rank}/${chunk_index}.parquet", "$rank-${chunk_index}.parquet", "a$$${chunk_index}"]
+)
+def test_file_names_that_could_not_be_found_again_are_refused(job: Job, name: str) -> None:
+    job.input(documents(3))
+    finished = job(output_filename=name)
+    assert finished.rc == 2
+    assert finished.says("--output-filename")
+
+
+def test_nan_is_not_json(job: Job) -> None:
+    job.input(documents(2))
+    finished = job(generation='{"n": NaN}')
+    assert finished.rc == 2
+    assert finished.says("--generation", "invalid JSON")

@@ -126,6 +126,68 @@ def test_ranks_whose_job_is_in_the_queue_need_no_attention(state: State) -> None
     assert failed(squeue="echo 77 78").rc == 1
 
 
+def test_a_rank_whose_job_is_gone_is_lost_at_once_and_a_pending_one_is_requeued(state: State) -> None:
+    for number in range(4):
+        state.rank(
+            number, "failed" if number == 3 else "running", slurm_job="77", slurm_task=str(number), error="a word"
+        )
+
+    shown = state(squeue="printf '77 77 0 RUNNING\\n77 78 2 PENDING\\n77 79 3 PENDING\\n'")
+
+    assert shown.rc == 1
+    assert "4 ranks: 1 running, 1 lost, 2 requeued" in shown.stdout
+    assert re.search(r"^lost +rank 1: a word \(\d+ s ago, node7, job 77\)$", shown.stdout, re.M)
+    assert shown.stdout.rstrip().endswith("ranks 1")
+
+
+def test_equal_failures_are_one_group_with_its_nodes_and_the_command_that_repeats_them(state: State) -> None:
+    for number in range(3):
+        log = f"(log: /shared/out/.sdg/logs/vllm-{number:05d}-0.log)"
+        state.rank(number, "failed", error=f"vllm failed to start: no GPU {log}", host="node2", slurm_job="77")
+    state.rank(3, "finished", documents=100, host="node1", slurm_job="77")
+    words = ["--ranks", "4", "--array=0-3", "--gpus-per-node=8", "--", "--input", "my docs/", "--array-like", "x"]
+    parts = ["77", str(state.folder), "/code/slurm/submit.sh", *words]
+    (state.path / "submission").write_text("".join(f"{part}\0" for part in parts))
+
+    shown = state(squeue="echo 9 9")
+
+    lines = shown.stdout.splitlines()
+    (failed,) = [line for line in lines if line.startswith("failed")]
+    assert failed.startswith("failed    rank 0-2: vllm failed to start: no GPU (log: ")
+    assert "all failures were on node2: avoid it with --exclude=node2" in lines
+    assert lines[-1].strip() == (
+        "/code/slurm/submit.sh --ranks 4 --gpus-per-node=8 --array 0-2 --exclude=node2 -- "
+        "--input 'my docs/' --array-like x"
+    )
+    state.rank(1, "failed", error="vllm failed to start: no GPU", host="node3", slurm_job="77")
+    assert "node2, node3" in state(squeue="echo 9 9").stdout
+
+
+def test_ranks_that_load_their_servers_say_so_and_for_how_long(state: State) -> None:
+    for number, phase in enumerate(["loading weights", "loading weights", "compiling"]):
+        loading = {"since": time.time() - 240, "phase": f"vllm: {phase}"}
+        state.rank(number, "running", documents=0, loading=loading)
+
+    shown = state()
+
+    assert shown.rc == 0
+    assert "loading   rank 0-1: loading its server for 4 min: loading weights" in shown.stdout
+    assert "loading   rank 2: loading its server for 4 min: compiling" in shown.stdout
+
+
+def test_a_server_that_fails_before_the_first_row_is_told_although_no_run_is_recorded(job: Job) -> None:
+    job.documents("one")
+    command = f"{sys.executable} -c 'raise SystemExit(\"no such GPU\")' {{port}}"
+    options = {"base_url": None, "server": "command", "server_command": command}
+
+    assert job(**options).rc == 1
+
+    shown = job.sdg("status", "--output", job.output.path)
+    assert shown.rc == 1
+    assert re.search(r"^failed +rank 0: command failed to start.*no such GPU", shown.stdout, re.M), shown
+    assert job.sdg("card", "--output", job.output.path).says("no rows yet", "no such GPU")
+
+
 def test_a_line_for_each_rank_on_demand(state: State) -> None:
     state.rank(0, "running", slurm_job="77")
 
@@ -333,6 +395,6 @@ def test_a_dry_run_prints_the_three_commands(job: Job) -> None:
     assert not job.output.path.exists()
 
 
-@pytest.mark.parametrize("path", [*sorted((ROOT / "slurm").iterdir())], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*sorted((ROOT / "slurm").glob("*.s*"))], ids=lambda path: path.name)
 def test_scripts_are_bash(path: Path) -> None:
     subprocess.run(["bash", "-n", path], check=True)

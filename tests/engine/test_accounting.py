@@ -361,3 +361,13 @@ def test_verify_needs_no_server(job: Job, server: FakeServer) -> None:
     server.stop()
 
     assert job.verify().rc == 0
+
+
+def test_early_failures_count_at_the_end(job: Job, server: FakeServer) -> None:
+    job.input(documents(200))
+    server.behave(lambda payload, n: Status(400) if int(prompt_of(payload).split()[1]) < 50 else None)
+    finished = job(max_concurrent_generations=5, max_failure_rate=0.1)
+    assert finished.rc == 3
+    assert finished.says("50 of", "--max-failure-rate", "--retry-failed")
+    again = job(max_concurrent_generations=5, max_failure_rate=0.1)
+    assert again.rc == 3, "a rerun does not turn failures into success"

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 import textwrap
+import time
+import types
 
 import pytest
-from running import Job
+from fake_server import FakeServer
+from running import Job, documents, rollout
+
+import sdg
 
 # The message must name the line that ends with `# !`.
 MISTAKES = {
@@ -454,3 +461,103 @@ def test_two_files_with_the_same_name_are_two_plugins(job: Job) -> None:
         )
     job.documents("one")
     assert job.succeed(plugin=["a/same.py", "b/same.py"]).texts() == {"one": ["second"]}
+
+
+def test_a_task_that_a_rollout_cancels_itself_fails_only_its_document(job: Job) -> None:
+    job.input(documents(20))
+    body = (
+        "if document.id in ('d0003', 'd0017'):\n    task = asyncio.ensure_future(asyncio.sleep(9))\n"
+        "    task.cancel()\n    await task\nreturn await generate(document.text)"
+    )
+    output = job.succeed(plugin=job.plugin("mine", rollout(body)), records_per_chunk=5)
+    assert len(output.rows()) == 18
+    assert {record["error_type"] for record in output.failures()} == {"CancelledError"}
+    assert job.verify().rc == 0
+
+
+def test_a_resource_that_fails_is_named(job: Job) -> None:
+    code = rollout("return ''").replace("(document, generate)", "(document, generate, broken)") + (
+        "\n@sdg.hookimpl\ndef register_resources(register):\n    register('broken', broken)\n\n"
+        "def broken(run):\n    '''Broken.'''\n    raise ValueError('no such thing')\n"
+    )
+    job.documents("one")
+    finished = job(plugin=job.plugin("mine", code))
+    assert finished.rc == 1
+    assert finished.says("broken", "no such thing", "mine.py")
+
+
+BREAKING = """
+    import contextlib
+    import sdg
+
+    @sdg.hookimpl
+    def register_readers(register):
+        register("stop", lambda run: next(iter(())))
+
+    @sdg.hookimpl
+    def register_resources(register):
+        register("leaving", leaving)
+
+    @sdg.hookimpl
+    def register_rollouts(register):
+        register("breaking", breaking)
+        register("with_resource", with_resource)
+
+    @contextlib.asynccontextmanager
+    async def leaving(run):
+        raise SystemExit(0)
+        yield
+
+    class Speechless(Exception):
+        def __str__(self):
+            raise ValueError("no words")
+
+    async def breaking(document, generate):
+        if document.text == "document 1":
+            raise Speechless
+        return await generate(document.text)
+
+    async def with_resource(document, generate, leaving):
+        return "never"
+
+    @sdg.hookimpl
+    def chunk_written(run, chunk):
+        raise SystemExit("bye")
+"""
+
+
+def test_exits_in_plugins_are_reported_and_end_no_more_than_they_must(job: Job) -> None:
+    file = job.plugin("breaking", BREAKING)
+    job.input(documents(5))
+
+    output = job.succeed(plugin=f"{file}:breaking")
+    leaving = job(plugin=f"{file}:with_resource", output="leaving")
+    reader = job(plugin=f"{file}:breaking", input="stop://x", output="stop")
+
+    assert len(output.rows()) == 4
+    assert [record["error_type"] for record in output.failures()] == ["Speechless"]
+    assert leaving.rc == 1
+    assert "SystemExit" in leaving.message
+    assert reader.rc == 1
+    assert "StopIteration" in reader.message
+
+
+def test_say_works_while_tqdm_is_being_imported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "tqdm", types.ModuleType("tqdm"))  # as a signal during its import finds it
+    sdg.say("interrupted")
+    assert capsys.readouterr().err == "sdg: interrupted\n"
+
+
+def test_a_plugin_that_blocks_cannot_delay_the_end_of_the_run(job: Job, server: FakeServer) -> None:
+    job.documents("one", "two")
+    body = "await asyncio.to_thread(__import__('time').sleep, 60)\nreturn 'x'"
+    started = job.start(plugin=job.plugin("mine", rollout(body)))
+    while not (job.output.state / "00000.sqlite3").exists():
+        time.sleep(0.02)
+    time.sleep(0.5)
+    began = time.monotonic()
+    started.send(signal.SIGTERM)
+    assert started.finish().rc == 143
+    assert time.monotonic() - began < 20

@@ -282,3 +282,55 @@ def test_an_observer_that_fails_does_not_hide_why_the_run_ended(job: Job, server
 
     assert finished.rc == 3
     assert "no room on the board" in finished.stderr
+
+
+WRAPPING = """
+    import dataclasses
+    import sdg
+
+    @sdg.hookimpl
+    def register_rollouts(register):
+        register("plain", plain)
+
+    async def plain(document, generate):
+        return await generate(document.text)
+
+    @sdg.hookimpl
+    def wrap_requests(run, send):
+        async def link(request):
+            text = request.payload["messages"][0]["content"]
+            if text == "refused":
+                raise sdg.RequestFailed("policy", "the link refuses this", retry=False)
+            if text == "broken":
+                raise ValueError("the link is broken")
+            response = await send(request.with_payload({**request.payload, "user": f"model {run.model}"}))
+            run.counts["linked"] += 1
+            return response._replace(reply=dataclasses.replace(response.reply, text=response.reply.text.upper()))
+
+        return link
+"""
+
+
+def test_a_link_sees_changes_and_refuses_requests(job: Job, server: FakeServer) -> None:
+    job.documents("one", "refused", "broken", "two")
+    server.behave(lambda payload, n: f"about {payload['messages'][0]['content']}")
+
+    output = job.succeed(plugin=job.plugin("wrapping", WRAPPING), max_failure_rate=1)
+
+    assert output.texts() == {"one": ["ABOUT ONE"], "two": ["ABOUT TWO"]}
+    assert {request.payload["user"] for request in server.requests} == {f"model {server.models[0]}"}
+    failures = {record["id"]: (record["error_type"], record["error"]) for record in output.failures()}
+    assert failures["refused"] == ("RequestFailed", "the link refuses this")
+    assert failures["broken"][0] == "ValueError"
+    assert "wrapping.py" in failures["broken"][1]
+
+
+def test_a_hook_that_returns_no_link_is_named(job: Job, server: FakeServer) -> None:
+    job.documents("one")
+    code = WRAPPING.replace("        return link\n", "")
+
+    finished = job(plugin=job.plugin("wrapping", code))
+
+    assert finished.rc == 1
+    assert finished.says("wrapping", "wrap_requests returned None, not a function")
+    assert not server.requests

@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_server import FakeServer, Hang, Status, prompt_of
-from running import ROOT, Job, Started, documents, wait_until
+from fake_server import Delay, FakeServer, Hang, Status, prompt_of
+from running import ROOT, Job, Started, documents, rollout, wait_until
 
 FAULTS = ROOT / "tests" / "support" / "faults.py"
 
@@ -550,3 +551,116 @@ def test_a_run_without_responses_may_be_repeated_with_other_options(job: Job, se
     server.behave(lambda payload, n: None)
 
     assert job.succeed(max_tokens=8).ids() == ["a", "b"]
+
+
+def test_an_interruption_that_a_rollout_swallows_is_not_a_failure(job: Job, server: FakeServer) -> None:
+    job.input(documents(12))
+    server.behave(lambda payload, n: Hang() if n == 1 else None)
+    body = (
+        "replies = await asyncio.gather(generate('a' + document.text), generate('b'), return_exceptions=True)\n"
+        "return replies[0].text"
+    )
+    options = {"plugin": job.plugin("mine", rollout(body)), "max_concurrent_generations": 8}
+    started = job.start(**options)
+    while len(server.requests) < 8:
+        time.sleep(0.02)
+    started.send(signal.SIGTERM)
+    time.sleep(0.3)
+    started.send(signal.SIGTERM)
+    assert started.finish().rc == 143
+    server.behave(lambda payload, n: None)
+    output = job.succeed(**options)
+    assert len(output.rows()) == 12
+    assert not output.failures()
+
+
+def test_fresh_deletes_only_what_a_run_has_written(job: Job) -> None:
+    job.documents("one", "two")
+    output = job.succeed(state_dir=".")
+    strangers = ["package.json", "other.arrow", "output/failed/notes.txt", "output/data/mine.parquet"]
+    (output.path / "failed").mkdir(exist_ok=True)
+    for name in strangers:
+        (job.folder / name).write_text("mine")
+    assert job(state_dir=".", fresh=True, output_filename="${chunk_index}.parquet").rc == 1  # because of mine.parquet
+    (job.folder / "output/data/mine.parquet").unlink()
+    job.succeed(state_dir=".", fresh=True, output_filename="${chunk_index}.parquet")
+    assert [path.name for path in (output.path / "data").iterdir()] == ["00000.parquet"]
+    for name in strangers[:3]:
+        assert (job.folder / name).read_text() == "mine"
+
+
+def test_unusual_line_ends_in_a_failed_document_can_be_retried(job: Job, server: FakeServer) -> None:
+    job.documents("a\u2028b\u0085c\x0cd", "fine")
+    server.behave(lambda payload, n: Status(400) if n == 1 and "fine" not in prompt_of(payload) else None)
+    job.succeed()
+    assert job.verify().rc == 0
+    output = job.succeed(retry_failed=True)
+    assert len(output.rows()) == 2
+
+
+def test_a_fixed_plugin_may_retry_failed_documents(job: Job) -> None:
+    job.documents("one", "two")
+    job.succeed(plugin=job.plugin("mine", rollout("return 1 / 0 if document.id == 'one' else 'fine'")))
+    fixed = job.plugin("mine", rollout("return 'fixed'"))
+    assert job(plugin=fixed).rc == 1
+    output = job.succeed(plugin=fixed, retry_failed=True)
+    assert output.texts() == {"one": ["fixed"], "two": ["fine"]}
+
+
+def test_fresh_deletes_nothing_if_a_file_does_not_belong_to_a_run(job: Job, server: FakeServer) -> None:
+    job.input(documents(5))
+    job.succeed()
+    before = job.output.files()
+    (job.output.path / "data" / "mine.parquet").write_bytes(b"mine")
+
+    refused = job(fresh=True)
+
+    assert refused.rc == 1
+    assert refused.says("mine.parquet", "move it away")
+    assert job.output.files() == before | {"data/mine.parquet": b"mine"}
+    assert len(server.requests) == 5
+
+
+def test_a_file_that_was_deleted_is_written_again(job: Job, server: FakeServer) -> None:
+    job.input(documents(30))
+    before = job.succeed(records_per_chunk=10).data()
+    (job.output.path / "data" / "00000_00001.parquet").unlink()
+    server.forget()
+
+    again = job(records_per_chunk=10)
+
+    assert again.rc == 0
+    assert "00000_00001.parquet" in again.stderr
+    assert job.output.data() == before
+    assert sorted(server.prompts) == [f"document {number}" for number in range(10, 20)]
+    assert job.output.stats()["rows"] == 30
+    assert job.verify().rc == 0
+
+
+def test_the_state_of_one_output_is_not_taken_for_another(job: Job, server: FakeServer) -> None:
+    job.input(documents(5))
+    job.succeed(state_dir="state")
+
+    other = job(state_dir="state", output="other")
+    job.output.path.rename(job.folder / "moved")
+    moved = job(state_dir="state", output="moved")
+
+    assert other.rc == 1
+    assert other.says("state", "belongs to the output output")
+    assert moved.rc == 0
+    assert len(server.requests) == 5
+
+
+def test_an_interrupt_works_when_standard_error_is_closed(job: Job, server: FakeServer) -> None:
+    job.input(documents(30))
+    server.behave(lambda payload, n: Delay(0.5))
+    started = job.start(max_concurrent_generations=1)
+    wait_until(lambda: server.answered)
+    assert started.process.stderr is not None
+    started.process.stderr.close()
+    started.process.stderr = None
+
+    started.send(signal.SIGINT)
+
+    assert started.process.wait(20) == 130
+    assert len(server.requests) < 10

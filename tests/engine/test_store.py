@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -150,3 +151,21 @@ def test_two_json_values_differ_exactly_if_a_difference_is_named(one: Any, other
     named = list(differences(one, other))
     assert not named if same else True
     assert same or named or one == other or without_nulls(one) == without_nulls(other)
+
+
+def test_results_of_more_than_a_gigabyte_are_written_in_pieces(tmp_path: Path) -> None:
+    async def outcomes() -> tuple[list[bytes], int]:
+        async with sdg.Store.open(tmp_path / "state.sqlite3", Counter()) as store:
+            limit = store._db._conn.setlimit  # must be called in the connection's thread
+            await store._db._execute(limit, sqlite3.SQLITE_LIMIT_LENGTH, 5000)  # the real one is too large for a test
+            chunk = sdg.Chunk(1, 0, 100)
+            for position in range(100):
+                store.finished(1 << 32 | position, "row", b'"%s"' % (b"x" * 500))
+            await store.flush()
+            lists = await store.outcomes_of(chunk)
+            return lists, len(await store.finished_in(chunk))
+
+    lists, count = asyncio.run(outcomes())
+
+    assert count == 100
+    assert [position for part in lists for position, _, _ in json.loads(part)] == list(range(100))

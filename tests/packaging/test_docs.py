@@ -13,6 +13,7 @@ import re
 import shlex
 import subprocess
 import sys
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     from running import Job
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[2]))
+    sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1] / "support")]
+
+from drawings import THEMES, draw
 
 import sdg
 from sdg_plugins.common.command_line import build_parser
@@ -279,6 +282,41 @@ def test_every_resource_is_in_the_guide() -> None:
 def snippets(language: str) -> list[str]:
     """The code in one language on all pages."""
     return [code for page in PAGES for code in re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)]
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.read_text().splitlines()) <= 250
+    assert len(README.read_bytes()) <= 14_000
+
+
+def test_the_readmes_first_minute_prints_what_it_shows(run_sdg) -> None:  # type: ignore[no-untyped-def]
+    section = README.read_text().partition("## Your data in a minute\n")[2].partition("\n## ")[0]
+    (csv,) = re.findall(r"```csv\n(.*?)```", section, re.DOTALL)
+    (run_sdg.folder / "stories.csv").write_text(csv)
+    steps = re.findall(r"```sh\npython sdg.py ([^\n]*)\n```\n\n```text\n(.*?)```", section, re.DOTALL)
+    assert len(steps) == 3
+    for command, shown in steps:
+        finished = run_sdg(*shlex.split(command))
+        assert finished.rc == 0, finished
+        said = finished.stdout + finished.stderr
+        for line in shown.splitlines():
+            before, found, said = said.partition(line)
+            assert found or line == "…", (command, line, before)
+            said = said if found else before
+
+
+def test_the_drawings_are_made_by_their_script(tmp_path: Path) -> None:
+    draw(tmp_path, documents=150)
+    for theme in THEMES:
+        committed = ROOT / ".github" / "images" / f"how-{theme.name}.svg"
+        assert (tmp_path / committed.name).read_text() == committed.read_text(), "run: python tests/support/drawings.py"
+        for folder, documents in ((tmp_path, 150), (committed.parent, 600)):
+            texts = [node.text or "" for node in ElementTree.parse(folder / f"resume-{theme.name}.svg").iter()]
+            assert "Killed" in texts
+            assert f"{documents} documents: {documents} rows, 0 filtered, 0 failed; all accounted for" in texts
+            (now,) = [re.search(r"\((\d+) of them now", text) for text in texts if "of them now" in text]
+            assert now
+            assert 0 < int(now[1]) < documents
 
 
 @pytest.mark.parametrize("command", ["card", "check", "monitor", "plugins", "run", "show", "status", "verify"])

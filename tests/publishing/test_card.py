@@ -785,3 +785,37 @@ def test_load_dataset_finds_each_config_and_all_of_them(job: Job) -> None:
     assert sorted(load(output.path)) == ["d0000", "d0001", "d0002"]
     assert sorted(load(output.path, "terse")) == ["e0", "e1"]
     assert len(load(output.path, "all")) == 5
+
+
+@pytest.mark.parametrize("how", ["failures", "signal"])
+def test_the_card_of_a_run_that_ended_early_says_so_and_names_no_machine(
+    job: Job, server: FakeServer, how: str
+) -> None:
+    job.options["plugin"] = job.plugin(
+        "broken",
+        """
+        import sdg
+
+        @sdg.hookimpl
+        def register_rollouts(register):
+            register("broken", broken)
+
+        async def broken(document, generate):
+            reply = await generate(document.text)
+            if document.text.endswith(("3", "7")):
+                raise ValueError("no http://gpu-7.cluster:8000/v1 for /scratch/me/data on host gpu-7:8000, 10.0.0.7")
+            return reply
+        """,
+    )
+    job.input(documents(300))
+    server.behave(lambda payload, n: Hang() if how == "signal" and prompt_of(payload) > "document 2" else None)
+    started = job.start(records_per_chunk=10, max_concurrent_documents=20, max_failure_rate=0.1)
+    if how == "signal":
+        wait_until(lambda: job.output.written())
+        started.send(signal.SIGTERM)
+
+    assert started.finish().rc == {"failures": 3, "signal": 143}[how]
+
+    card = (job.output.path / "README.md").read_text()
+    assert "**Ended early**" in card
+    assert not [word for word in ("gpu-7", "scratch", "10.0.0.7", str(job.folder)) if word in card]

@@ -507,8 +507,8 @@ def bench(tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> Call
     """Makes a `Bench`, with pauses a hundred times shorter."""
     from huggingface_hub import HfApi
 
-    hub_plugin.connect()  # keeps the client quiet
-    monkeypatch.setattr(hub_plugin, "connect", lambda: HfApi(endpoint=hub.url, token=TOKEN))
+    hub_plugin.open_client()  # keeps the client quiet
+    monkeypatch.setattr(hub_plugin, "open_client", lambda: HfApi(endpoint=hub.url, token=TOKEN))
     monkeypatch.setattr(hub_plugin, "has_token", lambda: True)
     true_pause = hub_plugin.pause_after
     monkeypatch.setattr(hub_plugin, "pause_after", lambda *a, **k: true_pause(*a, **k) / 100)

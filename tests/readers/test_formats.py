@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fake_server import FakeServer
+from fake_server import FakeServer, Status, prompt_of
 from hypothesis import given, settings, strategies as st
 from running import Job, documents
 
@@ -440,6 +440,99 @@ def test_files_whose_columns_no_type_can_hold_are_named(job: Job, server: FakeSe
     assert finished.rc == 1
     assert finished.says("b.parquet", "meta", "a.parquet")
     assert not server.requests
+
+
+def test_categories_and_views_pass_unchanged(job: Job) -> None:
+    categories = pa.array(["a", "b", "a", "c"]).dictionary_encode()
+    views = pa.array(["w", "x", "y", "z"], pa.string_view())
+    table = pa.table({"text": pa.array(["1", "2", "3", "4"]), "category": categories, "view": views})
+    path = job.input(table, row_group_size=2)
+    output = job.succeed()
+    assert output.table().column("category").to_pylist() == ["a", "b", "a", "c"]
+    assert output.table().column("view").to_pylist() == pq.read_table(path).column("view").to_pylist()
+
+
+def test_a_folder_of_several_formats_is_refused_and_backups_are_not_read(job: Job, server: FakeServer) -> None:
+    folder = job.folder / "in"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"text": "a"}\n')
+    (folder / "a.jsonl.bak").write_text('{"text": "a"}\n')
+    job.options["input"] = folder
+    assert len(job.succeed().rows()) == 1
+    (folder / "b.csv").write_text("text\nb\n")
+    finished = job(output="other")
+    assert finished.rc == 2
+    assert finished.says("csv", "jsonl")
+
+
+def test_output_named_gz_is_compressed(job: Job) -> None:
+    job.documents("one", "two")
+    name = "${rank}_${chunk_index}.jsonl.gz"
+    output = job.succeed(output_filename=name)
+    lines = gzip.decompress((output.path / "data" / "00000_00000.jsonl.gz").read_bytes()).splitlines()
+    assert [json.loads(line)["id"] for line in lines] == ["one", "two"]
+    assert job.verify().rc == 0
+
+
+def test_a_csv_header_with_a_duplicate_name_is_refused(job: Job) -> None:
+    (job.folder / "twice.csv").write_text("text,a,a\nx,1,2\n")
+    finished = job(input="twice.csv")
+    assert finished.rc == 1
+    assert finished.says("twice.csv", "twice")
+
+
+def test_hidden_folders_and_outputs_of_runs_are_not_read(job: Job, server: FakeServer) -> None:
+    folder = job.folder / "project"
+    for name in ("", ".ipynb_checkpoints", "_temporary"):
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / "docs.jsonl").write_text('{"text": "document"}\n')
+    options = {"input": "project", "output": "project/output/x", "output_filename": "${chunk_index}.jsonl"}
+
+    job.succeed(**options)
+    again = job(**options)
+
+    assert again.rc == 0, again
+    assert server.prompts == ["document"]
+
+
+@pytest.mark.parametrize("odd", ["plain text", [{"role": "user", "content": [{"type": "text", "text": "parts"}]}]])
+def test_an_unusual_chat_among_others_is_sent_as_it_stands(job: Job, server: FakeServer, odd: object) -> None:
+    chats: list[object] = [[{"role": "user", "content": f"hello {number}"}] for number in range(20)]
+    chats[0], chats[7] = odd, [{"role": "user", "content": "hello", "name": 3}]
+    chats[8] = [{"role": "user", "content": "hello", "name": "x"}]
+    job.input([{"id": f"{number}", "messages": chat} for number, chat in enumerate(chats)], "chats.jsonl")
+
+    output = job.succeed(prompt_column="messages")
+
+    assert len(output.rows()) == 20
+    sent = [request.payload["messages"] for request in server.requests]
+    assert all(chat in sent for chat in chats[1:])
+
+
+def test_columns_of_any_type_can_be_verified_and_completed_as_jsonl(job: Job, server: FakeServer) -> None:
+    maps = pa.array([[("k", 1)], [], None, [("a", 2)]], pa.map_(pa.string(), pa.int64()))
+    job.input(pa.table({"text": ["a", "b", "reject", "d"], "map": maps, "binary": [b"\xff", b"", None, b"x"]}))
+    server.behave(lambda payload, n: Status(400) if prompt_of(payload) == "reject" else None)
+    options = {"output_filename": "${chunk_index}.jsonl", "records_per_chunk": 2}
+    job.succeed(**options)
+    assert job.verify().rc == 0
+    server.behave(lambda payload, n: None)
+
+    job.succeed(retry_failed=True, **options)
+
+    assert job.verify().rc == 0
+    lines = [json.loads(line) for file in job.output.data().values() for line in file.splitlines()]
+    assert [line["text"] for line in lines] == ["a", "b", "reject", "d"]
+
+
+def test_dates_beyond_pythons_range_do_not_block_failed_documents(job: Job) -> None:
+    far = pa.array([2**62, 0, -(2**62)], pa.timestamp("us", tz="Asia/Tokyo"))
+    job.input(pa.table({"text": ["a", None, "c"], "when": far, "day": pa.array([2**30, 1, 2], pa.date32())}))
+
+    for filename in ("${chunk_index}.parquet", "${chunk_index}.jsonl"):
+        output = job.succeed(output=filename[-5:], output_filename=filename)
+        assert output.stats()["rows"] == 2
+        assert len(output.failures()) == 1
 
 
 # ── Results ──────────────────────────────────────────────────────────────────────────────────────────────────────────

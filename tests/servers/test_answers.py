@@ -698,3 +698,48 @@ vllm:num_requests_waiting_by_reason{engine="0",reason="deferred"} 7.0
     load = parse_load(page)
     assert load is not None
     assert load.waiting == 2
+
+
+@pytest.mark.parametrize("status", [200, 400, 401, 500])
+def test_a_key_that_a_server_echoes_is_written_nowhere(job: Job, server: FakeServer, status: int) -> None:
+    job.documents("one", "two")
+    text = f"{'x' * 285} bad key {KEY}"
+    body = json.dumps({"error": {"message": text}}).encode()
+    server.behave(lambda payload, n: Raw(body) if status == 200 else Status(status, message=text))
+    finished = job(env={"OPENAI_API_KEY": KEY}, max_retries=0)
+    written = finished.stdout + finished.stderr
+    written += "".join(path.read_bytes().decode("latin1") for path in job.output.path.rglob("*") if path.is_file())
+    assert KEY[:8] not in written
+
+
+@pytest.mark.parametrize("tokens", [2**64 - 1, 2**62, -5, True, None, "7", {}])
+def test_absurd_token_counts_are_ignored(job: Job, server: FakeServer, tokens: object) -> None:
+    job.input(documents(5))
+    body = {"choices": [{"message": {"content": "fine"}}], "usage": {"prompt_tokens": tokens, "completion_tokens": 1}}
+    server.behave(lambda payload, n: Raw(json.dumps(body).encode()))
+    output = job.succeed()
+    assert output.stats()["completion_tokens"] == 5
+    assert output.stats()["prompt_tokens"] in {0, 5}
+
+
+@pytest.mark.parametrize("form", ["slash", "unicode", "reason"])
+def test_a_key_that_comes_back_in_another_form_is_written_nowhere(job: Job, server: FakeServer, form: str) -> None:
+    key = "sk-se/cret-0123456789abcdef"
+    job.input(documents(3))
+    written = {"slash": key.replace("/", "\\/"), "unicode": "".join(f"\\u{ord(c):04x}" for c in key), "reason": key}[
+        form
+    ]
+    server.behave(lambda payload, n: Raw(f'{{"error": {{"message": "bad key {written}"}}}}'.encode(), 400))
+
+    finished = job(env={"OPENAI_API_KEY": key}, api_key_env="OPENAI_API_KEY")
+
+    everything = finished.stdout + finished.stderr + json.dumps(job.output.failures())
+    assert "bad key ***" in everything
+    assert key not in everything
+
+
+def test_an_error_with_half_a_character_is_retried(job: Job, server: FakeServer) -> None:
+    job.input(documents(2))
+    body = rb'{"error": {"message": "bad \ud800 x"}}'
+    server.behave(lambda payload, n: Raw(body, 503) if n == 1 else None)
+    assert len(job.succeed().rows()) == 2

@@ -689,3 +689,35 @@ def test_an_input_uses_the_endpoint_in_the_environment(job: Job, server: FakeSer
     assert finished.rc == 0, finished
     assert server.prompts == ["a"]
     assert wrong.says("OPENAI_BASE_URL", "http://")
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [("inf", None), ("nan", None), ("3e6", 86_400), ("-5", 0), ("2.5", 2.5), ("soon", None), ("", None)],
+)
+def test_any_retry_after_is_a_bounded_pause_or_none(value: str, seconds: float | None) -> None:
+    assert retry_after({} if value is None else {"Retry-After": value}) == seconds
+
+
+def test_servers_with_different_models_are_refused(job: Job, servers: Any) -> None:
+    job.documents("one")
+    other = servers()
+    other.models = ["another"]
+    finished = job(base_url=[job.server.url, other.url], model=job.server.models[0])
+    assert finished.rc == 1
+    assert finished.says("another", job.server.models[0])
+
+
+def test_a_run_starts_without_one_dead_server_of_two(job: Job) -> None:
+    job.documents("one", "two", "three")
+    finished = job(base_url=["http://127.0.0.1:9", job.server.url])
+    assert finished.rc == 0
+    assert "127.0.0.1:9" in finished.stderr
+    assert len(job.output.rows()) == 3
+
+
+@pytest.mark.parametrize("path", ["/chat/completions", "/completions/"])
+def test_a_base_url_may_be_the_url_of_an_endpoint(job: Job, server: FakeServer, path: str) -> None:
+    job.input(documents(3))
+    job.succeed(base_url=server.url + path)
+    assert len(server.answered) == 3

@@ -20,7 +20,7 @@ from launching import ENGINE, Launch, everything
 from running import Started, documents, wait_until
 
 import sdg
-from sdg_plugins.servers.load import Load
+from sdg_plugins.servers.limit import Load
 from sdg_plugins.servers.pool import Pool, Suspicion
 
 
@@ -526,11 +526,11 @@ def test_limit_recovers_from_any_low(running: int, limit: float) -> None:
     async def grow() -> float:
         upstream = sdg.Upstream("http://localhost/v1")
         pool = Pool([upstream], 500)
-        pool.adapt(upstream, Load(1, 100, 0.0, 0))  # there was a queue once
+        pool.adapt(upstream, Load(1, 100, 0))  # there was a queue once
         upstream.limit.value = limit
         for _ in range(100):
             upstream.active = int(upstream.limit.value)
-            pool.adapt(upstream, Load(running, 0, 0.0, 0))
+            pool.adapt(upstream, Load(running, 0, 0))
         return upstream.limit.value
 
     assert asyncio.run(grow()) == 500

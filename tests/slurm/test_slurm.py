@@ -326,6 +326,78 @@ def test_requeues_are_limited_and_invalid_options_cause_none(campaign: Campaign)
     assert "SDG_REQUEUES" in campaign.cluster.told(killed)
 
 
+HOARDING = """
+    import os, subprocess, sys
+    import sdg
+
+    @sdg.hookimpl
+    def register_rollouts(register):
+        register("hoard", hoard)
+
+    async def hoard(document, generate):
+        if not os.path.exists("hoarded"):
+            open("hoarded", "w").close()
+            if os.environ["HOARDER"] == "helper":
+                subprocess.run([sys.executable, "-c", "x = bytearray(1 << 30)"])
+            else:
+                x = bytearray(1 << 30)
+        return await generate(document.text)
+"""
+
+
+def test_an_engine_killed_for_memory_is_requeued_and_a_killed_helper_changes_nothing(campaign: Campaign) -> None:
+    if not campaign.cluster.limits_memory:
+        pytest.skip("NO CGROUPS FOR MEMORY")
+    write(campaign, 20)
+    (campaign.folder / "hoard.py").write_text(textwrap.dedent(HOARDING))
+    script, flags = SLURM / "generate.sbatch", ["--output=%j.log", "--mem=500M", "--array=0"]
+
+    for hoarder, restarts in (("engine", 1), ("helper", 0)):
+        (campaign.folder / "hoarded").unlink(missing_ok=True)
+        campaign.env["HOARDER"] = hoarder
+        job = campaign.sbatch(*flags, script, plugin="./hoard.py", output=hoarder)
+        campaign.done(job)
+
+        told = campaign.cluster.told(job)
+        assert campaign.cluster.job(job).restarts == restarts, told
+        assert ("out of memory: the engine was killed; raise --mem" in told) == bool(restarts), told
+
+
+def test_wrong_options_on_two_nodes_cost_one_attempt(campaign: Campaign) -> None:
+    write(campaign, 20)
+    fake_vllm(
+        campaign, "case $* in *no-such-flag*) echo 'vllm: error: unrecognized arguments: --no-such-flag'; exit 2; esac"
+    )
+    script, flags = SLURM / "multinode.sbatch", ["--output=%j.log", "--gpus-per-node=1"]
+    wrong = {
+        "unknown": {"no_such_option": 1},
+        "layout": {"tp": 3},
+        "column": {"tp": 2, "prompt_column": "no-such"},
+        "server": {"tp": 2, "server_arg": "no-such-flag"},
+    }
+
+    jobs = {name: campaign.sbatch(*flags, script, output=name, **options) for name, options in wrong.items()}
+
+    for name, job in jobs.items():
+        campaign.cluster.wait_for(job, "FAILED", "COMPLETED")
+        found = campaign.cluster.job(job)
+        code = "2:0" if name in {"unknown", "layout"} else "1:0"
+        assert (found.restarts, found.fields["ExitCode"]) == (0, code), campaign.cluster.told(job)
+        assert "not requeued" in campaign.cluster.told(job)
+
+
+def test_ranks_leave_a_node_on_which_the_server_always_fails(campaign: Campaign) -> None:
+    write(campaign, 200)
+    fake_vllm(campaign, "[ $(hostname) != node2 ] || { echo 'RuntimeError: no GPU'; exit 1; }", seconds=0.05)
+
+    ranks, _, card = campaign.submit("--ranks=20", "--gpus-per-node=2")
+
+    campaign.done(ranks, 300)
+    campaign.done(card)
+    campaign.everything(200)
+    assert all(job.restarts <= 2 for job in campaign.cluster.jobs(ranks))
+
+
 def test_templates_work_from_any_folder_and_with_an_installed_sdg(campaign: Campaign) -> None:
     """From a folder with spaces in its name, outside of the checkout, and without the submission's environment."""
     write(campaign, 80)
@@ -382,7 +454,7 @@ def test_a_thousand_ranks_are_submitted_as_one_array(campaign: Campaign) -> None
 
 def test_shellcheck_finds_nothing_in_the_scripts(cluster: Cluster) -> None:
     done = subprocess.run(
-        ["shellcheck", "-x", *sorted(SLURM.iterdir())], cwd=ROOT, capture_output=True, text=True, check=False
+        ["shellcheck", "-x", *sorted(SLURM.glob("*.s*"))], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout
 

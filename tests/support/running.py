@@ -34,6 +34,16 @@ ECHO = """
         return await generate(document.messages or document.text)
 """
 
+
+def rollout(body: str) -> str:
+    """A plugin with one rollout, whose body is given."""
+    lines = "".join(f"    {line}\n" for line in body.splitlines())
+    return (
+        "import asyncio\nimport sdg\n\n@sdg.hookimpl\ndef register_rollouts(register):\n    register('mine', mine)\n\n"
+        f"async def mine(document, generate):\n    '''Mine.'''\n{lines}"
+    )
+
+
 # Signs that something went wrong which nobody meant to show.
 SIGNS_OF_A_BUG = (
     "Traceback",

@@ -31,7 +31,6 @@ FOLDER = Path("/var/tmp/sdg-test-slurm")
 BRIDGE, NET = "sdgtest0", "10.77.0"
 ADDRESS = f"{NET}.1"  # of this machine, as the nodes see it
 NODES = {"node1": f"{NET}.11", "node2": f"{NET}.12", "node3": f"{NET}.13"}
-SLURMS_OWN = re.compile(r"/usr/sbin/slurmd|slurmstepd|nsenter|setpriv|unshare|bash \S+/init\.sh")
 PACKAGES = ["slurmctld", "slurmd", "slurm-client", "munge", "shellcheck", "iproute2"]
 GPUS = 2  # of a node
 
@@ -49,9 +48,11 @@ SlurmctldLogFile={folder}/log/slurmctld.log
 SlurmdLogFile={folder}/log/slurmd-%n.log
 MailProg=/bin/true
 ProctrackType=proctrack/{proctrack}
-TaskPlugin=task/none
+TaskPlugin=task/{task}
 SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
+SelectTypeParameters=CR_Core_Memory
+DefMemPerCPU=900
+MaxArraySize={array}
 SchedulerParameters=bf_interval=1,sched_interval=1
 SlurmdParameters=config_overrides
 ReturnToService=2
@@ -170,6 +171,7 @@ class Cluster:
         self.folder = FOLDER
         self.shared = FOLDER / "shared"  # for the tests' files
         self.visible = [str(path) for path in visible if Path("/tmp") in path.parents]
+        self.limits_memory = False  # cgroups kill what exceeds --mem
         self._daemons: list[subprocess.Popen[bytes]] = []
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}
         self._lock = filelock.FileLock(FOLDER.with_suffix(".lock"))
@@ -219,6 +221,7 @@ class Cluster:
             (FOLDER / name).mkdir(parents=True)
         (FOLDER / "munge").chmod(0o755)
         writable = os.access("/sys/fs/cgroup/freezer", os.W_OK)
+        self.limits_memory = writable and os.access("/sys/fs/cgroup/memory", os.W_OK)
         (FOLDER / "slurm.conf").write_text(
             SLURM_CONF.format(
                 host=os.uname().nodename,
@@ -227,6 +230,8 @@ class Cluster:
                 net=NET,
                 gpus=GPUS,
                 proctrack="cgroup" if writable else "linuxproc",
+                task="cgroup" if self.limits_memory else "none",
+                array=1001,
             )
         )
         devices = []
@@ -237,7 +242,8 @@ class Cluster:
             f"AutoDetect=off\nNodeName=node[1-3] Name=gpu File={FOLDER}/fakegpu[0-{GPUS - 1}]\n"
         )
         (FOLDER / "cgroup.conf").write_text(
-            "CgroupPlugin=cgroup/v1\nConstrainCores=no\nConstrainDevices=no\nConstrainRAMSpace=no\n"
+            "CgroupPlugin=cgroup/v1\nConstrainCores=no\nConstrainDevices=no\n"
+            f"ConstrainRAMSpace={'yes' if self.limits_memory else 'no'}\n"
         )
         names = [f"{address} {name}" for name, address in NODES.items()]
         (FOLDER / "hosts").write_text(

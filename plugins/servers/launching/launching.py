@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import sdg
-from sdg_plugins.common.options import Option, json_object, number, one_of
+from sdg_plugins.common.options import json_object, number, one_of, setting
 from sdg_plugins.servers.launching import nodes
 from sdg_plugins.servers.launching.processes import Program
 from sdg_plugins.servers.launching.supervision import Replica, launch
@@ -45,31 +45,33 @@ def server_argument(value: str) -> tuple[str, Any]:
 
 
 OPTIONS = [
-    Option("--tp", "N", "tensor parallelism: GPUs that share each layer", 1, _count),
-    Option("--pp", "N", "pipeline parallelism: stages that the layers are divided into", 1, _count),
-    Option("--dp", "N", "data parallelism inside one server", 1, _count),
-    Option("--replicas", "N", "servers to launch on this machine, each on its own GPUs", 1, _count),
-    Option("--gpu-memory-utilization", "X", "share of GPU memory that the server may use", type=number(float, 0.01, 1)),
-    Option("--quantization", "NAME", "quantization of the weights, by the server's name for it"),
-    Option("--kv-cache-dtype", "NAME", "data type of the KV cache, such as fp8"),
-    Option("--chunked-prefill", "N", "tokens per prefill step; or on, or off", type=one_of("on", "off", more=True)),
-    Option("--speculative-config", "JSON", "speculative decoding, in the server's own terms", type=json_object),
-    Option(
+    setting("--tp", "N", "tensor parallelism: GPUs that share each layer", 1, _count),
+    setting("--pp", "N", "pipeline parallelism: stages that the layers are divided into", 1, _count),
+    setting("--dp", "N", "data parallelism inside one server", 1, _count),
+    setting("--replicas", "N", "servers to launch on this machine, each on its own GPUs", 1, _count),
+    setting(
+        "--gpu-memory-utilization", "X", "share of GPU memory that the server may use", type=number(float, 0.01, 1)
+    ),
+    setting("--quantization", "NAME", "quantization of the weights, by the server's name for it"),
+    setting("--kv-cache-dtype", "NAME", "data type of the KV cache, such as fp8"),
+    setting("--chunked-prefill", "N", "tokens per prefill step; or on, or off", type=one_of("on", "off", more=True)),
+    setting("--speculative-config", "JSON", "speculative decoding, in the server's own terms", type=json_object),
+    setting(
         "--server-arg",
         "K=V",
         "any other flag of the server, without its dashes; repeatable",
         action="append",
         type=server_argument,
     ),
-    Option("--server-command", "C", "the command for --server command; {port} and {model} are filled in"),
-    Option("--nodes", "N", "machines that hold one model together, with one process on each", 1, _count),
-    Option("--node-rank", "I", "number of this node, from 0; default: SLURM_NODEID, else 0", type=_natural),
-    Option("--head-address", "H[:PORT]", "address of node 0, where the others join; default: Slurm's first node"),
-    Option("--node-backend", "NAME", "how vLLM connects the nodes: native or ray", "native", one_of("native", "ray")),
-    Option("--start-timeout", "S", "maximum seconds until a launched server is ready", 3600.0, _seconds),
-    Option("--stall-timeout", "S", "seconds without a token or response until a server is restarted", 300.0, _seconds),
-    Option("--max-restarts", "N", "maximum restarts of a server in a row without a response", 6, _natural),
-    Option("--no-compile-lock", None, "let servers with the same configuration compile at once", action="store_true"),
+    setting("--server-command", "C", "the command for --server command; {port} and {model} are filled in"),
+    setting("--nodes", "N", "machines that hold one model together, with one process on each", 1, _count),
+    setting("--node-rank", "I", "number of this node, from 0; default: SLURM_NODEID, else 0", type=_natural),
+    setting("--head-address", "H[:PORT]", "address of node 0, where the others join; default: Slurm's first node"),
+    setting("--node-backend", "NAME", "how vLLM connects the nodes: native or ray", "native", one_of("native", "ray")),
+    setting("--start-timeout", "S", "maximum seconds until a launched server is ready", 3600.0, _seconds),
+    setting("--stall-timeout", "S", "seconds without a token or response until a server is restarted", 300.0, _seconds),
+    setting("--max-restarts", "N", "maximum restarts of a server in a row without a response", 6, _natural),
+    setting("--no-compile-lock", None, "let servers with the same configuration compile at once", action="store_true"),
 ]
 
 

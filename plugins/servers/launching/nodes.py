@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import os
+import platform
 import shutil
 import socket
 import subprocess
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import sdg
 from sdg_plugins.common.state import differences
-from sdg_plugins.servers.launching.processes import Placement, Process
+from sdg_plugins.servers.launching.processes import NodeFailure, Placement, Process
 
 if TYPE_CHECKING:
     import argparse
@@ -128,12 +129,17 @@ class Head:
     Attributes:
         lost: says which node is gone; "" if none is.
         died: says which node's part of the server has ended, and why; "" if none has.
+        died_by_options: that part refuses its options.
+        suspect: host of the node that is gone, or whose part has ended; None if there is none.
     """
 
     def __init__(self, run: sdg.Run) -> None:
         self.run, self.options = run, run.options
         self.host, self.port = head_address(run.options)
         self.lost = self.died = ""
+        self.died_by_options = False
+        self.suspect: str | None = None
+        self._hosts: dict[int, str] = {}
         self._writers: dict[int, asyncio.StreamWriter] = {}  # of the nodes that have joined
         self._started = False  # from then on a node that goes is lost; before, it may join again
         self._running: set[int] = set()
@@ -147,7 +153,7 @@ class Head:
             self._server = await asyncio.start_server(self._serve_node, own, self.port)
         except OSError as exc:
             message = f"node 0 cannot listen at {self.host}:{self.port} ({exc.strerror or exc})"
-            raise sdg.ServerError(f"{message}: choose another --head-address HOST:PORT on all nodes") from exc
+            raise NodeFailure(f"{message}: choose another --head-address HOST:PORT on all nodes") from exc
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -165,7 +171,7 @@ class Head:
 
     async def start(self, rendezvous_port: int) -> None:
         """Have the other nodes start their parts of the server, which meet at a port of this machine."""
-        self.died, self._started = "", True
+        self.died, self._started, self.suspect = "", True, None
         self._running = set(self._writers)
         for writer in self._writers.values():
             with contextlib.suppress(ConnectionError):  # `lost` will say so
@@ -197,9 +203,9 @@ class Head:
                             await send_message(writer, refused=refusal)
                         break
                     node = message["node"]
-                    self._writers[node] = writer
+                    self._writers[node], self._hosts[node] = writer, str(message.get("host") or "")
                 elif "died" in message and node:
-                    self.died = self.died or f"node {node} ({message.get('host')}): {message['died']}"
+                    self._note_death(node, message)
                 elif "stopped" in message and node:
                     self._running.discard(node)
                     self._stopped.set()
@@ -207,9 +213,17 @@ class Head:
             del self._writers[node]
         elif node and not self._ending:
             self.lost = self.lost or f"node {node} is gone: its process or its machine has ended"
+            self.suspect = self.suspect or self._hosts[node] or None
             self._running.discard(node)
             self._stopped.set()
         writer.close()
+
+    def _note_death(self, node: int, message: Message) -> None:
+        """Note that a node's part has ended; the first one counts, because the others follow it."""
+        if not self.died:
+            self.died = f"node {node} ({message.get('host')}): {message['died']}"
+            self.died_by_options = bool(message.get("by_options"))
+            self.suspect = str(message.get("host") or "") or None
 
     def _refusal(self, message: Message) -> str:
         """Why a node may not join; "" if it may."""
@@ -258,7 +272,7 @@ async def _follow(run: sdg.Run, part: ServerPart, reader: asyncio.StreamReader, 
     node = run.options.node_rank
     with contextlib.suppress(ConnectionError):
         async with sdg.background(send_heartbeats(writer)):
-            await send_message(writer, node=node, layout=shared_options(run.options))
+            await send_message(writer, node=node, host=platform.node(), layout=shared_options(run.options))
             async for message in received_messages(reader):
                 if "end" in message:
                     return
@@ -318,4 +332,4 @@ class ServerPart:
         """Report to node 0 when the process ends by itself."""
         await asyncio.wait([process.exited])
         with contextlib.suppress(ConnectionError):
-            await send_message(self._writer, died=process.reason, host=os.uname().nodename)
+            await send_message(self._writer, died=process.reason, by_options=process.by_options, host=platform.node())

@@ -28,6 +28,9 @@ PORTS = range(30_000, 32_768)  # below those that Linux gives to outgoing connec
 LOG_BYTES = 64 << 20  # size at which a server's log is rotated; one older log is kept
 LONGEST_LINE = 8 << 10  # bytes at the end of a log line that are examined
 LAST_WAIT = 15.0  # s that the guard has to end everything
+# Fatal lines that concern the machine: the options may be right
+MACHINE_FAULTS = (r"Free memory on device .* less than", r"[Aa]ddress already in use", r"invalid device ordinal")
+PORT_TAKEN = re.compile("address already in use", re.IGNORECASE)  # strerror(EADDRINUSE), as all servers log it
 GUARD = str(Path(__file__).with_name("guard.py"))
 
 
@@ -78,7 +81,39 @@ class Program:
 
 
 class ServerDied(Exception):
-    """A server has ended, hangs, or failed to start; the message says why."""
+    """A server has ended, hangs, or failed to start; the message says why.
+
+    Attributes:
+        port_taken: it could not start because another process has its port.
+        by_options: it would end in the same way on another machine.
+        node: host on which it did; None for this one.
+    """
+
+    def __init__(
+        self, message: str, port_taken: bool = False, *, by_options: bool = False, node: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.port_taken, self.by_options, self.node = port_taken, by_options, node
+
+    def final(self, message: str) -> sdg.ServerError:
+        """The error to end the run with, if the server is not started again."""
+        return InvalidServerOptions(message) if self.by_options else NodeFailure(message, self.node)
+
+
+class InvalidServerOptions(sdg.ServerError):
+    """A launched server refuses its options, on whatever machine."""
+
+
+class NodeFailure(sdg.ServerError):
+    """A launched server cannot be kept running here; on another machine it may be.
+
+    Attributes:
+        node: host on which it failed; None for this one.
+    """
+
+    def __init__(self, message: str, node: str | None = None) -> None:
+        super().__init__(message)
+        self.node = node
 
 
 class Process:
@@ -88,6 +123,7 @@ class Process:
         phase: the phase of the start that its log has reached.
         line: the last line of its log, without time stamps.
         fatal_at: loop time of the first line that matches one of `Program.fatal`; None if there was none.
+        port_taken: a line says that another process has its port.
         exited: the exit status, once the process has ended and its log has been read.
     """
 
@@ -95,6 +131,7 @@ class Process:
         self.program, self.log = program, log
         self.phase, self.line = "starting", ""
         self.fatal_at: float | None = None
+        self.port_taken = False
         self._fatal: tuple[int, str] | None = None  # index of the pattern, and the line
         self._error_line = ""
         self._loop = asyncio.get_running_loop()
@@ -135,6 +172,18 @@ class Process:
         said = self._error_line or self.line
         return f"{'; '.join([*status, f'last output: {said}' if said else 'no output'])} (log: {self.log})"
 
+    @property
+    def by_options(self) -> bool:
+        """True if a line of its log says that it cannot start with these options."""
+        if self._fatal is None:
+            return False
+        index, line = self._fatal
+        return bool(self.program.fatal[index][1]) and not any(re.search(fault, line) for fault in MACHINE_FAULTS)
+
+    def death(self, reason: str = "") -> ServerDied:
+        """The exception for its end, or for a start that failed."""
+        return ServerDied(reason or self.reason, self.port_taken, by_options=self.by_options)
+
     def _read_output(self, command: str) -> None:
         """Copy the output to the log and examine its lines. Runs in a thread until all writers have ended."""
         pipe = self._popen.stdout
@@ -171,6 +220,7 @@ class Process:
         if not line:
             return
         self.line = line
+        self.port_taken |= PORT_TAKEN.search(line) is not None
         for pattern, phase in self.program.phases:
             if re.search(pattern, line):
                 self.phase = phase

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import re
 import shlex
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ import sdg
 from sdg_plugins.servers.connecting import models_in
 from sdg_plugins.servers.launching import nodes
 from sdg_plugins.servers.launching.processes import (
+    NodeFailure,
     Placement,
     Process,
     Program,
@@ -73,8 +73,7 @@ class Replica:
             except sdg.Error as exc:
                 on_failure(self, exc)
                 return
-            taken = re.search(r"address already in use", str(death), re.IGNORECASE)
-            most = PORT_ATTEMPTS if taken and self._fixed_port is None else 0
+            most = PORT_ATTEMPTS if death.port_taken and self._fixed_port is None else 0
             answered, found = self.upstream.answers > answers, self.upstream.convicted > convicted
             answers, convicted = self.upstream.answers, self.upstream.convicted
             # A convicted document is progress, too, unless every request crashes the server.
@@ -83,7 +82,7 @@ class Replica:
             if deaths > (self.options.max_restarts if self.ready_once else most):
                 restarts = f"{deaths - 1} restart{'s' * (deaths != 2)}"
                 failure = f"died after {restarts} without a response" if self.ready_once else "failed to start"
-                on_failure(self, sdg.ServerError(f"{self.name} {failure}: {death}"))
+                on_failure(self, death.final(f"{self.name} {failure}: {death}"))
                 return
             self.upstream.status = f"{self.name} is restarting"
             sdg.say(f"{self.name} died and is being restarted: {death}")
@@ -139,7 +138,7 @@ class Replica:
             if seconds > self.options.start_timeout:
                 have = "have" if len(missing) > 1 else "has"
                 message = f"{_list_nodes(missing)} {have} not joined at {address} within --start-timeout"
-                raise sdg.ServerError(message)
+                raise NodeFailure(message)
             await asyncio.sleep(0.2)
 
     @contextlib.asynccontextmanager
@@ -182,9 +181,10 @@ class Replica:
                 sdg.say(f"{self.name}: {said} ({seconds:.0f} s)")
             self._check_processes(process)
             if process.fatal_at and self._loop.time() > process.fatal_at + FATAL_PATIENCE:
-                raise ServerDied(process.reason)
+                raise process.death()
             if seconds > self.options.start_timeout:
-                raise ServerDied(f"not ready within --start-timeout {self.options.start_timeout:g} s; {process.reason}")
+                limit = f"--start-timeout {self.options.start_timeout:g} s"
+                raise process.death(f"not ready within {limit}; {process.reason}")
             await asyncio.wait([process.exited], timeout=0.3)
         await self._check_model()
         self.ready_once = True
@@ -210,11 +210,11 @@ class Replica:
     def _check_processes(self, process: Process) -> None:
         """Raise an exception if a process of the server has ended, or a node is gone."""
         if process.exited.done():
-            raise ServerDied(process.reason)
+            raise process.death()
         if self.head and self.head.lost:
-            raise sdg.ServerError(self.head.lost)
+            raise NodeFailure(self.head.lost, self.head.suspect)
         if self.head and self.head.died:
-            raise ServerDied(self.head.died)
+            raise ServerDied(self.head.died, by_options=self.head.died_by_options, node=self.head.suspect)
 
     async def _watch(self, process: Process) -> None:
         """Raise ServerDied when the server has ended, fails its health checks, or makes no progress."""

@@ -1,0 +1,111 @@
+"""The defaults of `run` that depend on other options or on the environment, and what options must not be together."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+
+import sdg
+from sdg_plugins.common.files import default_state_dir, expanded, format_of, split_uri
+from sdg_plugins.common.inputs import input_format
+
+DEMO_OUTPUT = "output/demo"  # so that a demonstration does not stand in the way of the first real run
+ANY = "any"  # instead of a rank: whichever is free
+
+
+def derive(options: argparse.Namespace, plugins: sdg.Plugins) -> None:
+    """Fill in the defaults that depend on other options or on the environment."""
+    plugins.find("rollouts", options.rollout)
+    for name in ("input", "output", "state_dir"):
+        if getattr(options, name) == "":  # for example an unset shell variable, which must not select a default
+            raise sdg.UsageError(f"--{name.replace('_', '-')} is empty")
+    derive_server(options, plugins)
+    options.reader = by_scheme_or_suffix(plugins, "readers", options.input) if options.input else "demo"
+    _check_filename(options.output_filename)
+    if not re.fullmatch(r"[\w.-]+", options.output_config) or options.output_config in {"failed", ".", "..", ".sdg"}:
+        raise sdg.UsageError(f"--output-config {options.output_config!r}: expected a folder name other than `failed`")
+    demo = options.server == "demo" or not options.input
+    options.output = expanded(options.output or (DEMO_OUTPUT if demo else f"output/{options.rollout}"))
+    check_uris(options)
+    scheme, name = split_uri(options.output)[0], options.output_filename
+    options.writer = scheme if scheme in plugins.writers else by_scheme_or_suffix(plugins, "writers", name)
+    if options.fresh and os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
+        raise sdg.UsageError("--fresh in a requeued job would delete its earlier work: submit it without --fresh")
+    if options.max_cost is not None and options.price_input is None and options.price_output is None:
+        raise sdg.UsageError("--max-cost requires --price-input or --price-output")
+    if options.results_column == "id":
+        raise sdg.UsageError("--results-column id: this column holds the document ids")
+    options.state_dir = expanded(options.state_dir or default_state_dir(options.output, options.output_config))
+    _derive_rank(options)
+
+
+def derive_server(options: argparse.Namespace, plugins: sdg.Plugins) -> None:
+    """Settle the server of a model."""
+    options.base_url = options.base_url or []
+    given = options.base_url or (options.input and os.environ.get("OPENAI_BASE_URL"))
+    options.server = options.server or ("endpoint" if given else "demo")
+    plugins.find("servers", options.server)
+    if options.base_url and options.server != "endpoint":
+        raise sdg.UsageError(f"--base-url requires --server endpoint, not {options.server}")
+
+
+def _check_filename(name: str) -> None:
+    if "${chunk_index}" not in name:
+        raise sdg.UsageError("--output-filename needs ${chunk_index}, otherwise chunks overwrite each other")
+    if "$" in name.replace("${chunk_index}", "").replace("${rank}", ""):
+        raise sdg.UsageError("--output-filename may contain only the placeholders ${rank} and ${chunk_index}")
+    if "/" in name:
+        raise sdg.UsageError(f"--output-filename {name}: must not contain a folder; --output-config names the folder")
+
+
+def check_uris(options: argparse.Namespace) -> None:
+    """Raise UsageError for a key in a URI, or a --base-url that is not one."""
+    for uri in (options.input or "", options.output):
+        if sdg.redact(uri) != uri:
+            message = "put keys into the environment (AWS_ACCESS_KEY_ID…), not into a URI"
+            raise sdg.UsageError(f"{sdg.redact(uri)}: {message}")
+    for url in options.base_url or []:
+        if not url.startswith(("http://", "https://")):
+            raise sdg.UsageError(f"--base-url {sdg.redact(url)}: must begin with http:// or https://")
+
+
+def _derive_rank(options: argparse.Namespace) -> None:
+    """Take rank and world size from Slurm's array if they are not given."""
+    options.any_rank = options.rank == ANY
+    if options.any_rank:
+        _check_any_rank(options)
+    first, last, task = (os.environ.get(f"SLURM_ARRAY_TASK_{key}") for key in ("MIN", "MAX", "ID"))
+    if options.rank is None:
+        options.rank = int(task) - int(first or 0) if task else 0
+    if options.world_size is None:
+        options.world_size = int(os.environ.get("SLURM_ARRAY_TASK_COUNT", "1")) if task else 1
+        if task and options.world_size != int(last or 0) - int(first or 0) + 1:
+            raise sdg.UsageError("this Slurm array has gaps: give --rank and --world-size")
+    if options.rank >= options.world_size:
+        raise sdg.UsageError(f"--rank {options.rank} must be less than --world-size {options.world_size}")
+
+
+def _check_any_rank(options: argparse.Namespace) -> None:
+    """Raise UsageError if processes that share the ranks cannot do what is asked; sets a rank to begin with."""
+    if options.world_size is None:
+        raise sdg.UsageError("--rank any needs --world-size N, the number of ranks that the processes share")
+    if options.fresh:
+        raise sdg.UsageError(
+            "--rank any with --fresh would delete the work of other processes: run once with --rank 0 --fresh"
+        )
+    options.rank = 0
+
+
+def by_scheme_or_suffix(plugins: sdg.Plugins, kind: str, uri: str) -> str:
+    """The registered name for a URI: its scheme, else the format of its files."""
+    entries: dict[str, sdg.Entry] = getattr(plugins, kind)
+    scheme, path = split_uri(uri)
+    if scheme in entries:
+        return scheme
+    if uri == "-" and "stdin" in entries:
+        return "stdin"
+    found = input_format(uri, entries) if kind == "readers" else format_of(path)
+    if found in entries:
+        return str(found)
+    raise sdg.UsageError(f"{sdg.redact(uri)}: unknown suffix or scheme; known: {', '.join(sorted(entries))}")
