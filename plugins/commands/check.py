@@ -97,7 +97,7 @@ def check_config(config: Config) -> None:
     print(fine)
 
 
-def raise_reason(reason: sdg.Error) -> None:
+def raise_reason(reason: BaseException) -> None:
     """Stop a run that only checks: nothing is under way that could be ended."""
     raise reason
 

@@ -70,6 +70,8 @@ def _plain(array: pa.Array) -> pa.Array:
 
 def same_rows(opened: OpenChunk, recorded: sdg.Chunk) -> bool:
     """True if the rows of a chunk are those that an earlier process has recorded, as far as that could read them."""
+    if recorded.digest is None:  # an earlier version of sdg has recorded none
+        return True
     if opened.chunk.count < recorded.count:
         return False
     bad = tuple(int(position) for position in recorded.digest.partition(":")[2].split(",") if position)
