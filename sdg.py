@@ -989,6 +989,7 @@ class Store:
         await self._db.executescript(TABLES + f"PRAGMA user_version={STATE_VERSION};")
         async with self._db.execute("PRAGMA table_info(chunks)") as cursor:
             columns = {row[1] for row in await cursor.fetchall()}
+        # An older sdg did not record them.
         for column in (
             "size INTEGER",
             "hash TEXT",
