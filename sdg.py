@@ -1311,7 +1311,7 @@ class RolloutRun:
 
     __slots__ = (
         *("_answers", "_branches", "_engine", "_key", "_ordinals", "_part", "attempts", "document", "final", "index"),
-        *("interrupted", "reasons", "room", "truncated", "usage"),
+        *("asked", "interrupted", "reasons", "room", "truncated", "usage"),
     )
 
     def __init__(
@@ -1321,6 +1321,7 @@ class RolloutRun:
         self._part = part  # ".1" is the second part, ".1.0" the first part of that
         self._ordinals: dict[bytes, int] = {}  # of the last of equal requests: each of them is another sample
         self._branches: set[asyncio.Task[Any]] = set()  # tasks that wait for a response
+        self.asked: list[list[Any]] = []  # the payload and the reply of each request, with --keep-messages
         self.attempts = 0
         self.interrupted = self.final = self.truncated = False
         self.reasons: list[str | None] = []  # to finish, of all replies
@@ -1356,6 +1357,9 @@ class RolloutRun:
         """The response to a payload: stored by an earlier process, or from a server."""
         if self.final:  # a branch that the rollout has left behind
             raise asyncio.CancelledError
+        asked: list[Any] = [payload]
+        if self._engine.run.options.keep_messages:
+            self.asked.append(asked)
         try:
             request = Request(path, payload, self, to=to)
         except TypeError as exc:
@@ -1373,6 +1377,7 @@ class RolloutRun:
                 request = request.with_payload({**payload, "seed": seed})
             response = await self._send(request, key)
         reply = response.reply
+        asked.append(reply)
         self.attempts += 1
         self.truncated |= reply.truncated
         self.reasons.append(reply.finish_reason)
@@ -1445,7 +1450,7 @@ class RolloutRun:
             common: dict[str, Any] = {"truncated": self.truncated}
             if self.reasons:
                 common["finish_reason"] = engine.client.worst(self.reasons)
-            return [{**common, **result} for result in results]
+            return engine.outlet.with_messages([{**common, **result} for result in results], self.asked)
         except BaseException as exc:
             if engine.crew.cut_off or (self.interrupted and engine.stopping):
                 raise
@@ -1462,7 +1467,8 @@ class RolloutRun:
         error, kind = describe(exc, self._engine.rollout_file), type(exc).__name__
         if isinstance(exc, BadResult):
             error, kind = f"{exc}{place_of(self._engine.rollout)}", "TypeError"
-        return {"error": error, "error_type": kind, "attempts": max(1, self.attempts)}
+        details = getattr(exc, "details", {})  # what an exception has for `failed/`, such as the model's last answer
+        return {"error": error, "error_type": kind, "attempts": max(1, self.attempts), **details}
 
 
 # ── Engine ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1575,15 +1581,20 @@ class Engine:
                 await self.crew.work(self._work(batches) for _ in range(options.max_concurrent_documents))
                 with contextlib.suppress(Exception):  # it has stopped the run
                     await self.store.flush()
-            if self._deferred and not self.stopping:  # no document has a result
+            if self._deferred and self._complete:  # no document has a result
                 self.outlet.settle_without_results()
                 async with asyncio.TaskGroup() as self._write_tasks:
                     self._write_deferred()
-            if not self.stopping:
+            if self._complete:
                 await self._in_writing_thread(self.outlet.finish)
-        if self._open and not self.stopping:
+        if self._open and self._complete:
             raise StateError(f"chunks {sorted(self._open)[:5]} are unfinished: run again, and please report this")
         self._check_failure_rate(self.tally["failed"], sum(self.tally.values()), least=1)
+
+    @property
+    def _complete(self) -> bool:
+        """True unless the run was stopped, or works on a sample."""
+        return not self.stopping and self.intake.chosen is None
 
     def stop(self) -> None:
         """Start nothing new, give documents in flight a moment, then cancel them."""
@@ -1663,6 +1674,8 @@ class Engine:
 
     def _window(self) -> int:
         options = self.run.options
+        if self.intake.chosen is not None:  # none of its chunks will be complete
+            return sys.maxsize
         return int(max(WINDOW * options.max_concurrent_documents, 4 * options.records_per_chunk))
 
     async def _reopen(self, opened: OpenChunk, earlier: Chunk) -> bool:
@@ -1725,13 +1738,7 @@ class Engine:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(rollout.run()) for rollout in rollouts]
             outcomes = [task.result() for task in tasks]
-        numbered = [{"rollout": index} if count > 1 else {} for index in range(count)]
-        results = [
-            {**number, **result}
-            for number, outcome in zip(numbered, outcomes, strict=True)
-            if isinstance(outcome, list)
-            for result in outcome
-        ]
+        results = self.outlet.results_of(outcomes)
         failures = [outcome for outcome in outcomes if isinstance(outcome, dict)]
         self.run.counts["failed_rollouts"] += len(failures)
         self._finish(opened, position, results or (failures[0] if failures else None))

@@ -22,6 +22,7 @@ def derive(options: argparse.Namespace, plugins: sdg.Plugins) -> None:
             raise sdg.UsageError(f"--{name.replace('_', '-')} is empty")
     derive_server(options, plugins)
     options.reader = by_scheme_or_suffix(plugins, "readers", options.input) if options.input else "demo"
+    _derive_filename(options, plugins)
     _check_filename(options.output_filename)
     if not re.fullmatch(r"[\w.-]+", options.output_config) or options.output_config in {"failed", ".", "..", ".sdg"}:
         raise sdg.UsageError(f"--output-config {options.output_config!r}: expected a folder name other than `failed`")
@@ -29,11 +30,13 @@ def derive(options: argparse.Namespace, plugins: sdg.Plugins) -> None:
     options.output = expanded(options.output or (DEMO_OUTPUT if demo else f"output/{options.rollout}"))
     check_uris(options)
     scheme, name = split_uri(options.output)[0], options.output_filename
-    options.writer = scheme if scheme in plugins.writers else by_scheme_or_suffix(plugins, "writers", name)
+    options.file_writer = options.writer or by_scheme_or_suffix(plugins, "writers", name)
+    options.writer = scheme if scheme in plugins.writers else options.file_writer
     if options.fresh and os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
         raise sdg.UsageError("--fresh in a requeued job would delete its earlier work: submit it without --fresh")
     if options.max_cost is not None and options.price_input is None and options.price_output is None:
         raise sdg.UsageError("--max-cost requires --price-input or --price-output")
+    options.sample = None  # see the command `estimate`
     if options.results_column == "id":
         raise sdg.UsageError("--results-column id: this column holds the document ids")
     options.state_dir = expanded(options.state_dir or default_state_dir(options.output, options.output_config))
@@ -48,6 +51,14 @@ def derive_server(options: argparse.Namespace, plugins: sdg.Plugins) -> None:
     plugins.find("servers", options.server)
     if options.base_url and options.server != "endpoint":
         raise sdg.UsageError(f"--base-url requires --server endpoint, not {options.server}")
+
+
+def _derive_filename(options: argparse.Namespace, plugins: sdg.Plugins) -> None:
+    """With --writer, files have its name as their suffix, or what it has in its attribute `suffix`."""
+    if options.writer and options.output_filename.endswith("}.parquet"):
+        factory = plugins.find("writers", options.writer).factory
+        name = options.output_filename.removesuffix(".parquet")
+        options.output_filename = f"{name}.{getattr(factory, 'suffix', options.writer).lstrip('.')}"
 
 
 def _check_filename(name: str) -> None:
@@ -82,6 +93,9 @@ def _derive_rank(options: argparse.Namespace) -> None:
         options.world_size = int(os.environ.get("SLURM_ARRAY_TASK_COUNT", "1")) if task else 1
         if task and options.world_size != int(last or 0) - int(first or 0) + 1:
             raise sdg.UsageError("this Slurm array has gaps: give --rank and --world-size")
+        if task and options.world_size > 1:
+            which = f"rank {options.rank} of {options.world_size}, as Slurm's array says"
+            sdg.say(f"{which}: for runs of their own give --rank 0 --world-size 1 and an --output each")
     if options.rank >= options.world_size:
         raise sdg.UsageError(f"--rank {options.rank} must be less than --world-size {options.world_size}")
 

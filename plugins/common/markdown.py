@@ -24,7 +24,13 @@ def counted(number: int, noun: str) -> str:
 
 def table(title: str, rows: Iterable[tuple[str, str]]) -> Iterator[str]:
     """A table of names and values under a heading; the values are markdown."""
-    yield f"### {title}\n\n| | |\n|---|---|"
+    yield f"### {title}\n"
+    yield from rows_in_table(rows)
+
+
+def rows_in_table(rows: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """A table of names and values without a heading; the values are markdown."""
+    yield "| | |\n|---|---|"
     for name, value in rows:
         yield f"| {name} | {value} |"
     yield ""

@@ -22,7 +22,8 @@ from sdg_plugins.common.command_line import CORE
 from sdg_plugins.common.defaults import DEMO_OUTPUT
 from sdg_plugins.common.files import default_state_dir, expanded, rank_file, split_uri, sync
 from sdg_plugins.common.models import identity_of_models, recordable
-from sdg_plugins.common.results import base_fields
+from sdg_plugins.common.results import annotated_fields, base_fields
+from sdg_plugins.common.rows import messages_type
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -124,15 +125,30 @@ def recorded_fields(state: Path) -> dict[str, pa.DataType] | None:
     return {field.name: field.type for field in schema_of(recorded["arrow"])}
 
 
+def fixed_fields(options: argparse.Namespace) -> dict[str, pa.DataType]:
+    """The fields that results have whatever the rollout is."""
+    import pyarrow as pa
+
+    fields = {**base_fields(), **({"messages": messages_type()} if options.keep_messages else {})}
+    several = options.rollouts_per_document > 1 and not options.flat
+    return {**fields, "rollout": pa.int64()} if several else fields
+
+
+def promised_fields(run: sdg.Run) -> dict[str, pa.DataType] | None:
+    """The fields that are known before the first result: by the rollout's annotation, or its function `fields`."""
+    rollout = run.plugins.rollouts[run.options.rollout].factory
+    told = getattr(rollout, "fields", None)
+    own: dict[str, pa.DataType] | None = told(run) if told else None
+    return annotated_fields(rollout) if own is None else own
+
+
 def settle_fields(run: sdg.Run, own: dict[str, pa.DataType] | None) -> dict[str, pa.DataType] | None:
     """Record the fields of results for all ranks, unless another rank was first. Returns the recorded ones."""
     import pyarrow as pa
 
     if own is None:
         return None
-    base = base_fields()
-    if run.options.rollouts_per_document > 1:
-        base["rollout"] = pa.int64()
+    base = fixed_fields(run.options)
     special = {*base, "extra", "tool_calls", "logprobs"}
     fields = {**base, **{name: kind for name, kind in own.items() if name not in special}}
     names = {name: str(kind) for name, kind in fields.items()}
@@ -184,6 +200,7 @@ def claim_state(run: sdg.Run, reader: sdg.Reader, changed_rows: Callable[[], str
         "source": dict(run.source),
         "source_schema": as_text(reader.schema),
         "stamp": stamp_of(reader, len(identity["input"])),
+        "estimate": run.options.sample is not None,
     }
     if not path.exists():
         check_beginning(run)
@@ -197,9 +214,11 @@ def claim_state(run: sdg.Run, reader: sdg.Reader, changed_rows: Callable[[], str
         rows = changed_rows()
         changes = [*changes, rows] if rows else []
     demo = run.options.output == DEMO_OUTPUT and recorded["identity"]["model"] == DEMO_MODEL
-    if changes and (demo or untouched(run)):  # for example after a mistyped model
-        if demo:
-            sdg.say(f"{DEMO_OUTPUT} holds a demo with other options: it is replaced")
+    estimate = recorded.get("estimate", False)  # made to choose options by: others may be chosen
+    if changes and (demo or estimate or untouched(run)):  # for example after a mistyped model
+        if demo or estimate:
+            kind = "a demo" if demo else "an estimate"
+            sdg.say(f"{run.options.output} holds {kind} with other options ({'; '.join(changes[:3])}): it is replaced")
         start_over(run)
         run.options.records_per_chunk = None if derived else run.options.records_per_chunk
         return claim_state(run, reader, changed_rows)
@@ -209,6 +228,7 @@ def claim_state(run: sdg.Run, reader: sdg.Reader, changed_rows: Callable[[], str
     most = (recorded["options"]["max_documents"], run.options.max_documents)
     mine["options"]["max_documents"] = max(most) if all(most) else None
     now = recorded | {"identity": identity, "options": mine["options"], "stamp": mine["stamp"]}
+    now["estimate"] = estimate and mine["estimate"]
     if now != recorded:
         replace_file(run, path.name, json.dumps(now, indent=2).encode())
 
@@ -500,7 +520,7 @@ def start_over(run: sdg.Run) -> None:
         replace_file(run, "run.json", json.dumps({**record, "discarded": True}).encode())
         for file in sorted(doomed):
             run.output.delete(file)
-        own = re.compile(r"(schema|stats|\d{5,}\.(stats|attempt))\.json|\d{5,}\.sqlite3(-wal|-shm|-journal)?")
+        own = re.compile(r"(schema|stats|\d{5,}\.(stats|attempt|meeting))\.json|\d{5,}\.sqlite3(-wal|-shm|-journal)?")
         for path in sorted(run.state.iterdir()):
             if own.fullmatch(path.name) and path.name != f"{run.options.rank:05d}.attempt.json":  # this one
                 path.unlink()

@@ -7,34 +7,26 @@ values differ are rewritten (without the comments inside them), and a license, l
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import glob
-import io
-import itertools
 import json
 import math
-import os
 import posixpath
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import sdg
 from sdg_plugins.common import recorded
-from sdg_plugins.common.files import codec_of, default_state_dir, format_of, split_uri
-from sdg_plugins.common.hub import REPO_NAME, dataset_of_source, dataset_of_uri
-from sdg_plugins.common.markdown import counted, fence, inline, table, visible
-from sdg_plugins.common.models import SAMPLING
+from sdg_plugins.common.files import default_state_dir, format_of
+from sdg_plugins.common.markdown import counted, fence, inline, rows_in_table, table, visible
 from sdg_plugins.common.prices import in_money
 from sdg_plugins.common.state import output_files, recorded_fields, schema_of
 from sdg_plugins.common.statistics import rank_statistics, sum_statistics
-from sdg_plugins.common.values import plain, rows_of
-from sdg_plugins.publishing.front_matter import BrokenCard, split_card, text_or_texts, updated, with_values
-
-if TYPE_CHECKING:
-    import pyarrow as pa
+from sdg_plugins.publishing.front_matter import BrokenCard, split_card, updated, with_values
+from sdg_plugins.publishing.making import Making, tasks_of
+from sdg_plugins.publishing.samples import samples
 
 NAME = "README.md"
 LONGEST_PROMPT = 4000  # characters of a prompt that are shown
@@ -102,7 +94,7 @@ def render(
     )
     body = with_section(body, name, "\n".join(lines).replace("\n", newline), newline)
     configs = {section.name: section.facts for section in sections(body)}
-    values = updated(front.values, configs, record["source"])
+    values = updated(front.values, configs, record["source"], dataset)
     return f"---{newline}{with_values(front, values, newline)}---{newline}{body}"
 
 
@@ -167,6 +159,7 @@ def facts_of(run: sdg.Run, record: dict[str, Any], folder: str, published: bool)
         "files": posixpath.join(glob.escape(folder), run.options.output_config, f"**/*{suffix[0] if suffix else ''}"),
         "exist": published or bool(output_files(run)),
         "columns": xxhash.xxh3_64_hexdigest(json.dumps([*columns, run.options.results_column]).encode()),
+        "tasks": tasks_of(record["options"]),
     }
 
 
@@ -198,14 +191,24 @@ class SectionRenderer(NamedTuple):
         yield f"<!-- sdg: facts {facts} -->"
         yield f"## Config `{name}`\n"
         ranks = rank_statistics(self.run.state)
+        total, making = sum_statistics(ranks), Making(self.run, self.record)
+        yield making.summary(total.get("rows", 0))
         if progress:
             yield visible(progress).replace("<!--", "&lt;!--").strip("\n") + "\n"
         elif missing := self.unfinished(ranks):
             yield missing
-        yield from table("How it was made", self.origin())
-        yield from self.prompts()
-        yield from table("Statistics", self.statistics(sum_statistics(ranks)))
+        yield "### How it was made\n"
+        yield from making.steps()
+        yield from rows_in_table(making.origin())
+        yield from making.prompts()
+        yield from table("Columns", making.columns())
+        yield "### Statistics\n"
+        yield from rows_in_table(self.figures(total))
+        yield "<details><summary>All figures</summary>\n"
+        yield from rows_in_table(self.statistics(total))
+        yield "</details>\n"
         yield "### How to load it\n\n" + fence(self.loading_code(), "python")
+        yield "### How to make it again\n\n" + fence(making.command(), "sh")
         yield from self.samples(earlier)
         yield f"<!-- sdg: end {name} -->\n"
 
@@ -216,67 +219,26 @@ class SectionRenderer(NamedTuple):
         how = "the run has not ended" if total == 1 else f"{finished} of {total} ranks have finished"
         return "" if finished >= total else f"> **Not finished**: {how}.\n"
 
-    def origin(self) -> Iterator[tuple[str, str]]:
-        """Model, source, rollout and sampling."""
-        options, source = self.options, self.record["source"]
-        model, revision = public_model(self.run.model, options)
-        linked = REPO_NAME.fullmatch(model) and not os.path.isdir(self.run.model)
-        yield "Model", f"[{inline(model)}](https://huggingface.co/{model})" if linked else inline(model)
-        if revision:
-            yield "Model revision", inline(revision)
-        for name, further in self.record["identity"].get("models", {}).items():
-            own, _ = public_model(further["model"], options["models"].get(name, {}))
-            given = sampling_of({**dict.fromkeys(SAMPLING), **further})
-            yield f"Model `{inline(name)}`", inline(own) + (f"; sampling: {inline(given)}" if given else "")
-        yield "Source", self.source()
-        for key, title in (("license", "License of the source"), ("language", "Language of the source")):
-            if value := text_or_texts(source.get(key)):
-                yield title, inline(", ".join(value) if isinstance(value, list) else value)
-        entry = self.run.plugins.rollouts.get(options["rollout"])
-        version = self.record["identity"]["plugin_version"]
-        yield "Rollout", inline(options["rollout"]) + (f": {inline(entry.help)}" if entry and entry.help else "")
-        yield "Plugin version", inline(version) or "unknown"
-        yield "Rollouts per document", f"{options['rollouts_per_document']:,}"
-        yield "Sampling", inline(sampling_of(options)) or "defaults of the model"
-        if options.get("long_documents") == "split":
-            yield "Long documents", "split into parts, whose results were joined"
-        yield "Server", inline(options["server"])
-        yield "Fingerprint of the run", inline(self.record["fingerprint"])
-        yield "`sdg` version", inline(self.record["sdg"])
-
-    def source(self) -> str:
-        """The input if it is a dataset on the Hub, otherwise only its kind: paths and URLs stay private."""
-        source = self.record["source"]
-        name = dataset_of_source(source) or dataset_of_source({"dataset": dataset_of_uri(self.options["input"])})
-        if not name:
-            kind = "local files" if split_uri(self.options["input"] or "")[0] == "file" else "files in private storage"
-            return kind if self.options["input"] else "docstrings of Python's standard library"
-        details = [f"{key} {inline(source[key])}" for key in ("config", "split", "revision") if source.get(key)]
-        return ", ".join([f"[{inline(name)}](https://huggingface.co/datasets/{name})", *details])
-
-    def prompts(self) -> Iterator[str]:
-        """System prompt and prompt template, if the run had any."""
-        for title, key in (("System prompt", "system_prompt"), ("Prompt", "prompt_template")):
-            text = self.options.get(key)
-            if isinstance(text, str) and text:
-                note = f"\nThe first {LONGEST_PROMPT:,} of {len(text):,} characters.\n"
-                yield f"### {title}\n\n{fence(text[:LONGEST_PROMPT])}{note if len(text) > LONGEST_PROMPT else ''}"
-
-    def statistics(self, total: dict[str, Any]) -> Iterator[tuple[str, str]]:
-        """The figures of all ranks over all their processes."""
-        documents, seconds = total.get("documents", 0), total.get("seconds", 0.0)
-        failed, of = total.get("failed", 0), max(documents, 1)
+    def figures(self, total: dict[str, Any]) -> Iterator[tuple[str, str]]:
+        """The figures that a reader of the data needs, over all ranks and processes."""
+        documents, failed = total.get("documents", 0), total.get("failed", 0)
         for name in ("documents", "rows", "filtered", "failed"):
             yield name.capitalize(), f"{total.get(name, 0):,}"
+        # Rounded down: only complete runs have 100 %.
+        yield "Completion rate", f"{math.floor(10_000 * (documents - failed) / max(documents, 1)) / 100:.2f} %"
         if truncated := total.get("truncated", 0):
             yield "Truncated to the model's context", f"{truncated:,}"
         if reasons := total.get("finish_reasons"):
             most = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
             yield "Completions by finish reason", ", ".join(f"{inline(name)} {number:,}" for name, number in most)
-        # Rounded down: only complete runs have 100 %.
-        yield "Completion rate", f"{math.floor(10_000 * (documents - failed) / of) / 100:.2f} %"
+        tokens = total.get("completion_tokens", 0)
+        yield "Completion tokens", f"{tokens:,}; mean {tokens / max(documents, 1):,.1f} per document"
+
+    def statistics(self, total: dict[str, Any]) -> Iterator[tuple[str, str]]:
+        """The other figures, over all ranks and processes."""
+        seconds, of = total.get("seconds", 0.0), max(total.get("documents", 0), 1)
         prompt, completion = total.get("prompt_tokens", 0), total.get("completion_tokens", 0)
-        for kind, tokens in (("Prompt", prompt), ("Completion", completion), ("Total", prompt + completion)):
+        for kind, tokens in (("Prompt", prompt), ("Total", prompt + completion)):
             yield f"{kind} tokens", f"{tokens:,}; mean {tokens / of:,.1f} per document"
         for name, model in total.get("models", {}).items():
             spent = f"{model['prompt_tokens']:,} prompt and {model['completion_tokens']:,} completion tokens"
@@ -304,29 +266,13 @@ class SectionRenderer(NamedTuple):
 
     def samples(self, earlier: str) -> Iterator[str]:
         """The first rows; those of the earlier section once the files have been moved away."""
-        if rows := first_rows(self.run):
-            yield SAMPLES_HEADING.removeprefix("\n") + "\n" + fence(samples_as_json(rows), "json")
+        if text := samples(self.run):
+            yield SAMPLES_HEADING.removeprefix("\n") + "\n" + text
             return
         earlier = earlier.replace("\r\n", "\n")
         kept = earlier.rpartition(SAMPLES_HEADING)[2]
         if kept != earlier:
             yield SAMPLES_HEADING.removeprefix("\n") + kept.rpartition("<!-- sdg: end")[0].removesuffix("\n")
-
-
-def public_model(model: str, options: dict[str, Any]) -> tuple[str, str]:
-    """The name of a model without the path that it may have, and its revision, "" if unknown."""
-    revision = str(dict(options.get("server_arg") or []).get("revision", ""))
-    if snapshot := SNAPSHOT.search(model):
-        return f"{snapshot[1]}/{snapshot[2]}", snapshot[3]
-    if REPO_NAME.fullmatch(model) and not os.path.isdir(model):
-        return model, revision
-    return re.split(r"[/\\]", model.rstrip("/\\"))[-1], revision
-
-
-def sampling_of(options: dict[str, Any]) -> str:
-    """The sampling parameters that were given."""
-    given = sdg.sampling(argparse.Namespace(**options), "")
-    return ", ".join(f"{name} {json.dumps(value)}" for name, value in given.items() if name != "model")
 
 
 def gpus_per_rank(options: dict[str, Any]) -> int:
@@ -341,68 +287,3 @@ def precise_duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} minutes" if seconds < 3600 else f"{seconds / 3600:,.1f} hours"
-
-
-# ── Sample rows ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def first_rows(run: sdg.Run) -> list[dict[str, Any]]:
-    """The first rows of the first file that has any."""
-    import pyarrow as pa
-
-    for file in output_files(run)[:FILES_TRIED]:
-        with contextlib.suppress(OSError, ValueError, pa.ArrowException):  # `verify` reports broken files
-            if rows := first_rows_of(run, file):
-                return rows
-    return []
-
-
-def first_rows_of(run: sdg.Run, file: str) -> list[dict[str, Any]]:
-    """The first rows of a file, without columns that hold binary values."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    with run.output.open(file) as source:
-        if format_of(file) == "parquet":
-            parquet = pq.ParquetFile(source)
-            columns = [field.name for field in parquet.schema_arrow if not has_binary(field.type)]
-            batch = next(parquet.iter_batches(SAMPLES, columns=columns[:COLUMNS]), None)
-            return rows_of(pa.Table.from_batches([batch])) if batch is not None else []
-        codec = codec_of(file)
-        stream = io.BufferedReader(pa.CompressedInputStream(source, codec) if codec else source)
-        rows = [json.loads(line) for line in itertools.islice(stream, SAMPLES)]
-    return [dict(itertools.islice(row.items(), COLUMNS)) for row in rows]
-
-
-def has_binary(kind: pa.DataType) -> bool:
-    """True if a type holds binary values at any depth."""
-    import pyarrow.types as t
-
-    if t.is_binary(kind) or t.is_large_binary(kind) or t.is_fixed_size_binary(kind) or t.is_binary_view(kind):
-        return True
-    if t.is_dictionary(kind):
-        return has_binary(kind.value_type)
-    return any(has_binary(kind.field(i).type) for i in range(kind.num_fields))
-
-
-def samples_as_json(rows: list[dict[str, Any]]) -> str:
-    """Rows as JSON, shortened to about LONGEST_SAMPLE characters."""
-    for limit in SAMPLE_LIMITS:
-        cut = [shortened(row, limit) for row in rows]
-        text = "\n".join(json.dumps(row, ensure_ascii=False, indent=2, default=plain) for row in cut)
-        if len(text) <= LONGEST_SAMPLE:
-            break
-    # No comment can begin, and the JSON has the same value.
-    return text.replace("<!--", r"\u003c!--")
-
-
-def shortened(value: Any, limit: int) -> Any:
-    """A value whose long strings and lists are cut."""
-    if isinstance(value, str):
-        return value if len(value) <= limit else value[:limit] + "…"
-    if isinstance(value, dict):
-        return {shortened(str(key), limit): shortened(item, limit) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        kept = [shortened(item, limit) for item in value[: limit // 20]]
-        return kept if len(kept) == len(value) else [*kept, f"… {len(value) - len(kept):,} more"]
-    return value

@@ -12,6 +12,7 @@ from sdg_plugins.common.hub import dataset_of_source
 from sdg_plugins.common.markdown import short_line
 
 TAGS = ["synthetic", "sdg"]
+MACHINE = "machine-generated"
 FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
 
 
@@ -50,25 +51,38 @@ def split_card(text: str, name: str) -> tuple[FrontMatter, str]:
 # ── Values ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def updated(values: dict[str, Any], configs: dict[str, dict[str, Any]], source: dict[str, Any]) -> dict[str, Any]:
+def updated(
+    values: dict[str, Any], configs: dict[str, dict[str, Any]], source: dict[str, Any], dataset: str = ""
+) -> dict[str, Any]:
     """The values of the front matter, brought up to date.
 
     Args:
         values: those of the card as it is.
         configs: facts of each config in the card, by name; see `card.facts_of`.
         source: what the reader recorded of the input.
+        dataset: OWNER/NAME on the Hub, "" for an output elsewhere.
     """
     wanted = dict(values)
-    for key in ("license", "language"):
-        if wanted.get(key) is None and (value := text_or_texts(source.get(key))):
+    tasks = list(dict.fromkeys(task for facts in configs.values() for task in facts["tasks"]))
+    known = {key: text_or_texts(source.get(key)) for key in ("license", "language")}
+    if "translation" in tasks:
+        del known["language"]  # that of the source, not of the rows
+    name = re.sub(r"[-_.]+", " ", dataset.rpartition("/")[2])
+    made = {"annotations_creators": [MACHINE], "language_creators": [MACHINE]} if rows_of_configs(configs) else {}
+    for key, value in {**known, "pretty_name": name[:1].upper() + name[1:], "task_categories": tasks, **made}.items():
+        if wanted.get(key) is None and value:
             wanted[key] = value
-    rows = sum(int(facts["rows"]) for facts in configs.values())
-    wanted["size_categories"] = [size_category(rows)]
+    wanted["size_categories"] = [size_category(rows_of_configs(configs))]
     wanted["tags"] = extended(values.get("tags"), TAGS)
-    if dataset := dataset_of_source(source):
-        wanted["source_datasets"] = extended(values.get("source_datasets"), [dataset])
+    if original := dataset_of_source(source):
+        wanted["source_datasets"] = extended(values.get("source_datasets"), [original])
     wanted["configs"] = merge_configs(values.get("configs") or [], configs)
     return wanted
+
+
+def rows_of_configs(configs: dict[str, dict[str, Any]]) -> int:
+    """The rows of all configs."""
+    return sum(int(facts["rows"]) for facts in configs.values())
 
 
 def text_or_texts(value: Any) -> str | list[str] | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sdg
 
+PROMPT = "Summarize the following text in one paragraph.\n\n{text}"
+
 
 @sdg.hookimpl
 def register_rollouts(register: sdg.RegisterRollouts) -> None:
@@ -12,4 +14,4 @@ def register_rollouts(register: sdg.RegisterRollouts) -> None:
 
 async def summarize(document: sdg.Document, generate: sdg.Generate) -> sdg.Reply:
     """Summarize a document in one paragraph."""
-    return await generate(f"Summarise the following text in one paragraph.\n\n{document.text}")
+    return await generate(PROMPT.format(text=document.text))

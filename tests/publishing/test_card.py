@@ -124,6 +124,10 @@ def test_the_card_of_a_finished_run_says_what_was_made_and_how(past: Past) -> No
     assert front_of(card) == {
         "license": "odc-by",
         "language": ["en", "no"],
+        "pretty_name": "Mine",
+        "task_categories": ["text-generation"],
+        "annotations_creators": ["machine-generated"],
+        "language_creators": ["machine-generated"],
         "size_categories": ["n<1K"],
         "tags": ["synthetic", "sdg"],
         "source_datasets": ["owner/source"],
@@ -149,6 +153,38 @@ def test_the_card_of_a_finished_run_says_what_was_made_and_how(past: Past) -> No
     assert '"id": "d0001"' in card
     assert "# mine" in card
     assert "Not finished" not in card
+
+
+def test_the_card_has_the_prompts_and_options_of_a_bundled_rollout_and_the_command(past: Past) -> None:
+    identity = ["style", "temperature", "prompt_column", "target_language"]
+    past.rows(
+        [{"id": "d0", "text": "A question?", "rollout_results": [{"text": "An answer.", "score": 4, "extra": None}]}]
+    )
+
+    card = cards.render(None, past.run(rollout="rephrase", style=["faq", "table"], temperature=0.5, identity=identity))
+
+    assert "as questions that a reader would have" in card
+    assert "as a table in Markdown" in card
+    assert "as an encyclopedia would" not in card
+    cells = cells_of(card)
+    assert cells["--style"] == "faq, table"
+    assert "--target-language" not in cells  # has its default
+    assert cells["rollout\\_results[].finish\\_reason"].startswith("string: why the model stopped")
+    assert "--plugin rephrase --input YOUR_FILES" in card
+    assert "--temperature 0.5 --style faq --style table" in card
+    assert "```\nA question?\n```" in card
+    assert "```\nAn answer.\n```" in card
+    assert "8–15 ██████████████████████████████ 1" in card
+    assert "\n4 ██████████████████████████████ 1" in card
+    assert "null" not in card
+
+
+def test_options_of_a_plugin_that_may_be_paths_are_not_on_the_card(past: Past) -> None:
+    card = cards.render(None, past.run(glossary="/secret/terms.json", strength=3, identity=["glossary", "strength"]))
+
+    assert "secret" not in card
+    assert cells_of(card)["--strength"] == "3"
+    assert "YOUR_PLUGIN.py" in card
 
 
 def test_the_same_run_gives_the_same_card(past: Past) -> None:
@@ -565,7 +601,8 @@ def test_nothing_from_data_or_options_breaks_out(
     assert text.startswith(before)
     assert text.endswith(f"{END}{after}")
     front = front_of(card)
-    assert set(front) <= {"license", "language", "size_categories", "tags", "source_datasets", "configs"}
+    made = {"pretty_name", "task_categories", "annotations_creators", "language_creators"}
+    assert set(front) <= {"license", "language", "size_categories", "tags", "source_datasets", "configs", *made}
     assert front.get("license", "") == short_line(words)
     assert front.get("language", [""]) == [short_line(words)]
     assert front.get("source_datasets", [words]) == [words]
@@ -585,8 +622,10 @@ HEADINGS = [
         "### How it was made",
         "### System prompt",
         "### Prompt",
+        "### Columns",
         "### Statistics",
         "### How to load it",
+        "### How to make it again",
         "### Sample rows",
     ],
 ]
