@@ -337,6 +337,7 @@ class Chunk:
     size: int | None = None  # of its file in bytes, when it was written
     hash: str | None = None  # XXH3 of its file
     failed_hash: str | None = None  # and of the file of its failed documents
+    digest: str | None = None  # of the rows that it is made of; see plugins/common/digests.py
 
     @property
     def rows(self) -> int:
@@ -929,7 +930,7 @@ LOCAL_FILE_SYSTEMS = {"apfs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "hfs", "o
 TABLES = """
     CREATE TABLE IF NOT EXISTS chunks (
         chunk INTEGER PRIMARY KEY, start INTEGER, count INTEGER, bookmark TEXT,
-        written INTEGER, filtered TEXT, failed TEXT, size INTEGER, hash TEXT, failed_hash TEXT);
+        written INTEGER, filtered TEXT, failed TEXT, size INTEGER, hash TEXT, failed_hash TEXT, digest TEXT);
     -- id = chunk << 32 | position: a chunk is one range of the tree
     CREATE TABLE IF NOT EXISTS documents (id INTEGER PRIMARY KEY, status TEXT, body TEXT);
     CREATE TABLE IF NOT EXISTS requests (document INTEGER, key BLOB, body TEXT);
@@ -999,7 +1000,13 @@ class Store:
         await self._db.executescript(TABLES + f"PRAGMA user_version={STATE_VERSION};")
         async with self._db.execute("PRAGMA table_info(chunks)") as cursor:
             columns = {row[1] for row in await cursor.fetchall()}
-        for column in ("size INTEGER", "hash TEXT", "failed_hash TEXT"):  # an older sdg did not record them
+        # An older sdg did not record them.
+        for column in (
+            "size INTEGER",
+            "hash TEXT",
+            "failed_hash TEXT",
+            "digest TEXT",
+        ):  # an older sdg did not record them
             if column.split()[0] not in columns:
                 await self._db.execute(f"ALTER TABLE chunks ADD COLUMN {column}")
         async with self._db.execute("SELECT name, value FROM totals") as cursor:
@@ -1096,7 +1103,7 @@ class Store:
                 self._chunks, self._documents, self._requests = [], [], {}
                 totals, handed = list(self.totals().items()), self._handed
                 unsaved, began = self._answers.copy(), time.monotonic()
-                await self._insert("chunks", 10, [_chunk_row(chunk) for chunk in chunks])
+                await self._insert("chunks", 11, [_chunk_row(chunk) for chunk in chunks])
                 await self._insert("documents", 3, documents)
                 await self._insert("requests", 3, [(i, *answer) for i, own in requests.items() for answer in own])
                 await self._insert("totals", 2, totals)
@@ -1122,7 +1129,7 @@ class Store:
         """The chunk's file is durable: record that, and drop the documents and responses it was made of."""
         span = (chunk.index << 32, (chunk.index + 1) << 32)
         async with self._transaction():
-            await self._insert("chunks", 10, [_chunk_row(chunk)])
+            await self._insert("chunks", 11, [_chunk_row(chunk)])
             await self._db.execute("DELETE FROM documents WHERE id >= ? AND id < ?", span)
             await self._db.execute("DELETE FROM requests WHERE document >= ? AND document < ?", span)
 
@@ -1130,7 +1137,7 @@ class Store:
         """Make a written chunk open again, with the documents that stay as they are."""
         async with self._transaction():
             await self._insert("documents", 3, [(chunk.index << 32 | i, status, body) for i, status, body in outcomes])
-            await self._insert("chunks", 10, [_chunk_row(chunk)])
+            await self._insert("chunks", 11, [_chunk_row(chunk)])
 
     async def forget_failures(self) -> None:
         """Make the failed documents of open chunks unfinished."""
@@ -1208,13 +1215,13 @@ async def _database(path: Path) -> AsyncIterator[aiosqlite.Connection]:
 
 
 def _chunk_row(chunk: Chunk) -> tuple[Any, ...]:
-    *first, filtered, failed, size, hash_, failed_hash = dataclasses.astuple(chunk)
-    return (*first, json.dumps(filtered), json.dumps(failed), size, hash_, failed_hash)
+    *first, filtered, failed, size, hash_, failed_hash, digest = dataclasses.astuple(chunk)
+    return (*first, json.dumps(filtered), json.dumps(failed), size, hash_, failed_hash, digest)
 
 
 def chunk_of(row: Sequence[Any]) -> Chunk:
     """The chunk in a row of the table `chunks`."""
-    index, start, count, bookmark, written, filtered, failed, *stamps = (*row, None, None, None)[:10]
+    index, start, count, bookmark, written, filtered, failed, *stamps = (*row, None, None, None, None)[:11]
     filtered, failed = tuple(json.loads(filtered)), tuple(json.loads(failed))
     return Chunk(index, start, count, bookmark, bool(written), filtered, failed, *stamps)
 
@@ -1266,19 +1273,37 @@ def results_of(value: Any, usage: Usage | None) -> list[dict[str, Any]]:
     if isinstance(value, Reply):
         untouched = value.choices and dataclasses.replace(value, choices=()) == value.choices[0]
         return [_reply_result(choice) for choice in (value.choices if untouched else (value,))]
-    if isinstance(value, str):
-        value = {"text": value}
-    elif hasattr(value, "model_dump"):
-        value = value.model_dump(mode="json")
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = dataclasses.asdict(value)
+    value = _fields_of(value)
     if not isinstance(value, dict):
         missing = "await" if inspect.isawaitable(value) else "list(…)" if isinstance(value, Iterable) else ""
         hint = f"is {missing} missing?" if missing else "expected a str, dict, Reply, list or None"
         raise BadResult(f"the rollout returned a {type(value).__name__}: {hint}")
     if not all(isinstance(key, str) for key in value):
         raise BadResult("the rollout returned a dict with keys that are not str: they name the fields of the result")
+    value = {key: _plain_replies(item) for key, item in value.items()}
     return [value if "usage" in value or not usage else {**value, "usage": usage}]
+
+
+def _fields_of(value: Any) -> Any:
+    """The fields of a single result: a text is `text`, a number or a truth value is `value`."""
+    if isinstance(value, str):
+        return {"text": value}
+    if isinstance(value, bool | int | float):
+        return {"value": value}
+    if hasattr(value, "model_dump"):
+        return value.model_dump(mode="json")
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return value
+
+
+def _plain_replies(value: Any) -> Any:
+    """A field of a result, with the replies in it as dicts."""
+    if isinstance(value, Reply):
+        return _reply_result(value)
+    if isinstance(value, dict):
+        return {key: _plain_replies(item) for key, item in value.items()}
+    return [_plain_replies(item) for item in value] if isinstance(value, list) else value
 
 
 def _reply_result(reply: Reply) -> dict[str, Any]:
@@ -1674,7 +1699,7 @@ class Engine:
         opened.remaining = chunk.count - len(final)
         self._open[chunk.index] = opened
         self._unwritten += chunk.count
-        if not earlier or earlier.count != chunk.count:
+        if not earlier or earlier.count != chunk.count or earlier.digest != chunk.digest:
             self.store.opened(chunk)
         if not opened.remaining:
             self._write_tasks.create_task(self._write_chunk(opened))
@@ -1755,7 +1780,7 @@ class Engine:
         """Hand a document's outcome to the store: results, a failure, or None if it was filtered."""
         status = "filtered" if not outcome else "row" if isinstance(outcome, list) else "failed"
         try:
-            body = orjson.dumps(outcome or None, option=orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY)
+            body = self.outlet.stored(outcome or None)
         except TypeError as exc:
             reason = f"the rollout's result cannot be stored as JSON: {exc}{place_of(self.rollout)}"
             self._finish(opened, position, {"error": reason, "error_type": "TypeError", "attempts": 1})
@@ -1792,8 +1817,11 @@ class Engine:
         async with self._settling:
             self._deferred.append(opened)
             self._written(opened.chunk)
-            if self.outlet.fields is None:
-                self.outlet.settle(await self.store.outcomes_of(opened.chunk))
+            # In the order of the input, so that equal responses give equal files, whichever chunk is complete first.
+            incomplete = self._open.keys() - {chunk.chunk.index for chunk in self._deferred}
+            for first in sorted(self._deferred, key=lambda deferred: deferred.chunk.index):
+                if self.outlet.fields is None and first.chunk.index < min(incomplete, default=sys.maxsize):
+                    self.outlet.settle(await self.store.outcomes_of(first.chunk))
             if self.outlet.fields is not None:
                 self._write_deferred()
 
