@@ -299,7 +299,8 @@ def test_the_pages_preview_runs(job: Job, plugin_files: dict[str, str]) -> None:
     job.input([{"text": "one"}], "docs.jsonl")
     shown = job.sdg("--plugin", "./headline.py", "--input", "docs.jsonl", "--base-url", job.server.url, "--preview", 3)
     assert shown.rc == 0, shown
-    assert "Write a headline for this text" in shown.stdout
+    (example,) = re.findall(r"```text\n(request POST.*?)```", GUIDE.read_text(), re.DOTALL)
+    assert [line for line in example.splitlines() if line not in shown.stdout] == []
 
 
 def make_texts(path: Path) -> None:
