@@ -72,6 +72,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from sdg_plugins.common.chunks import Intake, OpenChunk, Outlet
+    from sdg_plugins.common.crew import Crew
     from sdg_plugins.common.files import (
         Place as Place,
         filesystem as filesystem,
@@ -102,11 +103,12 @@ __version__ = "0.1.0"
 
 STATE_VERSION = 2
 COMMIT_INTERVAL = 0.05  # s between group commits: 5,000 documents/s become 250 rows a commit, not 5,000 commits
+LONGEST_UNSAVED = 2.0  # s that a response may not be durable before no further request is sent
+MOST_UNSAVED = 64 << 20  # bytes of responses that are not durable, likewise
 WINDOW = 32  # documents read but not yet written, per document in flight: 1 % stragglers of 20 times the mean need 20
 RECENT = 1000  # documents that the failure rate is also judged by, so that a long run stops soon when all go wrong
-GRACE = 10.0  # s that requests in flight have to be answered after SIGTERM: schedulers kill after 30
-LAST_RESORT = 18.0  # s after a signal at which the process ends even if a plugin blocks it
 PUBLISHER = "sdg-publisher"  # the thread that publishes during a run; see `script`
+left_behind: list[object] = []  # tasks of plugins that did not end with the run; see `script`
 
 # What plugins use that lives in plugins/: `sdg.InputFiles` is `sdg_plugins.common.inputs.InputFiles`.
 HELPERS = {
@@ -326,6 +328,9 @@ class Chunk:
     written: bool = False
     filtered: tuple[int, ...] = ()  # positions in the chunk
     failed: tuple[int, ...] = ()
+    size: int | None = None  # of its file in bytes, when it was written
+    hash: str | None = None  # XXH3 of its file
+    failed_hash: str | None = None  # and of the file of its failed documents
 
     @property
     def rows(self) -> int:
@@ -341,7 +346,7 @@ class Run:
     plugins: Plugins
     output: Place
     state: Path
-    stop: Callable[[Error], None]  # end the run early: requests in flight get a moment, responses are saved
+    stop: Callable[[BaseException], None]  # end the run early: rollouts get a moment, responses are saved
     stopping: threading.Event = dataclasses.field(default_factory=threading.Event)  # set when it ends early
     model: str = ""
     fingerprint: str = ""
@@ -598,6 +603,8 @@ def say(message: str) -> None:
             print(text, file=sys.stderr)
     except BrokenPipeError:  # as with `2>&1 | tee` after Ctrl-C: the reader is gone, but there is more to do
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+    except (OSError, ValueError):  # a plugin has closed it
+        pass
 
 
 # ── Hooks ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -911,7 +918,7 @@ LOCAL_FILE_SYSTEMS = {"apfs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "hfs", "o
 TABLES = """
     CREATE TABLE IF NOT EXISTS chunks (
         chunk INTEGER PRIMARY KEY, start INTEGER, count INTEGER, bookmark TEXT,
-        written INTEGER, filtered TEXT, failed TEXT);
+        written INTEGER, filtered TEXT, failed TEXT, size INTEGER, hash TEXT, failed_hash TEXT);
     -- id = chunk << 32 | position: a chunk is one range of the tree
     CREATE TABLE IF NOT EXISTS documents (id INTEGER PRIMARY KEY, status TEXT, body TEXT);
     CREATE TABLE IF NOT EXISTS requests (document INTEGER, key BLOB, body TEXT);
@@ -936,12 +943,17 @@ class Store:
         self._documents: list[tuple[int, str, bytes]] = []
         self._requests: dict[int, list[tuple[bytes, bytes]]] = {}
         self._handed = self._durable = 0  # how many of these there ever were
-        self._dirty = asyncio.Event()
+        self._answers: Counter[str] = Counter()  # number and bytes of responses that are not durable
+        self._oldest: float | None = None  # time since which something is not
+        self._dirty, self._hurry = asyncio.Event(), asyncio.Event()
         self._committed = asyncio.Condition()
         self._turn = asyncio.Lock()
         self._closing = False
+        self._problem: Exception | None = None  # of the last commit
         self.base: Counter[str] = Counter()  # totals of earlier processes
+        self.most_answers = 500  # that a crash may lose, beside those in flight
         self.on_durable: Callable[[list[int]], None] = lambda ids: None
+        self.on_failure: Callable[[Exception], None] = lambda exc: None
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -950,7 +962,7 @@ class Store:
 
         Raises:
             StateError: the file has another version.
-            sqlite3.Error: the file is broken, or a commit failed; in the second case the body was canceled.
+            sqlite3.Error: the file is broken, or the last commit failed.
         """
         async with _database(path) as db:
             store = cls(db, counts)
@@ -962,6 +974,7 @@ class Store:
                 finally:
                     store._closing = True
                     store._dirty.set()
+                    store._hurry.set()
                     await asyncio.wait([committing])
 
     async def _prepare(self, path: Path) -> None:
@@ -973,6 +986,11 @@ class Store:
         for pragma in (f"journal_mode={mode}", "synchronous=FULL", "cache_size=-8192"):
             await self._db.execute(f"PRAGMA {pragma}")
         await self._db.executescript(TABLES + f"PRAGMA user_version={STATE_VERSION};")
+        async with self._db.execute("PRAGMA table_info(chunks)") as cursor:
+            columns = {row[1] for row in await cursor.fetchall()}
+        for column in ("size INTEGER", "hash TEXT", "failed_hash TEXT"):  # an older sdg did not record them
+            if column.split()[0] not in columns:
+                await self._db.execute(f"ALTER TABLE chunks ADD COLUMN {column}")
         async with self._db.execute("SELECT name, value FROM totals") as cursor:
             self.base = Counter({name: value async for name, value in cursor})
 
@@ -986,6 +1004,8 @@ class Store:
     def answered(self, document: int, key: bytes, body: bytes) -> None:
         """A request of a document has its response."""
         self._requests.setdefault(document, []).append((key, body))
+        self._answers["number"] += 1
+        self._answers["bytes"] += len(body)
         self._handed_in()
 
     def finished(self, document: int, status: str, body: bytes) -> None:
@@ -995,26 +1015,34 @@ class Store:
         self._handed_in()
 
     def _handed_in(self) -> None:
-        self._worked_until = time.monotonic()
+        self._worked_until = now = time.monotonic()
+        if self._oldest is None:
+            self._oldest = now
         self._handed += 1
         self._dirty.set()
 
     @property
     def crowded(self) -> bool:
-        """True if documents are handed in faster than the disk accepts them."""
-        return len(self._documents) > 20_000
+        """True if more is handed in than the disk accepts: a crash must not cost too many responses."""
+        answers, age = self._answers, self._worked_until - (self._oldest or self._worked_until)
+        few = answers["number"] < self.most_answers and answers["bytes"] < MOST_UNSAVED and age < LONGEST_UNSAVED
+        return not few or len(self._documents) > 20_000
 
     async def room(self) -> None:
-        """Wait until the store is no longer crowded."""
+        """Wait until the store is no longer crowded, or cannot store anything."""
+        self._hurry.set()
         async with self._committed:
-            await self._committed.wait_for(lambda: not self.crowded)
+            await self._committed.wait_for(lambda: not self.crowded or self._problem)
 
     async def flush(self) -> None:
-        """Wait until everything handed in so far is durable."""
+        """Wait until everything handed in so far is durable. Raises what keeps it from becoming so."""
         handed = self._handed
         self._dirty.set()
+        self._hurry.set()
         async with self._committed:
-            await self._committed.wait_for(lambda: self._durable >= handed)
+            await self._committed.wait_for(lambda: self._durable >= handed or self._problem)
+        if self._problem:
+            raise self._problem
 
     # Committing
 
@@ -1022,8 +1050,19 @@ class Store:
         while not self._closing:
             await self._dirty.wait()
             self._dirty.clear()
-            await self._commit()
-            await asyncio.sleep(0 if self._closing else COMMIT_INTERVAL)
+            self._hurry.clear()
+            try:
+                await self._commit()
+                self._problem = None
+            except Exception as exc:  # noqa: BLE001 - it is raised by the last commit, if it lasts
+                self._problem = exc
+                self._dirty.set()
+                self.on_failure(exc)
+            async with self._committed:
+                self._committed.notify_all()
+            if not self._closing:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._hurry.wait(), 0.5 if self._problem else COMMIT_INTERVAL)
         await self._commit()
 
     @contextlib.asynccontextmanager
@@ -1038,19 +1077,27 @@ class Store:
             await self._db.commit()
 
     async def _commit(self) -> None:
-        async with self._transaction():
-            # There is no await between these lines: the totals belong to exactly these rows.
-            chunks, documents, requests = self._chunks, self._documents, self._requests
-            self._chunks, self._documents, self._requests = [], [], {}
-            totals, handed = list(self.totals().items()), self._handed
-            await self._insert("chunks", 7, [_chunk_row(chunk) for chunk in chunks])
-            await self._insert("documents", 3, documents)
-            await self._insert("requests", 3, [(i, *answer) for i, answers in requests.items() for answer in answers])
-            await self._insert("totals", 2, totals)
+        chunks, documents, requests = self._chunks, self._documents, self._requests
+        try:
+            async with self._transaction():
+                # There is no await between these lines: the totals belong to exactly these rows.
+                chunks, documents, requests = self._chunks, self._documents, self._requests
+                self._chunks, self._documents, self._requests = [], [], {}
+                totals, handed = list(self.totals().items()), self._handed
+                unsaved, began = self._answers.copy(), time.monotonic()
+                await self._insert("chunks", 10, [_chunk_row(chunk) for chunk in chunks])
+                await self._insert("documents", 3, documents)
+                await self._insert("requests", 3, [(i, *answer) for i, own in requests.items() for answer in own])
+                await self._insert("totals", 2, totals)
+        except BaseException:
+            if requests is not self._requests:  # they wait for the next attempt
+                self._chunks, self._documents = chunks + self._chunks, documents + self._documents
+                self._requests = {i: requests.get(i, []) + self._requests.get(i, []) for i in requests | self._requests}
+            raise
         self._durable = handed
+        self._answers.subtract(unsaved)
+        self._oldest = began if self._handed > handed else None
         self.on_durable([document for document, _, _ in documents])
-        async with self._committed:
-            self._committed.notify_all()
 
     async def _insert(self, table: str, width: int, rows: list[tuple[Any, ...]]) -> None:
         """Insert with one statement for many rows: `executemany` reacquires the GIL for each row, up to 5 ms each."""
@@ -1064,7 +1111,7 @@ class Store:
         """The chunk's file is durable: record that, and drop the documents and responses it was made of."""
         span = (chunk.index << 32, (chunk.index + 1) << 32)
         async with self._transaction():
-            await self._insert("chunks", 7, [_chunk_row(chunk)])
+            await self._insert("chunks", 10, [_chunk_row(chunk)])
             await self._db.execute("DELETE FROM documents WHERE id >= ? AND id < ?", span)
             await self._db.execute("DELETE FROM requests WHERE document >= ? AND document < ?", span)
 
@@ -1072,7 +1119,7 @@ class Store:
         """Make a written chunk open again, with the documents that stay as they are."""
         async with self._transaction():
             await self._insert("documents", 3, [(chunk.index << 32 | i, status, body) for i, status, body in outcomes])
-            await self._insert("chunks", 7, [_chunk_row(chunk)])
+            await self._insert("chunks", 10, [_chunk_row(chunk)])
 
     async def forget_failures(self) -> None:
         """Make the failed documents of open chunks unfinished."""
@@ -1141,7 +1188,8 @@ async def _database(path: Path) -> AsyncIterator[aiosqlite.Connection]:
     """A connection. It is closed even if it is canceled while opening: its thread would outlive the loop."""
     import aiosqlite
 
-    connecting = asyncio.ensure_future(aiosqlite.connect(path, timeout=60))
+    # Each statement that sqlite3 keeps for later also keeps the values that were last bound to it: megabytes.
+    connecting = asyncio.ensure_future(aiosqlite.connect(path, timeout=60, cached_statements=0))
     try:
         yield await asyncio.shield(connecting)
     finally:
@@ -1149,14 +1197,15 @@ async def _database(path: Path) -> AsyncIterator[aiosqlite.Connection]:
 
 
 def _chunk_row(chunk: Chunk) -> tuple[Any, ...]:
-    return (*dataclasses.astuple(chunk)[:5], json.dumps(chunk.filtered), json.dumps(chunk.failed))
+    *first, filtered, failed, size, hash_, failed_hash = dataclasses.astuple(chunk)
+    return (*first, json.dumps(filtered), json.dumps(failed), size, hash_, failed_hash)
 
 
 def chunk_of(row: Sequence[Any]) -> Chunk:
     """The chunk in a row of the table `chunks`."""
-    index, start, count, bookmark, written, filtered, failed = row
+    index, start, count, bookmark, written, filtered, failed, *stamps = (*row, None, None, None)[:10]
     filtered, failed = tuple(json.loads(filtered)), tuple(json.loads(failed))
-    return Chunk(index, start, count, bookmark, bool(written), filtered, failed)
+    return Chunk(index, start, count, bookmark, bool(written), filtered, failed, *stamps)
 
 
 def file_system_of(path: Path) -> str:
@@ -1322,6 +1371,8 @@ class RolloutRun:
         assert branch
         self._branches.add(branch)
         try:
+            if self._engine.store.crowded:
+                await self._engine.store.room()
             response = await self._engine.send(request)
         except asyncio.CancelledError:
             self.interrupted = True
@@ -1333,17 +1384,21 @@ class RolloutRun:
         return response
 
     async def run(self) -> Outcome:
-        """The results, or what failed. Canceled if the run is stopping."""
-        ends = self._answers.get(self._parts_key)
-        outcome = await self._outcome() if ends is None else []
-        if ends is not None or self.room is not None:
-            assert self._engine.run.fitter
-            outcome = await self._engine.run.fitter.run_parts(self, None if ends is None else orjson.loads(ends))
-        self.final = True
-        for branch in self._branches:  # as `gather` leaves them when one has failed: nothing awaits their responses
-            branch.cancel()
-        if self.interrupted and self._engine.stopping:
-            raise asyncio.CancelledError  # made without a response that was on its way: the next process runs it again
+        """The results, or what failed. Canceled if the run is stopping: whatever the rollout made of that is void."""
+        engine = self._engine
+        try:
+            ends = self._answers.get(self._parts_key)
+            outcome = await self._outcome() if ends is None else []
+            if ends is not None or self.room is not None:
+                assert engine.run.fitter
+                outcome = await engine.run.fitter.run_parts(self, None if ends is None else orjson.loads(ends))
+        finally:
+            self.final = True
+            for branch in self._branches:  # as `gather` leaves them when one has failed: nothing awaits their responses
+                branch.cancel()
+        await engine.crew.take_back_cancellation()
+        if engine.crew.cut_off or (self.interrupted and engine.stopping):
+            raise asyncio.CancelledError  # the next process runs it again
         return outcome
 
     @property
@@ -1366,12 +1421,9 @@ class RolloutRun:
             if self.reasons:
                 common["finish_reason"] = engine.client.worst(self.reasons)
             return [{**common, **result} for result in results]
-        except asyncio.CancelledError as exc:
-            task = asyncio.current_task()
-            if engine.stopping or (task and task.cancelling()):
+        except BaseException as exc:
+            if engine.crew.cut_off or (self.interrupted and engine.stopping):
                 raise
-            return self._failure(exc)  # the rollout's own: something that it awaited was canceled
-        except (Exception, SystemExit) as exc:  # noqa: BLE001 - a fault of the rollout is a failure of its document
             return self._failure(first_cause(exc))  # a TaskGroup raises groups
 
     def _failure(self, exc: BaseException) -> dict[str, Any]:
@@ -1445,6 +1497,7 @@ class Engine:
     Args:
         run: what to do.
         store: the rank's state, open.
+        crew: runs the workers.
         intake: reads chunks.
         outlet: writes chunks.
         send: the client, with the links of plugins around it.
@@ -1452,17 +1505,24 @@ class Engine:
     """
 
     def __init__(
-        self, run: Run, store: Store, intake: Intake, outlet: Outlet, send: Send, resources: dict[str, Any]
+        self,
+        run: Run,
+        store: Store,
+        crew: Crew,
+        intake: Intake,
+        outlet: Outlet,
+        send: Send,
+        resources: dict[str, Any],
     ) -> None:
         assert run.client
         entry = run.plugins.rollouts[run.options.rollout]
-        self.run, self.store, self.intake, self.outlet = run, store, intake, outlet
-        self.client, self.send = run.client, send
+        self.run, self.store, self.crew, self.client, self.send = run, store, crew, run.client, send
+        self.intake, self.outlet = intake, outlet
         self.makers = {name: value.make for name, value in resources.items() if isinstance(value, PerRollout)}
         self.resources = {name: value for name, value in resources.items() if name not in self.makers}
         self.rollout, self.rollout_file = entry.factory, getattr(sys.modules.get(entry.plugin), "__file__", None)
         self._defaults = {name: sampling(of.options, of.model) for name, of in {"": run, **run.models}.items()}
-        self.stopping = self._broken_off = False
+        self.stopping = False
         self.started = self.finished = 0  # documents, in this process
         self.failures = Failures()
         self.tally: Counter[str] = Counter()  # documents, in all processes
@@ -1472,8 +1532,6 @@ class Engine:
         self._space = asyncio.Event()
         self._ready: Iterator[tuple[OpenChunk, Document]] = iter(())
         self._turn = asyncio.Lock()
-        self._workers: list[asyncio.Task[None]] = []
-        self._draining: asyncio.Task[None] | None = None
         self._writing = ThreadPoolExecutor(2, "sdg-writer")
         self._settling = asyncio.Lock()
         self._two_write = asyncio.Semaphore(2)
@@ -1484,49 +1542,41 @@ class Engine:
             await self.store.forget_failures()
         await self._reopen_lost()
         self.tally = await self.store.tally()
-        self.store.on_durable = self._durable
+        options = self.run.options
+        self.store.on_durable, self.store.on_failure = self._durable, self.run.stop
+        self.store.most_answers = max(100, options.max_concurrent_generations)
         with self.intake, self._writing:
             async with asyncio.TaskGroup() as self._write_tasks, contextlib.aclosing(self._batches()) as batches:
-                try:
-                    async with asyncio.TaskGroup() as workers:
-                        for _ in range(self.run.options.max_concurrent_documents):
-                            self._workers.append(workers.create_task(self._work(batches)))
+                await self.crew.work(self._work(batches) for _ in range(options.max_concurrent_documents))
+                with contextlib.suppress(Exception):  # it has stopped the run
                     await self.store.flush()
-                except BaseException:
-                    self._broken_off = True
-                    raise
             if self._deferred and not self.stopping:  # no document has a result
                 self.outlet.settle_without_results()
                 async with asyncio.TaskGroup() as self._write_tasks:
                     self._write_deferred()
             if not self.stopping:
                 await self._in_writing_thread(self.outlet.finish)
-        if self._draining:
-            await self._draining
         if self._open and not self.stopping:
             raise StateError(f"chunks {sorted(self._open)[:5]} are unfinished: run again, and please report this")
         self._check_failure_rate(self.tally["failed"], sum(self.tally.values()), least=1)
 
     def stop(self) -> None:
-        """Start nothing new, give requests in flight a moment, then cancel them."""
+        """Start nothing new, give documents in flight a moment, then cancel them."""
         self.stopping = True
         for pool in self._pools:
             pool.stop()
-        self._draining = asyncio.create_task(self._drain())
-
-    async def _drain(self) -> None:
-        deadline = time.monotonic() + GRACE
-        while any(pool.active for pool in self._pools) and time.monotonic() < deadline:  # noqa: ASYNC110 - too hot
-            await asyncio.sleep(0.05)
-        for worker in self._workers:
-            worker.cancel()
+        self.crew.end()
 
     async def _work(self, batches: AsyncIterator[Iterator[tuple[OpenChunk, Document]]]) -> None:
-        """One of as many workers as documents may be in flight: a task for each document would cost a tenth more."""
+        """Process one document after the other. What fails beside them ends the run, but no worker."""
         try:
             while not self.stopping:
                 if taken := next(self._ready, None):
-                    await self._roll_out(*taken)
+                    self.crew.busy += 1
+                    try:
+                        await self._roll_out(*taken)
+                    finally:
+                        self.crew.busy -= 1
                     if self.store.crowded:
                         await self.store.room()
                     continue
@@ -1537,11 +1587,11 @@ class Engine:
                         if batch is None:
                             return
                         self._ready = batch
-        except Error as exc:
-            self.run.stop(exc)
         except asyncio.CancelledError:
             if not self.stopping:
                 raise
+        except Exception as exc:  # noqa: BLE001 - what is in flight is worth the wait
+            self.run.stop(exc)
 
     # Reading
 
@@ -1688,7 +1738,7 @@ class Engine:
         for document in documents:
             opened = self._open[document >> 32]
             opened.remaining -= 1
-            if not opened.remaining and not self._broken_off:  # otherwise the next process writes it
+            if not opened.remaining:
                 self._write_tasks.create_task(self._write_chunk(opened))
 
     async def _settle(self, opened: OpenChunk) -> None:
@@ -1709,23 +1759,21 @@ class Engine:
 
     async def _write_chunk(self, opened: OpenChunk) -> None:
         """Write the file, record it, clean up: in this order, and each step may be repeated."""
-        chunk = opened.chunk
-        if self.outlet.fields is None:
-            await self._settle(opened)
-            return
-        async with self._two_write:
-            outcomes = await self.store.outcomes_of(chunk)
-            try:
-                await self._in_writing_thread(self.outlet.write, opened, outcomes, self.intake.id_column)
-            except Error as exc:
-                self.run.stop(exc)
+        try:
+            if self.outlet.fields is None:
+                await self._settle(opened)
                 return
-            chunk.written = True
-            await self.store.written(chunk)
-            self._open.pop(chunk.index)
-            opened.close()
-            await self._in_writing_thread(announce, self.run, chunk)
-        self._written(chunk)
+            async with self._two_write:
+                chunk, outcomes = opened.chunk, await self.store.outcomes_of(opened.chunk)
+                await self._in_writing_thread(self.outlet.write, opened, outcomes, self.intake.id_column)
+                chunk.written = True
+                await self.store.written(chunk)
+                self._open.pop(chunk.index)
+                opened.close()
+                await self._in_writing_thread(announce, self.run, chunk)
+            self._written(chunk)
+        except Exception as exc:  # noqa: BLE001 - what is in flight is worth the wait
+            self.run.stop(exc)
 
     def _written(self, chunk: Chunk) -> None:
         """Move the window on."""
@@ -1772,18 +1820,25 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def script() -> NoReturn:
-    """`main` as a program: an upload that hangs does not keep it from ending.
+    """`main` as a program: no upload that hangs, and no task or thread of a plugin, keeps it from ending.
 
-    The interpreter would wait for some of the publisher's threads, and unload libraries that others use: they crash.
+    The interpreter would wait for threads, and unload libraries that the publisher's threads use: they crash.
     """
     code = main()
-    if any(thread.name == PUBLISHER for thread in threading.enumerate()):
+    deadline = time.monotonic() + 0.5
+    others = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
+    for thread in others:
+        if not thread.daemon:
+            thread.join(max(0.0, deadline - time.monotonic()))
+    waits = any(thread.name == PUBLISHER or (thread.is_alive() and not thread.daemon) for thread in others)
+    if left_behind or waits:
         import multiprocessing
 
         for child in multiprocessing.active_children():  # of a plugin's pool
             child.terminate()
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                stream.flush()
         os._exit(code)
     sys.exit(code)
 

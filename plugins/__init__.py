@@ -1,4 +1,4 @@
-"""The plugins that come with sdg: each one a module that a user may copy as a start for their own."""
+"""The plugins that come with sdg, a folder for each kind, and the machinery that they share; see README.md here."""
 
 import sys
 

@@ -20,6 +20,7 @@ import xxhash
 import sdg
 from sdg_plugins.commands.jobs import Present, Stop, record_end, run_all
 from sdg_plugins.common.command_line import Config, as_arguments, parse_with
+from sdg_plugins.common.ending import run_to_the_end
 from sdg_plugins.common.options import refusing
 from sdg_plugins.common.progress import progress
 from sdg_plugins.common.recorded import MEMORY
@@ -130,8 +131,6 @@ def _in_thread(config: Config, ended: list[sdg.Run]) -> None:
         config: what to run.
         ended: its run is added when the engine has ended, even if not all went well.
     """
-    import uvloop
-
     problems: list[BaseException] = []
     over = threading.Event()  # a thread's own `join` breaks when it is interrupted
     stops: list[tuple[asyncio.AbstractEventLoop, Stop]] = []
@@ -145,7 +144,7 @@ def _in_thread(config: Config, ended: list[sdg.Run]) -> None:
 
     def work() -> None:
         try:
-            uvloop.run(run_all([config], cast("Present", shown), lambda stop: stops.append((_loop(), stop))))
+            run_to_the_end(run_all([config], cast("Present", shown), lambda stop: stops.append((_loop(), stop))))
         except BaseException as exc:  # noqa: BLE001 - raised in the caller's thread
             problems.append(exc)
         finally:

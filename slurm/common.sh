@@ -5,9 +5,22 @@
 #   SDG_REQUEUES  maximum number of requeues of a job, whatever their reason [after interruptions no limit, otherwise
 #                 until 3 attempts in a row have made no progress]
 #   SDG_EARLY     seconds within which an error is taken for one that another attempt would meet, too [600]
+#   SDG_ENV       script that sets up the environment (submit.sh --env)
+#   SDG_CONTAINER image for the ranks: a .sif file with apptainer, otherwise pyxis (submit.sh --container)
+#   SDG_MOUNTS    folders that the container sees, separated by commas (submit.sh --mounts)
+#   SDG_WAIT      seconds that processes on other nodes have to end when one of them has [60]
 #   SDG_SCRATCH   folder on each node's local disk [$SLURM_TMPDIR, $TMPDIR or /tmp]
 
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+
+# Source the script that sets up the environment; those of virtual environments and modules use unset variables.
+set_environment() {
+    set +u
+    # shellcheck source=/dev/null
+    source "$SDG_ENV"
+    set -u
+}
+[[ -z ${SDG_ENV:-} ]] || set_environment
 if [[ -n ${SDG:-} ]]; then
     read -ra sdg <<<"$SDG"
 elif [[ -f ${here%/*}/sdg.py ]]; then
@@ -31,6 +44,14 @@ set_caches() {
     export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$scratch/inductor}
     export CUDA_CACHE_PATH=${CUDA_CACHE_PATH:-$scratch/cuda}
     trap clear_caches EXIT
+}
+
+set_container() {
+    if [[ ${SDG_CONTAINER:-} == *.sif ]]; then
+        sdg=(apptainer exec --nv --bind "$SDG_MOUNTS" "$SDG_CONTAINER" "${sdg[@]}")
+    elif [[ -n ${SDG_CONTAINER:-} ]]; then
+        container=(--container-image="$SDG_CONTAINER" --container-mounts="$SDG_MOUNTS")
+    fi
 }
 
 clear_caches() {
@@ -62,14 +83,20 @@ run() {
 # Run one rank on the job's nodes, with a process on each, and exit with the engine's status. The job is requeued if
 # another attempt may succeed, according to what the engine has recorded of its end.
 run_rank() {
-    local word began=$SECONDS
+    local word began=$SECONDS sliced=0
     for word; do
+        [[ $word != --world-size* && $word != --config* ]] || sliced=1
         if [[ $word == --fresh ]]; then
             echo "sdg: --fresh would start over at every requeue: delete the output and its state by hand instead" >&2
             exit 2
         fi
     done
+    if ((!sliced && (${SLURM_ARRAY_TASK_ID:-0} > 0 || ${SLURM_ARRAY_TASK_COUNT:-1} > 1))); then
+        echo "sdg: --world-size N is missing: the number of all ranks, even if this array has only some of them" >&2
+        exit 2
+    fi
     set_caches
+    set_container
     if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then # srun does not inherit it from sbatch
         export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
     fi

@@ -12,18 +12,21 @@ import sdg
 from sdg_plugins.common import recorded
 from sdg_plugins.common.checks import check_columns, check_reader, reading
 from sdg_plugins.common.command_line import Config, parse_configs
-from sdg_plugins.common.files import output_place, split_uri, uses_spool
+from sdg_plugins.common.files import output_place, rank_file, split_uri, uses_spool
 from sdg_plugins.common.markdown import counted
+from sdg_plugins.common.ranks import ranges
 from sdg_plugins.common.state import (
     changes_since,
     check_state_dir,
     different_run,
     documents_in,
+    goal_of,
     recorded_size,
     refuse_strangers,
     remember_source,
     size_of_chunks,
 )
+from sdg_plugins.common.statistics import statistics_of
 from sdg_plugins.rollouts import prompt
 from sdg_plugins.servers import command, sglang
 from sdg_plugins.servers.launching import launching
@@ -94,10 +97,24 @@ def check_config(config: Config) -> None:
     print(f"documents {'unknown' if documents is None else documents}")
     print(f"output {os.path.abspath(options.output) if local else options.output}")
     print(f"output-config {options.output_config}\nstate-dir {state}")
+    print(f"open-ranks {ranges(open_ranks(run, reader)) or 'none'}")
     print(fine)
 
 
-def raise_reason(reason: sdg.Error) -> None:
+def open_ranks(run: sdg.Run, reader: sdg.Reader) -> list[int]:
+    """The ranks that have not finished, or have more to do."""
+    options, goal = run.options, goal_of(reader, run.options)
+
+    def is_open(rank: int) -> bool:
+        figures = statistics_of(rank_file(run.state, rank, "stats.json"))
+        record = figures.get("rank", {})
+        done = record.get("status") == "finished" and record.get("goal") == goal
+        return not done or bool(options.retry_failed and figures.get("failed"))
+
+    return [rank for rank in range(options.world_size) if is_open(rank)]
+
+
+def raise_reason(reason: BaseException) -> None:
     """Stop a run that only checks: nothing is under way that could be ended."""
     raise reason
 

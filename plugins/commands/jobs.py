@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import inspect
 import os
-import signal
 import sqlite3
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,10 +31,20 @@ from sdg_plugins.common.checks import (
 )
 from sdg_plugins.common.chunks import Intake, Outlet
 from sdg_plugins.common.command_line import Config
+from sdg_plugins.common.crew import GRACE, Crew
+from sdg_plugins.common.ending import same_folder, signals
 from sdg_plugins.common.files import output_place, rank_file
 from sdg_plugins.common.progress import progress, report
 from sdg_plugins.common.shares import Share, Shares
-from sdg_plugins.common.state import check_state_dir, claim_state, goal_of, lock_rank, remember_source, start_over
+from sdg_plugins.common.state import (
+    check_state_dir,
+    claim_state,
+    discarded,
+    goal_of,
+    lock_rank,
+    remember_source,
+    start_over,
+)
 from sdg_plugins.common.statistics import (
     heartbeat,
     recording_the_end,
@@ -64,18 +74,21 @@ class Stop:
     Attributes:
         stopping: set when it ends early, for threads.
         gently: how to end it while an engine is working.
+        explain: returns the exception to report for one that is the reason.
     """
 
     def __init__(
         self, cancel: Callable[[], object], everything: Stop | None = None, name: str = "", quiet: bool = False
     ) -> None:
-        self.reason: sdg.Error | None = None
+        self.reason: BaseException | None = None
         self.stopping = threading.Event()
         self.gently: Callable[[], None] | None = None
+        self.explain: Callable[[BaseException], BaseException] = sdg.first_cause
         self._cancel, self._everything, self._name = cancel, everything, name
         self.quiet: bool = everything.quiet if everything else quiet
 
-    def __call__(self, reason: sdg.Error) -> None:
+    def __call__(self, reason: BaseException) -> None:
+        reason = self.explain(reason)
         first, self.reason = self.reason is None, self.reason or reason
         if first:
             self.stopping.set()
@@ -88,29 +101,12 @@ class Stop:
         elif isinstance(reason, sdg.Interrupted) and not self._everything:
             self._cancel()
 
-    def _say(self, reason: sdg.Error) -> None:
-        if reason.said or self.quiet:
-            return
-        sdg.say(f"{self._name}{reason}")
-        reason.said = True
-        if isinstance(reason, sdg.Interrupted):  # whatever a plugin does: completed responses are durable by then
-            watchdog = threading.Timer(sdg.LAST_RESORT, os._exit, [reason.exit_code])
-            watchdog.daemon = True
-            watchdog.start()
-
-
-@contextlib.contextmanager
-def signals(stop: Stop) -> Iterator[None]:
-    """Stop the run on SIGINT, SIGTERM, and SIGUSR1 (which Slurm can send before the time limit)."""
-    loop = asyncio.get_running_loop()
-    handled = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    for signum in handled:
-        loop.add_signal_handler(signum, stop, sdg.Interrupted(signum))
-    try:
-        yield
-    finally:
-        for signum in handled:
-            loop.remove_signal_handler(signum)
+    def _say(self, reason: BaseException) -> None:
+        if isinstance(reason, sdg.Error) and not reason.said and not self.quiet:
+            working = isinstance(reason, sdg.Interrupted) and self.gently is not None
+            hint = f" (what is in flight has {GRACE:.0f} s to end; interrupt again to cut it off)" if working else ""
+            sdg.say(f"{self._name}{reason}{hint}")
+            reason.said = True
 
 
 @contextlib.asynccontextmanager
@@ -120,7 +116,7 @@ async def reported(engine: sdg.Engine, stop: Stop) -> AsyncIterator[None]:
         yield
     figures, chunks = await record_end(engine, stop), await engine.store.chunks()
     if figures["documents"] or not stop.reason:
-        with contextlib.suppress(BrokenPipeError):  # no one reads it: the run is as good as before
+        with contextlib.suppress(OSError, ValueError):  # no one reads it: the run is as good as before
             print(report(engine, figures, chunks.values()), flush=True)
 
 
@@ -165,6 +161,7 @@ class Job:
         assert task
         self.stop = Stop(task.cancel, everything, name)
         self.run = open_run(config, self.stop)
+        self.stop.explain = functools.partial(explained, run=self.run)
         self.problem: BaseException | None = None
         self.finished = False
         self._task, self._everything, self._name = task, everything, name
@@ -182,7 +179,7 @@ class Job:
 
     async def work(self, servers: Mapping[str, Servers]) -> None:
         """Run to the end, or as far as it gets."""
-        self._everything.gently = lambda: self.stop(cast("sdg.Error", self._everything.reason))
+        self._everything.gently = lambda: self.stop(cast("BaseException", self._everything.reason))
         try:
             with self._lock(self.run), recording_the_end(self.run, lambda: self.stop.reason):
                 begin_attempt(self.run)
@@ -202,7 +199,7 @@ class Job:
 
     async def _work(self, servers: Mapping[str, Servers]) -> None:
         check_state_dir(self.run)
-        if self.run.options.fresh:
+        if self.run.options.fresh or discarded(self.run):
             start_over(self.run)
         remember_source(self.run)
         async with self._engine(await self._reader(), servers) as engine:
@@ -211,7 +208,8 @@ class Job:
             async with self._present(engine, self.stop):
                 self.stop.gently = engine.stop
                 try:
-                    await engine.work()
+                    with same_folder():
+                        await engine.work()
                 finally:
                     self.stop.gently = None
 
@@ -238,7 +236,8 @@ class Job:
             store = await stack.enter_async_context(sdg.Store.open(path, run.counts))
             send = run.plugins.linked(run)
             resources = await self._resources(stack)
-            yield sdg.Engine(run, store, Intake(run, reader), Outlet(run, self._writer), send, resources)
+            intake, outlet = Intake(run, reader), Outlet(run, self._writer)
+            yield sdg.Engine(run, store, Crew(), intake, outlet, send, resources)
 
     async def _resources(self, stack: contextlib.AsyncExitStack) -> dict[str, Any]:
         """Enter the resources that the rollout has parameters for."""
@@ -312,7 +311,7 @@ class FreeRank(Job):
 
 def open_run(config: Config, stop: Stop) -> sdg.Run:
     """The run of a config, with its output and state folders created."""
-    options, state = config.options, Path(config.options.state_dir)
+    options, state = config.options, Path(config.options.state_dir).absolute()
     run = sdg.Run(options, config.plugins, output_place(options, state), state, stop, stop.stopping)
     try:
         run.state.mkdir(parents=True, exist_ok=True)

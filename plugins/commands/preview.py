@@ -17,6 +17,7 @@ from typing import Any
 import sdg
 from sdg_plugins.commands.jobs import Stop, run_all
 from sdg_plugins.common.command_line import Config
+from sdg_plugins.common.ending import run_to_the_end
 from sdg_plugins.common.files import format_of, uses_spool
 from sdg_plugins.common.notes import DocumentRecord, Exchange, Notes
 from sdg_plugins.common.secrets import secrets_of
@@ -43,7 +44,6 @@ def preview_config(config: Config, folder: str, documents: int) -> Config:
 
 def preview(configs: list[Config]) -> None:
     """Run and show the first documents of each config."""
-    import uvloop
 
     @contextlib.asynccontextmanager
     async def shown(engine: sdg.Engine, stop: Stop) -> AsyncIterator[None]:
@@ -60,7 +60,7 @@ def preview(configs: list[Config]) -> None:
         for config in previews:
             notes_of[config.name].attach(config.plugins, config.options.rollout, config.options.writer)
         try:
-            uvloop.run(run_all(previews, shown))
+            run_to_the_end(run_all(previews, shown))
         except BaseException as exc:
             failed = isinstance(sdg.first_cause(exc), sdg.ServerError)
             for log in Path(folder).rglob("logs/*.log") if failed else ():  # the folder is about to be deleted

@@ -6,6 +6,7 @@ import sdg
 from sdg_plugins.commands.jobs import run_all
 from sdg_plugins.commands.preview import preview
 from sdg_plugins.common.command_line import parse_configs
+from sdg_plugins.common.ending import run_to_the_end
 
 
 @sdg.hookimpl
@@ -15,11 +16,9 @@ def register_commands(register: sdg.RegisterCommands) -> None:
 
 def run(argv: list[str]) -> int:
     """Generate: the default command."""
-    import uvloop
-
     configs = parse_configs(argv)
     if configs[0].options.preview:
         preview(configs)
     else:
-        uvloop.run(run_all(configs))
+        run_to_the_end(run_all(configs))
     return 0

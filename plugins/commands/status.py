@@ -18,7 +18,7 @@ import sdg
 from sdg_plugins.common import recorded
 from sdg_plugins.common.markdown import counted, short_line
 from sdg_plugins.common.options import Parser
-from sdg_plugins.common.ranks import Overview, Rank, begun_ranks, phase_of, ranks_of, rounded_duration
+from sdg_plugins.common.ranks import Overview, Rank, begun_ranks, phase_of, ranges, ranks_of, rounded_duration
 from sdg_plugins.common.slurm import Queue, Submission, any_queued
 
 GROUPS = 10  # groups of ranks that are shown: a thousand ranks fail for few reasons, or for too many to read
@@ -229,14 +229,3 @@ def job_of(rank: Rank) -> str:
 def last_heartbeat(rank: Rank) -> str:
     """The age of a rank's last heartbeat; "" if there was none."""
     return f"{rounded_duration(max(0.0, time.time() - rank.updated))} ago" if rank.updated else ""
-
-
-def ranges(numbers: list[int]) -> str:
-    """Sorted numbers in the syntax of `sbatch --array`: `0-3,7`."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)

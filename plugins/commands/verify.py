@@ -6,6 +6,8 @@ It reads input, state and output again, and compares published files with those 
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -17,7 +19,7 @@ from sdg_plugins.common.chunks import OpenChunk, read_failed
 from sdg_plugins.common.files import format_of, rank_file, uses_spool
 from sdg_plugins.common.markdown import counted
 from sdg_plugins.common.options import Parser
-from sdg_plugins.common.state import output_files
+from sdg_plugins.common.state import differences, output_files, parse_run
 from sdg_plugins.common.values import id_column_of
 from sdg_plugins.publishing.publisher import Publisher
 
@@ -66,6 +68,7 @@ def discrepancies(run: sdg.Run, counts: Counter[str], unfinished: Counter[str]) 
     """
     options = run.options
     reader = recorded.reader_of(run)
+    yield from discrepancies_of_input(run, reader)
     writer = run.plugins.writers[format_of(options.output_filename)].factory(run)
     known = {chunk.index: chunk for chunk in recorded.chunks_of(run)}
     expected = set()
@@ -86,7 +89,8 @@ def discrepancies(run: sdg.Run, counts: Counter[str], unfinished: Counter[str]) 
             counts["failed"] += len(chunk.failed)
     for index in known:
         yield f"chunk {index} is recorded, but the input no longer has its rows"
-    for file in output_files(run):
+    failed_folder = os.path.dirname(run.failed_path_of(sdg.Chunk(0, 0)))
+    for file in [*output_files(run), *run.output.list(failed_folder)]:
         if file not in expected:
             yield f"{run.output.path(file)} does not belong to a finished chunk"
     if uses_spool(run.options):
@@ -109,21 +113,34 @@ def all_chunks(run: sdg.Run, reader: sdg.Reader) -> Iterator[OpenChunk]:
             return
 
 
+def discrepancies_of_input(run: sdg.Run, reader: sdg.Reader) -> Iterator[str]:
+    """The differences between the input and what it was when the run began, beside rows that were added."""
+    recorded_input = parse_run(run.state / "run.json", (run.state / "run.json").read_bytes())["identity"]["input"]
+    identity = json.loads(json.dumps(dict(reader.identity)))
+    if identity != recorded_input and not reader.continues(recorded_input):
+        for difference in list(differences(recorded_input, identity))[:10]:
+            yield f"the input has changed since the run: {difference}"
+
+
 def discrepancies_of_chunk(run: sdg.Run, chunk: sdg.Chunk, ids: list[str], writer: sdg.Writer) -> Iterator[str]:
     """The discrepancies in the files of one finished chunk; `ids` are those of its documents, in order."""
     path = run.output.path(run.path_of(chunk))
     gone = {*chunk.filtered, *chunk.failed}
     expected = [ids[position] for position in range(chunk.count) if position not in gone]
     try:
+        yield from changed_files(run, chunk)
         table = writer.read(chunk)
         failed = [record["id"] for record in read_failed(run, chunk)]
     except (OSError, ValueError, KeyError) as exc:
         yield f"{path} or its failed records cannot be read: {exc}"
         return
+    fingerprint = (table.schema.metadata or {}).get(b"sdg.fingerprint") if table is not None else None
     if table is None and not chunk.rows:
         pass  # a chunk without rows has no file
     elif table is None:
         yield f"{path} is gone: it had {counted(chunk.rows, 'row')}"
+    elif fingerprint and fingerprint.decode() != run.fingerprint:
+        yield f"{path} belongs to a different run: its fingerprint is {fingerprint.decode()}, not {run.fingerprint}"
     elif table.num_rows != chunk.rows:
         yield f"{path} has {counted(table.num_rows, 'row')}, expected {chunk.rows:,}"
     elif chunk.rows:
@@ -136,3 +153,11 @@ def discrepancies_of_chunk(run: sdg.Run, chunk: sdg.Chunk, ids: list[str], write
     if failed != [ids[position] for position in chunk.failed]:
         documents = counted(len(chunk.failed), "failed document")
         yield f"{run.output.path(run.failed_path_of(chunk))} does not list its {documents}"
+
+
+def changed_files(run: sdg.Run, chunk: sdg.Chunk) -> Iterator[str]:
+    """The files of a chunk whose content is not the one that was written; a file that is gone is reported elsewhere."""
+    for name, expected in ((run.path_of(chunk), chunk.hash), (run.failed_path_of(chunk), chunk.failed_hash)):
+        stamp = run.output.stamp(name) if expected else None
+        if stamp and stamp.hash != expected:
+            yield f"{run.output.path(name)} has changed since it was written"

@@ -263,6 +263,9 @@ class Outlet:
             self._write_rows(chunk, rows)
         elif chunk.index == 0:
             self._without_rows = rows
+        stamp, failed = (run.output.stamps.pop(path(chunk), None) for path in (run.path_of, run.failed_path_of))
+        chunk.size, chunk.hash = stamp or (None, None)  # a third-party writer may write by itself
+        chunk.failed_hash = failed and failed.hash
 
     def _write_rows(self, chunk: sdg.Chunk, rows: pa.Table) -> None:
         with sdg.at_work(f"the writer of {self._run.output.path(self._run.path_of(chunk))}", self.writer):
@@ -321,16 +324,25 @@ class Outlet:
         return outcomes
 
     def lost(self, chunks: list[sdg.Chunk]) -> list[sdg.Chunk]:
-        """The written chunks whose files are gone from a local folder; reports them.
+        """The written chunks whose files are gone or empty; reports them. Files on the Hub are checked by `verify`.
 
-        A store is only checked by `verify`, because that takes long, and published files may leave the spool.
+        Raises:
+            OutputError: a file has another size than the one that was written: it may be valuable.
         """
         run, options = self._run, self._run.options
-        if split_uri(options.output)[0] != "file" or run.plugins.writers[options.writer].package != "sdg":
+        own_scheme = split_uri(options.output)[0] == options.writer
+        if own_scheme or run.plugins.writers[options.writer].package != "sdg":
             return []
         folders = {os.path.dirname(run.path_of(chunk)) for chunk in chunks}
-        there = {file for folder in folders for file in run.output.list(folder)}
-        gone = [chunk for chunk in chunks if run.path_of(chunk) not in there]
+        sizes = {file: size for folder in folders for file, size in run.output.sizes(folder).items()}
+        gone = [chunk for chunk in chunks if not sizes.get(run.path_of(chunk))]
+        for chunk in chunks:
+            size = sizes.get(run.path_of(chunk))
+            if size and chunk.size not in {None, size}:
+                raise sdg.OutputError(
+                    f"{run.output.path(run.path_of(chunk))} has {size:,} bytes, but {chunk.size:,} were written: "
+                    "restore it, or move it away and have it generated again"
+                )
         if gone:
             others = f" and {len(gone) - 1:,} more" * (len(gone) > 1)
             sdg.say(f"missing from the output, will be written again: {run.output.path(run.path_of(gone[0]))}{others}")

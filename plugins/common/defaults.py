@@ -82,6 +82,9 @@ def _derive_rank(options: argparse.Namespace) -> None:
         options.world_size = int(os.environ.get("SLURM_ARRAY_TASK_COUNT", "1")) if task else 1
         if task and options.world_size != int(last or 0) - int(first or 0) + 1:
             raise sdg.UsageError("this Slurm array has gaps: give --rank and --world-size")
+        if task and options.world_size > 1:
+            which = f"rank {options.rank} of {options.world_size}, as Slurm's array says"
+            sdg.say(f"{which}: for runs of their own give --rank 0 --world-size 1 and an --output each")
     if options.rank >= options.world_size:
         raise sdg.UsageError(f"--rank {options.rank} must be less than --world-size {options.world_size}")
 

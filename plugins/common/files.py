@@ -10,13 +10,16 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import xxhash
 
 import sdg
 from sdg_plugins.common import s3
 
 OBJECT_STORES = {"s3", "gcs", "abfs"}  # have no folders: creating one leaves an empty object
 PUT_BYTES = 16 << 20  # written at a time: more than the smallest part of an upload, so that pyarrow copies nothing
+PIECE = 1 << 20  # bytes of a file that are read at a time to hash it
 ALIASES = {  # further suffixes of a format
     **dict.fromkeys(("ndjson", "json"), "jsonl"),
     **dict.fromkeys(("tsv", "tab", "psv"), "csv"),
@@ -121,8 +124,28 @@ def access_errors(uri: str, kind: type[sdg.Error]) -> Iterator[None]:
 # ── Output ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+class Stamp(NamedTuple):
+    """Size (bytes) and hash of a file's content."""
+
+    size: int
+    hash: str
+
+
+def stamp_of(file: Any) -> Stamp:
+    """The stamp of an open file, from its current position to its end."""
+    digest, size = xxhash.xxh3_128(), 0
+    while piece := file.read(PIECE):
+        digest.update(piece)
+        size += len(piece)
+    return Stamp(size, digest.hexdigest())
+
+
 class Place:
-    """A folder on any file system that pyarrow supports. Files appear in it whole and durable, or not at all."""
+    """A folder on any file system that pyarrow supports. Files appear in it whole and durable, or not at all.
+
+    Attributes:
+        stamps: of the files that were written, by name, until they are taken from here.
+    """
 
     def __init__(self, uri: str) -> None:
         import pyarrow.fs
@@ -133,6 +156,7 @@ class Place:
         self.fs, self.root = filesystem(uri)
         self.uri = uri if scheme == "file" else f"{scheme}://{self.root}"
         self.local = isinstance(self.fs, pyarrow.fs.LocalFileSystem)
+        self.stamps: dict[str, Stamp] = {}
 
     def path(self, name: str) -> str:
         """The full path of a file in this folder."""
@@ -150,34 +174,40 @@ class Place:
         """
         target = self.path(name)
         try:
-            (self._replace if self.local else self._put)(target, produce)
+            self.stamps[name] = (self._replace if self.local else self._put)(target, produce)
         except OSError as exc:
             temporary = not self.local and exc.errno is not None  # errors of remote file systems have no errno
             where = f"{tempfile.gettempdir()}, where files for {self.uri} are made," if temporary else target
             raise sdg.OutputError(f"{where} cannot be written: {sdg.reason_of(exc)}") from exc
 
-    def _replace(self, target: str, produce: Callable[[Any], None]) -> None:
+    def _replace(self, target: str, produce: Callable[[Any], None]) -> Stamp:
         """Write a local file under a temporary name, then rename it."""
         folder, _, base = target.rpartition("/")
         temporary = f"{folder}/.{base}.tmp"
         try:
             self.fs.create_dir(folder, recursive=True)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)  # it may be a link that someone else has put there
             with self.fs.open_output_stream(temporary, compression=None) as file:
                 produce(file)
             sync(temporary)
+            with open(temporary, "rb") as written:
+                stamp = stamp_of(written)
             os.replace(temporary, target)
             sync(folder)
+            return stamp
         except OSError:
             with contextlib.suppress(OSError):
                 self.fs.delete_file(temporary)
             raise
 
-    def _put(self, target: str, produce: Callable[[Any], None]) -> None:
+    def _put(self, target: str, produce: Callable[[Any], None]) -> Stamp:
         """Write a local temporary file, then upload it: pyarrow would publish what a failing `produce` has written."""
         with tempfile.TemporaryFile() as whole:
             with open(os.dup(whole.fileno()), "wb") as file:  # a second handle, because `produce` may close it
                 produce(file)
-            size = whole.seek(0, os.SEEK_END)
+            whole.seek(0)
+            stamp = stamp_of(whole)
             whole.seek(0)
             if self.fs.type_name not in OBJECT_STORES:
                 self.fs.create_dir(target.rpartition("/")[0], recursive=True)
@@ -189,10 +219,11 @@ class Place:
                     self.fs.delete_file(target)
                 raise
         stored = self.fs.get_file_info(target).size
-        if stored != size:
+        if stored != stamp.size:
             with contextlib.suppress(OSError):
                 self.fs.delete_file(target)
-            raise OSError(f"{size} bytes were uploaded, {stored} are stored")
+            raise OSError(f"{stamp.size} bytes were uploaded, {stored} are stored")
+        return stamp
 
     def open(self, name: str) -> Any:
         """Open a file for reading; FileNotFoundError if it does not exist."""
@@ -203,13 +234,26 @@ class Place:
         with access_errors(self.uri, sdg.OutputError), contextlib.suppress(FileNotFoundError):
             self.fs.delete_file(self.path(name))
 
+    def stamp(self, name: str) -> Stamp | None:
+        """Size and hash of a file as it is now; None if it does not exist."""
+        try:
+            with self.open(name) as file:
+                return stamp_of(file)
+        except FileNotFoundError:
+            return None
+
     def list(self, folder: str) -> list[str]:
         """Names, `folder/` included, of the files directly in a folder; [] if it does not exist. Raises OutputError."""
+        return sorted(self.sizes(folder))
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """The names that `list` returns, with the files' sizes in bytes."""
         import pyarrow.fs
 
         selector = pyarrow.fs.FileSelector(self.path(folder), allow_not_found=True)
         with access_errors(self.uri, sdg.OutputError):
-            return sorted(f"{folder}/{info.base_name}" for info in self.fs.get_file_info(selector) if info.is_file)
+            infos = self.fs.get_file_info(selector)
+        return {f"{folder}/{info.base_name}": info.size for info in infos if info.is_file}
 
 
 def uses_spool(options: argparse.Namespace) -> bool:

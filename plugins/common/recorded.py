@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
+import shutil
 import sqlite3
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -134,7 +137,20 @@ def chunks_of(run: sdg.Run) -> list[sdg.Chunk]:
 def chunks_in(path: Path) -> dict[int, sdg.Chunk]:
     """The chunks that a rank has recorded in its database, by index. Raises StateError."""
     try:
-        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=60)) as state:
+        with readable(path) as uri, contextlib.closing(sqlite3.connect(uri, uri=True, timeout=60)) as state:
             return {row[0]: sdg.chunk_of(row) for row in state.execute("SELECT * FROM chunks")}
     except sqlite3.Error as exc:
         raise sdg.StateError(f"state {path} cannot be read: {exc}") from exc
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[str]:
+    """The URI of a database, or of a copy if its folder is read-only: SQLite has to write beside it."""
+    if os.access(path.parent, os.W_OK):
+        yield f"{path.absolute().as_uri()}?mode=ro"
+        return
+    with tempfile.TemporaryDirectory(prefix="sdg-state-") as folder:
+        for suffix in ("", "-wal", "-journal"):
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copyfile(f"{path}{suffix}", f"{folder}/{path.name}{suffix}")
+        yield (Path(folder) / path.name).as_uri()

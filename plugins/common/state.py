@@ -31,28 +31,51 @@ LOOK = 1000  # rows that are read to estimate the number of all
 DEMO_MODEL = "demo-extractive"  # of the server `demo`
 
 
+OWNER = ".sdg-{}.json"  # in an output: the state of its run, if that is not in the output's `.sdg`
+
+
 # ── Shared files ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def publish_once(run: sdg.Run, name: str, content: bytes) -> bytes:
     """Create a file of the state atomically unless it exists. Returns its content: the first of many ranks wins."""
-    temporary = _write_temporary(run, name, content)
+    return publish_in(run.state, name, content, f"{run.options.rank:05d}")
+
+
+def publish_in(folder: Path, name: str, content: bytes, by: str) -> bytes:
+    """Create a file in a folder atomically unless it exists. Returns its content; `by` names this process there."""
+    temporary = _write_temporary(folder, name, content, by)
     with contextlib.suppress(FileExistsError):
-        os.link(temporary, run.state / name)
-    temporary.unlink()
-    sync(run.state)
-    return (run.state / name).read_bytes()
+        try:
+            os.link(temporary, folder / name)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links: the lock decides who is the first
+            _rename_unless_exists(temporary, folder / name)
+    temporary.unlink(missing_ok=True)
+    sync(folder)
+    return (folder / name).read_bytes()
+
+
+def _rename_unless_exists(temporary: Path, target: Path) -> None:
+    """Give a file its name unless there is one. Several processes do this one after the other."""
+    import filelock
+
+    with filelock.FileLock(f"{target}.lock"):
+        if not target.exists():
+            os.rename(temporary, target)
 
 
 def replace_file(run: sdg.Run, name: str, content: bytes) -> None:
     """Write a file of the state, whole and durable."""
-    os.replace(_write_temporary(run, name, content), run.state / name)
+    os.replace(_write_temporary(run.state, name, content, f"{run.options.rank:05d}"), run.state / name)
     sync(run.state)
 
 
-def _write_temporary(run: sdg.Run, name: str, content: bytes) -> Path:
+def _write_temporary(folder: Path, name: str, content: bytes, by: str) -> Path:
     # The rank's lock keeps the name from being used twice, and a rerun overwrites what a crash left.
-    temporary = run.state / f".{run.options.rank:05d}.{name}.tmp"
+    temporary = folder / f".{by}.{name}.tmp"
+    temporary.unlink(missing_ok=True)  # it may be a link that someone else has put there
     temporary.write_bytes(content)
     sync(temporary)
     return temporary
@@ -154,9 +177,8 @@ def claim_state(run: sdg.Run, reader: sdg.Reader) -> None:
         "source": dict(run.source),
         "source_schema": as_text(reader.schema),
     }
-    refuse_strangers(run)
-    if run.options.retry_failed and not path.exists():
-        raise sdg.StateError(f"there is no run in {run.state} that --retry-failed could complete: is --output correct?")
+    if not path.exists():
+        check_beginning(run)
     recorded = parse_run(path, publish_once(run, path.name, json.dumps(mine, indent=2).encode()))
     run.fingerprint = recorded["fingerprint"]
     if derived and recorded["identity"]["records_per_chunk"] != run.options.records_per_chunk:  # another rank was first
@@ -172,11 +194,53 @@ def claim_state(run: sdg.Run, reader: sdg.Reader) -> None:
         return claim_state(run, reader)
     if changes:
         raise different_run(run, changes)
+    claim_output(run, recorded["run"])
     most = (recorded["options"]["max_documents"], run.options.max_documents)
     mine["options"]["max_documents"] = max(most) if all(most) else None
     now = recorded | {"identity": identity, "options": mine["options"]}
     if now != recorded:
         replace_file(run, path.name, json.dumps(now, indent=2).encode())
+
+
+def check_beginning(run: sdg.Run) -> None:
+    """Raise OutputError or StateError if there are things of a run, which this one does not continue."""
+    refuse_strangers(run)
+    refuse_owned(run, None)
+    if orphans := sorted(run.state.glob("[0-9]*.sqlite3")):
+        missing = f"{run.state / 'run.json'} does not: restore it, or start over with --fresh"
+        raise sdg.StateError(f"{orphans[0]} exists, but {missing}")
+    if run.options.retry_failed:
+        raise sdg.StateError(f"there is no run in {run.state} that --retry-failed could complete: is --output correct?")
+
+
+def owner_of(run: sdg.Run) -> Path | None:
+    """The file by which a run whose state is elsewhere claims a local output."""
+    if not run.output.local or split_uri(run.options.output)[0] != "file":
+        return None
+    return Path(run.output.path(OWNER.format(run.options.output_config.replace("/", "-"))))
+
+
+def refuse_owned(run: sdg.Run, mine: str | None) -> None:
+    """Raise OutputError if the output belongs to another run than `mine`, whose state is in another folder."""
+    default = Path(default_state_dir(run.options.output, run.options.output_config)).absolute()
+    if (owner := owner_of(run)) is None:
+        return
+    for path in [owner, default / "run.json"] if run.state != default else [owner]:
+        with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+            other = json.loads(path.read_bytes())
+            if other["run"] != mine:
+                raise sdg.OutputError(
+                    f"{run.options.output} belongs to the run with the state {other.get('state', default)}: "
+                    "choose another --output, or that --state-dir"
+                )
+
+
+def claim_output(run: sdg.Run, mine: str) -> None:
+    """Make the output this run's. A state in the default folder is a claim by itself."""
+    default = Path(default_state_dir(run.options.output, run.options.output_config)).absolute()
+    if (owner := owner_of(run)) and run.state != default:
+        publish_in(owner.parent, owner.name, json.dumps({"run": mine, "state": str(run.state)}).encode(), mine)
+    refuse_owned(run, mine)  # another process may have claimed it just now
 
 
 def recorded_size(run: sdg.Run) -> int | None:
@@ -265,10 +329,12 @@ def parse_run(path: Path, content: bytes) -> dict[str, Any]:
     """The content of a state's `run.json`. Raises StateError."""
     try:
         recorded = json.loads(content)
+        if recorded.get("discarded"):
+            raise sdg.StateError(f"{path.parent} is being deleted by --fresh: run again, which completes that")
         version = recorded["state_version"]
         if version == sdg.STATE_VERSION and not (int(recorded["options"]["world_size"]) and recorded["identity"]):
             raise ValueError("incomplete")
-    except (ValueError, KeyError, TypeError) as exc:
+    except (ValueError, KeyError, TypeError, AttributeError) as exc:
         raise sdg.StateError(f"state {path} is broken: restore it from a backup, or start over with --fresh") from exc
     if version != sdg.STATE_VERSION:
         raise sdg.wrong_version(path, version)
@@ -382,6 +448,7 @@ def start_over(run: sdg.Run) -> None:
     """Delete what this run, or the run that the state belongs to, has written, and nothing else."""
     import filelock
 
+    record: dict[str, Any] = {}
     with contextlib.ExitStack() as locks:
         for path in run.state.glob("*.lock"):
             if path != rank_file(run.state, run.options.rank, "lock"):
@@ -391,13 +458,34 @@ def start_over(run: sdg.Run) -> None:
                     raise sdg.StateError(f"another process is using {run.state} ({path.name}): stop it") from exc
         names = {(run.options.output_config, run.options.output_filename)}
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a broken file names nothing
-            old = json.loads((run.state / "run.json").read_bytes())["options"]
-            names.add((old["output_config"], old["output_filename"]))
+            record = json.loads((run.state / "run.json").read_bytes())
+            names.add((record["options"]["output_config"], record["options"]["output_filename"]))
         doomed = {file for config, template in names for file in chunk_files(run, config, template)}
         refuse_others(run, doomed)
+        # From here on the state is void until its last file, this one, is gone: whoever finds it goes on deleting.
+        replace_file(run, "run.json", json.dumps({**record, "discarded": True}).encode())
         for file in sorted(doomed):
             run.output.delete(file)
-        own = re.compile(r"(run|schema|stats|\d{5}\.(stats|attempt))\.json|\d{5}\.sqlite3(-wal|-shm|-journal)?")
-        for path in run.state.iterdir():
+        own = re.compile(r"(schema|stats|\d{5,}\.(stats|attempt))\.json|\d{5,}\.sqlite3(-wal|-shm|-journal)?")
+        for path in sorted(run.state.iterdir()):
             if own.fullmatch(path.name) and path.name != f"{run.options.rank:05d}.attempt.json":  # this one
                 path.unlink()
+        release_output(run)
+        sync(run.state)
+        (run.state / "run.json").unlink(missing_ok=True)
+        sync(run.state)
+
+
+def release_output(run: sdg.Run) -> None:
+    """Take back what `claim_output` has claimed."""
+    owner = owner_of(run)
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        if owner and json.loads(owner.read_bytes())["state"] == str(run.state):
+            owner.unlink()
+
+
+def discarded(run: sdg.Run) -> bool:
+    """True if a process was killed while it deleted this state: that has to be finished."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return bool(json.loads((run.state / "run.json").read_bytes()).get("discarded"))
+    return False

@@ -11,6 +11,7 @@ import orjson
 import sdg
 from sdg_plugins.common.secrets import secrets_of
 from sdg_plugins.common.waiting import quota_pause
+from sdg_plugins.servers.http1 import Broken, Unreached
 from sdg_plugins.servers.refusals import WHATEVER_IS_ASKED, error_inside, refused, smallest, way_out
 from sdg_plugins.servers.responses import (
     count_choices,
@@ -22,7 +23,7 @@ from sdg_plugins.servers.responses import (
     tokens_in,
     worst,
 )
-from sdg_plugins.servers.transport import Answer, Broken, Transport, Unreached
+from sdg_plugins.servers.transport import Answer, Transport
 
 if TYPE_CHECKING:
     from sdg_plugins.servers.pool import Pool, Suspicion
@@ -162,7 +163,7 @@ class Client:
                 self.counts[f"given_up.{failure.cause}"] += 1
                 raise failure
             self.counts[f"retries.{failure.cause}"] += 1
-            await asyncio.sleep(tries.pause)
+            await self.pool.pause(tries.pause)
 
     async def _try(self, upstream: sdg.Upstream, request: sdg.Request, tries: Tries) -> sdg.Response:
         """One attempt, after a smallest request if a server has had no capacity for this one again and again."""

@@ -16,12 +16,14 @@ from typing import NamedTuple
 import sdg
 from sdg_plugins.common.secrets import Secrets, secrets_of
 from sdg_plugins.servers.client import Client
+from sdg_plugins.servers.http1 import IDLE, Broken, Http1, Unreached
 from sdg_plugins.servers.load import watch_load
 from sdg_plugins.servers.pool import Pace, Pool
 from sdg_plugins.servers.responses import error_text, read_json
-from sdg_plugins.servers.transport import Answer, Broken, Transport, Unreached, redirected
+from sdg_plugins.servers.transport import Answer, Transport, redirected
 
 SPARE_FILES = 256  # open files beside one for each request in flight
+SWITCH = "SDG_HTTP"  # environment variable: `aiohttp` sends all requests through it, for comparison
 LIST_TIMEOUT = 60.0  # s for a list of models
 MISSING = {301, 302, 303, 307, 308, 404, 405, 410}  # statuses of a root that is another one
 
@@ -41,15 +43,17 @@ async def connect(run: sdg.Run, servers: Sequence[str | sdg.Upstream]) -> AsyncI
     limit = limit_of_files(options.max_concurrent_generations)
     urls = [server if isinstance(server, str) else server.url for server in servers]
     local = all(re.match(r"https?://(127\.|localhost|\[::1\])", url) for url in urls)
-    async with aiohttp.ClientSession(
-        # vLLM closes idle connections after 5 s: ours must not be reused just when it closes them.
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=4),
+    headers = headers_of(run)
+    session = aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE),
         timeout=aiohttp.ClientTimeout(total=options.request_timeout),
-        headers=headers_of(run),
+        headers=headers,
         cookie_jar=aiohttp.DummyCookieJar(),
         trust_env=not local,
-    ) as session:
-        transport = Transport(session, options.request_timeout)
+    )
+    async with session, Http1(headers, options.request_timeout).working() as lean:
+        hot = lean if os.environ.get(SWITCH, "lean") != "aiohttp" else None
+        transport = Transport(session, options.request_timeout, hot)
         upstreams, doubt = await find_upstreams(run, transport, servers)
         pool = Pool(upstreams, limit, Pace(options.requests_per_minute, options.tokens_per_minute))
         for upstream in pool.upstreams:

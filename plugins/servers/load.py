@@ -9,8 +9,9 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 import sdg
+from sdg_plugins.servers.http1 import Broken, Unreached
 from sdg_plugins.servers.limit import Load
-from sdg_plugins.servers.transport import Broken, Transport, Unreached, root_of
+from sdg_plugins.servers.transport import Transport, root_of
 
 if TYPE_CHECKING:
     from sdg_plugins.servers.pool import Pool

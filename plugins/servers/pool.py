@@ -134,6 +134,7 @@ class Pool:
         self.stopped = False
         self.lost: float | None = None
         self._waiting: deque[asyncio.Future[sdg.Upstream]] = deque()
+        self._pausing: set[asyncio.Future[bool]] = set()
         self._alarm: tuple[float, asyncio.Handle] | None = None  # uvloop's handles of short delays have no `when`
         self._loop = asyncio.get_running_loop()
         self._area = 0.0  # integral of `active` over time
@@ -166,6 +167,19 @@ class Pool:
                 self.release(slot.result())
             self._wake()
             raise
+
+    async def pause(self, seconds: float) -> None:
+        """Sleep; canceled when the run stops."""
+        if self.stopped:
+            raise asyncio.CancelledError
+        over: asyncio.Future[bool] = self._loop.create_future()
+        alarm = self._loop.call_later(seconds, lambda: None if over.done() else over.set_result(True))
+        self._pausing.add(over)
+        try:
+            await over
+        finally:
+            alarm.cancel()
+            self._pausing.discard(over)
 
     def release(self, upstream: sdg.Upstream) -> None:
         """Give a slot back."""
@@ -259,6 +273,8 @@ class Pool:
             upstream.quarantine.waiting.clear()
         while self._waiting:
             self._waiting.popleft().cancel()
+        for pause in self._pausing:
+            pause.cancel()
 
     # Figures
 

@@ -1,7 +1,7 @@
 """HTTP: bytes to a server and back, with failures as types.
 
-The only place that knows the HTTP library. Redirects are not followed: a POST that is turned into a GET loses its
-body, and the key must not reach another origin.
+Requests of rollouts go through the lean client of `http1`; aiohttp has what is not hot, and what needs a proxy.
+Redirects are not followed: a POST that is turned into a GET loses its body, and the key must not reach another origin.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import urlsplit
 
 import sdg
+from sdg_plugins.servers.http1 import Broken, Http1, Take, Unreached
 from sdg_plugins.servers.streaming import Assembly
 
 if TYPE_CHECKING:
@@ -28,24 +30,18 @@ class Answer(NamedTuple):
     reason: str = ""
 
 
-class Unreached(Exception):
-    """There is no connection: the request cannot have had an effect."""
-
-
-class Broken(Exception):
-    """The connection broke before the response was complete."""
-
-
 class Transport:
-    """Sends requests through a session.
+    """Sends requests.
 
     Args:
         session: with the headers of every request.
         timeout: seconds for a whole request; of a stream, between two pieces of it.
+        lean: posts what needs no proxy; None to post everything through the session.
     """
 
-    def __init__(self, session: aiohttp.ClientSession, timeout: float) -> None:
-        self._session, self.timeout = session, timeout
+    def __init__(self, session: aiohttp.ClientSession, timeout: float, lean: Http1 | None = None) -> None:
+        self._session, self.timeout, self._lean = session, timeout, lean
+        self._proxied: dict[str, bool] = {}  # whether a proxy is set for an API
 
     async def post(self, url: str, path: str, body: bytes, progressed: Callable[[], None] | None = None) -> Answer:
         """Post a body of JSON.
@@ -60,6 +56,8 @@ class Transport:
             Unreached, Broken: there is no answer.
             TimeoutError: none came in time.
         """
+        if self._lean and not self._needs_proxy(url):
+            return await self._post_lean(self._lean, address(url, path), body, progressed)
         import aiohttp
 
         data = body if len(body) < LARGE else io.BytesIO(body)  # aiohttp sends the second kind in pieces
@@ -74,12 +72,32 @@ class Transport:
                     content = await response.read()
                 return Answer(response.status, response.headers, content, str(response.reason))
         except TimeoutError as exc:
-            what = "of a stream for" if progressed else "within"
-            raise TimeoutError(f"no {'piece' if progressed else 'response'} {what} {self.timeout:g} s") from exc
+            raise self._late(progressed) from exc
         except (aiohttp.ClientConnectorError, aiohttp.InvalidURL) as exc:
             raise Unreached(str(exc)) from exc
         except (aiohttp.ClientError, ConnectionError) as exc:
             raise Broken(str(exc) or type(exc).__name__) from exc
+
+    async def _post_lean(self, lean: Http1, url: str, body: bytes, progressed: Callable[[], None] | None) -> Answer:
+        events = Events(progressed)
+        try:
+            status, reason, headers, content = await lean.post(url, body, events, progressed is not None)
+        except TimeoutError as exc:
+            raise self._late(progressed) from exc
+        except ValueError as exc:
+            raise Unreached(str(exc)) from exc
+        return Answer(status, headers, events.body() if events.assembly else content, reason)
+
+    def _late(self, progressed: Callable[[], None] | None) -> TimeoutError:
+        if progressed:
+            return TimeoutError(f"no piece of a stream for {self.timeout:g} s")
+        return TimeoutError(f"no response within {self.timeout:g} s")
+
+    def _needs_proxy(self, url: str) -> bool:
+        """True if the environment has a proxy for an API that is not on this machine."""
+        if url not in self._proxied:
+            self._proxied[url] = self._session.trust_env and proxy_is_set(url)
+        return self._proxied[url]
 
     async def get(self, url: str, path: str, seconds: float) -> Answer:
         """Get something in some seconds. Raises as `post`."""
@@ -95,6 +113,42 @@ class Transport:
             raise Unreached(str(exc) or type(exc).__name__) from exc
         except (aiohttp.ClientError, ConnectionError, ValueError) as exc:
             raise Broken(str(exc) or type(exc).__name__) from exc
+
+
+class Events(Take):
+    """Takes a stream of events, whether it was asked for or not."""
+
+    def __init__(self, progressed: Callable[[], None] | None) -> None:
+        self._progressed = progressed
+        self.assembly: Assembly | None = None
+
+    def wanted(self, status: int, headers: Mapping[str, str]) -> bool:
+        """See `Take`."""
+        kind = headers.get("Content-Type", "").partition(";")[0].strip().lower()
+        self.assembly = Assembly() if status == 200 and kind == "text/event-stream" else None
+        return self.assembly is not None
+
+    def piece(self, piece: bytes) -> None:
+        """See `Take`."""
+        assert self.assembly
+        if self._progressed:
+            self._progressed()
+        self.assembly.feed(piece)
+
+    def body(self) -> bytes:
+        """The whole response. Raises Broken if the stream ended early."""
+        assert self.assembly
+        if not self.assembly.complete:
+            raise Broken("the stream ended before the completion did")
+        return self.assembly.body()
+
+
+def proxy_is_set(url: str) -> bool:
+    """True if the environment has a proxy for a URL, by the rules of `urllib`, which aiohttp follows."""
+    import urllib.request
+
+    parts = urlsplit(url)
+    return parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(parts.hostname or "")
 
 
 async def assembled(content: aiohttp.StreamReader, progressed: Callable[[], None] | None) -> bytes:

@@ -19,8 +19,9 @@ import orjson
 
 import sdg
 from sdg_plugins.servers.client import LONGEST_PAUSE, Client
+from sdg_plugins.servers.http1 import Broken, Unreached
 from sdg_plugins.servers.pool import Pool
-from sdg_plugins.servers.transport import Broken, Unreached, root_of
+from sdg_plugins.servers.transport import root_of
 from sdg_plugins.truncation.cutting import texts_of
 from sdg_plugins.truncation.model_files import FILES, Unusable, chat_template, model_files, template_arguments
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -414,6 +415,24 @@ if os.geteuid() == 0:  # the others have test_a_full_disk_at_any_durable_step_lo
         assert output.data() == expected
         assert not kept & set(server.prompts)
         assert {path.name[0] for path in (output.path / "data").iterdir()} == {"0"}
+
+    def test_verify_works_on_a_read_only_disk(job: Job, server: FakeServer, small_disk: Path) -> None:
+        job.input(documents(8))
+        server.behave(lambda payload, n: Hang() if server.prompts[-1] == "document 7" else None)
+        running = job.start(output="disk/output", records_per_chunk=2)
+        state = job.output_of(output="disk/output").state / "00000.sqlite3"
+        wait_until(lambda: len(job.output_of(output="disk/output").written()) == 3)
+        with contextlib.closing(sqlite3.connect(state, timeout=30)) as db:
+            wait_until(lambda: db.execute("SELECT count(*) FROM chunks WHERE written").fetchone() == (3,))
+        running.process.kill()  # leaves a write-ahead log
+        running.finish()
+        subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+
+        verified = job.verify(output="disk/output")
+
+        assert verified.rc == 1
+        assert "6 documents: 6 rows, 0 filtered, 0 failed" in verified.stdout
+        assert "not finished: 1 chunk with 2 documents" in verified.stdout
 
     def test_a_read_only_output_is_named(job: Job, server: FakeServer, small_disk: Path) -> None:
         subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)

@@ -395,6 +395,65 @@ def test_a_dry_run_prints_the_three_commands(job: Job) -> None:
     assert not job.output.path.exists()
 
 
+def test_a_clusters_file_and_common_flags_reach_the_jobs_that_need_them(job: Job) -> None:
+    job.input(documents(30))
+    (job.folder / "env.sh").write_text("export FROM_ENV=$UNSET_IS_ALLOWED")
+    (job.folder / "cluster.toml").write_text(
+        'account = "project"\npartition = "gpu"\ngpus-per-node = 8\nenv = "env.sh"\n[beside]\npartition = "cpu"\n'
+    )
+    options = ["--cluster", "cluster.toml", "--partition=big", "--name=qa", "--mail-type", "END", "--ranks=2"]
+
+    done = submit(job, "--dry-run", *options)
+
+    assert done.returncode == 0, done.stderr
+    ranks, monitor, card = done.stdout.splitlines()
+    for word in ("--account=project", "--gpus-per-node=8", "--job-name=qa ", "--mail-type=END"):
+        assert word in ranks
+    assert ranks.index("--partition=gpu") < ranks.index("--partition=big")
+    for line, name in ((monitor, "qa-monitor"), (card, "qa-card")):
+        assert f"--job-name={name} " in line
+        assert "--account=project --partition=cpu" in line
+        assert "--mail-type=END" in line
+        assert "gpu" not in line
+    (job.folder / "cluster.toml").write_text("mem = [1, 2]")
+    assert "mem must be text" in submit(job, "--dry-run", "--cluster", "cluster.toml").stderr
+
+
+def test_submit_refuses_a_preview_and_leaves_out_ranks_that_have_finished(job: Job) -> None:
+    job.input(documents(30))
+    many = {"world_size": 3, "records_per_chunk": 10}
+    assert job(rank=1, **many).rc == 0
+
+    def ranks(*options: str, **more: Any) -> subprocess.CompletedProcess[str]:
+        words = [
+            str(SUBMIT),
+            "--dry-run",
+            "--ranks=3",
+            *options,
+            "--",
+            *job.command_line({"records_per_chunk": 10, **more}),
+        ]
+        env = job.sdg.environment(PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+        return subprocess.run(words, cwd=job.folder, env=env, capture_output=True, text=True, timeout=60, check=False)
+
+    assert "--preview shows documents" in ranks(preview=1).stderr
+    assert "--array=0\\,2 " in ranks().stdout, ranks()
+    assert "--array=1 " in ranks("--array=1").stdout
+    assert job(rank=0, **many).rc == job(rank=2, **many).rc == 0
+    assert "all ranks have finished" in ranks().stderr
+
+
+def test_the_scripts_are_written_into_a_folder_and_not_over_others(run_sdg: Sdg) -> None:
+    assert run_sdg("slurm", "scripts").rc == 0
+    written = run_sdg.folder / "scripts"
+    assert {path.name for path in written.iterdir()} >= {"submit.sh", "common.sh", "generate.sbatch", "card.sbatch"}
+    assert os.access(written / "submit.sh", os.X_OK)
+    assert run_sdg("slurm", "scripts").rc == 0
+    (written / "common.sh").write_text("mine")
+    assert run_sdg("slurm", "scripts").says("common.sh", "differs")
+    assert (written / "common.sh").read_text() == "mine"
+
+
 @pytest.mark.parametrize("path", [*sorted((ROOT / "slurm").glob("*.s*"))], ids=lambda path: path.name)
 def test_scripts_are_bash(path: Path) -> None:
     subprocess.run(["bash", "-n", path], check=True)

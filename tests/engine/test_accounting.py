@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fake_server import PROBE, Answer, FakeServer, Hang, Status, prompt_of
@@ -274,6 +275,41 @@ def a_file_is_truncated(output: Output) -> str:
     return "00000_00003"
 
 
+def a_file_is_empty(output: Output) -> str:
+    (output.path / "data/00000_00003.parquet").write_bytes(b"")
+    return "00000_00003"
+
+
+def a_text_is_edited(output: Output) -> str:
+    path = output.path / "data/00000_00001.parquet"
+    table = pq.read_table(path)
+    rows = table.to_pylist()
+    rows[0]["rollout_results"][0]["text"] = "another text"
+    pq.write_table(pa.Table.from_pylist(rows, table.schema), path)
+    return "00000_00001.parquet has changed since it was written"
+
+
+def a_failure_is_edited(output: Output) -> str:
+    path = output.path / "failed/00000_00000.jsonl"
+    path.write_text(path.read_text().replace("error", "errer", 1))
+    return "00000_00000"
+
+
+def a_foreign_failure(output: Output) -> str:
+    shutil.copy(output.path / "failed/00000_00000.jsonl", output.path / "failed/00000_00099.jsonl")
+    return "failed/00000_00099.jsonl does not belong"
+
+
+def a_file_of_another_run(output: Output) -> str:
+    path = output.path / "data/00000_00001.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.replace_schema_metadata({**table.schema.metadata, b"sdg.fingerprint": b"0123"}), path)
+    with sqlite3.connect(output.state / "00000.sqlite3") as state:  # as an older sdg has written it
+        state.execute("UPDATE chunks SET hash = NULL, size = NULL")
+    state.close()
+    return "belongs to a different run"
+
+
 def failures_are_gone(output: Output) -> str:
     (output.path / "failed/00000_00000.jsonl").unlink()
     return "00000_00000"
@@ -296,7 +332,7 @@ def the_state_forgets_a_chunk(output: Output) -> str:
 
 def the_state_is_gone(output: Output) -> str:
     next(output.state.glob("*.sqlite3")).unlink()
-    return "sqlite3"
+    return "rank 0 has not begun"
 
 
 DAMAGES = [
@@ -305,6 +341,11 @@ DAMAGES = [
     a_row_is_doubled,
     a_file_is_doubled,
     a_file_is_truncated,
+    a_file_is_empty,
+    a_file_of_another_run,
+    a_text_is_edited,
+    a_failure_is_edited,
+    a_foreign_failure,
     failures_are_gone,
     a_failure_is_gone,
     the_state_forgets_a_chunk,
@@ -361,6 +402,17 @@ def test_verify_needs_no_server(job: Job, server: FakeServer) -> None:
     server.stop()
 
     assert job.verify().rc == 0
+
+
+def test_verify_reports_an_edited_input(job: Job) -> None:
+    job.input(documents(4))
+    job.succeed()
+    job.input([{**row, "text": row["text"].replace("document 2", "documemt 2")} for row in documents(4)])
+
+    verified = job.verify()
+
+    assert verified.rc == 1
+    assert "the input has changed since the run" in verified.stderr
 
 
 def test_early_failures_count_at_the_end(job: Job, server: FakeServer) -> None:

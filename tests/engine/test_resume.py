@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 from fake_server import Delay, FakeServer, Hang, Status, prompt_of
-from running import ROOT, Job, Started, documents, rollout, wait_until
+from running import ECHO, ROOT, Job, Started, documents, rollout, wait_until
 
 FAULTS = ROOT / "tests" / "support" / "faults.py"
 
@@ -406,6 +407,106 @@ def test_fresh_starts_over(job: Job, server: FakeServer) -> None:
     assert output.ids() == [row["id"] for row in documents(10)]
     assert output.stats()["requests"] == 10
     assert job.verify().rc == 0
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_step_of_fresh_leaves_what_is_refused_or_starts_clean(tmp_path: Path) -> None:
+    def job_in(name: str, server: FakeServer) -> Job:
+        folder = tmp_path / name
+        folder.mkdir()
+        job = Job(folder, server)
+        job.options |= {"records_per_chunk": 2, "no_progress": True, "plugin": [FAULTS, job.plugin("echo", ECHO)]}
+        job.documents(*TEXTS)
+        return job
+
+    with FakeServer() as server:
+        job_in("before", server).succeed(temperature=0.5)
+        expected = job_in("expected", server).succeed(temperature=0.7)
+
+    def kill_at(number: int) -> int:
+        with FakeServer() as server:
+            job = job_in(f"killed-{number}", server)
+            shutil.copytree(tmp_path / "before" / "output", job.output.path)
+            first = job(env={"SDG_TEST_FAULT": f"kill-before:{number}"}, temperature=0.7, fresh=True)
+            assert first.rc in {0, -signal.SIGKILL}, first
+            old = job(temperature=0.5)
+            assert old.rc == 1 or set(job.output.ids()) == set(TEXTS), (number, old)
+            if old.rc == 1:
+                assert old.says("belongs to a different run")
+                assert job.succeed(temperature=0.7).data() == expected.data(), number
+            else:
+                assert job.succeed(temperature=0.7, fresh=True).data() == expected.data(), number
+            assert job.verify().rc == 0, number
+            return first.rc
+
+    with ThreadPoolExecutor(3) as pool:
+        codes = list(pool.map(kill_at, range(1, 30)))
+    assert codes.count(-signal.SIGKILL) >= 15
+
+
+def test_a_fresh_start_that_was_killed_is_completed(job: Job, server: FakeServer) -> None:
+    job.documents("one", "two", "three")
+    job.succeed(temperature=0.5, records_per_chunk=1)
+    record = json.loads((job.output.state / "run.json").read_text())
+    (job.output.state / "run.json").write_text(json.dumps(record | {"discarded": True}))
+    (job.output.path / "data" / "00000_00000.parquet").unlink()  # it was killed after this
+    server.forget()
+
+    refused = job.verify()
+    assert refused.rc == 1
+    assert refused.says("being deleted by --fresh")
+    output = job.succeed(temperature=0.7, records_per_chunk=2)
+
+    assert output.ids() == ["one", "two", "three"]
+    assert len(server.requests) == 3
+    assert output.written() == ["data/00000_00000.parquet", "data/00000_00001.parquet"]
+
+
+def test_a_state_without_its_identity_is_refused(job: Job, server: FakeServer) -> None:
+    job.documents("one", "two")
+    job.succeed(records_per_chunk=1)
+    (job.output.state / "run.json").unlink()
+    for path in job.output.path.glob("data/*"):
+        path.unlink()
+
+    refused = job(temperature=0.7, records_per_chunk=1)
+
+    assert refused.rc == 1
+    assert refused.says("00000.sqlite3 exists, but", "run.json does not", "--fresh")
+
+
+def test_two_states_cannot_claim_one_output(job: Job, server: FakeServer) -> None:
+    job.documents("one", "two")
+    server.behave(lambda payload, n: Hang())
+    running = job.start(state_dir="elsewhere")
+    wait_until(lambda: server.requests)
+
+    for options in ({}, {"state_dir": "third"}):
+        refused = job(**options)
+        assert refused.rc == 1
+        assert refused.says("belongs to the run with the state", "elsewhere")
+
+    server.release()
+    assert running.finish().rc == 0
+    assert job(state_dir="elsewhere").rc == 0
+    assert job(state_dir="elsewhere", fresh=True).rc == 0
+
+
+def test_a_file_of_another_size_is_refused_and_an_empty_one_is_written_again(job: Job, server: FakeServer) -> None:
+    job.input(documents(4))
+    expected = job.succeed(records_per_chunk=2).data()
+    first, second = (job.output.path / name for name in sorted(expected))
+    server.forget()
+    first.write_bytes(first.read_bytes()[:-50])
+
+    refused = job(records_per_chunk=2)
+    assert refused.rc == 1
+    assert refused.says("00000_00000.parquet has", "bytes, but", "were written", "restore it")
+    first.write_bytes(b"")
+    second.unlink()
+
+    assert job.succeed(records_per_chunk=2).data() == expected
+    assert len(server.requests) == 4
 
 
 def test_output_without_its_state_is_refused(job: Job, server: FakeServer) -> None:

@@ -16,7 +16,7 @@ import pytest
 from running import ROOT
 
 EXAMPLE = ROOT / "tests" / "example_plugin"
-SOURCES = ("sdg.py", "plugins", "pyproject.toml", "README.md", "LICENSE", ".packages")
+SOURCES = ("sdg.py", "plugins", "pyproject.toml", "README.md", "LICENSE", ".packages", "slurm")
 
 WRONG = """
 import contextlib

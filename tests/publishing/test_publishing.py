@@ -30,6 +30,7 @@ from running import Finished, Job, Output, documents, wait_until
 import sdg
 from sdg_plugins.common import hub as hub_plugin
 from sdg_plugins.common.command_line import FILENAME
+from sdg_plugins.common.ending import LAST_RESORT
 from sdg_plugins.common.files import output_place
 from sdg_plugins.publishing import quota as quota_plugin, spool as spool_plugin
 from sdg_plugins.publishing.ledger import Ledger
@@ -769,7 +770,7 @@ def test_ctrl_c_does_not_wait_for_an_upload_that_hangs(job: HubJob, hanging: str
     finished = started.finish()
     assert finished.rc == 130
     assert "not published yet" in finished.stderr
-    assert time.monotonic() - began < sdg.LAST_RESORT  # otherwise it was killed
+    assert time.monotonic() - began < LAST_RESORT  # otherwise it was killed
     fault.times = 0
     assert job().rc == 0
     assert job.all_is_there()

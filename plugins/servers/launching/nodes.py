@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
 
 import sdg
+from sdg_plugins.common.crew import GRACE
 from sdg_plugins.common.state import differences
 from sdg_plugins.servers.launching.processes import NodeFailure, Placement, Process
 
@@ -257,7 +258,7 @@ async def follow_head(run: sdg.Run, launch: Callable[[Placement], Process]) -> N
         await asyncio.shield(following)
     except asyncio.CancelledError:
         # Schedulers signal all nodes at once: node 0 still waits for its requests in flight.
-        await asyncio.wait([following], timeout=sdg.GRACE + 2)
+        await asyncio.wait([following], timeout=GRACE + 2)
         raise
     finally:
         following.cancel()

@@ -1,0 +1,310 @@
+"""Rollouts that misbehave, and ends of a run of any kind: no document is lost, doubled, or finished by a stop."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sqlite3
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_server import Delay, FakeServer
+from running import Job, documents, wait_until
+
+import sdg
+
+HOSTILE = """
+    import asyncio, os, sys, tempfile, time
+    import sdg
+
+    class PanicException(BaseException):  # as libraries in Rust raise it
+        pass
+
+    @sdg.hookimpl
+    def register_rollouts(register):
+        register("hostile", hostile)
+
+    async def stubborn():
+        while True:
+            try:
+                await asyncio.sleep(3600)
+            except asyncio.CancelledError:
+                pass
+
+    async def late():
+        asyncio.current_task().cancel()
+        try:
+            await asyncio.sleep(1)
+        except asyncio.CancelledError:
+            return "too slow"
+
+    async def raising(exc):
+        raise exc
+
+    async def hostile(document, generate):
+        reply = await generate(document.text)
+        match document.id:
+            case "panic": raise PanicException("index out of bounds")
+            case "interrupt": raise KeyboardInterrupt
+            case "interrupt in a task": await asyncio.gather(raising(KeyboardInterrupt()))
+            case "generator exit": raise GeneratorExit
+            case "exit": sys.exit(3)
+            case "exit in a task": await asyncio.create_task(raising(SystemExit(3)))
+            case "cancelled error": raise asyncio.CancelledError
+            case "cancels itself": asyncio.current_task().cancel(); await asyncio.sleep(1)
+            case "cancels itself, catches it": return await late()
+            case "cancels itself at last": asyncio.current_task().cancel()
+            case "closes standard output": sys.stdout.close()
+            case "closes standard error": sys.stderr.close()
+            case "changes the folder": os.chdir(folder := tempfile.mkdtemp()); os.rmdir(folder)
+            case "stops the loop": asyncio.get_running_loop().stop()
+            case "leaves a thread": asyncio.get_running_loop().run_in_executor(None, time.sleep, 10**6)
+            case "leaves a task": asyncio.create_task(stubborn())
+            case "forks": os.fork()
+        return reply
+"""
+FAILING = {
+    "panic": "PanicException",
+    "interrupt": "KeyboardInterrupt",
+    "interrupt in a task": "KeyboardInterrupt",
+    "generator exit": "GeneratorExit",
+    "exit": "SystemExit",
+    "exit in a task": "SystemExit",
+    "cancelled error": "CancelledError",
+    "cancels itself": "CancelledError",
+}
+HARMLESS = [
+    "cancels itself, catches it",
+    "cancels itself at last",
+    "closes standard output",
+    "closes standard error",
+    "changes the folder",
+    "stops the loop",
+    "leaves a thread",
+    "leaves a task",
+    "forks",
+]
+
+
+@pytest.mark.parametrize("rollouts", [1, 2])
+def test_one_hostile_document_fails_alone_and_blocks_nothing(job: Job, rollouts: int) -> None:
+    job.documents(*(name for pair in zip([*FAILING, "good"], HARMLESS, strict=True) for name in pair), "last")
+    options = {"plugin": job.plugin("hostile", HOSTILE), "max_concurrent_documents": 2, "records_per_chunk": 4}
+
+    finished = job(rollouts_per_document=rollouts, no_progress=None, **options)
+
+    assert finished.rc == 0, finished
+    assert "documents: 11 rows, 0 filtered, 8 failed" in finished.stdout
+    assert {name: record["error_type"] for name, record in job.output.failed().items()} == FAILING
+    assert sorted(job.output.ids()) == sorted([*HARMLESS, "good", "last"])
+    assert job.verify().rc == 0
+
+
+TOOL = """
+    import asyncio, os
+    import sdg
+
+    @sdg.hookimpl
+    def register_rollouts(register):
+        register("tool", tool)
+
+    async def tool(document, generate):
+        reply = await generate(document.text)
+        try:
+            await asyncio.sleep(float(os.environ["SECONDS"]))
+        except:
+            return "TOOL FAILED"
+        return f"tool ok: {reply}"
+"""
+
+
+def test_a_stop_leaves_no_fallback_of_a_canceled_tool_as_a_row(job: Job, server: FakeServer) -> None:
+    job.input(documents(100))
+    options = {"plugin": job.plugin("tool", TOOL), "records_per_chunk": 10}
+
+    running = job.start(env={"SECONDS": "3600"}, **options)
+    wait_until(lambda: len(server.answered) == 100)
+    for _ in range(2):
+        running.send(signal.SIGINT)
+        time.sleep(0.3)
+    finished = running.finish()
+
+    assert finished.rc == 130
+    assert "interrupt again" in finished.stderr
+    assert not job.output.data()
+    server.forget()
+    finished = job(env={"SECONDS": "0"}, **options)
+    assert finished.rc == 0, finished
+    output = job.output
+    assert all(text.startswith("tool ok") for texts in output.texts().values() for text in texts)
+    assert len(output.rows()) == 100
+    assert not server.requests
+
+
+def test_tools_have_as_long_as_requests_to_end_after_a_signal(job: Job, server: FakeServer) -> None:
+    job.input(documents(5))
+
+    running = job.start(env={"SECONDS": "2"}, plugin=job.plugin("tool", TOOL), records_per_chunk=5)
+    wait_until(lambda: len(server.answered) == 5)
+    running.send(signal.SIGTERM)
+
+    assert running.finish().rc == 143
+    assert [texts[0][:7] for texts in job.output.texts().values()] == ["tool ok"] * 5
+
+
+FAILING_READER = """
+    import errno
+    import sdg
+    from sdg_plugins.common import chunks
+
+    @sdg.hookimpl
+    def register_rollouts(register):
+        register("echo", echo)
+
+    async def echo(document, generate):
+        return await generate(document.text)
+
+    class Failing(chunks.OpenChunk):
+        def __init__(self, chunk, *arguments):
+            if chunk.index == 2:
+                raise OSError(errno.EIO, "Input/output error")
+            super().__init__(chunk, *arguments)
+
+    chunks.OpenChunk = Failing
+"""
+
+
+def test_what_is_in_flight_when_the_input_fails_is_answered_and_kept(job: Job, server: FakeServer) -> None:
+    job.input(documents(15))
+    server.behave(lambda payload, n: Delay(1.5))
+    echo = job.options["plugin"]
+    source = echo.read_text()
+    job.plugin("echo", FAILING_READER)
+
+    finished = job(records_per_chunk=5, max_concurrent_documents=12)
+
+    assert finished.rc == 1
+    assert finished.says("Input/output error")
+    asked = set(server.prompts)
+    assert asked == {f"document {i}" for i in range(10)}
+    server.behave(lambda payload, n: None)
+    server.forget()
+    echo.write_text(source)
+    output = job.succeed(records_per_chunk=5, retry_failed=True)
+    assert output.ids() == [row["id"] for row in documents(15)]
+    assert Counter(server.prompts) == Counter(f"document {i}" for i in range(10, 15))
+
+
+FAILING_WRITER = """
+    import errno, os
+    import sdg
+    from sdg_plugins.common.chunks import Outlet
+
+    @sdg.hookimpl
+    def register_rollouts(register):
+        register("echo", echo)
+
+    async def echo(document, generate):
+        return await generate(document.text)
+
+    write = Outlet.write
+    def failing(self, opened, *arguments):
+        if opened.chunk.index == 0 and "FAIL" in os.environ:
+            raise OSError(errno.EIO, "Input/output error")
+        write(self, opened, *arguments)
+    Outlet.write = failing
+"""
+
+
+def test_what_is_in_flight_when_the_output_fails_is_answered_and_kept(job: Job, server: FakeServer) -> None:
+    job.input(documents(15))
+    job.options["plugin"] = job.plugin("echo", FAILING_WRITER)
+    server.behave(lambda payload, n: None if server.prompts[-1] in {f"document {i}" for i in range(5)} else Delay(1.5))
+
+    finished = job(env={"FAIL": "1"}, records_per_chunk=5, max_concurrent_documents=15)
+
+    assert finished.rc == 1
+    assert finished.says("Input/output error")
+    assert len(server.requests) == 15
+    server.forget()
+    assert len(job.succeed(records_per_chunk=5).rows()) == 15
+    assert not server.requests
+
+
+def test_a_commit_that_fails_is_made_later(tmp_path: Path) -> None:
+    failures: list[Exception] = []
+
+    async def work() -> None:
+        async with sdg.Store.open(tmp_path / "state.sqlite3", Counter()) as store:
+            store.on_failure = failures.append
+            insert, broken = store._insert, True
+
+            async def failing(table: str, *arguments: Any) -> None:
+                if broken and table == "totals":
+                    raise sqlite3.OperationalError("database or disk is full")
+                await insert(table, *arguments)
+
+            store._insert = failing  # type: ignore[method-assign]
+            store.answered(1, b"key", b"{}")
+            store.answered(2, b"key", b"{}")
+            store.finished(2, "row", b"[]")
+            with pytest.raises(sqlite3.OperationalError):
+                await store.flush()
+            store.answered(1, b"other", b"{}")
+            broken = False
+            await asyncio.sleep(0)
+            while store._problem:
+                await asyncio.sleep(0.05)
+            await store.flush()
+            assert await store.answers_to(1) == {b"key": b"{}", b"other": b"{}"}
+            assert await store.tally() == {"row": 1}
+
+    asyncio.run(work())
+    assert failures
+
+
+BLOCKING = """
+    import time
+    import sdg
+
+    @sdg.hookimpl
+    def register_rollouts(register):
+        register("blocking", blocking)
+
+    async def blocking(document, generate):
+        reply = await generate(document.text)
+        if document.id == "d0007":
+            time.sleep(600)
+        return reply
+"""
+
+
+def test_a_second_signal_ends_a_process_that_a_rollout_blocks(job: Job, server: FakeServer) -> None:
+    job.input(documents(8))
+    running = job.start(plugin=job.plugin("blocking", BLOCKING), max_concurrent_documents=1, records_per_chunk=2)
+    wait_until(lambda: len(server.answered) == 8)
+    time.sleep(0.5)
+
+    running.send(signal.SIGTERM)
+    time.sleep(0.2)
+    assert running.running
+    running.send(signal.SIGTERM)
+
+    assert running.finish(timeout=5).rc == 143
+
+
+@pytest.mark.slow
+def test_a_signal_ends_a_process_that_a_rollout_blocks_within_20_seconds(job: Job, server: FakeServer) -> None:
+    job.input(documents(8))
+    running = job.start(plugin=job.plugin("blocking", BLOCKING), max_concurrent_documents=1)
+    wait_until(lambda: len(server.answered) == 8)
+    time.sleep(0.5)
+
+    running.send(signal.SIGUSR1)
+    finished = running.finish(timeout=25)
+
+    assert finished.rc == 143
+    assert finished.says("SIGUSR1", "blocks the process", "interrupt again")
