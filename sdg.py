@@ -1550,15 +1550,20 @@ class Engine:
                 await self.crew.work(self._work(batches) for _ in range(options.max_concurrent_documents))
                 with contextlib.suppress(Exception):  # it has stopped the run
                     await self.store.flush()
-            if self._deferred and not self.stopping:  # no document has a result
+            if self._deferred and self._complete:  # no document has a result
                 self.outlet.settle_without_results()
                 async with asyncio.TaskGroup() as self._write_tasks:
                     self._write_deferred()
-            if not self.stopping:
+            if self._complete:
                 await self._in_writing_thread(self.outlet.finish)
-        if self._open and not self.stopping:
+        if self._open and self._complete:
             raise StateError(f"chunks {sorted(self._open)[:5]} are unfinished: run again, and please report this")
         self._check_failure_rate(self.tally["failed"], sum(self.tally.values()), least=1)
+
+    @property
+    def _complete(self) -> bool:
+        """True unless the run was stopped, or works on a sample."""
+        return not self.stopping and self.intake.chosen is None
 
     def stop(self) -> None:
         """Start nothing new, give documents in flight a moment, then cancel them."""
@@ -1638,6 +1643,8 @@ class Engine:
 
     def _window(self) -> int:
         options = self.run.options
+        if self.intake.chosen is not None:  # none of its chunks will be complete
+            return sys.maxsize
         return int(max(WINDOW * options.max_concurrent_documents, 4 * options.records_per_chunk))
 
     async def _reopen(self, opened: OpenChunk, earlier: Chunk) -> bool:

@@ -19,7 +19,10 @@ from sdg_plugins.commands.jobs import Stop, run_all
 from sdg_plugins.common.command_line import Config
 from sdg_plugins.common.ending import run_to_the_end
 from sdg_plugins.common.files import format_of, uses_spool
+from sdg_plugins.common.markdown import counted
 from sdg_plugins.common.notes import DocumentRecord, Exchange, Notes
+from sdg_plugins.common.options import program
+from sdg_plugins.common.prices import cost_of, in_money, tokens_of
 from sdg_plugins.common.secrets import secrets_of
 from sdg_plugins.common.terminal import field_lines, heading, printable
 
@@ -52,9 +55,11 @@ def preview(configs: list[Config]) -> None:
         await notes.finish(engine)
         if len(configs) > 1:
             print(heading(f"config {engine.run.options.output_config}", "━"))
-        print(secrets_of(engine.run.options).hidden_in(text_of(notes)), flush=True)
+        text = "\n".join([text_of(notes), *token_lines(engine, notes, totals[engine.run.options.output_config])])
+        print(secrets_of(engine.run.options).hidden_in(text), flush=True)
 
     with tempfile.TemporaryDirectory(prefix="sdg-preview-") as folder:
+        totals = {config.name: config.options.max_documents for config in configs}
         previews = [preview_config(config, folder, config.options.preview) for config in configs]
         notes_of = {config.name: Notes() for config in previews}
         for config in previews:
@@ -89,6 +94,33 @@ def summary_lines(notes: Notes) -> Iterator[str]:
     counts = [f"{name}: {statuses.count(status)}" for status, name in names.items() if status or "" in statuses]
     counts = [f"documents: {len(statuses)}", f"requests: {len(notes.requests)}", *counts]
     yield f"{', '.join(counts)}. Nothing was written."
+
+
+def token_lines(engine: sdg.Engine, notes: Notes, most: int | None) -> Iterator[str]:
+    """The tokens of the requests, and what the whole input would take at that rate.
+
+    Args:
+        engine: that has run the preview.
+        notes: what it did.
+        most: --max-documents of the run.
+    """
+    run, ended = engine.run, sum(1 for outcome in notes.outcomes if outcome.status)
+    spent = tokens_of(run.counts, run.models)
+    if not ended or not any(tokens.total for tokens in spent.values()):
+        return
+    lines = [("tokens", spent)]
+    total = engine.intake.reader.total()
+    if total is not None:
+        total = min(total, most or total)
+        whole = {name: tokens.times(total / ended) for name, tokens in spent.items()}
+        lines.append((f"all {counted(total, 'document')}", whole))
+    for name, models in lines:
+        prompt, completion = (sum(tokens[kind] for tokens in models.values()) for kind in (0, 1))
+        cost = cost_of(run.options, models)
+        money = "" if cost is None else f", cost {in_money(cost)}"
+        yield f"{name}: {prompt:,.0f} prompt, {completion:,.0f} completion tokens{money}"
+    if total is not None and total > ended:
+        yield f"`{program()} estimate` with the same options says it with ranges, from a sample of the input"
 
 
 def document_lines(number: int, outcome: DocumentRecord) -> Iterator[str]:

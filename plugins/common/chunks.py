@@ -6,7 +6,7 @@ import asyncio
 import functools
 import os
 import sys
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +47,7 @@ class OpenChunk:
         bad: the rows that could not be read, by position.
         remaining: documents that are not final.
         resumed: an earlier process has begun it.
+        only: positions of the documents that are run; None for all.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class OpenChunk:
         self.bad: dict[int, sdg.BadRow] = {}
         self.remaining = 0
         self.resumed = False
+        self.only: frozenset[int] | None = None
         self._origins: list[tuple[int, str, int]] = []  # (position, file, row there)
         self._spool = spool
         batches = []
@@ -110,9 +112,12 @@ class OpenChunk:
         """Position and document of each row in order; instead of one without a usable prompt the reason."""
         ids = self.ids(id_column)
         prompts = self.table.column(prompt_column)
+        skipped = set[int]() if self.only is None else set(range(self.chunk.count)) - self.only
         clean, extra = prune(prompts.type) or (lambda value: value), self._extra(prompt_column)
         for start in range(0, self.chunk.count, STEP):
             for position, value in enumerate(values_of(prompts.slice(start, STEP)), start):
+                if position in skipped:
+                    continue
                 if position in self.bad:
                     yield position, self.bad[position].reason
                     continue
@@ -135,12 +140,17 @@ class OpenChunk:
 
 
 class Intake:
-    """Reads this rank's chunks, in a thread of its own and one chunk ahead."""
+    """Reads this rank's chunks, in a thread of its own and one chunk ahead.
+
+    Attributes:
+        chosen: for a sample: positions of its documents, by the index of their chunk. None for the whole input.
+    """
 
     def __init__(self, run: sdg.Run, reader: sdg.Reader) -> None:
         self._run, self.reader = run, reader
         self.prompt_column: str = run.options.prompt_column
         self.id_column = id_column_of(run.options, reader.schema)
+        self.chosen: Mapping[int, frozenset[int]] | None = None
         self._thread = ThreadPoolExecutor(1, "sdg-reader")
         self._clear_leftovers()
 
@@ -161,6 +171,8 @@ class Intake:
 
     def expected(self) -> int | None:
         """How many documents belong to this rank, as far as the reader knows."""
+        if self.chosen is not None:
+            return sum(map(len, self.chosen.values()))
         options, total = self._run.options, self.reader.total()
         if total is None:
             return None
@@ -188,7 +200,8 @@ class Intake:
         options = self._run.options
         size, most = options.records_per_chunk, options.max_documents or sys.maxsize
         bookmark = None
-        for index in range(options.rank, sys.maxsize, options.world_size):
+        indices = range(options.rank, sys.maxsize, options.world_size)
+        for index in indices if self.chosen is None else sorted(self.chosen):
             start = index * size
             count = min(size, most - start)
             chunk = known.get(index)
@@ -208,6 +221,7 @@ class Intake:
                 return
             spool = self._run.state / "open" / f"{options.rank:05d}_{index:05d}.arrow"
             opened = OpenChunk(sdg.Chunk(index, start, bookmark=bookmark), parts, self.reader.schema, spool)
+            opened.only = None if self.chosen is None else self.chosen[index]
             yield opened
             if opened.chunk.count < count:
                 return

@@ -34,6 +34,7 @@ def derive(options: argparse.Namespace, plugins: sdg.Plugins) -> None:
         raise sdg.UsageError("--fresh in a requeued job would delete its earlier work: submit it without --fresh")
     if options.max_cost is not None and options.price_input is None and options.price_output is None:
         raise sdg.UsageError("--max-cost requires --price-input or --price-output")
+    options.sample = None  # see the command `estimate`
     if options.results_column == "id":
         raise sdg.UsageError("--results-column id: this column holds the document ids")
     options.state_dir = expanded(options.state_dir or default_state_dir(options.output, options.output_config))

@@ -176,6 +176,7 @@ def claim_state(run: sdg.Run, reader: sdg.Reader) -> None:
         "options": recordable_options(run),
         "source": dict(run.source),
         "source_schema": as_text(reader.schema),
+        "estimate": run.options.sample is not None,
     }
     if not path.exists():
         check_beginning(run)
@@ -186,9 +187,11 @@ def claim_state(run: sdg.Run, reader: sdg.Reader) -> None:
         return claim_state(run, reader)
     changes = changes_since(run, reader, recorded)
     demo = run.options.output == DEMO_OUTPUT and recorded["identity"]["model"] == DEMO_MODEL
-    if changes and (demo or untouched(run)):  # for example after a mistyped model
-        if demo:
-            sdg.say(f"{DEMO_OUTPUT} holds a demo with other options: it is replaced")
+    estimate = recorded.get("estimate", False)  # made to choose options by: others may be chosen
+    if changes and (demo or estimate or untouched(run)):  # for example after a mistyped model
+        if demo or estimate:
+            kind = "a demo" if demo else "an estimate"
+            sdg.say(f"{run.options.output} holds {kind} with other options ({'; '.join(changes[:3])}): it is replaced")
         start_over(run)
         run.options.records_per_chunk = None if derived else run.options.records_per_chunk
         return claim_state(run, reader)
@@ -198,6 +201,7 @@ def claim_state(run: sdg.Run, reader: sdg.Reader) -> None:
     most = (recorded["options"]["max_documents"], run.options.max_documents)
     mine["options"]["max_documents"] = max(most) if all(most) else None
     now = recorded | {"identity": identity, "options": mine["options"]}
+    now["estimate"] = estimate and mine["estimate"]
     if now != recorded:
         replace_file(run, path.name, json.dumps(now, indent=2).encode())
 
@@ -466,7 +470,7 @@ def start_over(run: sdg.Run) -> None:
         replace_file(run, "run.json", json.dumps({**record, "discarded": True}).encode())
         for file in sorted(doomed):
             run.output.delete(file)
-        own = re.compile(r"(schema|stats|\d{5,}\.(stats|attempt))\.json|\d{5,}\.sqlite3(-wal|-shm|-journal)?")
+        own = re.compile(r"(schema|stats|\d{5,}\.(stats|attempt|meeting))\.json|\d{5,}\.sqlite3(-wal|-shm|-journal)?")
         for path in sorted(run.state.iterdir()):
             if own.fullmatch(path.name) and path.name != f"{run.options.rank:05d}.attempt.json":  # this one
                 path.unlink()

@@ -424,7 +424,7 @@ def test_submit_refuses_a_preview_and_leaves_out_ranks_that_have_finished(job: J
     many = {"world_size": 3, "records_per_chunk": 10}
     assert job(rank=1, **many).rc == 0
 
-    def ranks(*options: str, **more: Any) -> subprocess.CompletedProcess[str]:
+    def ranks(*options: str, PATH: str = "", **more: Any) -> subprocess.CompletedProcess[str]:
         words = [
             str(SUBMIT),
             "--dry-run",
@@ -433,10 +433,15 @@ def test_submit_refuses_a_preview_and_leaves_out_ranks_that_have_finished(job: J
             "--",
             *job.command_line({"records_per_chunk": 10, **more}),
         ]
-        env = job.sdg.environment(PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+        env = job.sdg.environment(PATH=f"{PATH}:{Path(sys.executable).parent}:{os.environ['PATH']}")
         return subprocess.run(words, cwd=job.folder, env=env, capture_output=True, text=True, timeout=60, check=False)
 
     assert "--preview shows documents" in ranks(preview=1).stderr
+    programs = job.folder / "bin"
+    programs.mkdir()
+    (programs / "scontrol").write_text("#!/bin/sh\necho 'MaxArraySize            = 2'\n")
+    (programs / "scontrol").chmod(0o755)
+    assert "at most 2 tasks (MaxArraySize)" in ranks(PATH=str(programs)).stderr
     assert "--array=0\\,2 " in ranks().stdout, ranks()
     assert "--array=1 " in ranks("--array=1").stdout
     assert job(rank=0, **many).rc == job(rank=2, **many).rc == 0

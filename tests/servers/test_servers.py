@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shlex
 import signal
 import socket
 import sys
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,7 +19,7 @@ from typing import Any
 import pytest
 from fake_server import Delay, FakeServer, free_port, prompt_of
 from launching import ENGINE, Launch, everything
-from running import Started, documents, wait_until
+from running import ECHO, Started, documents, wait_until
 
 import sdg
 from sdg_plugins.servers.limit import Load
@@ -705,6 +707,52 @@ def test_node_rank_and_head_come_from_slurm(launch: Launch) -> None:
     started = [launch.start(env | {"SLURM_NODEID": str(rank)}, server="vllm", nodes=2, tp=2) for rank in (0, 1)]
 
     everything(launch, 20, started[0].finish(40))
+    assert started[1].finish(20).rc == 0
+
+
+def test_a_node_joins_only_with_the_token_in_the_state(launch: Launch) -> None:
+    launch.input(documents(20))
+    env = launch.program("vllm") | {"SLURM_JOB_ID": str(free_port()), "SLURM_RESTART_COUNT": "1"}
+    meeting = launch.output.state / "00000.meeting.json"
+    meeting.parent.mkdir(parents=True)
+    meeting.write_text(json.dumps({"attempt": f"{env['SLURM_JOB_ID']}.0", "port": 1, "token": "of an earlier attempt"}))
+    options = {"server": "vllm", "nodes": 2, "tp": 2, "head_address": "127.0.0.1"}
+    head, other = (launch.start(env | {"SLURM_NODEID": str(rank)}, **options) for rank in (0, 1))
+    other.send(signal.SIGSTOP)
+    wait_until(lambda: json.loads(meeting.read_text())["port"] != 1)
+
+    with socket.create_connection(("127.0.0.1", json.loads(meeting.read_text())["port"])) as stranger:
+        stranger.sendall(b'{"node": 1, "layout": {}}\n')
+        said = b"".join(iter(lambda: stranger.recv(1000), b"")).decode()
+    other.send(signal.SIGCONT)
+
+    assert "does not have the token" in said
+    assert "tp" not in said
+    assert meeting.stat().st_mode & 0o777 == 0o600
+    everything(launch, 20, head.finish(40))
+    assert other.finish(20).rc == 0
+
+
+@pytest.mark.slow
+def test_a_job_that_is_suspended_as_a_whole_goes_on(launch: Launch, start_nodes: Callable[..., list[Started]]) -> None:
+    """For longer than the silence after which a node counts as gone, and than a stall of the server."""
+    impatient = (
+        "from sdg_plugins.servers.launching import nodes, supervision\n"
+        "nodes.BEAT, nodes.SILENCE, supervision.SUSPENDED = 0.5, 3, 2.5\n"
+    )
+    (launch.folder / "echo.py").write_text(textwrap.dedent(ECHO) + impatient)
+    started = start_nodes("--seconds 1 --metrics", plugin="./echo.py", stall_timeout=4)
+    wait_until(lambda: launch.requests("answered"))
+    processes = list(launch.processes())
+
+    for pid in processes:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(8)
+    for pid in processes:
+        os.kill(pid, signal.SIGCONT)
+
+    everything(launch, 100, started[0].finish(60))
+    assert len(launch.starts) == 2
     assert started[1].finish(20).rc == 0
 
 

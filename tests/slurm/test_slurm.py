@@ -318,8 +318,10 @@ def test_requeues_are_limited_and_invalid_options_cause_none(campaign: Campaign)
     unreachable = campaign.sbatch(log, script, output="unreachable", base_url=f"http://{ADDRESS}:1")
     mistyped = campaign.sbatch(log, script, output="mistyped", prompt_column="no-such")
     fresh = campaign.sbatch(log, script, "--fresh", output="fresh")
+    unsliced = campaign.sbatch(log, "--array=1", script, output="unsliced")
 
-    for job, restarts, code in ((killed, 1, "137:0"), (unreachable, 0, "1:0"), (mistyped, 0, "1:0"), (fresh, 0, "2:0")):
+    refused = ((mistyped, 0, "1:0"), (fresh, 0, "2:0"), (unsliced, 0, "2:0"))
+    for job, restarts, code in ((killed, 1, "137:0"), (unreachable, 0, "1:0"), *refused):
         campaign.cluster.wait_for(job, "FAILED")
         found = campaign.cluster.job(job)
         assert (found.restarts, found.fields["ExitCode"]) == (restarts, code), campaign.cluster.told(job)
@@ -514,6 +516,23 @@ def test_ranks_on_two_nodes_survive_the_death_of_a_head_and_of_a_worker(campaign
     assert [job.restarts for job in campaign.cluster.jobs(ranks)] == [1, 1]
     campaign.everything(120)
     assert sum(asked(campaign).values()) - 120 <= 2 * LOST
+
+
+def test_a_process_that_hangs_on_another_node_does_not_hold_a_finished_rank(campaign: Campaign) -> None:
+    write(campaign, 20)
+    fake_vllm(campaign)
+    hanging = (
+        f'{sys.executable} {ROOT}/sdg.py "$@"; status=$?; [[ ${{SLURM_NODEID:-0}} == 0 ]] || sleep 600; exit $status'
+    )
+    (campaign.folder / "hanging.sh").write_text(hanging)
+    campaign.env |= {"SDG": f"bash {campaign.folder}/hanging.sh", "SDG_WAIT": "5"}
+
+    rank, _, card = campaign.submit("--nodes=2", "--gpus-per-node=1", tp=2)
+
+    campaign.done(rank)
+    campaign.done(card)
+    assert campaign.cluster.job(f"{rank}_0").restarts == 0
+    campaign.everything(20)
 
 
 def test_a_rank_that_loses_a_node_continues_on_others(campaign: Campaign) -> None:

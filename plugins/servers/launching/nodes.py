@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hmac
 import json
 import os
 import platform
+import secrets
 import shutil
 import socket
 import subprocess
 from collections.abc import AsyncIterator, Callable
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import sdg
 from sdg_plugins.common.crew import GRACE
+from sdg_plugins.common.files import rank_file, sync
 from sdg_plugins.common.state import differences
 from sdg_plugins.servers.launching.processes import NodeFailure, Placement, Process
 
@@ -56,14 +60,60 @@ def derive_node_options(options: argparse.Namespace) -> None:
 
 
 def head_address(options: argparse.Namespace) -> tuple[str, int]:
-    """Host and port of node 0. The default port is derived from Slurm's job id; 29400 outside of Slurm."""
+    """Host and port of node 0. The port is 0 in Slurm's jobs, where node 0 takes a free one; see `Meeting`."""
     host, _, port = (
         options.head_address.rpartition(":") if ":" in options.head_address else (options.head_address, "", "")
     )
-    job = os.environ.get("SLURM_JOB_ID")
     if port and not port.isdigit():
         raise sdg.UsageError(f"--head-address {options.head_address}: expected HOST or HOST:PORT")
-    return host, int(port or (18_000 + int(job) % 3_000 if job else 29_400))
+    return host, int(port or (0 if os.environ.get("SLURM_JOB_ID") else 29_400))
+
+
+class Meeting(NamedTuple):
+    """Where the nodes of one attempt meet: node 0 writes it into the state, which all nodes of a Slurm job share.
+
+    The port of an earlier attempt may still be taken, or lead to its processes.
+
+    Attributes:
+        attempt: the Slurm job, and how often it has been restarted.
+        port: node 0's.
+        token: what a node that joins must show; only those who can read the state know it.
+    """
+
+    attempt: str
+    port: int
+    token: str
+
+    @classmethod
+    def file(cls, run: sdg.Run) -> Path:
+        """Its file in the state."""
+        return rank_file(run.state, run.options.rank, "meeting.json")
+
+    @classmethod
+    def current(cls, run: sdg.Run) -> Meeting | None:
+        """The meeting of this attempt; None if node 0 has not called it yet."""
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            meeting = cls(**json.loads(cls.file(run).read_bytes()))
+            return meeting if meeting.attempt == attempt_id() else None
+        return None
+
+    @classmethod
+    def call(cls, run: sdg.Run, port: int) -> Meeting:
+        """Call a meeting at a port of this machine."""
+        meeting = cls(attempt_id(), port, secrets.token_hex(16))
+        path = cls.file(run)
+        temporary = path.with_suffix(".tmp")
+        temporary.unlink(missing_ok=True)
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            json.dump(meeting._asdict(), file)
+        os.replace(temporary, path)
+        sync(path.parent)
+        return meeting
+
+
+def attempt_id() -> str:
+    """The Slurm job of this process, and how often it has been restarted."""
+    return f"{os.environ.get('SLURM_JOB_ID')}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
 
 
 def own_address(host: str) -> str:
@@ -99,14 +149,22 @@ async def send_message(writer: asyncio.StreamWriter, **message: Any) -> None:
 
 
 async def received_messages(reader: asyncio.StreamReader) -> AsyncIterator[Message]:
-    """The other side's messages without its heartbeats, until it is gone."""
-    while True:
+    """The other side's messages without its heartbeats, until it is gone.
+
+    The silence is counted in seconds that this process was awake for: a job may be suspended as a whole.
+    """
+    silent = 0
+    while silent < SILENCE:
         try:
-            async with asyncio.timeout(SILENCE):
+            async with asyncio.timeout(1.0):
                 line = await reader.readline()
             message = json.loads(line) if line else None
-        except (TimeoutError, ConnectionError, ValueError):
+        except TimeoutError:
+            silent += 1
+            continue
+        except (ConnectionError, ValueError):
             return
+        silent = 0
         if not isinstance(message, dict):
             return
         if "beat" not in message:
@@ -141,6 +199,7 @@ class Head:
         self.died_by_options = False
         self.suspect: str | None = None
         self._hosts: dict[int, str] = {}
+        self._token = ""  # only in Slurm's jobs
         self._writers: dict[int, asyncio.StreamWriter] = {}  # of the nodes that have joined
         self._started = False  # from then on a node that goes is lost; before, it may join again
         self._running: set[int] = set()
@@ -152,6 +211,9 @@ class Head:
         try:
             own = await asyncio.to_thread(own_address, self.host)
             self._server = await asyncio.start_server(self._serve_node, own, self.port)
+            if not self.port:
+                self.port = self._server.sockets[0].getsockname()[1]
+                self._token = (await asyncio.to_thread(Meeting.call, self.run, self.port)).token
         except OSError as exc:
             message = f"node 0 cannot listen at {self.host}:{self.port} ({exc.strerror or exc})"
             raise NodeFailure(f"{message}: choose another --head-address HOST:PORT on all nodes") from exc
@@ -228,11 +290,13 @@ class Head:
 
     def _refusal(self, message: Message) -> str:
         """Why a node may not join; "" if it may."""
+        if not hmac.compare_digest(self._token, str(message.get("token") or "")):
+            return "it does not have the token of this run, which is in the run's state"
         mine, node = shared_options(self.options), message["node"]
         if not isinstance(node, int) or not 0 < node < self.options.nodes:
             return f"there are only {self.options.nodes} nodes"
         if changes := list(differences(mine, message.get("layout"))):
-            return f"node 0 has different options: {'; '.join(changes)}"
+            return f"node 0 has different options: {', '.join(change.partition(':')[0] for change in changes)}"
         return "a node with this number has already joined" if node in self._writers else ""
 
 
@@ -249,11 +313,10 @@ async def follow_head(run: sdg.Run, launch: Callable[[Placement], Process]) -> N
     Raises:
         ServerError: node 0 does not respond, refuses this node, or is gone without having said so.
     """
-    host, port = head_address(run.options)
-    reader, writer = await _connect(run, host, port)
+    host, port, reader, writer = await _connect(run)
     sdg.say(f"node {run.options.node_rank} has joined node 0 at {host}:{port}")
     part = ServerPart(run, launch, writer)
-    following = asyncio.create_task(_follow(run, part, reader, writer))
+    following = asyncio.create_task(_follow(run, part, host, reader, writer))
     try:
         await asyncio.shield(following)
     except asyncio.CancelledError:
@@ -267,13 +330,16 @@ async def follow_head(run: sdg.Run, launch: Callable[[Placement], Process]) -> N
         writer.close()
 
 
-async def _follow(run: sdg.Run, part: ServerPart, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def _follow(
+    run: sdg.Run, part: ServerPart, host: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
     """Do what node 0 requests, until it ends."""
-    host, port = head_address(run.options)
-    node = run.options.node_rank
+    node, meeting = run.options.node_rank, Meeting.current(run)
+    token = meeting.token if meeting else ""
     with contextlib.suppress(ConnectionError):
         async with sdg.background(send_heartbeats(writer)):
-            await send_message(writer, node=node, host=platform.node(), layout=shared_options(run.options))
+            layout = shared_options(run.options)
+            await send_message(writer, node=node, host=platform.node(), token=token, layout=layout)
             async for message in received_messages(reader):
                 if "end" in message:
                     return
@@ -284,25 +350,31 @@ async def _follow(run: sdg.Run, part: ServerPart, reader: asyncio.StreamReader, 
                 elif "stop" in message:
                     await part.stop()
                     await send_message(writer, stopped=True)
-    raise sdg.ServerError(f"node 0 ({host}:{port}) is gone: its process or its machine has ended")
+    raise sdg.ServerError(f"node 0 ({host}) is gone: its process or its machine has ended")
 
 
-async def _connect(run: sdg.Run, host: str, port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Connect to node 0, which may start later than this node."""
+async def _connect(run: sdg.Run) -> tuple[str, int, asyncio.StreamReader, asyncio.StreamWriter]:
+    """Connect to node 0, which may start later than this node. Returns its host and port, too."""
     loop = asyncio.get_running_loop()
     said, deadline = loop.time(), loop.time() + run.options.start_timeout
-    sdg.say(f"node {run.options.node_rank} is connecting to node 0 at {host}:{port}")
+    host, port = head_address(run.options)
+    sdg.say(f"node {run.options.node_rank} is connecting to node 0 at {host}")
     while True:
-        try:
-            return await asyncio.open_connection(host, port)
-        except OSError as exc:
-            reason = exc.strerror or exc
-            if loop.time() > deadline:
-                message = f"node 0 did not respond at {host}:{port} within --start-timeout ({reason})"
-                raise sdg.ServerError(f"{message}: is --head-address correct, is node 0 running?") from exc
-            if loop.time() > said + 10:
-                said = loop.time()
-                sdg.say(f"node 0 does not respond at {host}:{port} yet ({reason})")
+        meeting = Meeting.current(run) if not port else None
+        at = port or (meeting.port if meeting else 0)
+        reason: object = f"{Meeting.file(run)} is not there yet"
+        if at:
+            try:
+                return host, at, *await asyncio.open_connection(host, at)
+            except OSError as exc:
+                reason = exc.strerror or exc
+        where = f"{host}:{at}" if at else host
+        if loop.time() > deadline:
+            message = f"node 0 did not respond at {where} within --start-timeout ({reason})"
+            raise sdg.ServerError(f"{message}: is --head-address correct, is node 0 running?")
+        if loop.time() > said + 10:
+            said = loop.time()
+            sdg.say(f"node 0 does not respond at {where} yet ({reason})")
         await asyncio.sleep(0.5)
 
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 FATAL_PATIENCE = 5.0  # s between a fatal line and the kill: later lines may be more informative
 NOTICE = 6.0  # s within which the supervisor notices that the server died while it processed a request
+SUSPENDED = 15.0  # s between two looks that are a second apart: this process was stopped in the meantime
 UNHEALTHY = 3  # failed health checks in a row after which the server counts as dead
 LONGEST_PAUSE = 60.0  # s before a restart
 PORT_ATTEMPTS = 5  # starts with another port each, if another process takes the port first
@@ -219,10 +220,14 @@ class Replica:
     async def _watch(self, process: Process) -> None:
         """Raise ServerDied when the server has ended, fails its health checks, or makes no progress."""
         unhealthy, checked = 0, self._loop.time()
+        awake = checked
         while True:
             doubted = self._loop.time() < self._doubted
             await asyncio.wait([process.exited], timeout=0.25 if doubted else 1.0)
             self._check_processes(process)
+            if self._loop.time() > awake + SUSPENDED:  # the server has been suspended together with this process
+                self.upstream.progressed = self._loop.time()
+            awake = self._loop.time()
             if doubted or self._loop.time() > checked + 5:
                 checked = self._loop.time()
                 unhealthy = unhealthy + 1 if await self._healthy() is False else 0

@@ -1,0 +1,324 @@
+"""The command `estimate`: runs a sample of the input, keeps its responses for the run, and says what the run will take.
+
+The sample is run by the same engine on the run's own state, so nothing is sent again later. Its first requests are sent
+with few others in flight, and the rest with as many as the run may have: from the difference follows whether a request
+takes longer the more of them there are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import sys
+from collections.abc import AsyncIterator, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import sdg
+from sdg_plugins.commands.jobs import Stop, run_all
+from sdg_plugins.common import forecast
+from sdg_plugins.common.checks import reading
+from sdg_plugins.common.chunks import OpenChunk
+from sdg_plugins.common.command_line import parse_configs
+from sdg_plugins.common.forecast import Pace, Range
+from sdg_plugins.common.markdown import counted
+from sdg_plugins.common.options import Parser, number
+from sdg_plugins.common.prices import Tokens, cost_of, estimated_tokens, in_money, tokens_of
+from sdg_plugins.common.progress import progress
+from sdg_plugins.common.state import documents_in, replace_file
+
+CHUNKS = 40  # that a sample is taken from, at most: each is read as a whole
+NARROW = 40  # requests that are sent with few others in flight
+FILE = "estimate.json"
+
+
+@sdg.hookimpl
+def register_commands(register: sdg.RegisterCommands) -> None:
+    register("estimate", estimate)
+
+
+def estimate(argv: list[str]) -> int:
+    """Run a sample of the input, keep its responses for the run, and forecast tokens, time, cost and failures."""
+    import uvloop
+
+    usage = "sdg.py estimate [--sample N] [--json] [OPTIONS of run]"
+    parser = Parser(prog="sdg.py estimate", usage=usage, description=estimate.__doc__)
+    parser.add_argument("--sample", type=number(int, 1), default=200, metavar="N", help="documents to run [200]")
+    parser.add_argument("--json", action="store_true", help="print the forecast as JSON, for programs")
+    own, rest = parser.parse_known_args(argv)
+    configs = parse_configs(rest)
+    meters = {config.name: Meter(config.options, own.sample) for config in configs}
+    for config in configs:
+        config.options.sample, config.options.max_failure_rate, config.plugins.quiet = own.sample, 1.0, True
+        if config.options.any_rank:
+            config.options.any_rank, config.options.rank = False, 0
+        config.plugins.manager.register(meters[config.name], "estimate")
+
+    @contextlib.asynccontextmanager
+    async def sampled(engine: sdg.Engine, stop: Stop) -> AsyncIterator[None]:
+        name = engine.run.options.output_config
+        documents = await asyncio.to_thread(documents_in, engine.intake.reader)
+        engine.intake.chosen = chosen_rows(engine.run.options, documents, own.sample)
+        meters[name].begin(engine)
+        async with progress(engine):
+            yield
+        if stop.reason is None:
+            result = await meters[name].forecast(engine)
+            print(json.dumps(result.as_json(), indent=2) if own.json else result.text(), flush=True)
+
+    uvloop.run(run_all(configs, sampled))
+    return 0
+
+
+def chosen_rows(options: argparse.Namespace, documents: int | None, sample: int) -> dict[int, frozenset[int]]:
+    """Positions of sampled documents by the index of their chunk, evenly spread over a rank's part of the input."""
+    size = options.records_per_chunk
+    if documents is None:  # nothing is known of what follows the first chunk
+        return {options.rank: frozenset(range(min(size, sample)))}
+    documents = min(documents, options.max_documents or documents)
+    mine = range(options.rank, -(-documents // size), options.world_size)
+    counts = [min(size, documents - index * size) for index in mine]
+    total = sum(counts)
+    if sample >= total:
+        return {index: frozenset(range(count)) for index, count in zip(mine, counts, strict=True)}
+    some = min(CHUNKS, len(mine), sample)
+    found: dict[int, frozenset[int]] = {}
+    for k in range(some):
+        i = int((k + 0.5) * len(mine) / some)
+        take = min(counts[i], (k + 1) * sample // some - k * sample // some)
+        found[mine[i]] = frozenset(int((j + 0.5) * counts[i] / take) for j in range(take))
+    return found
+
+
+class Meter:
+    """A plugin that measures the requests of a sample, and sends the first of them with few others in flight."""
+
+    def __init__(self, options: argparse.Namespace, sample: int) -> None:
+        self.documents: dict[int, dict[str, list[float]]] = {}
+        self._narrow = asyncio.Semaphore(max(1, min(options.max_concurrent_generations, sample) // 8))
+        self._left = min(NARROW, sample // 5)  # requests that are still sent with few others
+        self._wide = asyncio.Event()
+        self._start: dict[str, tuple[float, float, float]] = {}
+        self._middle: dict[str, tuple[float, float, float]] = {}
+
+    @sdg.hookimpl(trylast=True)
+    def wrap_requests(self, run: sdg.Run, send: sdg.Send) -> sdg.Send:
+        """See `sdg.Hooks`."""
+
+        async def measured(request: sdg.Request) -> sdg.Response:
+            if not self._wide.is_set():
+                await self._narrow.acquire()
+            try:
+                response = await send(request)
+            finally:
+                self._ended()
+            self._note(request, response.reply)
+            return response
+
+        return measured
+
+    def begin(self, engine: sdg.Engine) -> None:
+        """The sample begins."""
+        self._engine = engine
+        path = engine.run.state / FILE
+        if path.exists():  # an earlier estimate's documents are not run again
+            self.documents = {int(index): of for index, of in json.loads(path.read_bytes())["documents"].items()}
+        self._start = self._middle = self._snapshot()
+
+    def _ended(self) -> None:
+        """A request has ended. After the first ones all others may go."""
+        self._narrow.release()
+        self._left -= 1
+        if self._left <= 0 and not self._wide.is_set():
+            self._middle = self._snapshot()
+            self._wide.set()
+            for _ in range(100_000):  # those that wait for their turn
+                self._narrow.release()
+
+    def _note(self, request: sdg.Request, reply: sdg.Reply) -> None:
+        if request.rollout is None:
+            return
+        usage = reply.usage or {}
+        tokens = Tokens(*(float(usage.get(name, 0)) for name in sdg.TOKENS[:2]))
+        if not reply.usage:
+            tokens = estimated_tokens(request, reply)
+        of = self.documents.setdefault(request.rollout.document.index, {})
+        known = of.setdefault(request.to, [0.0, 0.0])
+        of[request.to] = [known[0] + tokens.prompt, known[1] + tokens.completion]
+
+    def _snapshot(self) -> dict[str, tuple[float, float, float]]:
+        """Of each model: work so far, seconds, and requests in flight integrated over time; "" is the run's own."""
+        run, found = self._engine.run, {}
+        tokens = tokens_of(run.counts, run.models)
+        for name, of in {"": run, **run.models}.items():
+            assert of.client
+            pool = of.client.pool
+            work = tokens[name].completion or of.counts["requests"]
+            found[name] = (float(work), pool.seconds, pool.mean_in_flight * pool.seconds)
+        return found
+
+    async def forecast(self, engine: sdg.Engine) -> Forecast:
+        """What follows from the sample, which is kept for the next estimate."""
+        end, path = self._snapshot(), engine.run.state / FILE
+        paces = {
+            name: (between(self._start[name], self._middle[name]), between(self._middle[name], end[name]))
+            for name in end
+        }
+        if path.exists() and not any(pace.work for both in paces.values() for pace in both):  # all was known
+            known = json.loads(path.read_bytes())["paces"]
+            paces = {name: (Pace(*narrow), Pace(*wide)) for name, (narrow, wide) in known.items()}
+        kept = {"documents": {str(index): of for index, of in self.documents.items()}, "paces": paces}
+        await asyncio.to_thread(replace_file, engine.run, FILE, json.dumps(kept).encode())
+        return Forecast(engine, self.documents, paces, await asyncio.to_thread(lengths_of, engine))
+
+
+def between(earlier: tuple[float, float, float], later: tuple[float, float, float]) -> Pace:
+    """How fast it went between two snapshots."""
+    return Pace(*(after - before for after, before in zip(later, earlier, strict=True)))
+
+
+class Lengths(NamedTuple):
+    """What the chunks of a sample say of the whole input.
+
+    Attributes:
+        total: documents in the input; None if unknown.
+        mean: characters of the prompt column, of all documents in the chunks; None if it does not hold texts.
+        each: the same of each sampled document, by its row.
+    """
+
+    total: int | None
+    mean: float | None
+    each: dict[int, float]
+
+
+def lengths_of(engine: sdg.Engine) -> Lengths:
+    """The lengths of the documents in the chunks of a sample. After reading them the reader knows the total better."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    run, reader, size = engine.run, engine.intake.reader, engine.run.options.records_per_chunk
+    each: dict[int, float] = {}
+    mean, found, column = None, [], run.options.prompt_column
+    most = run.options.max_documents or sys.maxsize
+    for index, positions in sorted((engine.intake.chosen or {}).items()):
+        with reading(run.options.input, reader):
+            reader.seek(index * size, None)
+            parts = reader.read(min(size, most - index * size))
+        opened = OpenChunk(sdg.Chunk(index, index * size), parts, reader.schema)
+        if opened.chunk.count and column in opened.table.column_names:
+            texts = opened.table.column(column)
+            if pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type):
+                lengths = pc.fill_null(pc.utf8_length(texts), 0).to_pylist()
+                found += lengths
+                each |= {index * size + i: float(lengths[i]) for i in positions if i < len(lengths)}
+    if found:
+        mean = sum(found) / len(found)
+    total = reader.total()
+    return Lengths(None if total is None else min(total, most), mean, each)
+
+
+class Forecast:
+    """What a run will take."""
+
+    def __init__(
+        self,
+        engine: sdg.Engine,
+        documents: Mapping[int, Mapping[str, list[float]]],
+        paces: Mapping[str, tuple[Pace, Pace]],
+        lengths: Lengths,
+    ) -> None:
+        run, self.options = engine.run, engine.run.options
+        tally = engine.tally
+        self.sample, self.total = sum(tally.values()), lengths.total
+        if not self.sample:
+            raise sdg.StateError("no document of the sample has an outcome: run the same command again")
+        self.population = population = self.sample if self.total is None else max(self.total, self.sample)
+        rows = [*documents, *sorted(lengths.each.keys() - documents.keys())]  # some send no request
+        sent = [documents.get(row, {}) for row in rows]
+        known = lengths.mean is not None and all(row in lengths.each for row in rows)
+        sizes = [lengths.each[row] for row in rows] if known else None
+        self.models = {
+            name: [
+                forecast.mean_of(forecast.per_document(sent, name, kind), population, sizes, lengths.mean)
+                for kind in (0, 1)
+            ]
+            for name in ("", *run.models)
+        }
+        shares = {"failed": tally["failed"], "filtered": tally["filtered"]}
+        shares["cut"] = int(engine.store.totals()["truncated"])
+        self.shares = {name: forecast.share_of(found, self.sample, population) for name, found in shares.items()}
+        self._requests = engine.run.counts["requests"] / max(1, len(documents))
+        self.seconds = self._seconds(paces)
+
+    def _seconds(self, paces: Mapping[str, tuple[Pace, Pace]]) -> Range:
+        """How long the run takes if each rank has servers like this one's: as long as its slowest model needs."""
+        longest = Range(0.0, 0.0, 0.0)
+        for name, (narrow, wide) in paces.items():
+            options = self.options.models.get(name, self.options)
+            documents = self.population / self.options.world_size
+            prompt, completion = self.models[name]
+            each = completion if completion.value else Range(*[self._requests] * 3)
+            alone = (narrow if narrow.work else wide).each * each.value
+            took = forecast.duration(each.times(documents), narrow, wide, options.max_concurrent_generations, alone)
+            paced = 0.0
+            if options.tokens_per_minute:
+                paced = 60 * documents * (prompt.value + completion.value) / options.tokens_per_minute
+            longest = Range(*(max(amount, other, paced) for amount, other in zip(took, longest, strict=True)))
+        return longest
+
+    def tokens(self, model: str) -> list[Range]:
+        """Prompt and completion tokens of the whole run at a model."""
+        return [mean.times(self.population) for mean in self.models[model]]
+
+    @property
+    def cost(self) -> Range | None:
+        """What the whole run costs; None without prices."""
+        bounds = [
+            cost_of(self.options, {name: Tokens(*(r[i] for r in self.tokens(name))) for name in self.models})
+            for i in range(3)
+        ]
+        return None if bounds[0] is None else Range(*(bound or 0.0 for bound in bounds))
+
+    def as_json(self) -> dict[str, Any]:
+        """For programs; ranges hold in 95 of 100 samples."""
+        both = {}
+        for name in self.models:
+            prompt, completion = self.tokens(name)
+            kinds = {"prompt_tokens": prompt, "completion_tokens": completion}
+            both[name or "model"] = forecast.as_json(kinds)
+        figures = {"seconds": self.seconds, **({"cost": self.cost} if self.cost else {}), **self.shares}
+        return {"documents": self.total, "sample": self.sample, "tokens": both, **forecast.as_json(figures)}
+
+    def text(self) -> str:
+        """For people."""
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        of = "an unknown number of documents" if self.total is None else counted(self.total, "document")
+        spread = "the first" if self.total is None else "all" if self.sample >= self.total else "evenly spread"
+        yield f"{of}, estimated from {self.sample:,} ({spread}); 95 % ranges"
+        for name in self.models:
+            whole = self.tokens(name)
+            at = f" at the model {name}" if name else ""
+            yield f"tokens  {rounded(whole[0])} prompt, {rounded(whole[1])} completion{at}"
+        prompt, completion = (sum(means[kind].value for means in self.models.values()) for kind in (0, 1))
+        yield f"        {prompt:,.1f} prompt and {completion:,.1f} completion tokens for each document"
+        if cost := self.cost:
+            yield f"cost    {in_money(cost.value)} ({in_money(cost.low)} to {in_money(cost.high)})"
+        else:
+            yield "cost    unknown: give --price-input and --price-output, for a million tokens"
+        time = [forecast.in_words(seconds) for seconds in self.seconds]
+        ranks = f" on each of {self.options.world_size} ranks" if self.options.world_size > 1 else ""
+        flight = counted(self.options.max_concurrent_generations, "request")
+        yield f"time    {time[0]} ({time[1]} to {time[2]}) with up to {flight} in flight{ranks}, once the server is up"
+        for name, share in self.shares.items():
+            if share.value or name == "failed":
+                low, high = f"{100 * share.low:.2g}", f"{100 * share.high:.2g}"
+                yield f"{name:<8}{100 * share.value:.2g} % ({low} to {high} %) of the documents"
+        yield "kept    the sample's responses belong to the run: the same options without `estimate` start it"
+
+
+def rounded(amount: Range) -> str:
+    """A number of tokens, and its range."""
+    return f"{amount.value:,.0f} ({amount.low:,.0f} to {amount.high:,.0f})"

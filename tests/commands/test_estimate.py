@@ -1,0 +1,129 @@
+"""`estimate` runs a sample spread over the input, keeps its responses for the run, and forecasts what the run takes."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from typing import Any
+
+import orjson
+import pytest
+from fake_server import Delay, Raw, Status
+from running import Finished, Job
+
+from sdg_plugins.common import forecast
+from sdg_plugins.common.forecast import Pace, Range
+
+
+def words(payload: dict[str, Any], seconds: float = 0.0) -> Any:
+    """A response of a length that depends on the prompt, at a speed of so many seconds for each token."""
+    prompt = payload["messages"][-1]["content"]
+    count = random.Random(prompt).randint(10, 50)
+    choice = {"index": 0, "message": {"role": "assistant", "content": "w " * count}, "finish_reason": "stop"}
+    usage = {"prompt_tokens": len(prompt), "completion_tokens": count, "total_tokens": len(prompt) + count}
+    body = Raw(orjson.dumps({"choices": [choice], "usage": usage}))
+    return Delay(seconds * count, body) if seconds else body
+
+
+def rows(count: int) -> list[dict[str, Any]]:
+    """Documents that become longer."""
+    return [{"id": f"d{i:04}", "text": f"{i} " + "x" * (i // 10)} for i in range(count)]
+
+
+def estimate(job: Job, *arguments: object, **options: Any) -> Finished:
+    return job.sdg("estimate", *arguments, *job.command_line(options), **job.env)
+
+
+def test_sample_is_spread_and_belongs_to_the_run(job: Job) -> None:
+    job.server.behave(lambda payload, n: words(payload, 0.001))
+    job.input(rows(1000))
+    options = {"records_per_chunk": 50, "max_concurrent_generations": 16, "price_input": 1, "price_output": 2}
+    shown = estimate(job, "--sample", 100, "--json", **options)
+    assert shown.rc == 0, shown
+    found = json.loads(shown.stdout)
+    sampled = [int(prompt.split()[0]) for prompt in job.server.prompts]
+    assert len(sampled) == 100
+    assert [sum(start <= row < start + 250 for row in sampled) for start in range(0, 1000, 250)] == [25] * 4
+
+    output = job.succeed(**options)
+    assert len(output.rows()) == 1000
+    assert len(job.server.requests) == 1000  # nothing was sent twice
+    stats = output.stats()
+    for kind in ("prompt_tokens", "completion_tokens"):
+        assert found["tokens"]["model"][kind]["value"] == pytest.approx(stats[kind], rel=0.1)
+    assert found["tokens"]["model"]["prompt_tokens"]["value"] == pytest.approx(stats["prompt_tokens"], rel=0.001)
+    assert found["cost"]["value"] == pytest.approx(stats["cost"], rel=0.1)
+    assert found["documents"] == 1000
+    assert found["seconds"]["low"] <= found["seconds"]["value"] <= found["seconds"]["high"]
+
+
+def test_second_estimate_sends_nothing_and_says_the_same(job: Job) -> None:
+    job.server.behave(lambda payload, n: words(payload))
+    job.input(rows(300))
+    first = estimate(job, "--sample", 20)
+    assert first.rc == 0, first
+    assert "300 documents, estimated from 20 (evenly spread)" in first.stdout
+    assert "cost    unknown: give --price-input and --price-output" in first.stdout
+    again = estimate(job, "--sample", 20)
+    assert again.stdout == first.stdout
+    assert len(job.server.requests) == 20
+
+
+def test_failures_and_filtered_documents_are_forecast(job: Job) -> None:
+    job.server.behave(lambda payload, n: Status(400) if "7" in payload["messages"][-1]["content"] else words(payload))
+    job.input([{"text": f"{i}"} for i in range(100)])
+    shown = json.loads(estimate(job, "--sample", 100, "--json").stdout)
+    assert shown["failed"]["value"] == shown["failed"]["low"] == 0.19
+    assert shown["sample"] == 100
+
+
+def test_options_may_change_after_an_estimate_but_not_after_a_run(job: Job) -> None:
+    job.server.behave(lambda payload, n: words(payload))
+    job.input(rows(200))
+    assert estimate(job, "--sample", 5).rc == 0
+    other = estimate(job, "--sample", 5, max_tokens=7)
+    assert other.rc == 0
+    assert "holds an estimate with other options (max_tokens: null → 7): it is replaced" in other.stderr
+    job.succeed(max_tokens=7)
+    refused = estimate(job, "--sample", 5, max_tokens=8)
+    assert refused.rc == 1
+    assert "belongs to a different run" in refused.stderr
+
+
+def test_preview_ends_with_the_tokens_of_the_whole_input(job: Job) -> None:
+    job.server.behave(lambda payload, n: words(payload))
+    job.input([{"text": "x" * 10}] * 1000)
+    shown = job(preview=2, price_input=1_000_000, price_output=0)
+    assert "tokens: 20 prompt, " in shown.stdout
+    assert "all 1,000 documents: 10,000 prompt" in shown.stdout
+    assert "cost 10,000.00" in shown.stdout
+
+
+def test_lengths_of_texts_sharpen_an_estimate() -> None:
+    sizes = [float(i) for i in range(100)]
+    values = [3 * size + 7 for size in sizes]
+    plain, corrected = forecast.mean_of(values, 10_000), forecast.mean_of(values, 10_000, sizes, 60.0)
+    assert plain.low < plain.value < plain.high
+    assert corrected == pytest.approx((187.0, 187.0, 187.0))
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_duration_follows_from_how_requests_slow_each_other_down(full: bool) -> None:
+    narrow = Pace(work=100.0, seconds=20.0, area=100.0)  # 5 in flight, 1 s for each unit
+    wide = Pace(100.0, 20.0 if full else 4.0, 20.0 * 25 if full else 100.0)  # 25 in flight
+    likely = forecast.duration(Range(1000.0, 1000.0, 1000.0), narrow, wide, 50, last=0.0)
+    assert likely.value == pytest.approx(200.0 if full else 20.0)
+    assert likely.low <= likely.value <= likely.high
+
+
+def test_share_of_nothing_found_is_not_certain() -> None:
+    none = forecast.share_of(0, 100, 10_000)
+    assert none.value == none.low == 0.0
+    assert 0.02 < none.high < 0.05
+    assert forecast.share_of(1, 4, 4) == (0.25, 0.25, 0.25)
+
+
+def test_durations_have_two_digits() -> None:
+    seconds = (0.42, 45, 700, 12_000, 400_000, math.inf)
+    assert [forecast.in_words(s) for s in seconds] == ["0.4 s", "45 s", "12 min", "3.3 h", "4.6 days", "?"]
