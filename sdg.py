@@ -1286,7 +1286,7 @@ class RolloutRun:
 
     __slots__ = (
         *("_answers", "_branches", "_engine", "_key", "_ordinals", "_part", "attempts", "document", "final", "index"),
-        *("interrupted", "reasons", "room", "truncated", "usage"),
+        *("asked", "interrupted", "reasons", "room", "truncated", "usage"),
     )
 
     def __init__(
@@ -1296,6 +1296,7 @@ class RolloutRun:
         self._part = part  # ".1" is the second part, ".1.0" the first part of that
         self._ordinals: dict[bytes, int] = {}  # of the last of equal requests: each of them is another sample
         self._branches: set[asyncio.Task[Any]] = set()  # tasks that wait for a response
+        self.asked: list[list[Any]] = []  # the payload and the reply of each request, with --keep-messages
         self.attempts = 0
         self.interrupted = self.final = self.truncated = False
         self.reasons: list[str | None] = []  # to finish, of all replies
@@ -1331,6 +1332,9 @@ class RolloutRun:
         """The response to a payload: stored by an earlier process, or from a server."""
         if self.final:  # a branch that the rollout has left behind
             raise asyncio.CancelledError
+        asked: list[Any] = [payload]
+        if self._engine.run.options.keep_messages:
+            self.asked.append(asked)
         try:
             request = Request(path, payload, self, to=to)
         except TypeError as exc:
@@ -1348,6 +1352,7 @@ class RolloutRun:
                 request = request.with_payload({**payload, "seed": seed})
             response = await self._send(request, key)
         reply = response.reply
+        asked.append(reply)
         self.attempts += 1
         self.truncated |= reply.truncated
         self.reasons.append(reply.finish_reason)
@@ -1420,7 +1425,7 @@ class RolloutRun:
             common: dict[str, Any] = {"truncated": self.truncated}
             if self.reasons:
                 common["finish_reason"] = engine.client.worst(self.reasons)
-            return [{**common, **result} for result in results]
+            return engine.outlet.with_messages([{**common, **result} for result in results], self.asked)
         except BaseException as exc:
             if engine.crew.cut_off or (self.interrupted and engine.stopping):
                 raise
@@ -1437,7 +1442,8 @@ class RolloutRun:
         error, kind = describe(exc, self._engine.rollout_file), type(exc).__name__
         if isinstance(exc, BadResult):
             error, kind = f"{exc}{place_of(self._engine.rollout)}", "TypeError"
-        return {"error": error, "error_type": kind, "attempts": max(1, self.attempts)}
+        details = getattr(exc, "details", {})  # what an exception has for `failed/`, such as the model's last answer
+        return {"error": error, "error_type": kind, "attempts": max(1, self.attempts), **details}
 
 
 # ── Engine ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1707,7 +1713,7 @@ class Engine:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(rollout.run()) for rollout in rollouts]
             outcomes = [task.result() for task in tasks]
-        results = [result for outcome in outcomes if isinstance(outcome, list) for result in outcome]
+        results = self.outlet.results_of(outcomes)
         failures = [outcome for outcome in outcomes if isinstance(outcome, dict)]
         self.run.counts["failed_rollouts"] += len(failures)
         self._finish(opened, position, results or (failures[0] if failures else None))

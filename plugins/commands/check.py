@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import os
 import tempfile
 from pathlib import Path
@@ -27,6 +28,7 @@ from sdg_plugins.common.state import (
     size_of_chunks,
 )
 from sdg_plugins.common.statistics import statistics_of
+from sdg_plugins.common.steps import SCHEME
 from sdg_plugins.rollouts import prompt
 from sdg_plugins.servers import command, sglang
 from sdg_plugins.servers.launching import launching
@@ -70,13 +72,18 @@ def check_config(config: Config) -> None:
         check_writable(folder)
     check_state_dir(run)
     remember_source(run)
+    if options.reader == SCHEME:  # the step before it has not run
+        return
     entry = plugins.readers[options.reader]
     with reading(options.input, entry.factory):
         reader = entry.factory(run)
     check_reader(reader, f"the reader {options.reader!r} of plugin {entry.plugin}")
     check_columns(reader.schema, options)
     run.schema = reader.schema
-    if options.rollout == "prompt" and options.prompt_template:
+    if (
+        "prompt_of" in inspect.signature(plugins.rollouts[options.rollout].factory).parameters
+        and options.prompt_template
+    ):
         prompt.check_places(options.prompt_template, run)
     documents = documents_in(reader)
     options.records_per_chunk = options.records_per_chunk or recorded_size(run) or size_of_chunks(documents)

@@ -42,6 +42,7 @@ from sdg_plugins.common.state import (
     discarded,
     goal_of,
     lock_rank,
+    promised_fields,
     remember_source,
     start_over,
 )
@@ -54,6 +55,7 @@ from sdg_plugins.common.statistics import (
     write_rank,
     write_statistics,
 )
+from sdg_plugins.common.steps import SCHEME
 from sdg_plugins.servers.connecting import connect
 from sdg_plugins.servers.models import Connect, Servers, connect_models, start
 
@@ -220,7 +222,7 @@ class Job:
         with reading(options.input, entry.factory):
             reader: sdg.Reader = await asyncio.to_thread(created, entry.factory, run)
         check_reader(reader, f"the reader {options.reader!r} of plugin {entry.plugin}")
-        check_columns(reader.schema, options)
+        check_columns(reader.schema, options, promised_fields(run) or ())
         run.schema = reader.schema
         return reader
 
@@ -387,6 +389,8 @@ async def serve(jobs: list[Job], stop: Stop) -> None:
             while waiting and stop.reason is None:
                 job = waiting.popleft()
                 await job.work(servers)
+                if job.problem and waiting and waiting[0].run.options.reader == SCHEME:
+                    break  # the following steps would work on a part of the rows
                 if following := await job.following():
                     jobs.append(following)
                     waiting.appendleft(following)

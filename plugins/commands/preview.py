@@ -18,7 +18,7 @@ import sdg
 from sdg_plugins.commands.jobs import Stop, run_all
 from sdg_plugins.common.command_line import Config
 from sdg_plugins.common.ending import run_to_the_end
-from sdg_plugins.common.files import format_of, uses_spool
+from sdg_plugins.common.files import file_writer, uses_spool
 from sdg_plugins.common.markdown import counted
 from sdg_plugins.common.notes import DocumentRecord, Exchange, Notes
 from sdg_plugins.common.options import program
@@ -32,11 +32,11 @@ LOG_LINES = 20  # of a server's log, if the preview fails
 def preview_config(config: Config, folder: str, documents: int) -> Config:
     """A config that runs only the first documents of another one, as a single rank, below a temporary folder."""
     options = argparse.Namespace(**vars(config.options))
-    options.output, options.state_dir = f"{folder}/{config.name}", f"{folder}/{config.name}/.sdg"
+    options.output, options.state_dir = f"{folder}/output", f"{folder}/output/.sdg/{config.name}"
     writers = config.plugins.writers
     if options.writer not in writers or uses_spool(config.options):
-        suffix = format_of(options.output_filename)  # the real output is not touched
-        options.writer = suffix if suffix in writers else "parquet"
+        name = file_writer(options)  # the real output is not touched
+        options.writer = options.file_writer = name if name in writers else "parquet"
     options.max_documents = min(documents, options.max_documents or documents)
     options.rank, options.world_size = 0, 1
     options.fresh = options.retry_failed = False

@@ -16,9 +16,10 @@ import sdg
 from sdg_plugins.common import recorded
 from sdg_plugins.common.checks import reading
 from sdg_plugins.common.chunks import OpenChunk, read_failed
-from sdg_plugins.common.files import format_of, rank_file, uses_spool
+from sdg_plugins.common.files import file_writer, rank_file, uses_spool
 from sdg_plugins.common.markdown import counted
 from sdg_plugins.common.options import Parser
+from sdg_plugins.common.rows import shape_of
 from sdg_plugins.common.state import differences, output_files, parse_run
 from sdg_plugins.common.values import id_column_of
 from sdg_plugins.publishing.publisher import Publisher
@@ -69,7 +70,7 @@ def discrepancies(run: sdg.Run, counts: Counter[str], unfinished: Counter[str]) 
     options = run.options
     reader = recorded.reader_of(run)
     yield from discrepancies_of_input(run, reader)
-    writer = run.plugins.writers[format_of(options.output_filename)].factory(run)
+    writer = run.plugins.writers[file_writer(options)].factory(run)
     known = {chunk.index: chunk for chunk in recorded.chunks_of(run)}
     expected = set()
     for opened in all_chunks(run, reader):
@@ -141,11 +142,12 @@ def discrepancies_of_chunk(run: sdg.Run, chunk: sdg.Chunk, ids: list[str], write
         yield f"{path} is gone: it had {counted(chunk.rows, 'row')}"
     elif fingerprint and fingerprint.decode() != run.fingerprint:
         yield f"{path} belongs to a different run: its fingerprint is {fingerprint.decode()}, not {run.fingerprint}"
-    elif table.num_rows != chunk.rows:
-        yield f"{path} has {counted(table.num_rows, 'row')}, expected {chunk.rows:,}"
+    elif len(firsts := shape_of(run.options).firsts(table)) != chunk.rows:
+        yield f"{path} has {counted(len(firsts), 'row')}, expected {chunk.rows:,}"
     elif chunk.rows:
         column = run.options.id_column if run.options.id_column in table.column_names else "id"
-        found = table.column(column).to_pylist()
+        values = table.column(column).to_pylist()
+        found = [values[position] for position in firsts]
         for row, (id_, expected_id) in enumerate(zip(found, expected, strict=True)):
             if id_ is not None and str(id_) != expected_id:
                 yield f"{path} row {row} is document {id_!r}, expected {expected_id!r}"

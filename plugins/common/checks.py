@@ -7,12 +7,13 @@ import contextlib
 import functools
 import inspect
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import sdg
-from sdg_plugins.common.kinds import is_json
-from sdg_plugins.common.unify import is_list, is_text
+from sdg_plugins.common.paths import carried_through, check_prompts, free_name
+from sdg_plugins.common.results import base_fields
+from sdg_plugins.common.rows import check_kept, kept_columns
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -96,28 +97,21 @@ def check_blocks(parts: list[sdg.Block | sdg.BadRow], asked: int, reader: sdg.Re
         raise sdg.PluginError(message)
 
 
-def check_columns(schema: pa.Schema, options: argparse.Namespace) -> None:
+def check_columns(schema: pa.Schema, options: argparse.Namespace, fields: Iterable[str] = ()) -> None:
     """Raise InputError unless the columns that the options name exist and have suitable types."""
-    for option, name in (("--prompt-column", options.prompt_column), ("--id-column", options.id_column)):
-        if name is not None and name not in schema.names:
-            raise sdg.InputError(f"{option} {name}: the input has no such column; available: {', '.join(schema.names)}")
-        if schema.names.count(name) > 1:
-            raise sdg.InputError(f"{option} {name}: the input has {schema.names.count(name)} columns of this name")
-    if options.results_column in schema.names:
-        message = f"the input already has a column {options.results_column}: choose another --results-column"
-        raise sdg.InputError(message)
-    kind = schema.field(options.prompt_column).type
-    if not is_text(kind) and not is_json(kind) and not (is_list(kind) and is_message(kind.value_type)):
-        message = f"--prompt-column {options.prompt_column} holds {kind}, expected text or lists of {{role, content}}"
-        raise sdg.InputError(message)
-
-
-def is_message(kind: pa.DataType) -> bool:
-    """True if a type can hold messages of chats."""
-    import pyarrow.types as t
-
-    names = {field.name for field in kind} if t.is_struct(kind) else set()
-    return is_json(kind) or t.is_map(kind) or {"role", "content"} <= names or {"from", "value"} <= names
+    check_prompts(options, schema)
+    name = options.id_column
+    if name is not None and name not in schema.names:
+        raise sdg.InputError(f"--id-column {name}: the input has no such column; available: {', '.join(schema.names)}")
+    if schema.names.count(name) > 1:
+        raise sdg.InputError(f"--id-column {name}: the input has {schema.names.count(name)} columns of this name")
+    if options.results_column in kept_columns(options, schema.names) and not options.flat:
+        other = free_name(options.results_column, schema.names)
+        message = f"the input already has a column {options.results_column}: choose another"
+        raise sdg.InputError(f"{message}, such as --results-column {other}")
+    check_kept(options, schema.names, [*base_fields(), *fields])
+    if remark := carried_through(options, schema):
+        sdg.say(remark)
 
 
 def check_servers(servers: Any, what: str) -> None:

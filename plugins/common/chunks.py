@@ -6,7 +6,7 @@ import asyncio
 import functools
 import os
 import sys
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +16,12 @@ import orjson
 import sdg
 from sdg_plugins.common.checks import check_blocks, reading
 from sdg_plugins.common.files import split_uri
-from sdg_plugins.common.kinds import array_of, checker, decoder, parse_json, relaxed
+from sdg_plugins.common.kinds import decoder, parse_json, relaxed
+from sdg_plugins.common.paths import follow, parse_path, prompt_column_of
 from sdg_plugins.common.recorded import chunks_in
-from sdg_plugins.common.results import annotated_fields, base_fields, fit, infer_fields, results_type, unfit
-from sdg_plugins.common.state import output_files, recorded_fields, settle_fields
+from sdg_plugins.common.results import infer_fields
+from sdg_plugins.common.rows import NUMBER, numbered, shape_of, with_messages
+from sdg_plugins.common.state import fixed_fields, output_files, promised_fields, recorded_fields, settle_fields
 from sdg_plugins.common.unify import conformed
 from sdg_plugins.common.values import (
     id_column_of,
@@ -108,29 +110,41 @@ class OpenChunk:
 
         return extra
 
-    def documents(self, prompt_column: str, id_column: str | None) -> Iterator[tuple[int, sdg.Document | str]]:
+    def prompts(self, path: str | None) -> Iterator[Any]:
+        """The value at a path in each row; without a path the row's columns as text."""
+        if path is None:
+            for start in range(0, self.chunk.count, STEP):
+                rows = rows_of(self.table.slice(start, STEP))
+                yield from ("\n".join(f"{name}: {value}" for name, value in row.items()) for row in rows)
+            return
+        root, steps = parse_path(path, self.table.column_names)
+        column = self.table.column(root)
+        clean, extra = prune(column.type) or (lambda value: value), self._extra(root)
+        for start in range(0, self.chunk.count, STEP):
+            for position, value in enumerate(values_of(column.slice(start, STEP)), start):
+                whole = extra(position) if value is None else clean(value)
+                yield follow(whole, steps) if steps else whole
+
+    def documents(self, prompt_column: str | None, id_column: str | None) -> Iterator[tuple[int, sdg.Document | str]]:
         """Position and document of each row in order; instead of one without a usable prompt the reason."""
         ids = self.ids(id_column)
-        prompts = self.table.column(prompt_column)
         skipped = set[int]() if self.only is None else set(range(self.chunk.count)) - self.only
-        clean, extra = prune(prompts.type) or (lambda value: value), self._extra(prompt_column)
-        for start in range(0, self.chunk.count, STEP):
-            for position, value in enumerate(values_of(prompts.slice(start, STEP)), start):
-                if position in skipped:
-                    continue
-                if position in self.bad:
-                    yield position, self.bad[position].reason
-                    continue
-                try:
-                    text, messages = parse_prompt(extra(position) if value is None else clean(value))
-                except sdg.BadDocument as exc:
-                    yield position, f"column {prompt_column!r} {exc}"
-                    continue
-                index = self.chunk.start + position
-                yield (
-                    position,
-                    sdg.Document(ids[position], text, messages, index, functools.partial(self.row, position)),
-                )
+        for position, value in enumerate(self.prompts(prompt_column)):
+            if position in skipped:
+                continue
+            if position in self.bad:
+                yield position, self.bad[position].reason
+                continue
+            try:
+                text, messages = parse_prompt(value)
+            except sdg.BadDocument as exc:
+                yield position, f"column {prompt_column!r} {exc}"
+                continue
+            index = self.chunk.start + position
+            yield (
+                position,
+                sdg.Document(ids[position], text, messages, index, functools.partial(self.row, position)),
+            )
 
     def close(self) -> None:
         """Drop the rows."""
@@ -148,7 +162,7 @@ class Intake:
 
     def __init__(self, run: sdg.Run, reader: sdg.Reader) -> None:
         self._run, self.reader = run, reader
-        self.prompt_column: str = run.options.prompt_column
+        self.prompt_column = prompt_column_of(run.options, reader.schema)
         self.id_column = id_column_of(run.options, reader.schema)
         self.chosen: Mapping[int, frozenset[int]] | None = None
         self._thread = ThreadPoolExecutor(1, "sdg-reader")
@@ -235,25 +249,33 @@ class Outlet:
     """
 
     def __init__(self, run: sdg.Run, writer: sdg.Writer) -> None:
-        self._run, self.writer = run, writer
+        self._run, self.writer, self._shape = run, writer, shape_of(run.options)
         self._without_rows: pa.Table | None = None  # chunk 0 if it has none
-        rollout = run.plugins.rollouts[run.options.rollout].factory
-        self.fields = recorded_fields(run.state) or settle_fields(run, annotated_fields(rollout))
+        self.fields = recorded_fields(run.state) or settle_fields(run, promised_fields(run))
 
     def settle(self, outcomes: list[bytes]) -> None:
         """Learn the fields of results from a chunk's outcomes, if there are results in it."""
         results = [result for _, status, body in _each(outcomes) if status == "row" for result in body]
+        results = [{name: value for name, value in result.items() if name != NUMBER} for result in results]
         own = settle_fields(self._run, infer_fields(results)) if results else None
         self.fields = own or recorded_fields(self._run.state)  # another rank's
 
     def settle_without_results(self) -> None:
         """There is no result at all: the files are empty."""
-        self.fields = recorded_fields(self._run.state) or base_fields()
+        self.fields = recorded_fields(self._run.state) or fixed_fields(self._run.options)
+
+    def results_of(self, outcomes: Sequence[sdg.Outcome]) -> list[dict[str, Any]]:
+        """The results of a document, from the outcomes of its rollouts."""
+        if self._run.options.flat:
+            return numbered(outcomes)
+        return [result for outcome in outcomes if isinstance(outcome, list) for result in outcome]
+
+    def with_messages(self, results: list[dict[str, Any]], asked: Sequence[Sequence[Any]]) -> list[dict[str, Any]]:
+        """Results as they are stored: with --keep-messages each has its messages."""
+        return with_messages(results, asked) if self._run.options.keep_messages else results
 
     def write(self, opened: OpenChunk, outcomes: list[bytes], id_column: str | None) -> None:
         """Write a chunk's rows and failures; sets which of its documents were filtered and failed."""
-        import pyarrow as pa
-
         assert self.fields is not None
         run, chunk = self._run, opened.chunk
         statuses: dict[str, list[int]] = {"row": [], "filtered": [], "failed": []}
@@ -265,12 +287,8 @@ class Outlet:
             raise sdg.StateError(f"state of chunk {chunk.index} does not match its input: start over with --fresh")
         chunk.filtered, chunk.failed = tuple(statuses["filtered"]), tuple(statuses["failed"])
         ids = opened.ids(id_column)
-        rows = pick(opened.table, statuses["row"])
-        if "id" not in rows.column_names:
-            rows = rows.append_column("id", pa.array([ids[position] for position in statuses["row"]], pa.string()))
-        checks = {name: checker(kind) for name, kind in self.fields.items()}
-        fitted = [[fit(result, checks) for result in row] for row in bodies["row"]]
-        rows = rows.append_column(run.options.results_column, array_of(fitted, results_type(self.fields)))
+        kept = [ids[position] for position in statuses["row"]]
+        rows = self._shape.table(pick(opened.table, statuses["row"]), kept, bodies["row"], self.fields)
         self._write_failed(opened, ids, bodies["failed"])
         rows = rows.replace_schema_metadata(provenance(run))
         if rows.num_rows:
@@ -317,15 +335,12 @@ class Outlet:
         """The documents of a written chunk as the store would have them, from its files."""
         run, gone = self._run, set(chunk.filtered) | set(chunk.failed)
         table = self.writer.read(chunk) if chunk.rows else None
-        if chunk.rows and (table is None or table.num_rows != chunk.rows):
+        if chunk.rows and (table is None or len(self._shape.firsts(table)) != chunk.rows):
             path = run.output.path(run.path_of(chunk))
             raise sdg.OutputError(f"{path} is not as it was written: restore it, or use --fresh")
-        rows = values_of(table.column(run.options.results_column)) if table is not None else []
+        rows = self._shape.results(table, self.fields or {}) if table is not None else []
         kept = [position for position in range(chunk.count) if position not in gone]
-        outcomes = [
-            (position, "row", orjson.dumps([unfit(result) for result in results]))
-            for position, results in zip(kept, rows, strict=True)
-        ]
+        outcomes = [(position, "row", orjson.dumps(results)) for position, results in zip(kept, rows, strict=True)]
         outcomes += [(position, "filtered", b"null") for position in chunk.filtered]
         if run.options.retry_failed:
             return outcomes

@@ -16,10 +16,22 @@ from sdg_plugins.common import models
 from sdg_plugins.common.checks import check_rollout
 from sdg_plugins.common.defaults import ANY, check_uris, derive, derive_server
 from sdg_plugins.common.files import default_state_dir
-from sdg_plugins.common.options import Option, Options, Parser, json_object, name_and_variable, number, one_of, setting
+from sdg_plugins.common.options import (
+    Option,
+    Options,
+    Parser,
+    json_object,
+    name_and_variable,
+    names,
+    number,
+    one_of,
+    setting,
+)
+from sdg_plugins.common.steps import step_tables
 
 FILENAME = "${rank}_${chunk_index}.parquet"
 LONG_DOCUMENTS = ("truncate", "split", "fail")
+FLAG = "store_true"
 EMPTY_ANSWERS = ("fail", "keep")
 
 
@@ -55,7 +67,12 @@ OPTIONS = {
             "URI",
             "hf://datasets/OWNER/NAME, or parquet, jsonl or csv: a file, folder, glob or s3://…; default: a demo",
         ),
-        Option("--prompt-column", "NAME", "column of strings, or of lists of {role, content}", "text"),
+        Option(
+            "--prompt-column",
+            "PATH",
+            "column of strings or of lists of {role, content}, or a place in it such as rollout_results[0].text",
+            "text",
+        ),
         Option("--id-column", "NAME", "column of document ids; default: id if present, else <file>/<row>"),
         setting("--max-documents", "N", "use only the first N of the whole input; may grow between runs", type=_count),
     ],
@@ -66,6 +83,7 @@ OPTIONS = {
             "a folder, s3://… or hf://datasets/OWNER/NAME; default: ./output/<rollout>, ./output/demo for the demo",
             shared=True,
         ),
+        setting("--writer", "NAME", "writer of the files; default: by the suffix of --output-filename"),
         setting("--output-config", "NAME", "sub-folder, and the config for load_dataset", "data", shared=True),
         Option("--output-filename", "T", "template with ${chunk_index}; .jsonl writes JSON lines", FILENAME),
         Option(
@@ -74,6 +92,10 @@ OPTIONS = {
             "documents per file and checkpoint; default: 1000, fewer for inputs of less than 100,000",
             type=_count,
         ),
+        Option("--flat", None, "write a row for each result, with its fields as columns", action=FLAG),
+        Option("--keep-columns", "A,B", "columns of the source that rows keep [all]", type=names),
+        Option("--drop-columns", "A,B", "columns of the source that rows do not keep", type=names),
+        Option("--keep-messages", None, "write the messages of each result's last request", action=FLAG),
         Option("--results-column", "NAME", "column for the results", "rollout_results"),
     ],
     "server": [
@@ -312,6 +334,10 @@ def parse_configs(argv: list[str]) -> list[Config]:
         message = f"--config {asked['config']}: `config` is not an option of the file; name tables [configs.NAME]"
         raise sdg.UsageError(message)
     tables = common.pop("configs", None)
+    if "steps" in common:
+        if tables:
+            raise sdg.UsageError(f"--config {asked['config']} has configs and steps: use one of them in a file")
+        tables = step_tables(common.pop("steps"), common, argv := list(argv))
     if tables is None:
         return [parse_config(argv, common)]
     if not isinstance(tables, dict) or not tables or not all(isinstance(table, dict) for table in tables.values()):
@@ -338,7 +364,8 @@ def parse_config(argv: list[str], common: Mapping[str, Any], own: Mapping[str, A
     with contextlib.suppress(argparse.ArgumentError):  # reported by the full parser
         early.parse_known_args(argv, asked)
     plugins, rollout = sdg.Plugins.load(asked.plugin or [])
-    return parse_with(plugins, rollout or "summarize", argv, own or {}, name)
+    templated = any(word.partition("=")[0] in {"--prompt-template", "--schema"} for word in argv)
+    return parse_with(plugins, rollout or ("prompt" if templated else "summarize"), argv, own or {}, name)
 
 
 def _early(argv: list[str], *flags: str) -> dict[str, str | None]:

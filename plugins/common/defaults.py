@@ -22,6 +22,7 @@ def derive(options: argparse.Namespace, plugins: sdg.Plugins) -> None:
             raise sdg.UsageError(f"--{name.replace('_', '-')} is empty")
     derive_server(options, plugins)
     options.reader = by_scheme_or_suffix(plugins, "readers", options.input) if options.input else "demo"
+    _derive_filename(options, plugins)
     _check_filename(options.output_filename)
     if not re.fullmatch(r"[\w.-]+", options.output_config) or options.output_config in {"failed", ".", "..", ".sdg"}:
         raise sdg.UsageError(f"--output-config {options.output_config!r}: expected a folder name other than `failed`")
@@ -29,7 +30,8 @@ def derive(options: argparse.Namespace, plugins: sdg.Plugins) -> None:
     options.output = expanded(options.output or (DEMO_OUTPUT if demo else f"output/{options.rollout}"))
     check_uris(options)
     scheme, name = split_uri(options.output)[0], options.output_filename
-    options.writer = scheme if scheme in plugins.writers else by_scheme_or_suffix(plugins, "writers", name)
+    options.file_writer = options.writer or by_scheme_or_suffix(plugins, "writers", name)
+    options.writer = scheme if scheme in plugins.writers else options.file_writer
     if options.fresh and os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
         raise sdg.UsageError("--fresh in a requeued job would delete its earlier work: submit it without --fresh")
     if options.max_cost is not None and options.price_input is None and options.price_output is None:
@@ -49,6 +51,14 @@ def derive_server(options: argparse.Namespace, plugins: sdg.Plugins) -> None:
     plugins.find("servers", options.server)
     if options.base_url and options.server != "endpoint":
         raise sdg.UsageError(f"--base-url requires --server endpoint, not {options.server}")
+
+
+def _derive_filename(options: argparse.Namespace, plugins: sdg.Plugins) -> None:
+    """With --writer, files have its name as their suffix, or what it has in its attribute `suffix`."""
+    if options.writer and options.output_filename.endswith("}.parquet"):
+        factory = plugins.find("writers", options.writer).factory
+        name = options.output_filename.removesuffix(".parquet")
+        options.output_filename = f"{name}.{getattr(factory, 'suffix', options.writer).lstrip('.')}"
 
 
 def _check_filename(name: str) -> None:

@@ -47,6 +47,11 @@ def suffix_of(path: str) -> str:
     return Path(re.sub(r"\.(gz|bz2|xz|zst|zstd)$", "", path.lower())).suffix[1:]
 
 
+def file_writer(options: argparse.Namespace) -> str:
+    """The name of the writer of a run's files, wherever they are published."""
+    return getattr(options, "file_writer", None) or format_of(options.output_filename)
+
+
 def format_of(path: str) -> str:
     """The format that a file's suffix names: that of the plugin which reads or writes it; "" if there is no suffix."""
     suffix = suffix_of(path)

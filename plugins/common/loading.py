@@ -69,6 +69,13 @@ def add_named(plugins: sdg.Plugins, spec: str) -> tuple[str, list[str]]:
     return name or (own[0] if len(own) == 1 else stem if stem in own else ""), own
 
 
+def named_object(spec: str) -> Any:
+    """What MODULE:NAME or FILE.py:NAME names. Raises ImportError, AttributeError or sdg.Error."""
+    target, _, name = spec.rpartition(":")
+    file = Path(target).expanduser()
+    return getattr(_import_file(file)[0] if target.endswith(".py") else importlib.import_module(target), name)
+
+
 def _hash_of(module: types.ModuleType) -> str:
     """Stands for the version of a module that has none."""
     file = getattr(module, "__file__", None)

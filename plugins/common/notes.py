@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import orjson
 
 import sdg
 from sdg_plugins.common.chunks import read_failed
+from sdg_plugins.common.rows import shape_of
 from sdg_plugins.common.values import rows_of
 
 if TYPE_CHECKING:
@@ -133,7 +135,7 @@ class Notes:
             table = engine.outlet.writer.read(chunk)
             table = self._tables.get(chunk.index) if table is None else table  # some writers cannot read
             if table is not None:  # a chunk without rows is not written
-                self.schema, rows = self.schema or table.schema, iter(rows_of(table))
+                self.schema, rows = self.schema or table.schema, iter(rows_of_documents(engine.run, table))
             failures = iter(read_failed(engine.run, chunk))
         for position in range(chunk.count):
             id_, rollouts = self._documents.get(chunk.start + position, ("", []))
@@ -146,6 +148,14 @@ class Notes:
                 yield DocumentRecord(id_, "filtered", rollouts=rollouts)
             else:
                 yield DocumentRecord(id_, "row", row=next(rows), rollouts=rollouts)
+
+
+def rows_of_documents(run: sdg.Run, table: pa.Table) -> list[dict[str, Any]]:
+    """A row for each document; of several flat rows all, by their numbers."""
+    rows = rows_of(table)
+    firsts = [*shape_of(run.options).firsts(table), len(rows)]
+    groups = [rows[start:end] for start, end in itertools.pairwise(firsts)]
+    return [group[0] if len(group) == 1 else {f"row {i}": row for i, row in enumerate(group)} for group in groups]
 
 
 class NotingWriter:

@@ -49,6 +49,14 @@ def name_and_variable(value: str) -> tuple[str, str]:
     return name, variable
 
 
+def names(value: str) -> list[str]:
+    """An option's list of names, as A,B."""
+    found = [name.strip() for name in value.split(",")]
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"{value!r}: expected names separated by commas")
+    return found
+
+
 def number(kind: type[int] | type[float], low: float, high: float = 1e9) -> Callable[[str], float]:
     """A converter for options that are numbers between two others, inclusive."""
 

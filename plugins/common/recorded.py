@@ -14,6 +14,7 @@ from typing import Any
 
 import sdg
 from sdg_plugins.common.checks import reading
+from sdg_plugins.common.command_line import CORE
 from sdg_plugins.common.files import default_state_dir, expanded, output_place, rank_file, split_uri
 from sdg_plugins.common.ranks import why_not_begun
 from sdg_plugins.common.state import parse_run, remember_source
@@ -66,7 +67,8 @@ def load_run(args: argparse.Namespace) -> sdg.Run:
     """
     state = state_folder(args)
     record = load_record(state)
-    options = argparse.Namespace(**record["options"])
+    # What an older sdg has not recorded had its default.
+    options = argparse.Namespace(**{**{option.dest: option.default for option in CORE}, **record["options"]})
     options.output, options.state_dir = args.output, str(state)
     try:
         plugins, _ = sdg.Plugins.load(options.plugin or [])

@@ -14,7 +14,7 @@ import sdg
 from sdg_plugins.common import recorded
 from sdg_plugins.common.checks import reading
 from sdg_plugins.common.chunks import OpenChunk, read_failed
-from sdg_plugins.common.files import format_of, rank_file
+from sdg_plugins.common.files import file_writer, format_of, rank_file
 from sdg_plugins.common.values import id_column_of, rows_of
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Records:
     def __init__(self, run: sdg.Run) -> None:
         self.run = run
         self.chunks = recorded.chunks_of(run)
-        self._writer: sdg.Writer = run.plugins.find("writers", format_of(run.options.output_filename)).factory(run)
+        self._writer: sdg.Writer = run.plugins.find("writers", file_writer(run.options)).factory(run)
 
     @property
     def written(self) -> list[sdg.Chunk]:

@@ -22,7 +22,8 @@ from sdg_plugins.common.command_line import CORE
 from sdg_plugins.common.defaults import DEMO_OUTPUT
 from sdg_plugins.common.files import default_state_dir, expanded, rank_file, split_uri, sync
 from sdg_plugins.common.models import identity_of_models, recordable
-from sdg_plugins.common.results import base_fields
+from sdg_plugins.common.results import annotated_fields, base_fields
+from sdg_plugins.common.rows import messages_type
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -124,13 +125,26 @@ def recorded_fields(state: Path) -> dict[str, pa.DataType] | None:
     return {field.name: field.type for field in schema_of(recorded["arrow"])}
 
 
+def fixed_fields(options: argparse.Namespace) -> dict[str, pa.DataType]:
+    """The fields that results have whatever the rollout is."""
+    return {**base_fields(), **({"messages": messages_type()} if options.keep_messages else {})}
+
+
+def promised_fields(run: sdg.Run) -> dict[str, pa.DataType] | None:
+    """The fields that are known before the first result: by the rollout's annotation, or its function `fields`."""
+    rollout = run.plugins.rollouts[run.options.rollout].factory
+    told = getattr(rollout, "fields", None)
+    own: dict[str, pa.DataType] | None = told(run) if told else None
+    return annotated_fields(rollout) if own is None else own
+
+
 def settle_fields(run: sdg.Run, own: dict[str, pa.DataType] | None) -> dict[str, pa.DataType] | None:
     """Record the fields of results for all ranks, unless another rank was first. Returns the recorded ones."""
     import pyarrow as pa
 
     if own is None:
         return None
-    base = base_fields()
+    base = fixed_fields(run.options)
     special = {*base, "extra", "tool_calls", "logprobs"}
     fields = {**base, **{name: kind for name, kind in own.items() if name not in special}}
     names = {name: str(kind) for name, kind in fields.items()}

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import sdg
-from sdg_plugins.common.files import codec_of, format_of
+from sdg_plugins.common import recorded
+from sdg_plugins.common.files import codec_of, file_writer, format_of
 from sdg_plugins.common.markdown import fence, inline
 from sdg_plugins.common.state import output_files
 from sdg_plugins.common.values import plain, rows_of
@@ -98,10 +99,23 @@ def first_rows(run: sdg.Run) -> list[dict[str, Any]]:
     """The first rows of the first file that has any."""
     import pyarrow as pa
 
+    if file_writer(run.options) not in {"parquet", "jsonl"}:
+        return first_rows_by_writer(run)
     for file in output_files(run)[:FILES_TRIED]:
         with contextlib.suppress(OSError, ValueError, pa.ArrowException):  # `verify` reports broken files
             if rows := first_rows_of(run, file):
                 return rows
+    return []
+
+
+def first_rows_by_writer(run: sdg.Run) -> list[dict[str, Any]]:
+    """The first rows as the plugin reads them that has written them."""
+    entry = run.plugins.writers.get(file_writer(run.options))
+    for chunk in recorded.chunks_of(run)[:FILES_TRIED] if entry else ():
+        table = entry.factory(run).read(chunk) if entry and chunk.written and chunk.rows else None
+        if table is not None:
+            columns = [field.name for field in table.schema if not has_binary(field.type)]
+            return rows_of(table.select(columns[:COLUMNS]).slice(0, MEASURED))
     return []
 
 

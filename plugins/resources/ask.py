@@ -21,9 +21,12 @@ import functools
 import json
 import re
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import sdg
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 REASKS = 2  # after the first answer: a model that is wrong three times is seldom right the fourth time
 REFUSALS = {400, 404, 422, 501}  # statuses with which servers refuse `response_format`
@@ -58,7 +61,16 @@ class Ask(Protocol):
 
 
 class InvalidAnswer(Exception):
-    """The model did not answer with JSON of the requested shape."""
+    """The model did not answer with JSON of the requested shape.
+
+    Args:
+        message: why.
+        reply: the last answer, for `failed/`.
+    """
+
+    def __init__(self, message: str, reply: sdg.Reply | None = None) -> None:
+        super().__init__(message)
+        self.details = {"answer": reply.text, "finish_reason": reply.finish_reason} if reply else {}
 
 
 @dataclasses.dataclass
@@ -100,14 +112,14 @@ async def answer(
         except ValueError as exc:
             problem = exc
         if reply.finish_reason == "length":
-            raise InvalidAnswer("the answer was cut off before its JSON was complete: raise --max-tokens")
+            raise InvalidAnswer("the answer was cut off before its JSON was complete: raise --max-tokens", reply)
         correction = f"That is not right: {problem}\nAnswer once more, with nothing but the corrected JSON."
         messages = [
             *messages,
             {"role": "assistant", "content": reply.text},
             {"role": "user", "content": correction},
         ]
-    raise InvalidAnswer(f"no valid answer in {reasks + 1} attempts; the last one: {sdg.one_line(problem)}")
+    raise InvalidAnswer(f"no valid answer in {reasks + 1} attempts; the last one: {sdg.one_line(problem)}", reply)
 
 
 async def request(
@@ -234,6 +246,59 @@ def strict_schema(schema: Any) -> Any:
     kept = {key: strict_schema(value) for key, value in schema.items() if key not in {"default", "properties", "title"}}
     properties = {name: strict_schema(value) for name, value in schema["properties"].items()}
     return {**kept, "properties": properties, "required": [*properties], "additionalProperties": False}
+
+
+def arrow_fields(schema: dict[str, Any]) -> dict[str, pa.DataType]:
+    """The Arrow types of the properties of a JSON schema; without those that have no single type.
+
+    A schema of something else than an object has its answers in the field `value`.
+    """
+    schema = resolved(schema, schema)
+    properties = schema.get("properties") if schema.get("type", "object") == "object" else {"value": schema}
+    kinds = {name: arrow_type(part, schema) for name, part in (properties or {}).items()}
+    return {name: kind for name, kind in kinds.items() if kind is not None}
+
+
+def resolved(part: Any, whole: dict[str, Any]) -> dict[str, Any]:
+    """A part of a schema, with a reference followed and null left out of alternatives."""
+    for _ in range(20):
+        if not isinstance(part, dict):
+            return {}
+        if reference := part.get("$ref"):
+            found: Any = whole
+            for key in str(reference).removeprefix("#/").split("/"):
+                found = found.get(key, {}) if isinstance(found, dict) else {}
+            part = {**{"$defs": whole.get("$defs", {})}, **found}
+            continue
+        alternatives = [one for one in part.get("anyOf") or part.get("oneOf") or [] if one.get("type") != "null"]
+        if len(alternatives) != 1:
+            return part
+        part = alternatives[0]
+    return {}
+
+
+def arrow_type(part: Any, whole: dict[str, Any]) -> pa.DataType | None:
+    """The Arrow type of a part of a JSON schema; None if there is no single one."""
+    import pyarrow as pa
+
+    part = resolved(part, whole)
+    kinds = part.get("type")
+    given = [kind for kind in (kinds if isinstance(kinds, list) else [kinds]) if kind not in {"null", None}]
+    if "enum" in part or "const" in part:
+        values = [value for value in part.get("enum", [part.get("const")]) if value is not None]
+        names = {str: "string", bool: "boolean", int: "integer", float: "number"}
+        given = sorted({names.get(type(value), "object") for value in values})
+    if len(given) != 1:
+        return None
+    simple = {"string": pa.string(), "boolean": pa.bool_(), "integer": pa.int64(), "number": pa.float64()}
+    if given[0] in simple:
+        return simple[given[0]]
+    if given[0] == "array":
+        item = arrow_type(part.get("items"), whole)
+        return None if item is None else pa.list_(item)
+    members = {name: arrow_type(inner, whole) for name, inner in (part.get("properties") or {}).items()}
+    closed = members and part.get("additionalProperties") is False
+    return pa.struct(list(members.items())) if closed and None not in members.values() else None
 
 
 # ── Reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -17,7 +17,7 @@ from typing import Any
 
 import sdg
 from sdg_plugins.common import hub
-from sdg_plugins.common.files import format_of
+from sdg_plugins.common.files import file_writer
 from sdg_plugins.common.options import number, program
 from sdg_plugins.common.ranks import progress_section
 from sdg_plugins.publishing.publisher import Publisher
@@ -92,7 +92,7 @@ def open_output(run: sdg.Run) -> sdg.Writer:
                 if not hub.is_transient(exc):
                     raise
                 sdg.say(f"{hub.transient_message(exc)}; the run starts, and publishes once the Hub is available again")
-    writer: sdg.Writer = run.plugins.find("writers", format_of(run.options.output_filename)).factory(run)
+    writer: sdg.Writer = run.plugins.find("writers", file_writer(run.options)).factory(run)
     return writer
 
 

@@ -162,11 +162,9 @@ def test_two_plugins_that_register_one_name_are_an_error(run_sdg: Sdg) -> None:
 
 def test_an_option_of_another_plugin_is_refused_not_ignored(job: Job) -> None:
     job.documents("one")
-    finished = job.sdg(
-        "--input", job.options["input"], "--base-url", job.server.url, "--prompt-template", "[[DOCUMENT]]"
-    )
+    finished = job.sdg("--input", job.options["input"], "--base-url", job.server.url, "--target-language", "Icelandic")
     assert finished.rc == 2
-    assert finished.says("--prompt-template", "--plugin prompt")
+    assert finished.says("--target-language", "--plugin translate")
 
 
 def test_options_come_from_a_config_file_and_the_command_line_wins(job: Job) -> None:

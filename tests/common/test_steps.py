@@ -1,0 +1,126 @@
+"""Chains in one file: each of `[[steps]]` works on what the step before it has written."""
+
+from __future__ import annotations
+
+import re
+import signal
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from fake_server import Answer, Delay, FakeServer, Status
+from running import Job, documents, wait_until
+
+STEPS = """
+plugin = "summarize"
+records-per-chunk = 2
+
+[[steps]]
+
+[[steps]]
+name = "french"
+plugin = "translate"
+
+[[steps]]
+plugin = "prompt"
+prompt-template = "Compare: [[text]]"
+max-tokens = 5
+"""
+
+
+@pytest.fixture
+def chain(job: Job) -> Job:
+    path = job.folder / "steps.toml"
+    path.write_text(STEPS)
+    job.options |= {"plugin": None, "config": path, "output": "chained"}
+    job.input(documents(5))
+    return job
+
+
+def columns(folder: Path) -> list[str]:
+    return list(pq.read_table(folder).column_names)
+
+
+def test_steps_run_in_order_and_one_card_tells_of_them_all(chain: Job, server: FakeServer) -> None:
+    output = chain.succeed()
+
+    texts = [row["rollout_results"][0]["text"] for row in pq.read_table(output.path / "summarize").to_pylist()]
+    for text in texts:
+        assert any(prompt.startswith("Translate") and prompt.endswith(text) for prompt in server.prompts)
+    assert sum(prompt.startswith("Compare: document ") for prompt in server.prompts) == 5
+    assert columns(output.path / "prompt") == ["id", "text", "rollout_results", "french", "prompt"]
+    card = (output.path / "README.md").read_text()
+    assert re.findall(r"## Config `(\w+)`", card) == ["summarize", "french", "prompt"]
+    for name in ("summarize", "french", "prompt"):
+        assert chain.sdg("verify", "--output", output.path, "--output-config", name).rc == 0
+    sent = len(server.requests)
+    chain.succeed()
+    assert len(server.requests) == sent
+
+
+def test_a_step_is_durable_by_itself_and_the_chain_goes_on_after_a_kill(chain: Job, server: FakeServer) -> None:
+    server.behave(lambda payload, n: Delay(0.05))
+    started = chain.start(max_concurrent_generations=1)
+    wait_until(lambda: any(prompt.startswith("Translate") for prompt in server.prompts))
+    started.send(signal.SIGKILL)
+    started.finish(bugs=True)
+    server.behave(lambda payload, n: None)
+
+    output = chain.succeed()
+
+    assert sum(prompt.startswith("Summarise") for prompt in server.prompts) == 5
+    assert pq.read_table(output.path / "prompt").num_rows == 5
+
+
+def test_a_step_that_fails_ends_the_chain_before_the_next_one(chain: Job, server: FakeServer) -> None:
+    server.behave(lambda payload, n: Status(400) if "Summarise" in str(payload) else None)
+
+    finished = chain(max_failure_rate=0.5)
+
+    assert finished.rc == 3
+    assert all(prompt.startswith("Summarise") for prompt in server.prompts)
+
+
+def test_more_documents_pass_through_all_steps(chain: Job, server: FakeServer) -> None:
+    chain.succeed(max_documents=3)
+    output = chain.succeed()
+
+    assert pq.read_table(output.path / "prompt").column("id").to_pylist() == [row["id"] for row in documents(5)]
+    assert len(server.requests) == 15
+
+
+def test_a_chain_can_be_previewed(chain: Job) -> None:
+    finished = chain(preview=1)
+
+    assert finished.rc == 0, finished
+    assert "config french" in finished.stdout
+    assert not chain.output_of(output="chained").written()
+
+
+@pytest.mark.parametrize(
+    ("toml", "words"),
+    [
+        ("[steps]\nplugin = 'summarize'\n", ("steps must be tables", "[[steps]]")),
+        ("[[steps]]\n[configs.a]\nmax-tokens = 5\n", ("configs and steps",)),
+        ("[[steps]]\nplugin = 'summarise'\n", ("unknown rollout 'summarise'",)),
+        ("[[steps]]\n[[steps]]\nprompt-column = 'rollout_results[0].txet'\n", ("no field txet", "available: text")),
+    ],
+)
+def test_mistakes_in_steps_are_named(chain: Job, toml: str, words: tuple[str, ...]) -> None:
+    chain.options["config"].write_text(toml)
+
+    finished = chain()
+
+    assert finished.rc in {1, 2}
+    assert all(word in finished.message for word in words), finished
+
+
+def test_a_step_whose_input_has_no_rows_says_so(chain: Job, server: FakeServer) -> None:
+    chain.options["config"].write_text("[[steps]]\nplugin = 'judge'\nmin-score = 5\n[[steps]]\nplugin = 'summarize'\n")
+    server.behave(lambda payload, n: Answer('{"reason": "dull", "score": 1}'))
+
+    finished = chain()
+
+    assert finished.rc == 1
+    assert "step summarize: the step before it, judge, has no rows" in finished.stderr
+    assert len(server.requests) == 5

@@ -1,0 +1,126 @@
+"""The rollouts `best-of` and `embed`, and the command `export`, which makes training data of what they wrote."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fake_server import Answer, FakeServer
+from running import Job, documents
+
+
+@pytest.fixture
+def judge(servers: Callable[[], FakeServer]) -> FakeServer:
+    """Scores an answer by its last figure."""
+    server = servers()
+
+    def score(payload: dict[str, Any], n: int) -> Answer:
+        figure = re.search(r"sample (\d)", str(payload))
+        return Answer(json.dumps({"reason": "by its figure", "score": int(figure[1]) if figure else 0}))
+
+    server.behave(score)
+    return server
+
+
+def sampled(payload: dict[str, Any], n: int) -> Answer:
+    return Answer(f"sample {payload['seed'] % 7}. The answer is {payload['seed'] % 2}.")
+
+
+def test_a_judge_on_another_server_chooses_and_pairs_are_exported_with_margins(
+    job: Job, server: FakeServer, judge: FakeServer
+) -> None:
+    job.input([*documents(3), {"id": "same", "text": "x"}])
+    server.behave(lambda payload, n: Answer("alike") if "x" in str(payload["messages"]) else sampled(payload, n))
+    options = {"models": f"judge.base-url={judge.url}", "seed": 3, "samples": 3, "keep_samples": 3}
+    output = job.succeed(plugin="best-of", **options)
+
+    scores = {row["id"]: [result["score"] for result in row["rollout_results"]] for row in output.rows()}
+    assert scores == {**{f"d{i:04}": [5.0, 4.0, 3.0] for i in range(3)}, "same": [0.0, 0.0, 0.0]}
+    assert (len(server.requests), len(judge.requests)) == (12, 12)
+    exported = job.sdg("export", "--output", output.path, "--format", "preference", "--to", "pairs.jsonl")
+    assert exported.rc == 0, exported
+    assert "1 document left out" in exported.stderr
+    pairs = [json.loads(line) for line in (job.folder / "pairs.jsonl").read_text().splitlines()]
+    assert [(pair["id"], pair["margin"]) for pair in pairs] == [(f"d{i:04}", 2.0) for i in range(3)]
+    assert pairs[0]["prompt"] == [{"role": "user", "content": "document 0"}]
+    assert pairs[0]["chosen"] == [{"role": "assistant", "content": "sample 5. The answer is 1."}]
+    assert pairs[0]["rejected"][0]["content"].startswith("sample 3")
+
+
+def test_the_majority_is_that_of_the_part_which_a_pattern_finds(job: Job, server: FakeServer) -> None:
+    job.input(documents(1))
+    server.behave(sampled)
+
+    output = job.succeed(plugin="best-of", prefer="majority", answer_pattern=r"answer is (\d)", seed=1, samples=3)
+
+    (result,) = output.rows()[0]["rollout_results"]
+    assert result["text"] == "sample 1. The answer is 1."
+    assert result["score"] == pytest.approx(2 / 3)
+
+
+def test_a_function_of_the_users_scores_and_its_code_is_identity(job: Job, server: FakeServer) -> None:
+    job.input(documents(1))
+    server.behave(sampled)
+    path = job.folder / "scores.py"
+    path.write_text("async def least(document, text):\n    return -int(text[7])\n")
+
+    output = job.succeed(plugin="best-of", prefer="scores.py:least", seed=1)
+    assert output.rows()[0]["rollout_results"][0]["text"].startswith("sample 1")
+    path.write_text("def least(document, text):\n    return 0\n")
+    assert job(plugin="best-of", prefer="scores.py:least", seed=1).rc == 1
+    missing = job(plugin="best-of", prefer="scores.py:most", output="other")
+    assert missing.rc == 2
+    assert missing.says("--prefer", "scores.py:most", "most")
+
+
+def test_embeddings_are_vectors_of_32_bits(job: Job) -> None:
+    job.input(documents(2))
+
+    output = job.succeed(plugin="embed", flat=True)
+
+    assert output.table().schema.field("embedding").type == pa.list_(pa.float32())
+    assert output.rows()[0]["embedding"][0] == len("document 0") / 8
+
+
+def test_exports_are_deterministic_and_a_folder_is_completed(job: Job) -> None:
+    job.input(documents(5))
+    output = job.succeed(records_per_chunk=2, keep_messages=True)
+
+    def export(to: str, form: str, *more: str) -> list[dict[str, Any]]:
+        done = job.sdg("export", "--output", output.path, "--format", form, "--to", to, *more)
+        assert done.rc == 0, done
+        return pq.read_table(job.folder / to).to_pylist()
+
+    rows = export("chats", "messages")
+    assert [row["messages"][0]["content"] for row in rows] == [f"document {i}" for i in range(5)]
+    before = (job.folder / "chats" / "00000_00001.parquet").read_bytes()
+    (job.folder / "chats" / "00000_00001.parquet").unlink()
+    assert export("chats", "messages") == rows
+    assert (job.folder / "chats" / "00000_00001.parquet").read_bytes() == before
+    flat = export("one.parquet", "flat")
+    assert [(row["id"], row["sample"]) for row in flat] == [(f"d{i:04}", 0) for i in range(5)]
+    assert "rollout_results" not in flat[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--format", "preference", "--to", "p.jsonl"], ("no field score", "available for --score: text")),
+        (["--format", "pairs", "--to", "p.jsonl"], ("invalid choice", "pairs")),
+        (["--format", "flat"], ("--to",)),
+    ],
+)
+def test_an_export_that_cannot_be_is_explained(job: Job, arguments: list[str], words: tuple[str, ...]) -> None:
+    job.input(documents(1))
+    output = job.succeed()
+
+    finished = job.sdg("export", "--output", output.path, *arguments)
+
+    assert finished.rc == 2
+    assert finished.says(*words)
+    assert not (job.folder / "p.jsonl").exists()

@@ -1,0 +1,78 @@
+"""Writers of plugins: chosen by name or suffix, and known to every command that looks at files."""
+
+from __future__ import annotations
+
+import pytest
+from running import Job, documents
+
+SHELF = """
+    import io
+    import sdg
+    import pyarrow.parquet as pq
+
+    @sdg.hookimpl
+    def register_writers(register):
+        register("shelf", Shelf)
+
+    @sdg.hookimpl
+    def register_rollouts(register):
+        register("echo", echo)
+
+    async def echo(document, generate):
+        return await generate(document.text)
+
+    class Shelf:
+        \"\"\"Write files that only this plugin reads.\"\"\"
+
+        suffix = ".shf"
+
+        def __init__(self, run):
+            self.run = run
+
+        def write(self, chunk, rows):
+            content = io.BytesIO()
+            pq.write_table(rows, content)
+            path = self.run.path_of(chunk)
+            self.run.output.write(path, lambda file: file.write(b"SHELF" + content.getvalue()))
+
+        def read(self, chunk):
+            import pyarrow as pa
+            try:
+                with self.run.output.open(self.run.path_of(chunk)) as file:
+                    return pq.read_table(pa.BufferReader(file.read()[5:]))
+            except FileNotFoundError:
+                return None
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"writer": "shelf"}, "00000_00000.shf"),
+        ({"writer": "shelf", "output_filename": "part-${chunk_index}.bin"}, "part-00000.bin"),
+        ({"output_filename": "${chunk_index}.shelf"}, "00000.shelf"),
+    ],
+)
+def test_a_writer_of_a_plugin_is_known_to_all_commands(job: Job, options: dict[str, str], name: str) -> None:
+    job.options["plugin"] = job.plugin("shelf", SHELF)
+    job.input(documents(3))
+
+    output = job.succeed(**options)
+
+    assert (output.path / "data" / name).read_bytes().startswith(b"SHELF")
+    assert job.succeed(**options).written() == [f"data/{name}"]
+    assert job.verify().rc == 0
+    assert "document 0" in (output.path / "README.md").read_text()
+    shown = job.sdg("show", "--output", output.path)
+    assert "document 0" in shown.stdout
+    exported = job.sdg("export", "--output", output.path, "--format", "messages", "--to", "chats.jsonl")
+    assert exported.rc == 0, exported
+
+
+def test_an_unknown_writer_is_named(job: Job) -> None:
+    job.input(documents(1))
+
+    finished = job(writer="parkett")
+
+    assert finished.rc == 2
+    assert finished.says("unknown writer 'parkett'", "did you mean parquet")
