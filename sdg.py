@@ -1537,7 +1537,8 @@ class Engine:
         self._unwritten = 0
         self._space = asyncio.Event()
         self._ready: Iterator[tuple[OpenChunk, Document]] = iter(())
-        self._turn = asyncio.Lock()
+        self._asleep: deque[asyncio.Future[None]] = deque()  # workers that wait for a document
+        self._reading = self._exhausted = False  # a worker reads on; there is nothing more
         self._writing = ThreadPoolExecutor(2, "sdg-writer")
         self._settling = asyncio.Lock()
         self._two_write = asyncio.Semaphore(2)
@@ -1582,22 +1583,16 @@ class Engine:
         """Process one document after the other. What fails beside them ends the run, but no worker."""
         try:
             while not self.stopping:
-                if taken := next(self._ready, None):
-                    self.crew.busy += 1
-                    try:
-                        await self._roll_out(*taken)
-                    finally:
-                        self.crew.busy -= 1
-                    if self.store.crowded:
-                        await self.store.room()
-                    continue
-                exhausted = self._ready
-                async with self._turn:  # not for each document: waiters for a lock would queue up for good
-                    if self._ready is exhausted:
-                        batch = await anext(batches, None)
-                        if batch is None:
-                            return
-                        self._ready = batch
+                taken = next(self._ready, None) or await self._next(batches)
+                if not taken:
+                    return
+                self.crew.busy += 1
+                try:
+                    await self._roll_out(*taken)
+                finally:
+                    self.crew.busy -= 1
+                if self.store.crowded:
+                    await self.store.room()
         except asyncio.CancelledError:
             if not self.stopping:
                 raise
@@ -1605,6 +1600,31 @@ class Engine:
             self.run.stop(exc)
 
     # Reading
+
+    async def _next(
+        self, batches: AsyncIterator[Iterator[tuple[OpenChunk, Document]]]
+    ) -> tuple[OpenChunk, Document] | None:
+        """The next document, None if there is none. One worker at a time reads on, while the others sleep.
+
+        Each one that is served wakes two: with a lock, all that wait would pass through it for each chunk.
+        """
+        try:
+            while not (taken := next(self._ready, None)) and not self._exhausted:
+                if self._reading:
+                    self._asleep.append(sleeper := asyncio.get_running_loop().create_future())
+                    await sleeper
+                    continue
+                self._reading = True
+                try:
+                    batch = await anext(batches, None)
+                finally:
+                    self._reading = False
+                self._ready, self._exhausted = batch or iter(()), batch is None
+            return taken
+        finally:
+            for _ in range(min(2, len(self._asleep))):
+                if not (sleeper := self._asleep.popleft()).done():
+                    sleeper.set_result(None)
 
     async def _batches(self) -> AsyncGenerator[Iterator[tuple[OpenChunk, Document]], None]:
         """For each chunk the documents that are not final."""

@@ -206,7 +206,7 @@ class Job:
         remember_source(self.run)
         async with self._engine(await self._reader(), servers) as engine:
             await self._observe()
-            _tune_collector()
+            _tune_collector(self.run.options.max_concurrent_generations)
             async with self._present(engine, self.stop):
                 self.stop.gently = engine.stop
                 try:
@@ -416,7 +416,7 @@ def explained(exc: BaseException, run: sdg.Run) -> BaseException:
     return error
 
 
-def _tune_collector() -> None:
+def _tune_collector(in_flight: int) -> None:
     """Make garbage collection rare: 10,000 requests in flight are a million objects, and full passes half the time."""
     import gc
 
@@ -425,4 +425,4 @@ def _tune_collector() -> None:
     pa.array(["if pandas is installed, Arrow imports it here rather than in the middle of the run"])
     gc.collect()
     gc.freeze()
-    gc.set_threshold(10_000, 50, 50)
+    gc.set_threshold(max(10_000, 50 * in_flight), 50, 50)

@@ -13,7 +13,8 @@ import sdg
 from sdg_plugins.common import hub, recorded
 from sdg_plugins.common.files import uses_spool
 from sdg_plugins.common.options import Parser, number
-from sdg_plugins.common.ranks import Overview, progress_section, why_not_begun
+from sdg_plugins.common.published import record
+from sdg_plugins.common.ranks import Looks, Overview, progress_section, why_not_begun
 from sdg_plugins.common.slurm import any_queued, other_jobs
 from sdg_plugins.publishing import card
 from sdg_plugins.publishing.publisher import Publisher
@@ -113,19 +114,28 @@ def watch(run: sdg.Run, publisher: Publisher | None, args: argparse.Namespace) -
         Error: the run has ended early, or its last files cannot be published.
     """
     first_id, began, since, said = present_id(run), time.time(), 0.0, ""
-    settling = min(SETTLING, args.patience)
+    settling, looks = min(SETTLING, args.patience), Looks()
     local = sdg.file_system_of(run.state) in sdg.LOCAL_FILE_SYSTEMS
     where = publisher.url if publisher else run.output.path(card.NAME)
     while first_id and present_id(run) == first_id:
-        overview, now = Overview.of_run(run), time.monotonic()
+        overview, now = Overview.of_ranks(looks.look(run)), time.monotonic()
         reason = overview.early_end(other_jobs([*args.job, *overview.jobs]), args.patience, began)
         early = f"the run has ended early: {reason}"
         since = (since or now) if overview.finished or reason else 0.0
         over = since and (now - since >= settling or (overview.finished and local))
         sdg.say(overview.log_line())
+        if publisher:
+            record(run.state, interval=args.interval)
         problem = update(run, publisher, overview.markdown(reason) if over else None)
         if over and problem:
             raise sdg.OutputError(f"{early}; {problem}" if reason else problem)
+        if publisher:
+            record(
+                run.state,
+                problem=problem,
+                until=time.time() + args.interval if problem else 0.0,
+                interval=args.interval,
+            )
         if problem and problem != said:
             sdg.say(f"{problem}; retrying every {args.interval:g} s")
         said = problem

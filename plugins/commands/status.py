@@ -18,6 +18,7 @@ import sdg
 from sdg_plugins.common import recorded
 from sdg_plugins.common.markdown import counted, short_line
 from sdg_plugins.common.options import Parser
+from sdg_plugins.common.published import Publishing, publishing_of
 from sdg_plugins.common.ranks import Overview, Rank, begun_ranks, phase_of, ranges, ranks_of, rounded_duration
 from sdg_plugins.common.slurm import Queue, Submission, any_queued
 
@@ -27,7 +28,7 @@ LOG = re.compile(r" \(log: [^)]*\)")  # each rank has its own
 NO_ERROR = {"waiting": "not started", "lost": "its job is gone, and it has recorded no end"}
 EXIT = (
     "example: sdg.py status --output ./summaries --ranks; exit status: 0 no rank needs attention; "
-    "1 some ranks do, or no such run exists; 2 usage error"
+    "1 some ranks do, or no process publishes what is written, or no such run exists; 2 usage error"
 )
 
 
@@ -51,16 +52,34 @@ def status(argv: list[str]) -> int:
     jobs = overview.jobs | set(submission.jobs if submission else ())
     queued = bool(jobs & queue.jobs) if queue and jobs else None
     troubled = [rank for rank in ranks if needs_attention(rank, overview, queue, queued)]
+    publishing = publishing_of(state, recorded_options(state))
+    attention = troubled or (publishing and publishing.needs_attention(overview.finished))
     if args.json:
-        print(json.dumps(as_json(ranks, overview, queued, troubled), indent=2))
-        return 1 if troubled else 0
+        print(json.dumps(as_json(ranks, overview, queued, troubled) | as_json_of(publishing), indent=2))
+        return 1 if attention else 0
     for line in overview_lines(ranks, overview, sorted(jobs), queued):
         print(line)
+    if publishing:
+        print(publishing.line())
     for line in attention_lines(ranks, troubled, submission) if troubled else ():
         print(line)
     for line in rank_table(ranks) if args.ranks else ():
         print(line)
-    return 1 if troubled else 0
+    return 1 if attention else 0
+
+
+def recorded_options(state: Path) -> dict[str, Any]:
+    """The options of the run in a state; {} if it has recorded none yet."""
+    options: dict[str, Any] = recorded.load_record(state)["options"] if (state / "run.json").exists() else {}
+    return options
+
+
+def as_json_of(publishing: Publishing | None) -> dict[str, Any]:
+    """How far the publication is, for programs; `published` is null if the run does not publish."""
+    if publishing is None:
+        return {"published": None}
+    figures = publishing._asdict() | {"gone": publishing.gone}
+    return {"published": {name: figures[name] for name in ("written", "published", "gone", "problem", "until")}}
 
 
 def recorded_ranks(state: Path) -> list[Rank]:

@@ -72,6 +72,7 @@ def discrepancies(run: sdg.Run, counts: Counter[str], unfinished: Counter[str]) 
     yield from discrepancies_of_input(run, reader)
     writer = run.plugins.writers[file_writer(options)].factory(run)
     known = {chunk.index: chunk for chunk in recorded.chunks_of(run)}
+    on_hub, published = reconcile_with_hub(run)
     expected = set()
     for opened in all_chunks(run, reader):
         chunk = known.pop(opened.chunk.index, None)
@@ -84,19 +85,31 @@ def discrepancies(run: sdg.Run, counts: Counter[str], unfinished: Counter[str]) 
             yield f"chunk {chunk.index} ({rows}) was written with {counted(chunk.count, 'document')}"
         else:
             expected |= {run.path_of(chunk), *([run.failed_path_of(chunk)] if chunk.failed else [])}
-            yield from discrepancies_of_chunk(run, chunk, opened.ids(id_column_of(options, reader.schema)), writer)
+            ids = opened.ids(id_column_of(options, reader.schema))
+            yield from discrepancies_of_chunk(run, chunk, ids, writer, published)
             counts["rows"] += chunk.rows
             counts["filtered"] += len(chunk.filtered)
             counts["failed"] += len(chunk.failed)
     for index in known:
         yield f"chunk {index} is recorded, but the input no longer has its rows"
     failed_folder = os.path.dirname(run.failed_path_of(sdg.Chunk(0, 0)))
-    for file in [*output_files(run), *run.output.list(failed_folder)]:
+    failed = [file for file, size in run.output.sizes(failed_folder).items() if size]  # emptied where not deletable
+    for file in [*output_files(run), *failed]:
         if file not in expected:
             yield f"{run.output.path(file)} does not belong to a finished chunk"
-    if uses_spool(run.options):
-        with contextlib.closing(Publisher(run)) as publisher:
-            yield from publisher.discrepancies()
+    yield from on_hub
+
+
+def reconcile_with_hub(run: sdg.Run) -> tuple[list[str], set[str]]:
+    """Discrepancies between the spool and the Hub, and the files that were deleted from the spool once published."""
+    if not uses_spool(run.options):
+        return [], set()
+    with contextlib.closing(Publisher(run)) as publisher:
+        found, published = publisher.reconcile()
+    if published:
+        example = run.output.path(min(published))
+        sdg.say(f"{counted(len(published), 'published file')}, such as {example}, can only be compared by hash")
+    return found, published
 
 
 def all_chunks(run: sdg.Run, reader: sdg.Reader) -> Iterator[OpenChunk]:
@@ -123,8 +136,18 @@ def discrepancies_of_input(run: sdg.Run, reader: sdg.Reader) -> Iterator[str]:
             yield f"the input has changed since the run: {difference}"
 
 
-def discrepancies_of_chunk(run: sdg.Run, chunk: sdg.Chunk, ids: list[str], writer: sdg.Writer) -> Iterator[str]:
-    """The discrepancies in the files of one finished chunk; `ids` are those of its documents, in order."""
+def discrepancies_of_chunk(
+    run: sdg.Run, chunk: sdg.Chunk, ids: list[str], writer: sdg.Writer, published: set[str]
+) -> Iterator[str]:
+    """The discrepancies in the files of one finished chunk.
+
+    Args:
+        run: the run.
+        chunk: as it is recorded.
+        ids: of its documents, in order.
+        writer: reads its rows.
+        published: files that were deleted once they were on the Hub.
+    """
     path = run.output.path(run.path_of(chunk))
     gone = {*chunk.filtered, *chunk.failed}
     expected = [ids[position] for position in range(chunk.count) if position not in gone]
@@ -136,7 +159,7 @@ def discrepancies_of_chunk(run: sdg.Run, chunk: sdg.Chunk, ids: list[str], write
         yield f"{path} or its failed records cannot be read: {exc}"
         return
     fingerprint = (table.schema.metadata or {}).get(b"sdg.fingerprint") if table is not None else None
-    if table is None and not chunk.rows:
+    if table is None and (not chunk.rows or run.path_of(chunk) in published):
         pass  # a chunk without rows has no file
     elif table is None:
         yield f"{path} is gone: it had {counted(chunk.rows, 'row')}"
@@ -152,7 +175,7 @@ def discrepancies_of_chunk(run: sdg.Run, chunk: sdg.Chunk, ids: list[str], write
             if id_ is not None and str(id_) != expected_id:
                 yield f"{path} row {row} is document {id_!r}, expected {expected_id!r}"
                 return
-    if failed != [ids[position] for position in chunk.failed]:
+    if failed != [ids[position] for position in chunk.failed] and run.failed_path_of(chunk) not in published:
         documents = counted(len(chunk.failed), "failed document")
         yield f"{run.output.path(run.failed_path_of(chunk))} does not list its {documents}"
 

@@ -83,18 +83,20 @@ def check_reader(reader: sdg.Reader, what: str) -> None:
 
 def check_blocks(parts: list[sdg.Block | sdg.BadRow], asked: int, reader: sdg.Reader) -> None:
     """Raise PluginError unless a reader returned rows of its schema, `asked` at most."""
-    where = f"the reader{sdg.place_of(reader)}: read()"
+
+    def problem(what: str) -> sdg.PluginError:  # where the reader is defined takes milliseconds to find out
+        return sdg.PluginError(f"the reader{sdg.place_of(reader)}: read() returned {what}")
+
     if not isinstance(parts, list) or not all(isinstance(part, sdg.Block | sdg.BadRow) for part in parts):
         kinds = " of ".join({type(parts).__name__: 0, **{type(part).__name__: 0 for part in parts or ()}})
-        raise sdg.PluginError(f"{where} returned {kinds}, expected a list of sdg.Block and sdg.BadRow")
+        raise problem(f"{kinds}, expected a list of sdg.Block and sdg.BadRow")
     for part in parts:
         if isinstance(part, sdg.Block) and not part.batch.schema.equals(reader.schema):
             there = ", ".join(f"{field.name}: {field.type}" for field in part.batch.schema)
-            raise sdg.PluginError(f"{where} returned a batch of ({there}), which differs from its `schema`")
+            raise problem(f"a batch of ({there}), which differs from its `schema`")
     rows = [part.batch.num_rows if isinstance(part, sdg.Block) else 1 for part in parts]
     if 0 in rows or sum(rows) > asked:
-        message = f"{where} returned batches of {rows} rows when asked for {asked}; after the end it must return []"
-        raise sdg.PluginError(message)
+        raise problem(f"batches of {rows} rows when asked for {asked}; after the end it must return []")
 
 
 def check_columns(schema: pa.Schema, options: argparse.Namespace, fields: Iterable[str] = ()) -> None:

@@ -322,7 +322,7 @@ class Outlet:
     def _write_failed(self, opened: OpenChunk, ids: list[str], failures: list[dict[str, Any]]) -> None:
         path = self._run.failed_path_of(opened.chunk)
         if not failures:
-            self._run.output.delete(path)
+            self._run.output.clear(path)
             return
         lines = []
         for position, failure in zip(opened.chunk.failed, failures, strict=True):

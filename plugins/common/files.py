@@ -28,6 +28,9 @@ ALIASES = {  # further suffixes of a format
     **dict.fromkeys(("txt", "md", "markdown"), "text"),
 }
 
+# Further file systems by scheme, set by the modules that make them: from a URI, the file system and the path in it.
+FILE_SYSTEMS: dict[str, Callable[[str], tuple[Any, str]]] = {}
+
 # ── URIs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -83,6 +86,8 @@ def filesystem(uri: str, quick: bool = False) -> tuple[Any, str]:
         if not re.fullmatch(r"[\w.:-]+", bucket):
             raise sdg.UsageError(f"{sdg.redact(uri)}: expected the name of a bucket after s3://")
         return s3.client(bucket, "".join(settings), quick), path.rstrip("/")
+    if scheme in FILE_SYSTEMS:
+        return FILE_SYSTEMS[scheme](uri)
     try:
         try:
             fs, path = pyarrow.fs.FileSystem.from_uri(uri)
@@ -238,6 +243,16 @@ class Place:
         """Delete a file if it exists. Raises OutputError. (On S3, pyarrow leaves an empty object for the folder.)"""
         with access_errors(self.uri, sdg.OutputError), contextlib.suppress(FileNotFoundError):
             self.fs.delete_file(self.path(name))
+
+    def clear(self, name: str) -> None:
+        """Delete a file if it exists; where that is not permitted, empty it. Raises OutputError."""
+        try:
+            self.delete(name)
+        except sdg.OutputError as exc:
+            if self.local:
+                raise
+            self.write(name, lambda file: None)
+            sdg.say(f"{exc}. {self.path(name)} was replaced by an empty file: give the right to delete, or delete it")
 
     def stamp(self, name: str) -> Stamp | None:
         """Size and hash of a file as it is now; None if it does not exist."""

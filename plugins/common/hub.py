@@ -12,6 +12,7 @@ import random
 import re
 import sqlite3
 import threading
+import urllib.parse
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -34,14 +35,18 @@ QUIET = 30.0  # s that an outage may last before it is reported
 
 
 class Address(NamedTuple):
-    """The parts of `hf://datasets/OWNER/NAME`: inputs may name a revision, outputs a folder."""
+    """The parts of `hf://datasets/OWNER/NAME` or `hf://buckets/OWNER/NAME`.
+
+    Inputs may name a revision of a dataset, outputs a folder.
+    """
 
     repo: str
     revision: str | None = None
     folder: str = ""
+    kind: str = "dataset"  # or bucket
 
     def __str__(self) -> str:
-        return f"dataset {self.repo}"
+        return f"{self.kind} {self.repo}"
 
 
 def parse_address(uri: str) -> Address:
@@ -53,6 +58,19 @@ def parse_address(uri: str) -> Address:
         raise sdg.UsageError(f"{uri}: expected hf://datasets/OWNER/NAME, optionally with @REVISION")
     repo, revision, folder = found.groups()
     return Address(repo, revision, (folder or "").strip("/"))
+
+
+def is_bucket(uri: str | None) -> bool:
+    """True for the URI of a bucket on the Hub: storage for files without revisions."""
+    return (uri or "").startswith("hf://buckets/")
+
+
+def parse_bucket(uri: str) -> Address:
+    """The parts of `hf://buckets/OWNER/NAME[/FOLDER]`. Raises UsageError for anything else."""
+    found = re.fullmatch(rf"hf://buckets/({REPO_NAME.pattern})(?:/(.*))?", uri, re.ASCII)
+    if not found:
+        raise sdg.UsageError(f"{uri}: expected hf://buckets/OWNER/NAME")
+    return Address(found[1], None, (found[2] or "").strip("/"), "bucket")
 
 
 def dataset_of_uri(uri: str | None) -> str:
@@ -129,12 +147,22 @@ def list_files(api: HfApi, repo: str, folder: str, revision: str) -> list[RepoFi
         return []
 
 
+def get_from_bucket(api: HfApi, bucket: str, path: str, headers: dict[str, str] | None = None) -> Any:
+    """Request a file of a bucket and return the response. Raises the exceptions of the Hub's client."""
+    return get_url(f"{api.endpoint}/buckets/{bucket}/resolve/{urllib.parse.quote(path, safe='')}", headers)
+
+
 def get(api: HfApi, repo: str, path: str, revision: str, headers: dict[str, str] | None = None) -> Any:
     """Request a file and return the response. Raises the exceptions of the Hub's client."""
     from huggingface_hub import hf_hub_url
+
+    return get_url(hf_hub_url(repo, path, repo_type="dataset", revision=revision, endpoint=api.endpoint), headers)
+
+
+def get_url(url: str, headers: dict[str, str] | None = None) -> Any:
+    """Send a GET request with the token and return the response. Raises the exceptions of the Hub's client."""
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
-    url = hf_hub_url(repo, path, repo_type="dataset", revision=revision, endpoint=api.endpoint)
     response = file_client().get(url, headers={**build_hf_headers(library_name="sdg"), **(headers or {})})
     hf_raise_for_status(response)
     return response
@@ -161,6 +189,7 @@ def refusal(exc: BaseException, address: Address) -> str | None:
     status = http_status(exc) or 0
     detail = sdg.one_line(getattr(exc, "server_message", None) or "")
     access = "the token has no access to it" if has_token() else "it is private: set HF_TOKEN"
+    missing_bucket = getattr(errors, "BucketNotFoundError", errors.RepositoryNotFoundError)  # new in 1.5
     reasons = {
         errors.OfflineModeIsEnabled: "HF_HUB_OFFLINE is set, so no request is sent to the Hub: unset it",
         client_library().UnsupportedProtocol: "HF_ENDPOINT is not a URL: it must begin with https:// or http://",
@@ -168,6 +197,7 @@ def refusal(exc: BaseException, address: Address) -> str | None:
         errors.GatedRepoError: f"{address} is gated: accept its conditions on its page, with the account of HF_TOKEN",
         errors.RevisionNotFoundError: f"{address} has no revision {address.revision or 'main'}",
         errors.RepositoryNotFoundError: f"{address} does not exist, or {access}",
+        missing_bucket: f"{address} does not exist, or {access}",
         errors.HFValidationError: f"{address}: {sdg.one_line(exc)}",
     }
     for kind, reason in reasons.items():
@@ -176,10 +206,29 @@ def refusal(exc: BaseException, address: Address) -> str | None:
     if status == 401:
         return f"the Hub rejected the token (HF_TOKEN) for {address}: it may be revoked or mistyped; set a valid one"
     if status in {402, 403}:
-        return f"the Hub refused: {detail or 'no permission'} ({address}; does HF_TOKEN have write access to it?)"
+        right = "read" if method_of(exc) in {"GET", "HEAD"} else "write"
+        asked = f"{address}, {request_of(exc)}; does HF_TOKEN have {right} access to it?"
+        return f"the Hub refused: {detail or 'no permission'} ({asked})"
     if 400 <= status < 500 and status not in TRANSIENT:
-        return f"the Hub refused ({status}): {detail or sdg.one_line(exc)[:300]} ({address})"
+        return f"the Hub refused ({status}): {detail or sdg.one_line(exc)[:300]} ({address}, {request_of(exc)})"
     return None
+
+
+def method_of(exc: BaseException) -> str:
+    """The HTTP method of the request that failed; "" if unknown."""
+    return str(getattr(getattr(exc, "request", None), "method", ""))
+
+
+def request_of(exc: BaseException) -> str:
+    """What was asked for, without the query, which may hold a signature."""
+    path = urllib.parse.unquote(str(getattr(getattr(exc, "request", None), "url", "")).partition("?")[0])
+    return f"{method_of(exc)} {sdg.redact(path)}".strip()
+
+
+def is_refused_range(exc: BaseException) -> bool:
+    """True if a part of a file was refused: a signed URL that has just expired is renewed by asking again."""
+    request = getattr(exc, "request", None)
+    return http_status(exc) in {403, 416} and "range" in getattr(request, "headers", {})
 
 
 def cause_of(exc: BaseException) -> BaseException:
@@ -192,6 +241,11 @@ def cause_of(exc: BaseException) -> BaseException:
 def http_status(exc: BaseException) -> int | None:
     """The HTTP status of an error of the Hub's client, None if there was no response."""
     return getattr(getattr(exc, "response", None), "status_code", None)
+
+
+def is_conflict(exc: BaseException) -> bool:
+    """True if a commit failed because of another one."""
+    return http_status(cause_of(exc)) in {409, 412}
 
 
 def is_transient(exc: Exception) -> bool:
@@ -240,7 +294,7 @@ def patiently(call: Callable[[], T], address: Address, stopping: threading.Event
         try:
             return call()
         except Exception as exc:
-            if reason := refusal(exc, address):
+            if (reason := refusal(exc, address)) and not (attempt == 0 and is_refused_range(exc)):
                 raise sdg.InputError(reason) from exc
             if not is_transient(exc) or stopping.is_set():
                 raise

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import Any
 
 import sdg
+from sdg_plugins.common import published
 from sdg_plugins.common.files import default_state_dir
 from sdg_plugins.common.markdown import counted
 from sdg_plugins.common.options import program
@@ -94,10 +95,11 @@ def figures_of(engine: sdg.Engine, speed: Iterable[str] = ()) -> str:
     if (waiting := pool.waiting()) and waiting[0] > LONG_WAIT:
         when = time.strftime("%H:%M", time.localtime(time.time() + waiting[0]))
         return f"waiting until {when}: {waiting[1]}"
+    unpublished = [text] if engine.run.options.writer == "hf" and (text := published.waits(engine.run.state)) else []
     loads = [upstream.limit.load for upstream in pool.upstreams if upstream.limit.load and upstream.up.is_set()]
     queue = f" ({sum(load.waiting for load in loads):.0f} queued)" if loads else ""
     rare = {"failed": engine.tally["failed"], "retries": retries_in(counts), "cached": counts["cache_hits"]}
-    figures = [*(f"{number:,} {name}" for name, number in rare.items() if number), *speed]
+    figures = [*unpublished, *(f"{number:,} {name}" for name, number in rare.items() if number), *speed]
     tokens = counts["completion_tokens"] / max(pool.seconds, 1e-9)
     figures += [f"{tokens:,.0f} tokens/s", f"{pool.active} in flight{queue}"]
     figures += [f"{each.active} at {name}" for name, each in pools.items()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from collections import Counter
 from pathlib import Path
@@ -96,6 +97,34 @@ class Rank(NamedTuple):
 def ranks_of(state: Path, world_size: int) -> list[Rank]:
     """All ranks of a run, from the files in its state."""
     return [_read_rank(state, number) for number in range(world_size)]
+
+
+class Looks:
+    """The ranks as one process sees them again and again: clocks of machines differ, so what counts is what changes.
+
+    A rank on another machine is alive if its heartbeat has changed since an earlier look, whatever time it has. The
+    time of its heartbeat becomes that at which we first saw it, according to our clock.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[int, tuple[float, float, bool]] = {}  # heartbeat, since when, whether it changed
+
+    def look(self, run: sdg.Run) -> list[Rank]:
+        """All ranks of a run now."""
+        return [self._seen_here(rank) for rank in ranks_of(run.state, run.options.world_size)]
+
+    def _seen_here(self, rank: Rank) -> Rank:
+        if rank.state not in {"running", "silent"} or rank.record.get("host") in {None, platform.node()}:
+            return rank
+        now = time.monotonic()
+        beat, since, changed = self._seen.get(rank.number, (rank.updated, now, False))
+        if beat != rank.updated:
+            since, changed = now, True
+        self._seen[rank.number] = (rank.updated, since, changed)
+        quiet = now - since
+        state = "silent" if quiet > SILENT else "running" if changed else rank.state
+        record = {**rank.record, "updated": time.time() - quiet}
+        return rank._replace(state=state, figures={**rank.figures, "rank": record})
 
 
 def _read_rank(state: Path, number: int) -> Rank:

@@ -75,7 +75,7 @@ def render(
         run: only its state, and two rows of its output, are read.
         progress: markdown for the top of the section.
         folder: folder of the repository for the run's output, "" for its root.
-        dataset: OWNER/NAME on the Hub, "" for an output elsewhere.
+        dataset: OWNER/NAME on the Hub, or buckets/OWNER/NAME; "" for an output elsewhere.
         published: data files of this config are on the Hub, even if the run's output has none of them any more.
 
     Raises:
@@ -87,9 +87,10 @@ def render(
     front, body = split_card(text, f"{dataset} {NAME}".strip() if dataset else run.output.path(NAME))
     if not text.strip():
         body = f"\n# {inline(dataset.rpartition('/')[2]) or 'Synthetic data'}\n"
-    name, record = run.options.output_config, recorded.load_record(run.state)
+    record = recorded.load_record(run.state)
     present = {section.name: section for section in sections(body)}
-    lines = SectionRenderer(run, record, facts_of(run, record, folder, published), dataset).lines(
+    name = config_on_card(run.options.output_config, folder, present)
+    lines = SectionRenderer(run, record, facts_of(run, record, folder, published), dataset, name).lines(
         progress, present[name].text if name in present else ""
     )
     body = with_section(body, name, "\n".join(lines).replace("\n", newline), newline)
@@ -133,6 +134,21 @@ def sections(body: str) -> Iterator[Section]:
         opened = None
 
 
+def config_on_card(config: str, folder: str, present: dict[str, Section]) -> str:
+    """The name of a run's config on a card that it may share with runs whose outputs are in other folders.
+
+    It is --output-config unless a run in another folder came first: then the folder is put before it.
+    """
+    files = f"{posixpath.join(glob.escape(folder), config)}/"
+    for section in present.values():
+        if section.facts["files"].startswith(files):
+            return section.name
+    if config not in present or not present[config].facts["files"]:
+        return config
+    place = re.sub(r"[^\w.-]+", "-", folder) or "root"
+    return f"{place}-{config}"
+
+
 def with_section(body: str, name: str, text: str, newline: str) -> str:
     """Put a config's section into a card: in its place, or behind the last section, or at the end."""
     text = text.removesuffix(newline)
@@ -170,12 +186,14 @@ class SectionRenderer(NamedTuple):
         record: the content of the run's `run.json`.
         facts: see `facts_of`.
         dataset: OWNER/NAME on the Hub, "" for an output elsewhere.
+        name: of the config on the card.
     """
 
     run: sdg.Run
     record: dict[str, Any]
     facts: dict[str, Any]
     dataset: str
+    name: str
 
     @property
     def options(self) -> dict[str, Any]:
@@ -185,7 +203,7 @@ class SectionRenderer(NamedTuple):
 
     def lines(self, progress: str, earlier: str) -> Iterator[str]:
         """The lines of the section; `earlier` is the text of the one that it replaces, "" if there was none."""
-        name = self.run.options.output_config
+        name = self.name
         yield f"<!-- sdg: begin {name} -->"
         facts = json.dumps(self.facts).replace("<", r"\u003c").replace(">", r"\u003e")
         yield f"<!-- sdg: facts {facts} -->"
@@ -255,12 +273,15 @@ class SectionRenderer(NamedTuple):
 
     def loading_code(self) -> str:
         """Python code that loads the rows."""
-        name = json.dumps(self.run.options.output_config, ensure_ascii=False)
+        name = json.dumps(self.name, ensure_ascii=False)
         first = "from datasets import load_dataset\n\n"
+        kind = "parquet" if format_of(self.facts["files"]) == "parquet" else "json"
+        if self.dataset.startswith("buckets/"):
+            files = json.dumps(f"hf://{self.dataset}/{self.facts['files']}", ensure_ascii=False)
+            return f'{first}rows = load_dataset("{kind}", data_files={files}, split="train")'
         if self.dataset or self.run.output.local:
             place = json.dumps(self.dataset or "path/to/this/folder", ensure_ascii=False)
             return f'{first}rows = load_dataset({place}, {name}, split="train")'
-        kind = "parquet" if format_of(self.facts["files"]) == "parquet" else "json"
         files = json.dumps(f"s3://path/to/this/folder/{self.facts['files']}", ensure_ascii=False)
         return f'{first}rows = load_dataset("{kind}", data_files={files}, split="train")'
 

@@ -27,6 +27,16 @@ class FrontMatter(NamedTuple):
     values: dict[str, Any]
 
 
+def load_yaml(text: str) -> Any:
+    """The values of YAML; by the C library if PyYAML has it, which takes seconds where Python takes a minute."""
+    import yaml
+
+    try:
+        return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except yaml.YAMLError:  # the C library is stricter about characters
+        return yaml.safe_load(text)
+
+
 def split_card(text: str, name: str) -> tuple[FrontMatter, str]:
     """Split a card into its front matter and the text below it; `name` is that of the card in messages."""
     import yaml
@@ -38,7 +48,7 @@ def split_card(text: str, name: str) -> tuple[FrontMatter, str]:
             raise BrokenCard(f"{name}: the front matter has no closing line ---; {way_out}")
         return FrontMatter("", {}), text
     try:
-        values = yaml.safe_load(found[1])
+        values = load_yaml(found[1])
     except (yaml.YAMLError, ValueError, RecursionError) as exc:
         raise BrokenCard(f"{name}: the front matter is not valid YAML ({sdg.one_line(exc)}); {way_out}") from exc
     if not isinstance(values, dict | None):
@@ -119,7 +129,7 @@ def merge_configs(present: list[Any], configs: dict[str, dict[str, Any]]) -> lis
     if present or without != paths.keys():
         paths = {name: path for name, path in paths.items() if name not in without}
     named = {name: entry for entry in present if (name := config_name_of(entry))}
-    ours = {name: {**named.get(name, {}), **config_entry(name, [path])} for name, path in paths.items()}
+    ours = {name: with_train_split(named.get(name, {}), config_entry(name, [path])) for name, path in paths.items()}
     several = "all" not in paths and len(paths) > 1 and same_columns([configs[name] for name in paths])
     known = {*paths.values(), *(path for name in paths for path in paths_of(named.get(name)))}
     if "all" not in paths and "all" in named and known.issuperset(paths_of(named["all"]) or [""]):  # an `all` of ours
@@ -141,6 +151,15 @@ def config_name_of(entry: Any) -> str:
     """The name of an entry of `configs`, "" if it has none."""
     name = entry.get("config_name") if isinstance(entry, dict) else None
     return name if isinstance(name, str) else ""
+
+
+def with_train_split(present: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry with our split; other splits and keys, which a person has added, stay."""
+    files = present.get("data_files")
+    splits = [item for item in files if isinstance(item, dict)] if isinstance(files, list) else []
+    (train,) = entry["data_files"]
+    kept = [train if item.get("split") == "train" else item for item in splits]
+    return {**present, **entry, "data_files": kept if train in kept else [train, *kept]}
 
 
 def is_ours(entry: Any, paths: dict[str, str], names: set[str]) -> bool:
@@ -180,7 +199,7 @@ def with_values(front: FrontMatter, wanted: dict[str, Any], newline: str) -> str
         return front.text
     try:
         text = replace_keys(front.text, changed, newline)
-        if yaml.safe_load(text) == wanted:
+        if load_yaml(text) == wanted:
             return text
     except (yaml.YAMLError, ValueError):
         pass  # braces, anchors, indented keys: it cannot be edited by the line

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import sdg
@@ -92,11 +91,12 @@ class Inventory:
         entry, known = self._repository.entries.get(file.path), self._ledger.files.get(file.path, Known(""))
         if entry is None:
             return False
-        digest = known.hash if known.signature == file.signature else content.sha256(file)
-        if entry.sha256 == digest or (not entry.sha256 and entry.git_hash == content.git_hash(file)):
-            self._ledger.remember(file.path, Known(self.run_id, file.signature, digest, file.parts))
+        digest = known.hash if known.signature == file.signature else content.hash(file)
+        git_hash = "" if entry.hash else content.git_hash(file)
+        if entry.hash == digest or (not entry.hash and entry.git_hash == git_hash):
+            self._ledger.remember(file.path, Known(self.run_id, file.signature, digest, file.parts, git_hash))
             return True
-        if entry.sha256 and entry.sha256 not in self._ledger.sent and not known.run.startswith("before "):
+        if entry.hash and entry.hash not in self._ledger.sent and not known.run.startswith("before "):
             raise sdg.OutputError(
                 f"{self._repository.address}: {file.path} was written by someone else, such as another run: choose "
                 "another --output-config or --output, or delete the file there"
@@ -126,11 +126,43 @@ class Inventory:
         found = []
         for path, known in self._ledger.files.items():
             if known.run == self.run_id and path in self._repository.entries and path not in files:
-                left = [part for part in known.parts if os.path.exists(self._run.output.path(part))]
-                name = self._spool.name_of(path)
-                if all(owner.get(part) in present for part in left) and name and self._spool.has_chunk_of(name):
+                due = [part for part in known.parts if self._spool.is_due(part)]
+                if self._spool.name_of(path) and all(owner.get(part) in present for part in due):
                     found.append(path)
         return found
+
+    def kept(self) -> dict[str, Known]:
+        """Published files with parts that were deleted from the spool; call `Spool.files` before."""
+        return self._spool.incomplete(self.run_id, self._spool.signatures)
+
+    def confirmed(self) -> set[str]:
+        """Files deleted from the spool whose content is on the Hub as it was published; call `Spool.files` before."""
+        entries, here = self._repository.entries, self._spool.signatures
+        return {
+            part
+            for path, known in self.kept().items()
+            if path in entries and (known.hash or known.git_hash) and entries[path].is_of(known)
+            for part in known.parts
+            if part not in here
+        }
+
+    def faults(self) -> Iterator[str]:
+        """What is wrong with files that cannot be made again, a line each; call `Spool.files` before."""
+        address, signatures = self._repository.address, self._spool.signatures
+        for path, known in self.kept().items():
+            entry = self._repository.entries.get(path)
+            gone = next(part for part in known.parts if part not in signatures)
+            if entry is None or not entry.is_of(known):
+                what = "is missing or was changed there"
+                yield f"{address}: {path} {what}, and cannot be published again without {self._run.output.path(gone)}"
+            sizes = known.signature.split()[::2]
+            for part, size in zip(known.parts, sizes, strict=False):
+                if signatures.get(part, size).split()[0] != size:
+                    changed = f"{part} has changed since it was published in {path}"
+                    yield f"{address}: {changed}, which cannot be made again without {self._run.output.path(gone)}"
+        for name in self._spool.unknown:
+            path = self._run.output.path(name)
+            yield f"{address}: {path} is gone, and it is not known in which file it was published: restore it"
 
     def waiting(self) -> int:
         """How many files were written or changed since they were published, as far as the ledger knows."""
@@ -138,11 +170,12 @@ class Inventory:
         known = {path: file.signature for path, file in self._ledger.files.items() if file.run == self.run_id}
         return sum(known.get(file.path) != file.signature for file in self._spool.files().values())
 
-    def committed(self, added: dict[HubFile, str], deleted: list[str]) -> None:
-        """Take in a commit: the files that it added, with their SHA-256 hashes, and those that it deleted."""
-        for file, digest in added.items():
-            self._repository.entries[file.path] = RemoteEntry(digest, "")
-            self._ledger.remember(file.path, Known(self.run_id, file.signature, digest, file.parts))
+    def committed(self, added: dict[HubFile, RemoteEntry], deleted: list[str]) -> None:
+        """Take in a commit: the files that it added, and those that it deleted."""
+        for file, entry in added.items():
+            self._repository.entries[file.path] = entry
+            known = Known(self.run_id, file.signature, entry.hash or "", file.parts, entry.git_hash)
+            self._ledger.remember(file.path, known)
         for path in deleted:
             del self._repository.entries[path]
             self._ledger.forget(path)
@@ -158,6 +191,12 @@ class Inventory:
                 continue
             if not there:
                 yield f"{address}: {file.path} is missing or differs: `sdg.py card` publishes it"
+        yield from self.faults()
+        kept = self.kept()
         for path in self._repository.entries:
-            if path not in files and (self._spool.name_of(path) or self._spool.is_loaded_with_ours(path)):
+            if (
+                path not in files
+                and path not in kept
+                and (self._spool.name_of(path) or self._spool.is_loaded_with_ours(path))
+            ):
                 yield f"{address}: {path} does not belong to a finished chunk"

@@ -17,8 +17,9 @@ class Known(NamedTuple):
 
     run: str  # ID of the run that wrote it; `before ID` for a file that run ID, started with --fresh, will delete
     signature: str = ""
-    hash: str = ""
+    hash: str = ""  # SHA-256
     parts: tuple[str, ...] = ()
+    git_hash: str = ""  # of a file that is not stored as a large one; "" if unknown
 
 
 class Ledger:
@@ -41,10 +42,12 @@ class Ledger:
                 "settings (name TEXT PRIMARY KEY, value TEXT)",
             ):
                 self._db.execute(f"CREATE TABLE IF NOT EXISTS {table}")
-            rows = self._db.execute("SELECT path, run, signature, hash, parts FROM files").fetchall()
+            if "git_hash" not in {row[1] for row in self._db.execute("PRAGMA table_info(files)")}:
+                self._db.execute("ALTER TABLE files ADD COLUMN git_hash TEXT DEFAULT ''")  # of an earlier sdg
+            rows = self._db.execute("SELECT path, run, signature, hash, parts, git_hash FROM files").fetchall()
             self.files = {
-                path: Known(run, signature, hash_, tuple(json.loads(parts)))
-                for path, run, signature, hash_, parts in rows
+                path: Known(run, signature, hash_, tuple(json.loads(parts)), git_hash)
+                for path, run, signature, hash_, parts, git_hash in rows
             }
             self.sent = {hash_ for (hash_,) in self._db.execute("SELECT hash FROM sent")}
         except sqlite3.OperationalError:
@@ -65,8 +68,8 @@ class Ledger:
         """Remember a file."""
         if self.files.get(path) != known:
             self.files[path] = known
-            row = (path, *known[:3], json.dumps(known.parts))
-            self._db.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)", row)
+            row = (path, *known[:3], json.dumps(known.parts), known.git_hash)
+            self._db.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)", row)
 
     def remember_sent(self, hashes: list[str]) -> None:
         """Remember the hashes of files that are about to be sent."""

@@ -12,24 +12,40 @@ import contextlib
 import itertools
 import json
 import math
+import random
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import NamedTuple
 
 import sdg
 from sdg_plugins.common import hub
 from sdg_plugins.common.markdown import counted
+from sdg_plugins.common.published import record
 from sdg_plugins.publishing import card
+from sdg_plugins.publishing.bucket import open_repository
 from sdg_plugins.publishing.front_matter import BrokenCard
 from sdg_plugins.publishing.inventory import Inventory
 from sdg_plugins.publishing.ledger import Ledger
 from sdg_plugins.publishing.quota import CommitQuota
-from sdg_plugins.publishing.repository import Repository
+from sdg_plugins.publishing.repository import RemoteEntry, Upload
 from sdg_plugins.publishing.spool import Content, HubFile, Spool, clear_scratch
 
 MOST_CHUNKS = 95_000  # files of a run without a warning: the Hub accepts 100,000 in a repository
+CONFLICTS = 10  # commits of others that overtake ours before a longer wait
 LONGEST_WAIT = 600.0  # s between two attempts, unless the Hub asks for more
+QUICK_WAIT = 10.0  # s between two attempts after conflicts with commits of others
+SOON = 5.0  # s without success after which an outage is reported
 REMINDER = 600.0  # s between two messages about an outage
+
+
+class Plan(NamedTuple):
+    """What the next commit does."""
+
+    batch: list[HubFile]  # added, or replaced
+    gone: list[str]  # deleted
+    readme: str | None  # the card, if it changes
+    left: int  # files for later commits
+    is_new: bool  # only files are added that do not exist: nothing of others can be overwritten
 
 
 class Publisher:
@@ -44,7 +60,7 @@ class Publisher:
 
     def __init__(self, run: sdg.Run) -> None:
         self.run = run
-        self.repository = Repository(run.options.output)
+        self.repository = open_repository(run.options.output)
         self.address = self.repository.address
         self.quota = CommitQuota()
         run.state.mkdir(parents=True, exist_ok=True)
@@ -54,10 +70,12 @@ class Publisher:
         self._inventory = Inventory(run, self.repository, self._spool, self._ledger)
         self._prepared = False
         self._card_problem = ""  # why the card cannot be brought up to date
+        self._said = -math.inf  # time of the last message about an outage
+        self._kept = ""  # what was said of files whose parts were deleted from the spool
 
     @property
     def url(self) -> str:
-        """The web page of the dataset."""
+        """The web page of the dataset or bucket."""
         return self.repository.url
 
     @property
@@ -99,20 +117,27 @@ class Publisher:
         """How many files were written or changed since they were published, as far as is known without the Hub."""
         return self._inventory.waiting()
 
-    def discrepancies(self) -> Iterator[str]:
-        """All differences between what was written and what is on the Hub, a line each."""
+    def reconcile(self) -> tuple[list[str], set[str]]:
+        """Compare what was written with what is on the Hub.
+
+        Returns:
+            All differences, a line each, and the files that were deleted from the spool and are on the Hub unchanged.
+        """
         hub.patiently(lambda: self.repository.refresh(self._spool.folders), self.address, self.run.stopping)
         self._inventory.identify_run()
-        with contextlib.closing(Content(self.run)) as content:
-            yield from self._inventory.discrepancies(content)
+        with contextlib.closing(Content(self.run, self.repository.hash_of)) as content:
+            return list(self._inventory.discrepancies(content)), self._inventory.confirmed()
 
     # A round
 
-    def publish(self, progress: str = "") -> int:
+    def publish(self, progress: str | None = "") -> int:
         """Commit files that are missing on the Hub, delete those that have been replaced, and update the card.
 
+        Files are merged, hashed and uploaded first, so that little time passes between the last look at the repository
+        and the commit. After a conflict only these two are repeated.
+
         Args:
-            progress: markdown for the card.
+            progress: markdown for the card; None leaves the card as it is.
 
         Returns:
             The number of files left for further rounds.
@@ -123,27 +148,69 @@ class Publisher:
         hub.set_timeout()
         if not self._prepared:
             self.prepare()
-        self.repository.refresh(self._spool.folders)
         self._inventory.identify_run()
         files = self._spool.files()
-        with contextlib.closing(Content(self.run)) as content:
-            missing = self._inventory.missing(files, content)
-            earlier = self._inventory.of_earlier_runs(files)
-            most = self.quota.files_for(len(missing) + len(earlier))
-            batch = whole_groups(missing, max(0, most - len(earlier)))
-            present = files.keys() - {file.path for file in missing} | {file.path for file in batch}
-            gone = earlier[:most] + self._inventory.superseded(files, present)
-            data = any(map(self._spool.is_loaded_with_ours, {*self.repository.entries, *present}.difference(gone)))
-            readme = self._updated_card(progress, data)
-            if missing or gone or readme is not None:
-                self._commit(batch, gone, readme, content)
-        return len(missing) - len(batch) + max(0, len(earlier) - most)
+        uploads: dict[str, Upload] = {}
+        conflicts = 0
+        with contextlib.closing(Content(self.run, self.repository.hash_of)) as content:
+            while plan := self._plan(files, content, progress):
+                if new := [file for file in plan.batch if file.path not in uploads]:
+                    uploads |= self._upload(new, content)
+                    continue
+                alone = conflicts > 0 and plan.is_new
+                try:
+                    self._commit(plan._replace(readme=None) if alone else plan, uploads, content, onto_any_head=alone)
+                except Exception as exc:
+                    conflicts += 1
+                    if hub.http_status(exc) not in {409, 412} or conflicts > CONFLICTS or self.run.stopping.is_set():
+                        raise
+                    self.run.stopping.wait(random.uniform(0, min(5.0, 0.1 * 2**conflicts)))
+                    continue
+                return plan.left + alone  # what is left includes the card
+        return 0
 
-    def _updated_card(self, progress: str, data: bool) -> str | None:
+    def _plan(self, files: dict[str, HubFile], content: Content, progress: str | None) -> Plan | None:
+        """Look at the repository, and decide what to commit; None if there is nothing."""
+        self.repository.refresh(self._spool.folders)
+        missing = self._inventory.missing(files, content)
+        earlier = self._inventory.of_earlier_runs(files)
+        most = self.quota.files_for(len(missing) + len(earlier))
+        batch = whole_groups(missing, max(0, most - len(earlier)))
+        present = files.keys() - {file.path for file in missing} | {file.path for file in batch}
+        gone = earlier[:most] + self._inventory.superseded(files, present)
+        there = self.repository.entries
+        data = any(map(self._spool.is_loaded_with_ours, {*there, *present}.difference(gone)))
+        readme = self._updated_card(progress, data)
+        if not (missing or gone or readme is not None):
+            return None
+        left = len(missing) - len(batch) + max(0, len(earlier) - most)
+        is_new = bool(batch) and not gone and all(file.path not in there for file in batch)
+        return Plan(batch, gone, readme, left, is_new)
+
+    def _upload(self, files: list[HubFile], content: Content) -> dict[str, Upload]:
+        """Upload the content of files; returns the uploads by path."""
+        try:
+            return self.repository.upload({file.path: content.path(file) for file in files})
+        except Exception as exc:
+            self._shrink(exc, len(files))
+            raise
+
+    def _report_kept(self) -> None:
+        """Report once which files on the Hub can no longer be compared with the spool, or made again."""
+        if kept := self._inventory.kept():
+            said = f"{counted(len(kept), 'file')} of {self.address}, such as {next(iter(kept))}"
+            if said != self._kept:
+                self._kept = said
+                sdg.say(f"{said}, had parts that are no longer in {self.run.output.root}: they stay as they are")
+
+    def _updated_card(self, progress: str | None, data: bool) -> str | None:
         """The card as it should be with or without data files; None if it is so already, or cannot be updated."""
+        if progress is None:
+            return None
         try:
             before = None if self.repository.card is None else self.repository.card.decode()
-            after = card.render(before, self.run, progress, self.address.folder, self.address.repo, data)
+            name = f"buckets/{self.address.repo}" if self.address.kind == "bucket" else self.address.repo
+            after = card.render(before, self.run, progress, self.address.folder, name, data)
         except BrokenCard as exc:
             self._report_card(str(exc))
             return None
@@ -159,31 +226,27 @@ class Publisher:
             self._card_problem = problem
             sdg.say(problem)
 
-    def _commit(self, batch: list[HubFile], gone: list[str], readme: str | None, content: Content) -> None:
-        """Upload and commit files, deletions and the card; without the card if the Hub refuses that."""
-        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-
+    def _commit(self, plan: Plan, uploads: dict[str, Upload], content: Content, *, onto_any_head: bool) -> None:
+        """Commit uploaded files, deletions and the card; without the card if the Hub refuses that."""
+        batch, gone, readme = plan.batch, plan.gone, plan.readme
         added, deleted = counted(len(batch), "file"), counted(len(gone), "file")
-        adds = [CommitOperationAdd(file.path, content.path(file)) for file in batch]
-        operations: list[Any] = [*adds, *map(CommitOperationDelete, gone)]
-        if readme is not None:
-            operations.append(CommitOperationAdd(card.NAME, readme.encode()))
         if gone:
             sdg.say(f"deleting {deleted} from {self.address}: an earlier run wrote them, or others replace them")
         done = [f"add {added}"] * bool(batch) + [f"delete {deleted}"] * bool(gone)
         title = ", ".join(done).capitalize() or "Update the card"
-        hashes = [add.upload_info.sha256.hex() for add in adds]
-        self._ledger.remember_sent(hashes)
+        entries = {file: RemoteEntry(uploads[file.path].hash, content.git_hash(file)) for file in batch}
+        self._ledger.remember_sent([str(entry.hash) for entry in entries.values()])
         try:
-            self.repository.commit(operations, title)
+            ready = [uploads[file.path] for file in batch]
+            self.repository.commit(ready, gone, readme, title, onto_any_head=onto_any_head)
         except json.JSONDecodeError:
             raise  # a response that was cut short
         except ValueError as exc:  # the Hub rejects the card's front matter
             if readme is None:
-                raise sdg.OutputError(f"{self.address} refuses the files: {sdg.one_line(exc)}") from exc
+                raise sdg.OutputError(f"{self.address} refuses the commit: {sdg.one_line(exc)}") from exc
+            if batch or gone:  # fails if the card was not the reason
+                self._commit(plan._replace(readme=None), uploads, content, onto_any_head=onto_any_head)
             self._report_card(f"{self.address} refuses the card: {sdg.one_line(exc)}")
-            if batch or gone:
-                self._commit(batch, gone, None, content)
             return
         except Exception as exc:
             self._shrink(exc, len(batch) + len(gone))
@@ -191,9 +254,7 @@ class Publisher:
         finally:
             self.quota.record_commit()
         self.quota.grow()
-        if readme is not None:
-            self.repository.card = readme.encode()
-        self._inventory.committed(dict(zip(batch, hashes, strict=True)), gone)
+        self._inventory.committed(entries, gone)
 
     def _shrink(self, exc: Exception, files: int) -> None:
         """Make the next commit smaller if the failure may be due to the size of this one."""
@@ -213,23 +274,31 @@ class Publisher:
             Error: a permanent error of the Hub; the files stay in the spool.
         """
         self.publish_all(progress)
+        if self.run.stopping.is_set():
+            return self.url
+        self._report_kept()
+        if faults := list(self._inventory.faults()):
+            more = f" (and {len(faults) - 1:,} more: see `sdg.py verify`)" if len(faults) > 1 else ""
+            raise sdg.OutputError(f"{faults[0]}{more}")
         if self._card_problem:
             raise sdg.OutputError(f"all files are published on {self.url}, but not the card, as reported above")
         return self.url
 
-    def publish_all(self, progress: Callable[[], str] = str) -> None:
+    def publish_all(self, progress: Callable[[], str | None] = str) -> None:
         """Publish until nothing is left, and retry while the Hub is away; return early if the run is to stop.
 
         Raises:
             Error: a permanent error of the Hub; the files stay in the spool.
         """
-        stopping, attempt, since, said = self.run.stopping, 0, time.monotonic(), -math.inf
+        stopping, attempt, since = self.run.stopping, 0, time.monotonic()
         while not stopping.is_set():
-            stopping.wait(self.quota.pause())
+            if pause := self.quota.pause():
+                self._wait(pause, "all commits of this hour are used up", since=-math.inf)
             try:
                 if not self.publish(progress()):
+                    record(self.run.state, interval=self.run.options.publish_interval)
                     return
-                attempt, since = 0, time.monotonic()
+                attempt, since, self._said = 0, time.monotonic(), -math.inf
             except Exception as exc:
                 if isinstance(exc, sdg.Error):
                     raise
@@ -237,13 +306,27 @@ class Publisher:
                     raise sdg.OutputError(reason) from exc
                 if not hub.is_transient(exc):
                     raise
-                now = time.monotonic()
-                if now - since > hub.QUIET and now - said > REMINDER:
-                    said = now
-                    message = f"{hub.transient_message(exc)}; files wait in {self.run.output.root}"
-                    sdg.say(f"{message} and are published later")
-                stopping.wait(hub.pause_after(exc, attempt, LONGEST_WAIT))
+                pause = hub.pause_after(exc, attempt, QUICK_WAIT if hub.is_conflict(exc) else LONGEST_WAIT)
+                self._wait(pause, hub.transient_message(exc), since)
                 attempt += 1
+
+    def _wait(self, pause: float, problem: str, since: float) -> None:
+        """Wait; say so, and record it, unless it is over within seconds.
+
+        Args:
+            pause: in s.
+            problem: why.
+            since: time of the first failure.
+        """
+        now = time.monotonic()
+        if now + pause - since > SOON:
+            until = time.time() + pause
+            record(self.run.state, problem=problem, until=until)
+            if now - self._said > REMINDER:
+                self._said = now
+                when = time.strftime("%H:%M:%S", time.localtime(until))
+                sdg.say(f"{problem}; files wait in {self.run.output.root}, and are published later: next try at {when}")
+        self.run.stopping.wait(pause)
 
 
 def whole_groups(files: list[HubFile], most: int) -> list[HubFile]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,13 +20,14 @@ from sdg_plugins.common import recorded
 from sdg_plugins.common.files import rank_file
 from sdg_plugins.common.state import chunk_files, chunk_of, file_patterns
 from sdg_plugins.common.statistics import statistics_of
-from sdg_plugins.publishing.ledger import Ledger
+from sdg_plugins.publishing.ledger import Known, Ledger
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 FOLDER = 9000  # chunks per folder: the Hub accepts 10,000 files in one
 SCRATCH = f"publishing-{platform.node()}-"  # prefix of folders for merged files, before the ID of their process
+FRESH = 1.0  # s for which the chunks that a rank has recorded are not read again
 ROW_GROUP = 128 << 20  # bytes of a row group in merged files, as Arrow counts them
 
 
@@ -38,11 +41,19 @@ class HubFile(NamedTuple):
 
 
 class Spool:
-    """The files that a run has written, and the files that they should become on the Hub."""
+    """The files that a run has written, and the files that they should become on the Hub.
+
+    Attributes:
+        signatures: size and time of each file that is here; set by `files`.
+        unknown: files that were written, and are neither here nor in a file known to be published; set by `files`.
+    """
 
     def __init__(self, run: sdg.Run, folder: str, ledger: Ledger) -> None:
         self.run, self.folder, self._ledger = run, folder, ledger
         self._size = run.options.max_file_size
+        self._chunks: dict[int, tuple[float, dict[int, sdg.Chunk]]] = {}  # by rank, with the time when they were read
+        self.signatures: dict[str, str] = {}
+        self.unknown: list[str] = []
 
     @property
     def begun(self) -> bool:
@@ -70,8 +81,39 @@ class Spool:
         return None
 
     def has_chunk_of(self, name: str) -> bool:
-        """True if the spool has the chunk to which a file belongs."""
-        return os.path.exists(self.run.output.path(self.run.path_of(sdg.Chunk(self._index(name) or 0, 0))))
+        """True if the run has written the chunk to which a file belongs."""
+        index = self._index(name) or 0
+        return self.is_here(self.run.path_of(sdg.Chunk(index, 0))) or self._is_written(index)
+
+    def is_here(self, name: str) -> bool:
+        """True if the spool has this file."""
+        return os.path.exists(self.run.output.path(name))
+
+    def is_due(self, name: str) -> bool:
+        """True if a file belongs to the run's output. Published files may be deleted from the spool, and still do."""
+        index = self._index(name)
+        if self.is_here(name) or index is None:
+            return index is not None
+        chunk = self._recorded(index)
+        if chunk is None or not chunk.written:  # as far as we know, it will be written again
+            return True
+        _, failed = file_patterns(self.run.options.output_config, self.run.options.output_filename)
+        return bool(chunk.failed if failed.fullmatch(name) else chunk.rows)
+
+    def _is_written(self, index: int) -> bool:
+        chunk = self._recorded(index)
+        return chunk is not None and chunk.written
+
+    def _recorded(self, index: int) -> sdg.Chunk | None:
+        """A chunk as its rank has recorded it; None if it has not, or its database cannot be read now."""
+        rank, now = index % self.run.options.world_size, time.monotonic()
+        read, chunks = self._chunks.get(rank, (-math.inf, {}))
+        if now - read > FRESH:
+            with contextlib.suppress(sdg.StateError):  # it is being written: what was read before still holds
+                path = rank_file(self.run.state, rank, "sqlite3")
+                chunks = recorded.chunks_in(path) if path.exists() else chunks
+            self._chunks[rank] = (now, chunks)
+        return chunks.get(index)
 
     def _index(self, name: str) -> int | None:
         """The index of the chunk to which a file of the spool belongs; None for any other file."""
@@ -90,8 +132,9 @@ class Spool:
         return path.removeprefix(f"{self.folder}/") if self.folder else path
 
     def files(self) -> dict[str, HubFile]:
-        """All files that should be on the Hub by now, by path."""
-        signatures: dict[str, str] = {}
+        """All files that can be made from the spool by now, by path; sets `signatures` and `unknown`."""
+        self.unknown = []
+        self.signatures = signatures = {}
         data: dict[int, str] = {}
         grouped: list[tuple[str, tuple[str, ...]]] = []
         config, template = self.run.options.output_config, self.run.options.output_filename
@@ -117,22 +160,42 @@ class Spool:
         """Groups, each a range of a rank's chunks, and the parts of each file of a group, of at most --max-file-size.
 
         A range is published when all its chunks are written, or its rank has finished. Its width follows from the
-        sizes of the first chunks and is kept in the ledger, so that a rerun makes the same files.
+        sizes of the first chunks and is kept in the ledger, so that a rerun makes the same files. Published files stay
+        as they are once the spool has lost one of their parts, and so does a range with a part that no file is known
+        to contain.
         """
-        world = self.run.options.world_size
         sizes = {index: int(signatures[name].partition(" ")[0]) for index, name in data.items()}
         if not sizes:
             return
+        world, run = self.run.options.world_size, recorded.run_id(self.run.state)
         mean = sum(sizes.values()) / len(sizes)
-        run = recorded.run_id(self.run.state)
         width = self._ledger.setting(f"chunks_of_a_file of {run}", max(1, int(0.8 * self._size / max(1, mean))))
         over = {number for number, record in enumerate(self._records()) if record.get("status") == "finished"}
+        fixed = {self._index(part) for known in self.incomplete(run, signatures).values() for part in known.parts}
         ranges: dict[tuple[int, int], list[int]] = {}
         for index in sorted(data):
             ranges.setdefault((index % world, index // world // width), []).append(index)
+        last = {rank: number for rank, number in ranges}  # in order: the highest number of each rank
         for (rank, number), chunks in ranges.items():
-            if len(chunks) == width or rank in over:
-                yield from ((f"{rank} {number}", parts) for parts in self._packed(chunks, data, sizes))
+            first = number * width * world + rank
+            holes = {*range(first, first + width * world, world)}.difference(chunks, fixed)
+            if holes and not (rank in over or number < last[rank]):
+                continue  # it is being written
+            unknown = [
+                index for index in sorted(holes) if (chunk := self._recorded(index)) and chunk.written and chunk.rows
+            ]
+            self.unknown += [self.run.path_of(sdg.Chunk(index, 0)) for index in unknown]
+            complete = rank in over or all(self._is_written(index) for index in holes)
+            if complete and not unknown and (free := [index for index in chunks if index not in fixed]):
+                yield from ((f"{rank} {number}", parts) for parts in self._packed(free, data, sizes))
+
+    def incomplete(self, run: str, here: Container[str]) -> dict[str, Known]:
+        """Published files of a run that cannot be made again, because some of their parts are not here any more."""
+        return {
+            path: known
+            for path, known in self._ledger.files.items()
+            if known.run == run and any(part not in here and self.is_due(part) for part in known.parts)
+        }
 
     def _packed(self, chunks: list[int], data: dict[int, str], sizes: dict[int, int]) -> Iterator[tuple[str, ...]]:
         """The parts of each file: as many chunks in order as fit into --max-file-size, but at least one."""
@@ -161,10 +224,16 @@ class Spool:
 
 
 class Content:
-    """The content of the files of one round: merges those that have several parts, into a scratch folder."""
+    """The content of the files of one round: merges those that have several parts, into a scratch folder.
 
-    def __init__(self, run: sdg.Run) -> None:
-        self._run = run
+    Args:
+        run: whose output it is.
+        hash_of: the hash of a local file by which the Hub identifies large files.
+    """
+
+    def __init__(self, run: sdg.Run, hash_of: Callable[[str], str]) -> None:
+        self._run, self._hash_of = run, hash_of
+        self._hashes: dict[HubFile, str] = {}
         self._scratch: Path | None = None
         self._merged: dict[str, str] = {}
 
@@ -187,15 +256,20 @@ class Content:
             self._merged[file.path] = target
         return self._merged[file.path]
 
-    def sha256(self, file: HubFile) -> str:
+    def hash(self, file: HubFile) -> str:
         """The hash by which the Hub identifies large files."""
-        with open(self.path(file), "rb") as content:
-            return hashlib.file_digest(content, "sha256").hexdigest()
+        if file not in self._hashes:
+            self._hashes[file] = self._hash_of(self.path(file))
+        return self._hashes[file]
 
     def git_hash(self, file: HubFile) -> str:
         """The hash by which git, and so the Hub, identifies all other files."""
-        content = Path(self.path(file)).read_bytes()
-        return hashlib.sha1(b"blob %d\0%b" % (len(content), content), usedforsecurity=False).hexdigest()
+        digest = hashlib.sha1(usedforsecurity=False)
+        with open(self.path(file), "rb") as content:
+            digest.update(b"blob %d\0" % os.fstat(content.fileno()).st_size)
+            while block := content.read(1 << 20):
+                digest.update(block)
+        return digest.hexdigest()
 
 
 def clear_scratch(state: Path) -> None:

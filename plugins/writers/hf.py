@@ -19,6 +19,7 @@ import sdg
 from sdg_plugins.common import hub
 from sdg_plugins.common.files import file_writer
 from sdg_plugins.common.options import number, program
+from sdg_plugins.common.published import record
 from sdg_plugins.common.ranks import progress_section
 from sdg_plugins.publishing.publisher import Publisher
 from sdg_plugins.publishing.quota import FILES
@@ -155,6 +156,10 @@ class PublisherThread(threading.Thread):
         with contextlib.suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(unless_canceled)
 
+    def _progress(self) -> str | None:
+        """The progress for the card; None if this process has done nothing yet, and perhaps has nothing to do."""
+        return progress_section(self._run) if self._run.counts.total() else None
+
     def _publish_until_end(self, publisher: Publisher) -> None:
         """Check now and then whether a commit is due. A failure is reported, and retried after the interval."""
         interval = self._run.options.publish_interval
@@ -164,12 +169,15 @@ class PublisherThread(threading.Thread):
             try:
                 waiting = publisher.waiting()
                 pause = max(min(POLL, interval), 20 * (time.monotonic() - began))  # with many files a check takes long
-                if not (waiting or self._run.counts) or (began < due and waiting < FILES):
+                if not reported:
+                    record(self._run.state, interval=max(0.0, due - began))
+                if not (waiting or self._run.counts.total()) or (began < due and waiting < FILES):
                     continue
-                publisher.publish_all(lambda: progress_section(self._run))
+                publisher.publish_all(self._progress)
                 reported = ""
             except Exception as exc:  # noqa: BLE001 - the run may last for days, and `finish` raises what persists
                 message = str(exc) if isinstance(exc, sdg.Error) else sdg.describe(exc)
+                record(self._run.state, problem=message, until=time.time() + interval)
                 if message != reported:
                     reported = message
                     sdg.say(f"{message}. The run continues; its files are kept in {self._run.output.root}")

@@ -417,6 +417,29 @@ def test_heartbeats_count_more_than_the_queue(story: Story) -> None:
     assert monitor.running
 
 
+def test_a_rank_that_was_lost_with_its_job_ends_the_monitor_and_no_path_is_on_the_card(story: Story) -> None:
+    story.ranks("finished", "failed", slurm_job="77", error="no GPU (log: out/.sdg/logs/vllm.log), see a/b/c.log")
+    story.rank(2, "running", slurm_job="77", ago=20)
+    story.squeue("echo 99 99")
+
+    ended = story("--interval", "300", "--patience", "1")
+
+    assert ended.rc == 1
+    assert "the job has left the queue, ranks: 1 finished, 1 failed, 1 lost; last error: no GPU" in ended.message
+    (note,) = [line for line in story.card.splitlines() if "Ended early" in line]
+    assert note.endswith("1 lost; last error: no GPU…, see … (rank 1)")
+
+
+def test_a_server_that_loads_is_on_the_card(story: Story) -> None:
+    loading = {"since": time.time() - 240, "phase": "vllm: loading weights"}
+    story.ranks("running", "running", "running", documents=0, loading=loading)
+    monitor = story.start()
+
+    story.waits_for("loading: 3 ranks have been loading their servers for 4 min: loading weights")
+
+    assert monitor.running
+
+
 def test_without_squeue_the_state_decides_when_the_run_has_ended(story: Story) -> None:
     story.ranks("stopped", "failed", "finished", slurm_job="77", error="no way")
     story.squeue("exit 1")
@@ -767,3 +790,28 @@ def test_a_recorded_error_has_no_secrets(ranks: Job, server: FakeServer) -> None
         assert json.loads(text)["rank"]["status"] == "failed"
         assert "hunter2" not in text
         assert "sk-secret" not in text
+
+
+def test_a_rank_whose_clock_differs_is_alive_while_its_heartbeat_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import argparse
+
+    from sdg_plugins.common import ranks as ranks_module
+
+    run: Any = argparse.Namespace(state=tmp_path, options=argparse.Namespace(world_size=1))
+    looks = ranks_module.Looks()
+
+    def look(clock: float) -> str:
+        record = {"status": "running", "updated": time.time() + clock, "host": "another-machine"}
+        (tmp_path / "00000.stats.json").write_text(json.dumps({"rank": record}))
+        return looks.look(run)[0].state
+
+    assert look(-5000) == "silent"
+    assert look(-4999) == "running"
+    (rank,) = looks.look(run)
+    assert abs(rank.updated - time.time()) < 60
+    look(5000)
+    monkeypatch.setattr(ranks_module, "SILENT", 0.05)
+    time.sleep(0.1)
+    assert looks.look(run)[0].state == "silent"

@@ -65,8 +65,10 @@ class Past:
         recorded.add_run_options(parser)
         run = recorded.load_run(parser.parse_args(["--output", str(self.output.path)]))
         run.options.output_config = config
-        if config != "data" and not (self.output.path / config).exists():
-            shutil.copytree(self.output.path / "data", self.output.path / config)
+        path = Path(run.output.path(run.path_of(sdg.Chunk(0, 0))))
+        if not path.exists():  # a config without files is not listed beside others
+            path.parent.mkdir(exist_ok=True)
+            path.touch()
         return run
 
     def rows(self, rows: list[dict[str, Any]] | pa.Table) -> None:

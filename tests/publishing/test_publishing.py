@@ -221,6 +221,21 @@ def test_two_configs_share_the_card(job: HubJob) -> None:
     assert ids(job.there) == [f"d{i:04}" for i in range(23)] * 2
 
 
+def test_outputs_in_different_folders_share_the_card(job: HubJob) -> None:
+    for folder in ("first", "second", "first"):
+        assert job(output=f"{URI}/{folder}").rc == 0
+    card = job.card
+    assert "path: first/data/**/*.parquet" in card
+    assert "path: second/data/**/*.parquet" in card
+    assert card.count("<!-- sdg: begin data -->") == card.count("<!-- sdg: begin second-data -->") == 1
+    ours, mine = "    path: first/data/**/*.parquet\n", "  - split: mine\n    path: x.parquet\n"
+    edited = card.replace(ours, ours + mine, 1)
+    assert edited != card
+    job.hub.push(REPO, {"README.md": edited.encode()})
+    assert job(output=f"{URI}/first", output_config="third").rc == 0
+    assert mine in job.card
+
+
 def test_ranks_do_not_touch_the_hub(job: HubJob) -> None:
     finished = [job(rank=rank, world_size=2) for rank in (0, 1)]
     assert not job.hub.requests
@@ -228,6 +243,48 @@ def test_ranks_do_not_touch_the_hub(job: HubJob) -> None:
     assert job.command("monitor", "--interval", "0.2").rc == 0
     assert job.all_is_there()
     assert len(job.there) == 5
+
+
+def test_a_repository_that_others_push_to_all_the_time_is_published_to(job: HubJob) -> None:
+    job.hub.create(REPO)
+    job.hub.before_commit = lambda repo: len(job.hub.commits(repo)) % 2 and job.hub.push(repo, {"notes.txt": b"?"})
+    assert job().rc == 0
+    assert {name: content for name, content in job.there.items() if name != "notes.txt"} == job.spool
+    assert "being generated" not in job.card
+    assert job.hub.statuses("commit")[:2] == [412, 200]
+
+
+@pytest.mark.parametrize("folder", ["..", "a/./b", "a//b", "a/.git", "a:b", "what?"])
+def test_a_folder_that_the_hub_cannot_have_is_refused_before_the_run(job: HubJob, folder: str) -> None:
+    finished = job(output=f"{URI}/{folder}")
+    assert finished.rc == 2
+    assert finished.says("the Hub cannot have a folder")
+    assert not job.server.requests
+
+
+def test_a_quota_that_is_used_up_is_reported_at_once_and_shown_by_status(job: HubJob) -> None:
+    said = "You have exceeded the rate limit for repository commits. You can retry this action in 2 minutes."
+    job.hub.fail("commit", status=429, times=3, error=said)
+    started = job.start()
+    record = job.state / "publishing.json"
+    wait_until(lambda: record.exists() and json.loads(record.read_text())["problem"])
+    wait_until(lambda: job.finished)
+    status = job.command("status")
+    assert status.rc == 0
+    assert "0 of 5 files published; publishing waits until" in status.stdout
+    assert "You can retry this action in 2 minutes" in status.stdout
+    started.send(signal.SIGTERM)
+    assert "next try at" in started.finish().stderr
+
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"updated": time.time() - 999, "until": 0}))
+    status = job.command("status")
+    assert status.rc == 1
+    assert "the publisher is gone" in status.stdout
+    job.hub.forget_faults()
+    assert job().rc == 0
+    status = job.command("status")
+    assert status.rc == 0
+    assert "5 files: all published" in status.stdout
 
 
 def test_more_documents_replace_the_chunk_that_was_not_full(job: HubJob) -> None:
@@ -321,6 +378,43 @@ def test_merged_files_are_replaced_when_the_input_grows(job: HubJob) -> None:
     assert ids(job.there) == [f"d{i:04}" for i in range(47)]
     assert job(max_file_size="20kB", max_documents=93).rc == 0
     assert ids(job.there) == [f"d{i:04}" for i in range(93)]
+
+
+@pytest.mark.parametrize("size", [{}, {"max_file_size": "20kB"}])
+def test_files_deleted_from_the_spool_stay_published(job: HubJob, size: dict[str, Any]) -> None:
+    job.input(documents(60))
+    assert job(max_documents=43, **size).rc == 0
+    published = job.there
+    for chunk in (0, 4):
+        (job.state / f"spool/data/00000_{chunk:05}.parquet").unlink()
+    verified = job.command("verify")
+    assert verified.rc == 0
+    assert "2 published files" in verified.stderr
+    assert job.command("card").rc == 0
+    assert job(max_documents=43, **size).rc == 0
+    assert job.there == published
+
+    assert job(**size).rc == 0
+    assert {**job.there, **published}.keys() == job.there.keys()
+    assert ids(job.there) == [f"d{i:04}" for i in range(60)]
+
+    job.hub.push(REPO, {"data/00000_00000.parquet": b"?"})
+    for again in (job.command("verify"), job(**size)):
+        assert again.rc == 1
+        assert "data/00000_00000.parquet is missing or was changed there" in again.stderr
+    assert job.there["data/00000_00000.parquet"] == b"?"
+
+
+def test_a_range_whose_parts_are_gone_is_left_as_it_is_without_the_ledger(job: HubJob) -> None:
+    job.input(documents(60))
+    assert job(max_file_size="20kB").rc == 0
+    published = job.there
+    (job.state / "spool/data/00000_00001.parquet").unlink()
+    (job.state / "published.sqlite3").unlink()
+    finished = job(max_file_size="20kB")
+    assert finished.rc == 1
+    assert "00000_00001.parquet" in finished.stderr
+    assert job.there == published
 
 
 def test_merged_rows_stay_on_the_hub_while_the_run_grows(job: HubJob) -> None:
@@ -458,8 +552,14 @@ def make_run(folder: Path, **options: Any) -> sdg.Run:
         **{name: None for name in ("max_tokens", "temperature", "top_p", "top_k", "max_documents", "base_url")},
         **{"output": URI, "output_config": "data", "output_filename": FILENAME, "world_size": 1, "rank": 0},
         **{"writer": "hf", "output_public": False, "fresh": False, "plugin": [], "rollout": "summarize"},
-        **{"results_column": "rollout_results", "rollouts_per_document": 1, "records_per_chunk": 1, "server": "demo"},
+        **{
+            "results_column": "rollout_results",
+            "rollouts_per_document": 1,
+            "records_per_chunk": 1,
+            "server": "demo",
+        },
     }
+    defaults |= {"identity": [], "prompt_column": "text", "id_column": None, "publish_interval": 300.0}
     namespace = argparse.Namespace(**{**defaults, **options})
     state = folder / "state"
     state.mkdir()

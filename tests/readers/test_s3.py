@@ -186,6 +186,23 @@ def test_failed_documents_are_retried_and_the_output_grows(
     assert verify(cloudy, env).rc == 0
 
 
+def test_records_of_failures_are_emptied_where_deleting_is_not_permitted(
+    cloudy: Job, s3: FakeS3, env: dict[str, str], server: FakeServer, tmp_path: Path
+) -> None:
+    server.behave(lambda payload, n: Status(400) if payload["messages"][0]["content"] == "document 2" else None)
+    assert cloudy(env).rc == 0
+    server.behave(lambda payload, n: None)
+    s3.behave(lambda request: Fault(403, "AccessDenied") if request.method == "DELETE" else None)
+
+    finished = cloudy(env, retry_failed=True)
+
+    assert finished.rc == 0, finished
+    assert "give the right to delete" in finished.stderr
+    assert s3.output("out", tmp_path).ids() == [row["id"] for row in documents(10)]
+    assert s3.output("out", tmp_path).failures() == []
+    assert verify(cloudy, env).rc == 0
+
+
 def test_output_without_its_state_is_refused_until_fresh(
     cloudy: Job, s3: FakeS3, env: dict[str, str], server: FakeServer
 ) -> None:

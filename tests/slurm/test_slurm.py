@@ -305,6 +305,23 @@ def test_canceled_ranks_are_reported_and_can_be_rerun_alone(campaign: Campaign, 
     assert sum(sent_again(slow, texts, rank, 4) for rank in range(4)) <= 2 * LOST
 
 
+def test_a_monitor_that_is_killed_is_requeued(campaign: Campaign) -> None:
+    write(campaign, 60)
+    _, monitor, card = campaign.submit("--ranks=1")
+
+    def pid() -> int | None:
+        lines = campaign.cluster.processes().items()
+        return next((pid for pid, line in lines if "sdg.py monitor" in line and not line.startswith("/bin/bash")), None)
+
+    wait_for(pid, 60, lambda: campaign.logs)
+    os.kill(pid() or 0, 9)
+
+    campaign.done(monitor)
+    campaign.done(card)
+    assert campaign.cluster.job(monitor).restarts == 1
+    campaign.everything(60)
+
+
 def test_requeues_are_limited_and_invalid_options_cause_none(campaign: Campaign) -> None:
     write(campaign, 20)
     deadly = "import os, signal\n" + textwrap.dedent(ECHO).replace(

@@ -30,10 +30,13 @@ from urllib.parse import parse_qs, quote, unquote, urlencode
 
 import yaml
 from aiohttp import web
+from fake_xet import Bucket, BucketFile, XetStore
 
 ID = r"(?P<repo>[^/]+/[^/]+)"
 REV = r"(?P<rev>[^/]+)"
 API = f"/api/datasets/{ID}"
+PREFIX = r"(?P<path>.+)"
+ACCESS = r"(?P<access>read|write)"
 TICKET = r"(?P<ticket>[0-9a-f]+)"
 ROUTES = [
     (method, re.compile(pattern), operation)
@@ -56,6 +59,12 @@ ROUTES = [
         ("GET", f"{API}/commits/{REV}", "commits"),
         ("HEAD", f"/datasets/{ID}/resolve/{REV}/(?P<path>.+)", "resolve"),
         ("GET", f"/datasets/{ID}/resolve/{REV}/(?P<path>.+)", "resolve"),
+        ("POST", f"/api/buckets/{ID}", "bucket_create"),
+        ("GET", f"/api/buckets/{ID}", "bucket_info"),
+        ("GET", f"/api/buckets/{ID}/tree(?:/{PREFIX})?", "bucket_tree"),
+        ("GET", f"/api/buckets/{ID}/xet-{ACCESS}-token", "bucket_token"),
+        ("POST", f"/api/buckets/{ID}/batch", "bucket_batch"),
+        ("GET", f"/buckets/{ID}/resolve/(?P<path>.+)", "bucket_resolve"),
         ("HEAD", f"/cdn/{ID}/(?P<sha>[0-9a-f]+)", "cdn"),
         ("GET", f"/cdn/{ID}/(?P<sha>[0-9a-f]+)", "cdn"),
     ]
@@ -223,6 +232,8 @@ class FakeHub:
         self.host = host
         self.tokens: dict[str, Rights] = {}
         self.repos: dict[str, Repo] = {}
+        self.buckets: dict[str, Bucket] = {}
+        self.xet = XetStore()
         self.requests: list[Request] = []
         self.errors: list[Any] = []  # mistakes of the hub, and what a right client would never send
         self.down = False  # drop every connection
@@ -263,6 +274,11 @@ class FakeHub:
         with self.lock:
             self._faults.append(Fault(operation, **fault))
             return self._faults[-1]
+
+    def forget_faults(self) -> None:
+        """Let nothing fail any more."""
+        with self.lock:
+            self._faults.clear()
 
     @property
     def counts(self) -> Counter[str]:
@@ -330,6 +346,7 @@ class FakeHub:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+        self.xet.close()
 
     def start(self) -> None:
         self._call(self._start())
@@ -640,6 +657,67 @@ class FakeHub:
         stored = sum(len(content) for other in others for content in other.lfs.values())
         if self.quota_bytes is not None and stored + more > self.quota_bytes:
             raise Refusal(403, "Private repository storage limit reached, please upgrade your plan to increase it")
+
+    # -- buckets
+
+    def _bucket(self, call: Call, write: bool = False) -> Bucket:
+        rights = self._writer(call) if write else self._who(call)
+        name = call.params["repo"] or ""
+        bucket = self.buckets.get(name)
+        own = rights is not None and rights.owns(name)
+        if bucket is None or (bucket.private and not own):
+            raise Refusal(404, "Bucket not found", "RepoNotFound")
+        if write and not (own and rights is not None and rights.write):
+            raise Refusal(403, "Forbidden: you don't have the required permissions to write to this bucket")
+        return bucket
+
+    def _bucket_create(self, call: Call) -> web.Response:
+        rights, name = self._writer(call), call.params["repo"] or ""
+        if not rights.write or not rights.owns(name):
+            raise Refusal(403, "You don't have the rights to create a bucket under this namespace")
+        url = f"{self.url}/buckets/{name}"
+        if name in self.buckets:
+            raise Refusal(409, "You already created this bucket", url=url)
+        self.buckets[name] = Bucket(name, call.json().get("visibility") == "private")
+        return web.json_response({"url": url, "name": name, "id": name})
+
+    def _bucket_info(self, call: Call) -> web.Response:
+        bucket = self._bucket(call)
+        sizes = [file.size for file in bucket.files.values()]
+        info = {"id": bucket.id, "private": bucket.private, "createdAt": _now(), "size": sum(sizes)}
+        return web.json_response({**info, "totalFiles": len(sizes)})
+
+    def _bucket_tree(self, call: Call) -> web.Response:
+        bucket, prefix = self._bucket(call), call.params["path"] or ""
+        if call.query.get("recursive", "").lower() != "true":
+            raise self._violation("a listing of a bucket that is not recursive")
+        items = [
+            {"type": "file", "path": path, "size": file.size, "xetHash": file.xet_hash, "mtime": _now()}
+            for path, file in sorted(bucket.files.items())
+            if path.startswith(prefix)
+        ]
+        return self._paged(call, items)
+
+    def _bucket_token(self, call: Call) -> web.Response:
+        self._bucket(call, write=call.params["access"] == "write")
+        token = {"casUrl": f"local://{self.xet.folder}", "accessToken": "xet", "exp": int(time.time()) + 3600}
+        return web.json_response(token)
+
+    def _bucket_batch(self, call: Call) -> web.Response:
+        bucket, failed = self._bucket(call, write=True), []
+        for line in call.body.splitlines():
+            operation = json.loads(line)
+            if operation["type"] == "addFile":
+                bucket.files[operation["path"]] = BucketFile(self.xet, operation["xetHash"])
+            elif operation["type"] == "deleteFile" and bucket.files.pop(operation["path"], None) is None:
+                failed.append({"path": operation["path"], "error": "not found"})
+        return web.json_response({"success": not failed, "failed": failed})
+
+    def _bucket_resolve(self, call: Call) -> web.Response:
+        file = self._bucket(call).files.get(call.params["path"] or "")
+        if file is None:
+            raise Refusal(404, "Entry not found", "EntryNotFound")
+        return _ranged(call, file.content, {"ETag": f'"{file.xet_hash}"', "Accept-Ranges": "bytes"})
 
     # -- commits
 

@@ -28,6 +28,7 @@ PORTS = range(30_000, 32_768)  # below those that Linux gives to outgoing connec
 LOG_BYTES = 64 << 20  # size at which a server's log is rotated; one older log is kept
 LONGEST_LINE = 8 << 10  # bytes at the end of a log line that are examined
 LAST_WAIT = 15.0  # s that the guard has to end everything
+USAGE_STATUSES = {2, 126, 127}  # invalid arguments, as argparse has it; a command that cannot run, or does not exist
 # Fatal lines that concern the machine: the options may be right
 MACHINE_FAULTS = (r"Free memory on device .* less than", r"[Aa]ddress already in use", r"invalid device ordinal")
 PORT_TAKEN = re.compile("address already in use", re.IGNORECASE)  # strerror(EADDRINUSE), as all servers log it
@@ -174,7 +175,9 @@ class Process:
 
     @property
     def by_options(self) -> bool:
-        """True if a line of its log says that it cannot start with these options."""
+        """True if its exit status, or a line of its log, says that it cannot start with these options."""
+        if self.exited.done() and self.exited.result() in USAGE_STATUSES:
+            return True
         if self._fatal is None:
             return False
         index, line = self._fatal
