@@ -172,6 +172,12 @@ class Document:
         """All columns of the input row as Python values. Built at each access, because most rollouts need none."""
         return self._row()
 
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"a document has no `{name}`: the columns of its row are in `document.row`")
+
+    def __getitem__(self, name: object) -> NoReturn:
+        raise TypeError(f"a document is not a dict: use document.row[{name!r}]")
+
 
 class Block(NamedTuple):
     """Rows returned by a reader: `batch` starts at row `row` of `file` (both only serve to name the rows)."""
@@ -331,6 +337,7 @@ class Chunk:
     size: int | None = None  # of its file in bytes, when it was written
     hash: str | None = None  # XXH3 of its file
     failed_hash: str | None = None  # and of the file of its failed documents
+    digest: str | None = None  # of the rows that it is made of; see plugins/common/digests.py
 
     @property
     def rows(self) -> int:
@@ -415,6 +422,8 @@ class Response(NamedTuple):
 Send = Callable[[Request], Awaitable[Response]]  # raises RequestFailed
 
 # What plugins register; each may be a class or a function.
+RowsOf = Callable[[Run], Iterator[Mapping[str, Any]]]  # a generator of rows: the simplest reader
+WriteFile = Callable[[str, "pa.Table"], object]  # writes rows to the file with this path: the simplest writer
 OpenReader = Callable[[Run], Reader]  # opens `run.options.input`, in a thread; raises InputError if it cannot be read
 OpenWriter = Callable[[Run], Writer]  # opens the output, in a thread, before the server starts; raises OutputError
 OpenResource = Callable[[Run], contextlib.AbstractAsyncContextManager[Any]]  # yields what rollouts get
@@ -613,10 +622,10 @@ hookspec = pluggy.HookspecMarker("sdg")
 hookimpl = pluggy.HookimplMarker("sdg")
 
 # Handed to the `register_*` hooks: `register(name, factory)`. The factory's docstring is its one-line help.
-RegisterReaders = Callable[[str, OpenReader], None]
+RegisterReaders = Callable[[str, OpenReader | RowsOf], None]
 RegisterRollouts = Callable[[str, Rollout], None]
 RegisterResources = Callable[[str, OpenResource], None]
-RegisterWriters = Callable[[str, OpenWriter], None]
+RegisterWriters = Callable[[str, OpenWriter | WriteFile], None]
 RegisterServers = Callable[[str, OpenServer], None]
 RegisterCommands = Callable[[str, Command], None]
 
@@ -636,6 +645,9 @@ class Hooks:
     @hookspec
     def register_readers(self, register: RegisterReaders) -> None:
         """Register `open_reader(run) -> Reader` under a URI scheme (`hf`) or a file suffix without its dot (`csv`).
+
+        A generator function that yields dicts will do: its first 1,000 rows decide on the columns and identify the
+        input, and seeking skips rows.
 
         `open_reader`, `seek`, `tell` and `read` run in threads, one call at a time; an exception there ends the run.
         """
@@ -659,6 +671,8 @@ class Hooks:
     @hookspec
     def register_writers(self, register: RegisterWriters) -> None:
         """Register `open_writer(run) -> Writer` under a URI scheme or a file suffix without its dot.
+
+        A function of two parameters, a path and an Arrow table, will do: it writes one file.
 
         `open_writer` runs in a thread, before the server starts. For a scheme that has a writer, `run.output` is a
         folder in the state, and the plugin publishes what the writer puts there. The writer runs in threads; an
@@ -768,7 +782,9 @@ class Plugins:
         entries: dict[str, Entry] = getattr(self, kind)
         if name in entries:
             return entries[name]
-        if kind == "commands" and (option := option_for(name, self)):
+        if kind == "commands" and (
+            option := importlib.import_module("sdg_plugins.common.loading").option_for(name, self)
+        ):
             raise UsageError(f"unknown command {name!r}; did you mean {option} {name}?")
         raise UsageError(f"unknown {kind[:-1]} {name!r}; {nearest(name, entries, cutoff=0.5)}")
 
@@ -806,18 +822,14 @@ class Plugins:
             both = f"plugins {entries[name].plugin} and {plugin} both register the {kind[:-1]} {name!r}"
             raise PluginError(f"{both}: rename one of them")
         if not callable(factory):
-            expected = "an async function" if kind == "rollouts" else "a function or a class"
+            expected = {
+                "rollouts": "an async function",
+                "resources": "a function that makes an async context manager (@contextlib.asynccontextmanager)",
+            }.get(kind, "a function or a class")
             raise PluginError(
                 f"plugin {plugin}: the {kind[:-1]} {name!r} is a {type(factory).__name__}, expected {expected}"
             )
-        entries[name] = Entry(factory, *of)
-
-
-def option_for(word: str, plugins: Plugins) -> str:
-    """The option of `run` that a word belongs to that stands without one; "" if there is none."""
-    if word in plugins.rollouts or word.endswith(".py"):
-        return "--plugin"
-    return "--input" if "://" in word or Path(word).exists() else ""
+        entries[name] = Entry(importlib.import_module("sdg_plugins.common.simple").adapted(kind, factory), *of)
 
 
 def _check_hooks(module: types.ModuleType) -> None:
@@ -918,7 +930,7 @@ LOCAL_FILE_SYSTEMS = {"apfs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "hfs", "o
 TABLES = """
     CREATE TABLE IF NOT EXISTS chunks (
         chunk INTEGER PRIMARY KEY, start INTEGER, count INTEGER, bookmark TEXT,
-        written INTEGER, filtered TEXT, failed TEXT, size INTEGER, hash TEXT, failed_hash TEXT);
+        written INTEGER, filtered TEXT, failed TEXT, size INTEGER, hash TEXT, failed_hash TEXT, digest TEXT);
     -- id = chunk << 32 | position: a chunk is one range of the tree
     CREATE TABLE IF NOT EXISTS documents (id INTEGER PRIMARY KEY, status TEXT, body TEXT);
     CREATE TABLE IF NOT EXISTS requests (document INTEGER, key BLOB, body TEXT);
@@ -988,7 +1000,13 @@ class Store:
         await self._db.executescript(TABLES + f"PRAGMA user_version={STATE_VERSION};")
         async with self._db.execute("PRAGMA table_info(chunks)") as cursor:
             columns = {row[1] for row in await cursor.fetchall()}
-        for column in ("size INTEGER", "hash TEXT", "failed_hash TEXT"):  # an older sdg did not record them
+        # An older sdg did not record them.
+        for column in (
+            "size INTEGER",
+            "hash TEXT",
+            "failed_hash TEXT",
+            "digest TEXT",
+        ):  # an older sdg did not record them
             if column.split()[0] not in columns:
                 await self._db.execute(f"ALTER TABLE chunks ADD COLUMN {column}")
         async with self._db.execute("SELECT name, value FROM totals") as cursor:
@@ -1085,7 +1103,7 @@ class Store:
                 self._chunks, self._documents, self._requests = [], [], {}
                 totals, handed = list(self.totals().items()), self._handed
                 unsaved, began = self._answers.copy(), time.monotonic()
-                await self._insert("chunks", 10, [_chunk_row(chunk) for chunk in chunks])
+                await self._insert("chunks", 11, [_chunk_row(chunk) for chunk in chunks])
                 await self._insert("documents", 3, documents)
                 await self._insert("requests", 3, [(i, *answer) for i, own in requests.items() for answer in own])
                 await self._insert("totals", 2, totals)
@@ -1111,7 +1129,7 @@ class Store:
         """The chunk's file is durable: record that, and drop the documents and responses it was made of."""
         span = (chunk.index << 32, (chunk.index + 1) << 32)
         async with self._transaction():
-            await self._insert("chunks", 10, [_chunk_row(chunk)])
+            await self._insert("chunks", 11, [_chunk_row(chunk)])
             await self._db.execute("DELETE FROM documents WHERE id >= ? AND id < ?", span)
             await self._db.execute("DELETE FROM requests WHERE document >= ? AND document < ?", span)
 
@@ -1119,7 +1137,7 @@ class Store:
         """Make a written chunk open again, with the documents that stay as they are."""
         async with self._transaction():
             await self._insert("documents", 3, [(chunk.index << 32 | i, status, body) for i, status, body in outcomes])
-            await self._insert("chunks", 10, [_chunk_row(chunk)])
+            await self._insert("chunks", 11, [_chunk_row(chunk)])
 
     async def forget_failures(self) -> None:
         """Make the failed documents of open chunks unfinished."""
@@ -1197,13 +1215,13 @@ async def _database(path: Path) -> AsyncIterator[aiosqlite.Connection]:
 
 
 def _chunk_row(chunk: Chunk) -> tuple[Any, ...]:
-    *first, filtered, failed, size, hash_, failed_hash = dataclasses.astuple(chunk)
-    return (*first, json.dumps(filtered), json.dumps(failed), size, hash_, failed_hash)
+    *first, filtered, failed, size, hash_, failed_hash, digest = dataclasses.astuple(chunk)
+    return (*first, json.dumps(filtered), json.dumps(failed), size, hash_, failed_hash, digest)
 
 
 def chunk_of(row: Sequence[Any]) -> Chunk:
     """The chunk in a row of the table `chunks`."""
-    index, start, count, bookmark, written, filtered, failed, *stamps = (*row, None, None, None)[:10]
+    index, start, count, bookmark, written, filtered, failed, *stamps = (*row, None, None, None, None)[:11]
     filtered, failed = tuple(json.loads(filtered)), tuple(json.loads(failed))
     return Chunk(index, start, count, bookmark, bool(written), filtered, failed, *stamps)
 
@@ -1255,19 +1273,37 @@ def results_of(value: Any, usage: Usage | None) -> list[dict[str, Any]]:
     if isinstance(value, Reply):
         untouched = value.choices and dataclasses.replace(value, choices=()) == value.choices[0]
         return [_reply_result(choice) for choice in (value.choices if untouched else (value,))]
-    if isinstance(value, str):
-        value = {"text": value}
-    elif hasattr(value, "model_dump"):
-        value = value.model_dump(mode="json")
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = dataclasses.asdict(value)
+    value = _fields_of(value)
     if not isinstance(value, dict):
         missing = "await" if inspect.isawaitable(value) else "list(…)" if isinstance(value, Iterable) else ""
         hint = f"is {missing} missing?" if missing else "expected a str, dict, Reply, list or None"
         raise BadResult(f"the rollout returned a {type(value).__name__}: {hint}")
     if not all(isinstance(key, str) for key in value):
         raise BadResult("the rollout returned a dict with keys that are not str: they name the fields of the result")
+    value = {key: _plain_replies(item) for key, item in value.items()}
     return [value if "usage" in value or not usage else {**value, "usage": usage}]
+
+
+def _fields_of(value: Any) -> Any:
+    """The fields of a single result: a text is `text`, a number or a truth value is `value`."""
+    if isinstance(value, str):
+        return {"text": value}
+    if isinstance(value, bool | int | float):
+        return {"value": value}
+    if hasattr(value, "model_dump"):
+        return value.model_dump(mode="json")
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return value
+
+
+def _plain_replies(value: Any) -> Any:
+    """A field of a result, with the replies in it as dicts."""
+    if isinstance(value, Reply):
+        return _reply_result(value)
+    if isinstance(value, dict):
+        return {key: _plain_replies(item) for key, item in value.items()}
+    return [_plain_replies(item) for item in value] if isinstance(value, list) else value
 
 
 def _reply_result(reply: Reply) -> dict[str, Any]:
@@ -1442,6 +1478,8 @@ class RolloutRun:
         error, kind = describe(exc, self._engine.rollout_file), type(exc).__name__
         if isinstance(exc, BadResult):
             error, kind = f"{exc}{place_of(self._engine.rollout)}", "TypeError"
+        if isinstance(exc, dataclasses.FrozenInstanceError):
+            error += "; a document is read-only: use a variable for the prompt, and return what is new"
         details = getattr(exc, "details", {})  # what an exception has for `failed/`, such as the model's last answer
         return {"error": error, "error_type": kind, "attempts": max(1, self.attempts), **details}
 
@@ -1661,7 +1699,7 @@ class Engine:
         opened.remaining = chunk.count - len(final)
         self._open[chunk.index] = opened
         self._unwritten += chunk.count
-        if not earlier or earlier.count != chunk.count:
+        if not earlier or earlier.count != chunk.count or earlier.digest != chunk.digest:
             self.store.opened(chunk)
         if not opened.remaining:
             self._write_tasks.create_task(self._write_chunk(opened))
@@ -1742,7 +1780,7 @@ class Engine:
         """Hand a document's outcome to the store: results, a failure, or None if it was filtered."""
         status = "filtered" if not outcome else "row" if isinstance(outcome, list) else "failed"
         try:
-            body = orjson.dumps(outcome or None, option=orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY)
+            body = self.outlet.stored(outcome or None)
         except TypeError as exc:
             reason = f"the rollout's result cannot be stored as JSON: {exc}{place_of(self.rollout)}"
             self._finish(opened, position, {"error": reason, "error_type": "TypeError", "attempts": 1})
@@ -1779,8 +1817,11 @@ class Engine:
         async with self._settling:
             self._deferred.append(opened)
             self._written(opened.chunk)
-            if self.outlet.fields is None:
-                self.outlet.settle(await self.store.outcomes_of(opened.chunk))
+            # In the order of the input, so that equal responses give equal files, whichever chunk is complete first.
+            incomplete = self._open.keys() - {chunk.chunk.index for chunk in self._deferred}
+            for first in sorted(self._deferred, key=lambda deferred: deferred.chunk.index):
+                if self.outlet.fields is None and first.chunk.index < min(incomplete, default=sys.maxsize):
+                    self.outlet.settle(await self.store.outcomes_of(first.chunk))
             if self.outlet.fields is not None:
                 self._write_deferred()
 

@@ -35,6 +35,7 @@ from sdg_plugins.common.crew import GRACE, Crew
 from sdg_plugins.common.ending import same_folder, signals
 from sdg_plugins.common.files import output_place, rank_file
 from sdg_plugins.common.progress import progress, report
+from sdg_plugins.common.rereading import changed_rows
 from sdg_plugins.common.shares import Share, Shares
 from sdg_plugins.common.state import (
     check_state_dir,
@@ -233,12 +234,13 @@ class Job:
         async with contextlib.AsyncExitStack() as stack:
             async with recording_the_start(run, servers.get("", [])):
                 await connect_models(run, servers, self._connecting, stack)
-                claim_state(run, reader)
+                claim_state(run, reader, functools.partial(changed_rows, run, reader))
             path = rank_file(run.state, run.options.rank, "sqlite3")
             store = await stack.enter_async_context(sdg.Store.open(path, run.counts))
             send = run.plugins.linked(run)
             resources = await self._resources(stack)
             intake, outlet = Intake(run, reader), Outlet(run, self._writer)
+            outlet.check(reader.schema)
             yield sdg.Engine(run, store, Crew(), intake, outlet, send, resources)
 
     async def _resources(self, stack: contextlib.AsyncExitStack) -> dict[str, Any]:

@@ -16,12 +16,13 @@ import sdg
 from sdg_plugins.common import recorded
 from sdg_plugins.common.checks import reading
 from sdg_plugins.common.chunks import OpenChunk, read_failed
+from sdg_plugins.common.digests import same_rows
 from sdg_plugins.common.files import file_writer, rank_file, uses_spool
 from sdg_plugins.common.markdown import counted
 from sdg_plugins.common.options import Parser
 from sdg_plugins.common.rows import shape_of
 from sdg_plugins.common.state import differences, output_files, parse_run
-from sdg_plugins.common.values import id_column_of
+from sdg_plugins.common.values import id_column_of, id_text, values_of
 from sdg_plugins.publishing.publisher import Publisher
 
 
@@ -85,6 +86,8 @@ def discrepancies(run: sdg.Run, counts: Counter[str], unfinished: Counter[str]) 
             yield f"chunk {chunk.index} ({rows}) was written with {counted(chunk.count, 'document')}"
         else:
             expected |= {run.path_of(chunk), *([run.failed_path_of(chunk)] if chunk.failed else [])}
+            if not same_rows(opened, chunk):
+                yield f"{rows} ({', '.join(opened.files)}) have changed since chunk {chunk.index} was made of them"
             ids = opened.ids(id_column_of(options, reader.schema))
             yield from discrepancies_of_chunk(run, chunk, ids, writer, published)
             counts["rows"] += chunk.rows
@@ -169,10 +172,10 @@ def discrepancies_of_chunk(
         yield f"{path} has {counted(len(firsts), 'row')}, expected {chunk.rows:,}"
     elif chunk.rows:
         column = run.options.id_column if run.options.id_column in table.column_names else "id"
-        values = table.column(column).to_pylist()
+        values = values_of(table.column(column))
         found = [values[position] for position in firsts]
         for row, (id_, expected_id) in enumerate(zip(found, expected, strict=True)):
-            if id_ is not None and str(id_) != expected_id:
+            if id_ is not None and id_text(id_) != expected_id:
                 yield f"{path} row {row} is document {id_!r}, expected {expected_id!r}"
                 return
     if failed != [ids[position] for position in chunk.failed] and run.failed_path_of(chunk) not in published:

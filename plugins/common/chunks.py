@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
 import os
 import sys
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
@@ -15,8 +16,10 @@ import orjson
 
 import sdg
 from sdg_plugins.common.checks import check_blocks, reading
+from sdg_plugins.common.digests import digest_of, same_rows
+from sdg_plugins.common.features import described
 from sdg_plugins.common.files import split_uri
-from sdg_plugins.common.kinds import decoder, parse_json, relaxed
+from sdg_plugins.common.kinds import decoder, has_nan, parse_json, relaxed
 from sdg_plugins.common.paths import follow, parse_path, prompt_column_of
 from sdg_plugins.common.recorded import chunks_in
 from sdg_plugins.common.results import infer_fields
@@ -73,10 +76,16 @@ class OpenChunk:
             batches.append(null_row(schema) if isinstance(part, sdg.BadRow) else conformed(part.batch, schema))
             chunk.count += batches[-1].num_rows
         self.table = pa.Table.from_batches(batches, schema).unify_dictionaries()
+        chunk.digest = digest_of(self.table, tuple(self.bad))
         if spool:
             with pa.OSFile(str(spool), "wb") as sink, pa.ipc.new_file(sink, schema) as file:
                 file.write_table(self.table)
             self.table = pa.ipc.open_file(pa.memory_map(str(spool))).read_all()
+
+    @property
+    def files(self) -> list[str]:
+        """The files that the rows come from."""
+        return list(dict.fromkeys(file for _, file, _ in self._origins))
 
     def row(self, position: int) -> dict[str, Any]:
         """One row as Python values."""
@@ -235,6 +244,11 @@ class Intake:
                 return
             spool = self._run.state / "open" / f"{options.rank:05d}_{index:05d}.arrow"
             opened = OpenChunk(sdg.Chunk(index, start, bookmark=bookmark), parts, self.reader.schema, spool)
+            if chunk and not same_rows(opened, chunk):
+                raise sdg.InputError(
+                    f"--input {options.input}: {', '.join(opened.files)} has changed since chunk {index} was begun: "
+                    "restore it, or start over with --fresh"
+                )
             opened.only = None if self.chosen is None else self.chosen[index]
             yield opened
             if opened.chunk.count < count:
@@ -260,6 +274,14 @@ class Outlet:
         own = settle_fields(self._run, infer_fields(results)) if results else None
         self.fields = own or recorded_fields(self._run.state)  # another rank's
 
+    @staticmethod
+    def stored(outcome: Any) -> bytes:
+        """An outcome as JSON for the store, with NaN and infinities, which orjson makes null. Raises TypeError."""
+        body = orjson.dumps(outcome, option=orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY)
+        if b"null" not in body or not has_nan(outcome):
+            return body
+        return json.dumps(outcome, default=lambda value: orjson.loads(Outlet.stored(value))).encode()
+
     def settle_without_results(self) -> None:
         """There is no result at all: the files are empty."""
         self.fields = recorded_fields(self._run.state) or fixed_fields(self._run.options)
@@ -268,7 +290,10 @@ class Outlet:
         """The results of a document, from the outcomes of its rollouts."""
         if self._run.options.flat:
             return numbered(outcomes)
-        return [result for outcome in outcomes if isinstance(outcome, list) for result in outcome]
+        if len(outcomes) == 1:
+            return outcomes[0] if isinstance(outcomes[0], list) else []
+        made = [(number, outcome) for number, outcome in enumerate(outcomes) if isinstance(outcome, list)]
+        return [{"rollout": number, **result} for number, outcome in made for result in outcome]
 
     def with_messages(self, results: list[dict[str, Any]], asked: Sequence[Sequence[Any]]) -> list[dict[str, Any]]:
         """Results as they are stored: with --keep-messages each has its messages."""
@@ -290,7 +315,7 @@ class Outlet:
         kept = [ids[position] for position in statuses["row"]]
         rows = self._shape.table(pick(opened.table, statuses["row"]), kept, bodies["row"], self.fields)
         self._write_failed(opened, ids, bodies["failed"])
-        rows = rows.replace_schema_metadata(provenance(run))
+        rows = rows.replace_schema_metadata(self._metadata(rows.schema))
         if rows.num_rows:
             self._write_rows(chunk, rows)
         elif chunk.index == 0:
@@ -319,6 +344,21 @@ class Outlet:
             if chunk and chunk.written and not chunk.rows:
                 run.output.delete(path)
 
+    def check(self, schema: pa.Schema) -> None:
+        """Have the writer prove that it can write rows of this input: before a request is paid for."""
+        import pyarrow as pa
+
+        if not hasattr(self.writer, "check"):
+            return
+        columns = pa.schema([relaxed(field) for field in schema])
+        empty = pa.Table.from_arrays([pa.nulls(0, field.type) for field in columns], schema=columns)
+        rows = self._shape.table(empty, [], [], self.fields or fixed_fields(self._run.options))
+        self.writer.check(rows.schema.with_metadata(self._metadata(rows.schema)))
+
+    def _metadata(self, schema: pa.Schema) -> dict[Any, Any]:
+        """Key-value metadata for files of rows with this schema."""
+        return {**described(schema, self._run.schema), **provenance(self._run)}
+
     def _write_failed(self, opened: OpenChunk, ids: list[str], failures: list[dict[str, Any]]) -> None:
         path = self._run.failed_path_of(opened.chunk)
         if not failures:
@@ -340,7 +380,7 @@ class Outlet:
             raise sdg.OutputError(f"{path} is not as it was written: restore it, or use --fresh")
         rows = self._shape.results(table, self.fields or {}) if table is not None else []
         kept = [position for position in range(chunk.count) if position not in gone]
-        outcomes = [(position, "row", orjson.dumps(results)) for position, results in zip(kept, rows, strict=True)]
+        outcomes = [(position, "row", self.stored(results)) for position, results in zip(kept, rows, strict=True)]
         outcomes += [(position, "filtered", b"null") for position in chunk.filtered]
         if run.options.retry_failed:
             return outcomes
@@ -381,7 +421,7 @@ class Outlet:
 def _each(outcomes: list[bytes]) -> Iterator[tuple[int, str, Any]]:
     """Position, status and body of each document in lists from `Store.outcomes_of`."""
     for text in outcomes:
-        yield from orjson.loads(text)
+        yield from parse_json(text, exact=False)
 
 
 def read_failed(run: sdg.Run, chunk: sdg.Chunk) -> list[dict[str, Any]]:

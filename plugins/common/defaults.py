@@ -117,6 +117,8 @@ def by_scheme_or_suffix(plugins: sdg.Plugins, kind: str, uri: str) -> str:
     scheme, path = split_uri(uri)
     if scheme in entries:
         return scheme
+    if uri == "-" and "stdin" in entries:
+        return "stdin"
     found = input_format(uri, entries) if kind == "readers" else format_of(path)
     if found in entries:
         return str(found)

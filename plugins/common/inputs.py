@@ -15,6 +15,7 @@ import xxhash
 
 import sdg
 from sdg_plugins.common.files import access_errors, filesystem, fixed_folder, format_of, split_uri, suffix_of
+from sdg_plugins.common.splits import card_of, names_of_split
 from sdg_plugins.common.streams import BROKEN, Stream
 
 END_BYTES = 64 << 10  # hashed at either end of an input file
@@ -27,6 +28,10 @@ DATA = {
     *("pkl", "pickle", "pt", "safetensors", "tar", "zip", "7z", "rar", "lance", "vortex", "mds", "tfrecord"),
     *("sqlite", "sqlite3", "db", "duckdb", "conll", "conllu", "msgpack", "bson"),
 }
+
+
+# Keys of a card by which a folder is a dataset
+CARD_KEYS = {"configs", "dataset_info", "size_categories", "task_categories"}
 
 
 def list_files(uri: str) -> list[tuple[str, int]]:
@@ -165,25 +170,80 @@ class InputFiles:
         local: False if each access takes a network request.
     """
 
-    def __init__(self, uri: str, format: str) -> None:
-        self.fs, _ = filesystem(uri)
+    def __init__(self, uri: str, format: str, config: str | None = None, split: str | None = None) -> None:
+        self.fs, self._root = filesystem(uri)
         self.local = self.fs.type_name == "local"
         files = list_files(uri)
+        if split:
+            files = self._of_split(uri, files, config, split)
         found = [(file, size) for file, size in files if format in {suffix_of(file), format_of(file)}]
         if not found:
             found = [(file, size) for file, size in files if len(files) == 1 or not suffix_of(file)]
         if not found:
             raise sdg.InputError(f"--input {uri}: no .{format} files found")
         self._say_skipped(uri, files, {file for file, _ in found})
-        self.use(found)
-
-    def use(self, found: list[tuple[str, int]]) -> None:
-        """Take these files, given by path and size."""
+        found = self._without_outputs(uri, found) if format == "parquet" else found
         self.paths = [file for file, _ in found]
         self.sizes = [size for _, size in found]
         root = os.path.commonpath(self.paths) if len(found) > 1 else os.path.dirname(found[0][0])
         self.names = [os.path.relpath(file, root) for file in self.paths]
-        self.__dict__.pop("identity", None)
+
+    @classmethod
+    def of_run(cls, run: sdg.Run, format: str) -> InputFiles:
+        """The files of a run's input; of a dataset's checkout only those of its config and split."""
+        options = run.options
+        return cls(options.input, format, getattr(options, "input_config", None), getattr(options, "input_split", None))
+
+    @property
+    def inner(self) -> list[str]:
+        """The paths relative to the URI, or to the first folder of a glob that has no wildcard."""
+        root = fixed_folder(self._root) if glob.has_magic(self._root) else self._root
+        return [os.path.relpath(path, root) for path in self.paths]
+
+    def _of_split(
+        self, uri: str, files: list[tuple[str, int]], config: str | None, split: str
+    ) -> list[tuple[str, int]]:
+        """The files of a split, if the URI is the folder of a dataset with a card or a split is asked for; else all."""
+        names = {os.path.relpath(path, self._root): (path, size) for path, size in files}
+        asked = config is not None or split != "train"
+        if glob.has_magic(self._root) or "." in names or not (asked or "README.md" in names):
+            return files
+        card = {}
+        if "README.md" in names:
+            with access_errors(uri, sdg.InputError), self.fs.open_input_file(names["README.md"][0]) as file:
+                card = card_of(file.read().decode(errors="replace"))
+        marks = [f"{self._root}/{name}" for name in (".gitattributes", ".cache/huggingface")]
+        marked = card and any(info.type for info in self.fs.get_file_info(marks))
+        if not (asked or marked or CARD_KEYS & card.keys()):
+            return files
+        found, others = names_of_split(names, card, config, split, sdg.redact(uri))
+        if others:
+            sdg.say(f"--input {sdg.redact(uri)}: reading the split {split}; others: {', '.join(others)}")
+        return [names[name] for name in found]
+
+    def _without_outputs(self, uri: str, files: list[tuple[str, int]]) -> list[tuple[str, int]]:
+        """Parquet files but those that a run has written, unless all are: its own output must not become input."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        firsts = {os.path.dirname(path): path for path, _ in reversed(files)}
+        if len(firsts) < 2:
+            return files
+
+        def is_output(path: str) -> bool:
+            try:
+                with self.fs.open_input_file(path) as file:
+                    return b"sdg.fingerprint" in (pq.read_metadata(file).metadata or {})
+            except (OSError, pa.ArrowException):  # reported when it is read
+                return False
+
+        with ThreadPoolExecutor(16) as pool:
+            written = dict(zip(firsts, pool.map(is_output, firsts.values()), strict=True))
+        outputs = [folder for folder, found in written.items() if found]
+        if not 0 < len(outputs) < len(firsts):
+            return files
+        sdg.say(f"--input {sdg.redact(uri)}: {', '.join(outputs[:SHOWN])} is the output of a run: not read")
+        return [(path, size) for path, size in files if not written[os.path.dirname(path)]]
 
     @staticmethod
     def _say_skipped(uri: str, files: list[tuple[str, int]], used: set[str]) -> None:
@@ -208,6 +268,17 @@ class InputFiles:
         same = all(earlier[name] == self.identity[name] for name in known[:-1])
         size, digest = earlier[known[-1]]
         return same and self.sizes[len(known) - 1] >= size and self._hash(len(known) - 1, size) == digest
+
+    def stamp(self, count: int) -> list[Any]:
+        """What changes when files are written again: of the first files by name, then size and time of the last one.
+
+        Args:
+            count: how many files, at most.
+        """
+        names = self.names[:count]
+        times = [os.stat(path).st_mtime_ns if self.local else 0 for path in self.paths[:count]]
+        digest = xxhash.xxh3_64(repr(list(zip(names[:-1], times, strict=False))).encode())
+        return [digest.hexdigest(), self.sizes[len(names) - 1], times[-1]] if names else ["", 0, 0]
 
     def open(self, i: int) -> Any:
         """Open the file with index `i` for reading; a compressed file is not decompressed."""

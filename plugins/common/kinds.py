@@ -83,6 +83,15 @@ def has_huge(value: Any) -> bool:
     return isinstance(value, list) and any(map(has_huge, value))
 
 
+def has_nan(value: Any) -> bool:
+    """True if there is a float in a value that standard JSON does not have."""
+    if isinstance(value, float):
+        return not math.isfinite(value)
+    if isinstance(value, Mapping):
+        return any(map(has_nan, value.values()))
+    return isinstance(value, list | tuple) and any(map(has_nan, value))
+
+
 def without_surrogates(value: Any) -> Any:
     """A JSON value whose texts can be encoded."""
     if isinstance(value, str):
@@ -129,7 +138,9 @@ def _struct_of(objects: list[dict[str, Any]], exact: bool) -> pa.DataType:
     import pyarrow as pa
 
     fields = columns_of(objects)
-    if not 0 < len(fields) <= MOST_FIELDS or (exact and any(len(v) < len(objects) for v in fields.values())):
+    if not 0 < len(fields) <= MOST_FIELDS:
+        return json_type()
+    if exact and any(len(values) < len(objects) or None in values for values in fields.values()):
         return json_type()
     return pa.struct([(name, type_of(values, exact)) for name, values in fields.items()])
 
@@ -308,10 +319,16 @@ def array_of(values: list[Any], kind: pa.DataType) -> pa.Array:
 
 
 def writable(kind: pa.DataType) -> pa.DataType:
-    """The type in which a column is written: what parquet cannot hold, objects without fields, is JSON."""
+    """The type in which a column is written.
+
+    Objects without fields are JSON, because parquet cannot hold them; UUIDs are text, because `datasets` cannot read
+    them.
+    """
     import pyarrow as pa
     import pyarrow.types as t
 
+    if isinstance(kind, pa.BaseExtensionType) and kind.extension_name == "arrow.uuid":
+        return pa.string()
     if t.is_struct(kind):
         return pa.struct([relaxed(field) for field in kind]) if kind.num_fields else json_type()
     if t.is_map(kind):

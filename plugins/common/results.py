@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 import sdg
-from sdg_plugins.common.kinds import columns_of, is_json, type_of
+from sdg_plugins.common.kinds import columns_of, has_nan, is_json, json_text, type_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -83,6 +83,8 @@ def arrow_type(annotation: Any) -> pa.DataType | None:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation in plain:
         return plain[annotation]
+    if annotation is sdg.Reply:
+        return pa.struct([(name, kind) for name, kind in base_fields().items() if name != "truncated"])
     if origin is typing.Annotated and "float32" in arguments[1:]:
         return pa.float32()
     if origin in {typing.Required, typing.NotRequired, typing.Annotated}:
@@ -130,7 +132,7 @@ def fit(result: Mapping[str, Any], checks: Mapping[str, Callable[[Any], bool]]) 
         else:
             rest[key] = value
     if rest:
-        good["extra"] = orjson.dumps(rest, option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS).decode()
+        good["extra"] = json_text(dict(sorted(rest.items()))) if has_nan(rest) else sorted_json(rest)
     return good
 
 
@@ -138,3 +140,8 @@ def unfit(result: Mapping[str, Any]) -> dict[str, Any]:
     """The result that `fit` was given, from a row of the output."""
     kept = {key: value for key, value in result.items() if value is not None and key != "extra"}
     return {**kept, **json.loads(result.get("extra") or "{}")}
+
+
+def sorted_json(value: Any) -> str:
+    """A value as JSON, with sorted keys."""
+    return orjson.dumps(value, option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS).decode()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import sdg
 from sdg_plugins.common.kinds import array_of, checker
 from sdg_plugins.common.results import fit, results_type, unfit
-from sdg_plugins.common.values import values_of
+from sdg_plugins.common.values import rows_of, values_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -92,7 +92,7 @@ class Flat(Shape):
         """See `Shape`."""
         source = rows.column_names[: rows.column_names.index(NUMBERS[0])]
         names = flat_names(source, fields)
-        columns = rows.select([*names.values(), *NUMBERS]).to_pylist()
+        columns = rows_of(rows.select([*names.values(), *NUMBERS]))
         found: list[Results] = []
         for row in columns:
             if not row["sample"]:

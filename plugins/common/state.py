@@ -11,7 +11,7 @@ import os
 import re
 import sqlite3
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -127,7 +127,11 @@ def recorded_fields(state: Path) -> dict[str, pa.DataType] | None:
 
 def fixed_fields(options: argparse.Namespace) -> dict[str, pa.DataType]:
     """The fields that results have whatever the rollout is."""
-    return {**base_fields(), **({"messages": messages_type()} if options.keep_messages else {})}
+    import pyarrow as pa
+
+    fields = {**base_fields(), **({"messages": messages_type()} if options.keep_messages else {})}
+    several = options.rollouts_per_document > 1 and not options.flat
+    return {**fields, "rollout": pa.int64()} if several else fields
 
 
 def promised_fields(run: sdg.Run) -> dict[str, pa.DataType] | None:
@@ -167,8 +171,13 @@ def identity_of(run: sdg.Run, reader: sdg.Reader) -> dict[str, Any]:
     return identity
 
 
-def claim_state(run: sdg.Run, reader: sdg.Reader) -> None:
+def claim_state(run: sdg.Run, reader: sdg.Reader, changed_rows: Callable[[], str | None] = lambda: None) -> None:
     """Make the state this run's, or check that it is; sets the fingerprint.
+
+    Args:
+        run: whose.
+        reader: of its input.
+        changed_rows: says which of the rows have changed that chunks were made of; called if files have.
 
     Raises:
         StateError: the state belongs to a different run; each difference is named.
@@ -190,6 +199,7 @@ def claim_state(run: sdg.Run, reader: sdg.Reader) -> None:
         "options": recordable_options(run),
         "source": dict(run.source),
         "source_schema": as_text(reader.schema),
+        "stamp": stamp_of(reader, len(identity["input"])),
         "estimate": run.options.sample is not None,
     }
     if not path.exists():
@@ -198,8 +208,11 @@ def claim_state(run: sdg.Run, reader: sdg.Reader) -> None:
     run.fingerprint = recorded["fingerprint"]
     if derived and recorded["identity"]["records_per_chunk"] != run.options.records_per_chunk:  # another rank was first
         run.options.records_per_chunk = None
-        return claim_state(run, reader)
+        return claim_state(run, reader, changed_rows)
     changes = changes_since(run, reader, recorded)
+    if files_changed(reader, recorded, changes) and not untouched(run):
+        rows = changed_rows()
+        changes = [*changes, rows] if rows else []
     demo = run.options.output == DEMO_OUTPUT and recorded["identity"]["model"] == DEMO_MODEL
     estimate = recorded.get("estimate", False)  # made to choose options by: others may be chosen
     if changes and (demo or estimate or untouched(run)):  # for example after a mistyped model
@@ -208,13 +221,13 @@ def claim_state(run: sdg.Run, reader: sdg.Reader) -> None:
             sdg.say(f"{run.options.output} holds {kind} with other options ({'; '.join(changes[:3])}): it is replaced")
         start_over(run)
         run.options.records_per_chunk = None if derived else run.options.records_per_chunk
-        return claim_state(run, reader)
+        return claim_state(run, reader, changed_rows)
     if changes:
         raise different_run(run, changes)
     claim_output(run, recorded["run"])
     most = (recorded["options"]["max_documents"], run.options.max_documents)
     mine["options"]["max_documents"] = max(most) if all(most) else None
-    now = recorded | {"identity": identity, "options": mine["options"]}
+    now = recorded | {"identity": identity, "options": mine["options"], "stamp": mine["stamp"]}
     now["estimate"] = estimate and mine["estimate"]
     if now != recorded:
         replace_file(run, path.name, json.dumps(now, indent=2).encode())
@@ -281,6 +294,29 @@ def documents_in(reader: sdg.Reader) -> int | None:
         total = reader.total() if rows == LOOK else rows
         reader.seek(0, None)
     return total
+
+
+def stamp_of(reader: sdg.Reader, files: int) -> Any:
+    """What changes when the first `files` files of an input are written again; None if its reader does not know."""
+    stamp = getattr(reader, "stamp", None)
+    return stamp(files) if stamp else None
+
+
+def files_changed(reader: sdg.Reader, recorded: Mapping[str, Any], changes: list[str]) -> bool:
+    """True if nothing but files of the input have changed, as far as that can be seen without reading them.
+
+    Args:
+        reader: of the input.
+        recorded: the content of `run.json`.
+        changes: from `changes_since`.
+    """
+    now, earlier = stamp_of(reader, len(recorded["identity"]["input"])), recorded.get("stamp")
+    if now is None or not earlier:
+        return False
+    if changes:
+        return all(change.startswith("input ") for change in changes)
+    grown = now[1] != earlier[1]  # the last file: what `Reader.continues` has accepted
+    return bool(now[0] != earlier[0] or (not grown and now[2] != earlier[2]))
 
 
 def revision_of(reader: sdg.Reader) -> str:

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import sdg
-from sdg_plugins.common.kinds import is_json
+from sdg_plugins.common.features import carried
+from sdg_plugins.common.kinds import is_json, relaxed
 from sdg_plugins.common.values import as_json
 
 if TYPE_CHECKING:
@@ -32,13 +33,13 @@ def unified(schemas: Iterable[tuple[str, pa.Schema]], prompt: str) -> pa.Schema:
     for name, schema in schemas:
         if known is None:
             first, known = name, schema
-            kinds = {field.name: (name, field) for field in schema}
+            kinds = {field.name: (name, relaxed(field)) for field in schema}
             continue
         if schema.equals(known):
             continue
         if prompt in known.names and prompt not in schema.names:
             raise sdg.InputError(f"{name} has different columns than {first} (no {prompt}): choose other files")
-        for field in schema:
+        for field in map(relaxed, schema):
             where, other = kinds.setdefault(field.name, (name, field))
             if (kind := common_type(other.type, field.type)) is None:
                 raise sdg.InputError(
@@ -48,8 +49,8 @@ def unified(schemas: Iterable[tuple[str, pa.Schema]], prompt: str) -> pa.Schema:
             kinds[field.name] = (where, other.with_type(kind))
     assert known is not None
     if len(set(known.names)) < len(known.names):  # reported by name, if it matters
-        return known.remove_metadata()
-    return pa.schema([field for _, field in kinds.values()])
+        return pa.schema(list(map(relaxed, known)))
+    return carried(known, pa.schema([field for _, field in kinds.values()]))
 
 
 def common_type(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
@@ -177,6 +178,10 @@ def converted(array: pa.Array, kind: pa.DataType) -> pa.Array:
         return array
     if t.is_null(array.type):
         return pa.nulls(len(array), kind)
+    if isinstance(array.type, pa.BaseExtensionType):
+        if t.is_string(kind):
+            return pa.array([None if value is None else str(value) for value in array.to_pylist()], kind)
+        return converted(array.storage, kind)
     if is_json(kind):
         return as_json(array)
     if t.is_struct(kind):

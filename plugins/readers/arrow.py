@@ -10,6 +10,7 @@ import sdg
 from sdg_plugins.common.inputs import InputFiles
 from sdg_plugins.common.unify import conformed, unified
 from sdg_plugins.readers.parquet import EAGER, no_fit
+from sdg_plugins.readers.partitions import partitioned
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -19,14 +20,14 @@ MAGIC = b"ARROW1"
 
 @sdg.hookimpl
 def register_readers(register: sdg.RegisterReaders) -> None:
-    register("arrow", ArrowReader)
+    register("arrow", partitioned(ArrowReader))
 
 
 class ArrowReader:
     """Reads batch by batch. A bookmark is JSON: index of a file, and its first row in the input."""
 
     def __init__(self, run: sdg.Run) -> None:
-        self.files = InputFiles(run.options.input, "arrow")
+        self.files = InputFiles.of_run(run, "arrow")
         self.identity = self.files.identity
         schemas = ((self.files.names[i], self._schema(i)) for i in range(min(EAGER, len(self.files.names))))
         self.schema = run.source_schema or unified(schemas, run.options.prompt_column)
@@ -66,6 +67,10 @@ class ArrowReader:
             return self._start
         read = sum(self.files.sizes[: self._file])
         return round(self._start * sum(self.files.sizes) / read) if read else None
+
+    def stamp(self, count: int) -> list[Any]:
+        """See `InputFiles`."""
+        return self.files.stamp(count)
 
     def continues(self, earlier: Mapping[str, Any]) -> bool:
         """See `sdg.Reader`."""

@@ -22,6 +22,7 @@ from sdg_plugins.common.inputs import InputFiles
 from sdg_plugins.common.options import one_of
 from sdg_plugins.common.streams import BROKEN, Stream
 from sdg_plugins.readers.lines import Lines, LinesReader, split_lines
+from sdg_plugins.readers.partitions import partitioned
 
 SEPARATORS = {"tsv": "\t", "tab": "\t", "psv": "|"}  # by suffix
 CANDIDATES = (",", ";", "\t", "|")
@@ -46,7 +47,7 @@ def add_options(parser: sdg.Options) -> None:
 
 @sdg.hookimpl
 def register_readers(register: sdg.RegisterReaders) -> None:
-    register("csv", CsvReader)
+    register("csv", partitioned(CsvReader))
 
 
 class Form(NamedTuple):
@@ -78,7 +79,7 @@ class CsvReader(LinesReader):
         import pyarrow as pa
 
         csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-        files = InputFiles(run.options.input, "csv")
+        files = InputFiles.of_run(run, "csv")
         self._given = getattr(run.options, "csv_separator", None)
         self._quote = getattr(run.options, "csv_quote", '"')
         self._encoding = getattr(run.options, "input_encoding", None)

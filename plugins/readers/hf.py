@@ -6,32 +6,28 @@ import functools
 import glob
 import mimetypes
 import os
-import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import sdg
 from sdg_plugins.common import hub
 from sdg_plugins.common.files import fixed_folder, suffix_of
 from sdg_plugins.common.remote import RemoteFile
+from sdg_plugins.common.splits import (
+    WHOLE,
+    CardConfig,
+    choose_config,
+    configs_in_card,
+    matching_files,
+    patterns_by_name,
+)
 from sdg_plugins.readers.buckets import open_bucket
 from sdg_plugins.readers.parquet import ParquetReader
 
 T = TypeVar("T")
 CONVERTED = "refs/convert/parquet"  # where the Hub keeps its parquet conversions of other formats
 
-# How `datasets` finds splits by the names of files and folders. The order of patterns is that in which files are read.
-# https://huggingface.co/docs/datasets/repository_structure
-KEYWORDS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "dev", "val"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
-SHARDS = "data/{}-" + "[0-9]" * 5 + "-of-" + "[0-9]" * 5 + "*.*"
-IN_FOLDERS = ("**/{0}/**", "**/{0}[-._ 0-9]*/**", "**/*[-._ 0-9]{0}/**", "**/*[-._ 0-9]{0}[-._ 0-9]*/**")
-IN_NAMES = ("**/{0}[-._ 0-9]*", "**/*[-._ 0-9]{0}[-._ 0-9]*")
-NO_DATA = {"README.md", "config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "dummy_data.zip"}
 PARQUET = {"parquet", "geoparquet", "gpq"}
 OTHER_FORMATS = {"arrow", "conll", "conllu", "csv", "h5", "hdf5", "json", "jsonl", "lance", "ndjson", "tar", "tsv"}
 OTHER_FORMATS |= {"txt", "vortex", "xml", "zip"}
@@ -55,17 +51,6 @@ class FileEntry(NamedTuple):
 
     path: str
     size: int  # bytes
-
-
-class CardConfig(NamedTuple):
-    """One of the `configs` of a dataset's card."""
-
-    folder: str
-    patterns: Mapping[str, list[str]]  # globs in the folder, by split; if empty, splits are found by the files' names
-    default: bool
-
-
-WHOLE = CardConfig("", {}, False)  # the config of a dataset whose card names none
 
 
 class FoundSplit(NamedTuple):
@@ -190,92 +175,12 @@ class Dataset:
         return [FileEntry(file.path, file.size) for file in files]
 
 
-def configs_in_card(entries: Any, address: hub.Address) -> dict[str, CardConfig]:
-    """The `configs` of a dataset's card."""
-    try:
-        return {
-            str(entry["config_name"]): CardConfig(
-                str(entry.get("data_dir") or "").removeprefix("./").strip("/"),
-                patterns_in_card(entry.get("data_files") or {}),
-                bool(entry.get("default")),
-            )
-            for entry in entries or []
-        }
-    except (AttributeError, KeyError, TypeError, ValueError) as exc:
-        message = f"{address}: the `configs` of its card are not in a form that `datasets` supports: {exc!r}"
-        raise sdg.InputError(message) from exc
-
-
-def choose_config(asked: str | None, configs: Mapping[str, CardConfig], address: hub.Address) -> str:
-    """The name of the requested config, else of the default one."""
-    available = f"available: {', '.join(configs)}"
-    if asked is not None:
-        if asked not in configs:
-            raise sdg.InputError(f"--input-config {asked}: {address} has no such config; {available}")
-        return asked
-    marked = [name for name, config in configs.items() if config.default or name == "default"]
-    default = marked or list(configs)
-    if len(default) != 1:
-        kind = "default configs" if marked else "configs"
-        raise sdg.InputError(f"{address} has several {kind}: choose one with --input-config; {available}")
-    return default[0]
-
-
 def files_of_split(split: str, splits: Mapping[str, list[FileEntry]], where: str) -> list[FileEntry]:
     """A split's files; InputError if it has none."""
     if not splits.get(split):
         available = ", ".join(name for name, files in splits.items() if files) or "none"
         raise sdg.InputError(f"--input-split {split}: {where} has no such split; available: {available}")
     return splits[split]
-
-
-def patterns_in_card(data_files: Any) -> dict[str, list[str]]:
-    """A card's `data_files`, in any of the forms that they may have, as patterns by split."""
-    if isinstance(data_files, Mapping):
-        entries = [(str(split), paths) for split, paths in data_files.items()]
-    elif isinstance(data_files, str) or not any(isinstance(item, Mapping) for item in data_files):
-        entries = [("train", data_files)]
-    else:
-        entries = [(str(item["split"]), item["path"]) for item in data_files]
-    listed = {split: [paths] if isinstance(paths, str) else list(paths) for split, paths in entries}
-    return {split: [path.removeprefix("./") for path in paths] for split, paths in listed.items()}
-
-
-def matching_files(patterns: Iterable[str], names: Collection[str]) -> list[str]:
-    """The files that match patterns, in the order of the patterns, then sorted.
-
-    A file that matches several patterns comes once, although `datasets` would read it for each of them.
-    """
-    from fsspec.utils import glob_translate
-
-    found: dict[str, None] = {}
-    for pattern in patterns:
-        expression, base = re.compile(glob_translate(pattern)), os.path.basename(pattern)
-        fitting = [name for name in names if expression.match(name) and hidden_parts(name) == hidden_parts(pattern)]
-        ignored = NO_DATA - {base}
-        found |= dict.fromkeys(sorted(name for name in fitting if os.path.basename(name) not in ignored))
-    return list(found)
-
-
-def hidden_parts(path: str) -> tuple[int, int]:
-    """How many parts of a path begin with a dot, and how many folders with `__`.
-
-    Files with such parts are hidden: only patterns with as many of them match.
-    """
-    *folders, name = path.split("/")
-    return sum(part[:1] == "." for part in [*folders, name]), sum(part[:2] == "__" for part in folders)
-
-
-def patterns_by_name(names: Collection[str]) -> dict[str, list[str]]:
-    """Splits by the names of files and folders: shards in `data/`, else keywords, else everything is `train`."""
-    if shards := matching_files([SHARDS.format("*")], names):
-        splits = {re.sub(r"-\d{5}-of-\d{5}.*", "", name.removeprefix("data/")) for name in shards}
-        return {split: [SHARDS.format(glob.escape(split))] for split in sorted(splits)}
-    for shapes in (IN_FOLDERS, IN_NAMES):
-        patterns = {split: [shape.format(word) for word in KEYWORDS[split] for shape in shapes] for split in KEYWORDS}
-        if found := {split: paths for split, paths in patterns.items() if matching_files(paths, names)}:
-            return found
-    return {"train": ["**"]}
 
 
 def is_parquet(file: FileEntry) -> bool:

@@ -29,6 +29,7 @@ from sdg_plugins.common.kinds import (
 )
 from sdg_plugins.common.streams import BLOCK, Stream
 from sdg_plugins.readers.lines import Lines, LinesReader, split_lines
+from sdg_plugins.readers.partitions import partitioned
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -41,14 +42,14 @@ BETWEEN = b"\xef\xbb\xbf \t\r\n,"  # what may stand between values
 
 @sdg.hookimpl
 def register_readers(register: sdg.RegisterReaders) -> None:
-    register("jsonl", JsonlReader)
+    register("jsonl", partitioned(JsonlReader))
 
 
 class JsonlReader(LinesReader):
     """Read JSON objects, from lines or arrays."""
 
     def __init__(self, run: sdg.Run) -> None:
-        files = InputFiles(run.options.input, "jsonl")
+        files = InputFiles.of_run(run, "jsonl")
         encoding = getattr(run.options, "input_encoding", None)
         self._prompt = run.options.prompt_column
         self.schema = run.source_schema or infer_schema(Lines(files, encoding, splitter=splitter_for), self._prompt)

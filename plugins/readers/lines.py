@@ -227,6 +227,10 @@ class LinesReader:
         fraction = self.lines.fraction() if self.lines.file < len(self.files.names) else 1.0
         return round(self._row / fraction) if fraction and self._row else None
 
+    def stamp(self, count: int) -> list[Any]:
+        """See `InputFiles`."""
+        return self.files.stamp(count)
+
     def continues(self, earlier: Mapping[str, Any]) -> bool:
         """See `sdg.Reader`."""
         return self.files.continues(earlier)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import sdg
 from sdg_plugins.common.inputs import InputFiles
 from sdg_plugins.common.unify import conformed, unified
+from sdg_plugins.readers.partitions import partitioned
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -31,12 +32,12 @@ AHEAD_BYTES = 128 << 20  # at most this much of them together
 
 @sdg.hookimpl
 def register_readers(register: sdg.RegisterReaders) -> None:
-    register("parquet", open_files)
+    register("parquet", partitioned(open_files))
 
 
 def open_files(run: sdg.Run) -> ParquetReader:
     """Read parquet files in the order of their names; all must have the same schema."""
-    files = InputFiles(run.options.input, "parquet")
+    files = InputFiles.of_run(run, "parquet")
     return ParquetReader(run, files, files.identity)
 
 
@@ -81,7 +82,7 @@ class ParquetReader:
         self.identity = identity
         self.source: dict[str, Any] = {}
         self.schema: pa.Schema = None
-        self._files, self._run = files, run
+        self.files, self._run = files, run
         self._cached_footer = functools.lru_cache(8)(self._read_footer)
         self._footer_locks = [threading.Lock() for _ in range(FOOTERS)]
         self._pool = ThreadPoolExecutor(max(FOOTERS, AHEAD), "sdg-parquet")
@@ -99,9 +100,13 @@ class ParquetReader:
     def total(self) -> int | None:
         """See `sdg.Reader`."""
         known = self._first + len(self._groups)
-        if known == len(self._files.names):
+        if known == len(self.files.names):
             return self._starts[-1]
-        return round(self._starts[-1] * sum(self._files.sizes) / max(1, sum(self._files.sizes[:known])))
+        return round(self._starts[-1] * sum(self.files.sizes) / max(1, sum(self.files.sizes[:known])))
+
+    def stamp(self, count: int) -> list[Any] | None:
+        """See `InputFiles`; None if the files cannot change."""
+        return self.files.stamp(count) if isinstance(self.files, InputFiles) else None
 
     def continues(self, earlier: Mapping[str, Any]) -> bool:
         """See `sdg.Reader`."""
@@ -128,7 +133,7 @@ class ParquetReader:
             assert self._batch is not None
             part = self._batch.slice(self._row - self._batch_start, rows)
             in_file = self._row - piece.start + piece.in_file
-            name = self._files.names[piece.file]
+            name = self.files.names[piece.file]
             found.append(sdg.Block(self._conform(part, name), name, in_file))
             self._row += part.num_rows
             rows -= part.num_rows
@@ -145,23 +150,22 @@ class ParquetReader:
     def _add_footers(self, count: int) -> None:
         """Read the footers of the next `count` files."""
         known = self._first + len(self._groups)
-        for footer in self._pool.map(self._footer, range(known, min(known + count, len(self._files.names)))):
-            self._check(self._files.names[self._first + len(self._groups)], footer)
+        for footer, schema in self._pool.map(self._footer, range(known, min(known + count, len(self.files.names)))):
+            self._check(self.files.names[self._first + len(self._groups)], schema)
             groups = [footer.row_group(g) for g in range(footer.num_row_groups)]
             self._groups.append([Group(group.num_rows, group.total_byte_size) for group in groups])
             self._starts.append(self._starts[-1] + footer.num_rows)
 
-    def _check(self, name: str, footer: Any) -> None:
+    def _check(self, name: str, schema: pa.Schema) -> None:
         """Take the columns of a file into account; those of files that are met later must fit the schema."""
-        schema = self._schema_of(footer)
         if self.schema is None:
             self._schemas.setdefault(name, schema)
         elif not schema.equals(self.schema):
-            both = [(self._files.names[0], self.schema), (name, schema)]
+            both = [(self.files.names[0], self.schema), (name, schema)]
             if not unified(both, self._run.options.prompt_column).equals(self.schema):
                 added = sorted(set(schema.names) - set(self.schema.names))
                 what = ", ".join(added) or "other types"
-                raise sdg.InputError(f"{name} has different columns than {self._files.names[0]} ({what}): {SORT_OUT}")
+                raise sdg.InputError(f"{name} has different columns than {self.files.names[0]} ({what}): {SORT_OUT}")
 
     def _unified(self) -> pa.Schema:
         """The schema of the files that are known, or the one that an earlier process has recorded if it holds them."""
@@ -175,10 +179,6 @@ class ParquetReader:
         self._schemas.clear()
         return found
 
-    @staticmethod
-    def _schema_of(footer: Any) -> pa.Schema:
-        return footer.schema.to_arrow_schema().remove_metadata()
-
     def _conform(self, batch: pa.RecordBatch, name: str) -> pa.RecordBatch:
         """Rows of the file `name`, with the schema of all files."""
         import pyarrow as pa
@@ -188,25 +188,29 @@ class ParquetReader:
         except pa.ArrowException as exc:
             raise no_fit(name, exc) from exc
 
-    def _footer(self, i: int) -> pa.parquet.FileMetaData:
-        """A file's footer. One thread reads it; others that need it meanwhile wait."""
+    def _footer(self, i: int) -> tuple[pa.parquet.FileMetaData, pa.Schema]:
+        """A file's footer, and the schema of its batches. One thread reads it; others that need it meanwhile wait."""
         with self._footer_locks[i % FOOTERS]:
             return self._cached_footer(i)
 
-    def _read_footer(self, i: int) -> pa.parquet.FileMetaData:
+    def _read_footer(self, i: int) -> tuple[pa.parquet.FileMetaData, pa.Schema]:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         try:
-            with self._files.open(i) as file:
-                return pq.read_metadata(file)
+            with self.files.open(i) as file:
+                parquet = pq.ParquetFile(file)
+                return parquet.metadata, parquet.schema_arrow
+        except pa.ArrowNotImplementedError as exc:
+            hint = "convert the column to a type that pyarrow reads"
+            raise sdg.InputError(f"{self.files.names[i]} cannot be read: {sdg.one_line(exc)}; {hint}") from exc
         except (pa.ArrowException, OSError) as exc:
-            raise sdg.InputError(f"{self._files.names[i]} is not a complete parquet file: {sdg.one_line(exc)}") from exc
+            raise sdg.InputError(f"{self.files.names[i]} is not a complete parquet file: {sdg.one_line(exc)}") from exc
 
     def _piece_at(self, row: int) -> Piece | None:
         """The row group with a row of the input; None after the last row."""
         while self._starts[-1] <= row:
-            if self._first + len(self._groups) == len(self._files.names):
+            if self._first + len(self._groups) == len(self.files.names):
                 return None
             self._add_footers(FOOTERS)
         i = bisect.bisect_right(self._starts, row) - 1
@@ -234,7 +238,7 @@ class ParquetReader:
 
     def _fetch(self, piece: Piece) -> Iterator[pa.RecordBatch]:
         """The batches of a row group, which may have been fetched already; starts to fetch the next ones."""
-        if self._files.local:
+        if self.files.local:
             return self._open(piece)
         coming = self._ahead.pop(piece, None) or self._pool.submit(self._open, piece)
         upcoming = self._upcoming(piece)
@@ -267,11 +271,11 @@ class ParquetReader:
         """The batches of a row group. Those of a remote file are being fetched when this returns."""
         import pyarrow.parquet as pq
 
-        footer, local = self._footer(piece.file), self._files.local
+        (footer, _), local = self._footer(piece.file), self.files.local
         # For local files, pre-buffering would keep everything read until the file is closed; without a buffer size,
         # pyarrow would read the whole row group at once.
         how = {"pre_buffer": False, "buffer_size": BUFFER} if local else {"pre_buffer": True}
-        file = pq.ParquetFile(self._files.open(piece.file), metadata=footer, **how)
+        file = pq.ParquetFile(self.files.open(piece.file), metadata=footer, **how)
         batches = file.iter_batches(1024, row_groups=[piece.group])
         first = None if local else next(batches, None)
         return self._then_close(file, batches, first)

@@ -9,11 +9,12 @@ import sdg
 from sdg_plugins.common.inputs import InputFiles
 from sdg_plugins.common.streams import BLOCK, Stream
 from sdg_plugins.readers.lines import Lines, LinesReader
+from sdg_plugins.readers.partitions import partitioned
 
 
 @sdg.hookimpl
 def register_readers(register: sdg.RegisterReaders) -> None:
-    register("text", TextReader)
+    register("text", partitioned(TextReader))
 
 
 class TextReader(LinesReader):
@@ -23,7 +24,7 @@ class TextReader(LinesReader):
         import pyarrow as pa
 
         self.schema = pa.schema([("name", pa.string()), ("text", pa.string())])
-        files = InputFiles(run.options.input, "text")
+        files = InputFiles.of_run(run, "text")
         encoding = getattr(run.options, "input_encoding", None)
         super().__init__(files, Lines(files, encoding, legacy=True, splitter=lambda head: whole))
 

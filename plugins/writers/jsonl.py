@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 from typing import TYPE_CHECKING, Any
 
 import sdg
 from sdg_plugins.common.files import codec_of
+from sdg_plugins.common.kinds import array_of, holds, json_text, parse_json
 from sdg_plugins.common.results import results_type
 from sdg_plugins.common.state import recorded_fields
-from sdg_plugins.common.values import plain, rows_of
+from sdg_plugins.common.unify import is_bytes
+from sdg_plugins.common.values import jsonable, plain, rows_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -27,7 +30,6 @@ class JsonlWriter:
 
     def write(self, chunk: sdg.Chunk, rows: pa.Table) -> None:
         """See `sdg.Writer`."""
-        import orjson
         import pyarrow as pa
 
         path = self._run.path_of(chunk)
@@ -35,7 +37,7 @@ class JsonlWriter:
 
         def produce(file: Any) -> None:
             for batch in rows.to_batches(1000):
-                file.write(b"".join(orjson.dumps(row, default=plain) + b"\n" for row in rows_of(batch)))
+                file.write(b"".join(line_of(row) for row in rows_of(batch)))
 
         def compress(file: Any) -> None:
             with pa.CompressedOutputStream(file, codec) as compressed:
@@ -43,9 +45,18 @@ class JsonlWriter:
 
         self._run.output.write(path, compress if codec else produce)
 
+    def check(self, schema: pa.Schema) -> None:
+        """Say what JSON cannot hold."""
+        import pyarrow.types as t
+
+        binary = [
+            field.name for field in schema if holds(field.type, lambda k: is_bytes(k) or t.is_fixed_size_binary(k))
+        ]
+        if binary:
+            sdg.say(f"JSON has no binary values: those of {', '.join(binary)} are written in base64")
+
     def read(self, chunk: sdg.Chunk) -> pa.Table | None:
         """See `sdg.Writer`. Types are inferred from the values; a column of several types comes back as JSON."""
-        import orjson
         import pyarrow as pa
 
         path = self._run.path_of(chunk)
@@ -55,11 +66,26 @@ class JsonlWriter:
                 content = pa.CompressedInputStream(file, codec).read() if codec else file.read()
         except FileNotFoundError:
             return None
-        rows = [orjson.loads(line) for line in content.splitlines()]
+        rows = [parse_json(line) for line in content.splitlines()]
         fields = recorded_fields(self._run.state)
         kinds = {self._run.options.results_column: fields and results_type(fields)}
         names = dict.fromkeys(name for row in rows for name in row)
         return pa.table({name: column_of([row.get(name) for row in rows], kinds.get(name)) for name in names})
+
+
+def line_of(row: dict[str, Any]) -> bytes:
+    """A row as a line of JSON."""
+    import orjson
+
+    try:
+        return orjson.dumps(row, default=as_text, option=orjson.OPT_APPEND_NEWLINE)
+    except TypeError:  # integers beyond 64 bits
+        return f"{json_text(jsonable(row))}\n".encode()
+
+
+def as_text(value: Any) -> str:
+    """What JSON cannot hold: binary values in base64, others as people write them."""
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else plain(value)
 
 
 def column_of(values: list[Any], kind: pa.DataType | None) -> pa.Array:
@@ -68,6 +94,6 @@ def column_of(values: list[Any], kind: pa.DataType | None) -> pa.Array:
     import pyarrow as pa
 
     try:
-        return pa.array(values, kind)
+        return pa.array(values) if kind is None else array_of(values, kind)
     except (pa.ArrowException, OverflowError):
         return pa.array([None if value is None else orjson.dumps(value).decode() for value in values])

@@ -36,6 +36,29 @@ class ParquetWriter:
 
         self._run.output.write(self._run.path_of(chunk), produce)
 
+    def check(self, schema: pa.Schema) -> None:
+        """Write an empty file of a schema to memory. Raises InputError, naming the column that cannot be written."""
+        import io
+
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        def works(fields: list[pa.Field]) -> bool:
+            try:
+                with pq.ParquetWriter(io.BytesIO(), pa.schema(fields)):
+                    return True
+            except (pa.ArrowException, NotImplementedError):
+                return False
+
+        if works(list(schema)):
+            return
+        for field in schema:
+            if not works([field]):
+                raise sdg.InputError(
+                    f"column {field.name} has type {field.type}, which parquet cannot hold: write JSON lines with "
+                    f"--output-filename '${{rank}}_${{chunk_index}}.jsonl', or convert the column"
+                )
+
     def read(self, chunk: sdg.Chunk) -> pa.Table | None:
         """See `sdg.Writer`."""
         import pyarrow.parquet as pq

@@ -128,6 +128,12 @@ def test_plugins_lists_what_a_package_registers_with_its_version(environment: En
         assert "sdg-example 1.2.3" in line
 
 
+def test_the_scripts_for_slurm_are_in_the_wheel(environment: Environment, tmp_path: Path) -> None:
+    environment.sdg("slurm", "scripts", folder=tmp_path)
+    written = {path.name for path in (tmp_path / "scripts").iterdir()}
+    assert written == {path.name for path in (ROOT / "slurm").iterdir()}
+
+
 def test_help_shows_a_plugins_options_under_its_name(environment: Environment, tmp_path: Path) -> None:
     text = environment.sdg("--help", folder=tmp_path)
     group = text.partition("\nexplain:\n")[2].partition("\n\n")[0]

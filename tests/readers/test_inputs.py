@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import math
@@ -185,6 +186,188 @@ def documents(path: str, prompt: str = "text", **options: Any) -> list[sdg.Docum
     return [document for _, document in chunk.documents(prompt, ids)]
 
 
+# ── Folders ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def texts(path: Path, **options: Any) -> list[str]:
+    return [document.text for document in documents(str(path), **options) if isinstance(document, sdg.Document)]
+
+
+def put(path: Path, *rows: str) -> None:
+    """Write texts in the format that the suffix of a path names."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table({"text": list(rows)}), path)
+    else:
+        path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+
+
+def test_all_suffixes_of_a_format_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a.jsonl", "b.json", "C.JSONL", "d.ndjson"):
+        put(tmp_path / name, name)
+    (tmp_path / "e.jsonl.bz2").write_bytes(bz2.compress(b'{"text": "e.jsonl.bz2"}'))
+    (tmp_path / "f.tfrecord").write_bytes(b"?")
+    (tmp_path / "LICENSE").write_text("free")
+
+    assert texts(tmp_path) == ["C.JSONL", "a.jsonl", "b.json", "d.ndjson", "e.jsonl.bz2"]
+
+    said = capsys.readouterr().err
+    assert "f.tfrecord" in said
+    assert "LICENSE" not in said
+
+
+def test_links_to_a_folder_above_are_not_followed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put(tmp_path / "in/a.jsonl", "one")
+    put(tmp_path / "elsewhere/b.jsonl", "two")
+    (tmp_path / "in/loop").symlink_to(tmp_path / "in")
+    (tmp_path / "in/linked").symlink_to(tmp_path / "elsewhere")
+
+    assert texts(tmp_path / "in") == ["one", "two"]
+    assert "loop" in capsys.readouterr().err
+
+
+def test_a_checkout_of_a_dataset_has_its_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"):
+        put(tmp_path / f"data/{name}.parquet", name)
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# x\n")
+    (tmp_path / ".gitattributes").write_text("")
+
+    assert texts(tmp_path, input_split="train") == ["train-00000-of-00002", "train-00001-of-00002"]
+    assert "others: test" in capsys.readouterr().err
+    assert texts(tmp_path, input_split="test") == ["test-00000-of-00001"]
+    with pytest.raises(sdg.InputError, match="no such split; available: test, train"):
+        texts(tmp_path, input_split="validation")
+
+
+def test_the_card_of_a_folder_decides_on_configs(tmp_path: Path) -> None:
+    put(tmp_path / "en/x.jsonl", "hello")
+    put(tmp_path / "de/x.jsonl", "hallo")
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: en\n  data_files: en/*\n  default: true\n"
+        "- config_name: de\n  data_files: de/*\n---\n"
+    )
+
+    assert texts(tmp_path, input_split="train", input_config=None) == ["hello"]
+    assert texts(tmp_path, input_split="train", input_config="de") == ["hallo"]
+
+
+def test_a_folder_without_a_card_is_read_whole_unless_a_split_is_asked_for(tmp_path: Path) -> None:
+    for name in ("test", "train"):
+        put(tmp_path / f"{name}.jsonl", name)
+
+    assert texts(tmp_path, input_split="train") == ["test", "train"]
+    assert texts(tmp_path, input_split="test") == ["test"]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_partitions_are_columns(suffix: str, tmp_path: Path) -> None:
+    for year, lang in ((2023, "en"), (2024, "pt%2FBR"), (2024, "__HIVE_DEFAULT_PARTITION__")):
+        put(tmp_path / f"year={year}/lang={lang}/part{suffix}", "a", "b")
+
+    rows = [document.row for document in documents(str(tmp_path)) if isinstance(document, sdg.Document)]
+
+    assert [(row["year"], row["lang"]) for row in rows[::2]] == [(2023, "en"), (2024, None), (2024, "pt/BR")]
+    assert len(rows) == 6
+
+
+def test_the_output_of_a_run_is_not_read_beside_other_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put(tmp_path / "in/a.parquet", "mine")
+    (tmp_path / "in/out/data").mkdir(parents=True)
+    written = pa.table({"text": ["theirs"]}).replace_schema_metadata({"sdg.fingerprint": "f"})
+    pq.write_table(written, tmp_path / "in/out/data/00000_00000.parquet")
+
+    assert texts(tmp_path / "in") == ["mine"]
+    assert "is the output of a run" in capsys.readouterr().err
+    assert texts(tmp_path / "in/out") == ["theirs"]
+
+
+def test_columns_of_shards_are_unified(tmp_path: Path) -> None:
+    shards: list[dict[str, Any]] = [
+        {"text": ["a"], "n": pa.array([1], pa.int32()), "x": pa.nulls(1), "t": pa.array([5], pa.timestamp("ms"))},
+        {"t": pa.array([5000], pa.timestamp("us")), "n": pa.array([2**40]), "text": ["b"], "x": [["tag"]]},
+        {"text": pa.array(["c"], pa.large_string()), "n": [0.5], "new": [{"a": 1}]},
+    ]
+    for number, columns in enumerate(shards):
+        pq.write_table(pa.table(columns), tmp_path / f"{number}.parquet")
+
+    rows = [document.row for document in documents(str(tmp_path)) if isinstance(document, sdg.Document)]
+
+    assert [(row["text"], row["n"], row["x"], row["new"]) for row in rows] == [
+        ("a", 1.0, None, None),
+        ("b", float(2**40), ["tag"], None),
+        ("c", 0.5, None, {"a": 1}),
+    ]
+    assert rows[0]["t"] == rows[1]["t"]
+
+
+def test_a_value_that_a_common_type_cannot_hold_is_named(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a"], "n": [2**60 + 1]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"text": ["b"], "n": [0.5]}), tmp_path / "b.parquet")
+
+    with pytest.raises(sdg.InputError, match=r"a\.parquet has values that do not fit"):
+        documents(str(tmp_path))
+
+
+# ── Chats ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+CALL = {"type": "function", "id": "1", "function": {"name": "f", "arguments": {"a": None, "b": [1, {"c": 2}]}}}
+CHATS: dict[str, list[Any]] = {
+    "plain": [[{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}]],
+    "keys vary": [[{"role": "user", "content": "a", "name": "x"}], [{"role": "user", "content": "b"}]],
+    "parts": [[{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "x", "y": {"z": None}}]}]],
+    "text and parts": [[{"role": "user", "content": "a"}, {"role": "user", "content": [{"type": "text"}]}]],
+    "tool calls": [[{"role": "assistant", "tool_calls": [CALL]}], [{"role": "user", "content": "b"}]],
+    "strings": ["just text", [{"role": "user", "content": "b"}]],
+}
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_chats_of_json_lines_are_sent_as_they_stand(name: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"m": chat}) + "\n" for chat in CHATS[name]))
+
+    found = documents(str(tmp_path / "a.jsonl"), "m")
+
+    assert [d.messages or d.text for d in found if isinstance(d, sdg.Document)] == CHATS[name]
+
+
+def test_keys_that_first_appear_after_the_sample_are_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sdg_plugins.readers.jsonl.SAMPLE", 200)
+    chats: list[Any] = [[{"role": "user", "content": f"number {n}"}] for n in range(20)]
+    chats += [[{"role": "user", "content": "late", "name": "x"}], [{"role": "tool", "content": [{"a": None}]}], "text"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"id": n, "m": c}) + "\n" for n, c in enumerate(chats)))
+
+    found = documents(str(tmp_path / "a.jsonl"), "m")
+
+    assert [d.messages or d.text for d in found if isinstance(d, sdg.Document)] == chats
+
+
+def test_null_keys_are_not_sent(tmp_path: Path) -> None:
+    part = {"type": "text", "text": "a", "cache": None}
+    chat = [{"role": "user", "content": "a", "name": None, "tool_calls": None}]
+    table([{"m": chat}], pq.write_table)(tmp_path / "a.parquet")
+    table([{"m": [{"role": "user", "content": [part]}]}], pq.write_table)(tmp_path / "b.parquet")
+    (tmp_path / "c.jsonl").write_text(json.dumps({"m": chat}))
+
+    for name in ("a.parquet", "c.jsonl"):
+        (document,) = documents(str(tmp_path / name), "m")
+        assert isinstance(document, sdg.Document)
+        assert document.messages == [{"role": "user", "content": "a"}]
+    (first,) = documents(str(tmp_path / "b.parquet"), "m")
+    assert isinstance(first, sdg.Document)
+    assert first.messages == [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
+
+
+def test_sharegpt_is_understood(tmp_path: Path) -> None:
+    turns = [("system", "s"), ("human", "h"), ("gpt", "g"), ("tool", "t")]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"c": [{"from": who, "value": text} for who, text in turns]}))
+
+    (document,) = documents(str(tmp_path / "a.jsonl"), "c")
+
+    assert isinstance(document, sdg.Document)
+    roles = zip(("system", "user", "assistant", "tool"), "shgt", strict=True)
+    assert document.messages == [{"role": role, "content": text} for role, text in roles]
+
+
 def write(path: Path, content: Content) -> None:
     if callable(content):
         content(path)
@@ -229,3 +412,26 @@ def test_reading_continues_at_every_bookmark(name: str, tmp_path: Path) -> None:
         later.seek(row, bookmark)
         rest = OpenChunk(sdg.Chunk(0, 0), later.read(10_000), later.schema)
         assert rest.table.equals(chunk.table.slice(row)) or "nan" in name
+
+
+# ── Standard input ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_standard_input_is_kept_for_the_next_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plugins, _ = sdg.Plugins.load([])
+
+    def read(content: bytes) -> list[str]:
+        options = SimpleNamespace(input="-", prompt_column="text", world_size=1)
+        run = SimpleNamespace(options=options, plugins=plugins, state=tmp_path, source_schema=None)
+        stdin = SimpleNamespace(buffer=io.BytesIO(content), isatty=lambda: False)
+        monkeypatch.setattr("sys.stdin", stdin)
+        (block,) = plugins.readers["stdin"].factory(run).read(100)
+        assert options.input == str(tmp_path / "stdin.jsonl")
+        return [row["text"] for row in block.batch.to_pylist()]
+
+    assert read(LINES) == [row["text"] for row in ROWS]
+    (tmp_path / "run.json").write_text("{}")
+    assert read(b"") == [row["text"] for row in ROWS]
+    assert read(LINES + b'{"text": "more"}\n')[-1] == "more"
+    with pytest.raises(sdg.StateError, match="not what this run was begun with"):
+        read(LINES)

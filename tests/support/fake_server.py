@@ -108,6 +108,8 @@ class Request:
 def prompt_of(payload: Payload) -> str:
     """The text of the last message, or the prompt of a completion."""
     text = payload["prompt"] if "prompt" in payload else payload["messages"][-1]["content"]
+    if isinstance(text, list):
+        text = "\n".join(part["text"] for part in text if part["type"] == "text")
     assert isinstance(text, str)
     return text
 

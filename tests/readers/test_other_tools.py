@@ -1,0 +1,120 @@
+"""Files that `datasets`, polars and DuckDB write are read, and what is written is read by them."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import polars
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import ClassLabel, Dataset, Features, Json, Value, load_dataset
+from running import Job
+from test_inputs import documents
+
+import sdg
+
+
+def test_types_of_duckdb_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "duck.parquet"
+    duckdb.sql(
+        f"""COPY (SELECT '5f0c6f9e-8d3c-4d57-9d4b-3a7f1c2b9e10'::uuid AS id, 'Hello.' AS text,
+        '{{"a": [1]}}'::json AS j, map {{'k': 1}} AS m, [1, 2] AS l, {{'a': 1}} AS s,
+        timestamp_ns '2024-01-01' AS t, 1.5::decimal(10, 2) AS d,
+        'x'::enum('x', 'y') AS e) TO '{path}'"""
+    )
+
+    (document,) = documents(str(path))
+
+    assert isinstance(document, sdg.Document)
+    assert document.id == "5f0c6f9e-8d3c-4d57-9d4b-3a7f1c2b9e10"
+    assert document.row["j"] == {"a": [1]}
+    assert document.row["m"] == [("k", 1)]
+    assert document.row["s"] == {"a": 1}
+
+
+def test_types_of_polars_are_read_or_named(tmp_path: Path) -> None:
+    columns: dict[str, Any] = {
+        "text": ["Hello."],
+        "category": polars.Series(["x"], dtype=polars.Categorical),
+        "array": polars.Series([[1, 2]], dtype=polars.Array(polars.Int8, 2)),
+        "object": [{"a": {"b": [1]}}],
+    }
+    polars.DataFrame(columns).write_parquet(tmp_path / "a.parquet")
+    polars.DataFrame(columns).write_ipc(tmp_path / "a.arrow")
+    large = {**columns, "large": polars.Series([2**70], dtype=polars.Int128)}
+    polars.DataFrame(large).write_parquet(tmp_path / "large.parquet")
+
+    for name in ("a.parquet", "a.arrow"):
+        (document,) = documents(str(tmp_path / name))
+        assert isinstance(document, sdg.Document)
+        assert {key: value for key, value in document.row.items() if key != "text"} == {
+            "category": "x",
+            "array": [1, 2],
+            "object": {"a": {"b": [1]}},
+        }
+    with pytest.raises(sdg.InputError, match=r"large\.parquet .*64 bits"):
+        documents(str(tmp_path / "large.parquet"))
+
+
+def test_json_columns_of_datasets_are_sent_as_they_stand(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "What is it?"}]
+    system = {"role": "system", "content": "Be brief."}
+    rows: list[dict[str, Any]] = [
+        {
+            "messages": [system, {"role": "user", "content": parts}],
+            "meta": {"a": 1},
+        },
+        {"messages": [{"role": "user", "content": "Hello."}], "meta": "x"},
+    ]
+    Dataset.from_list(rows, on_mixed_types="use_json").to_parquet(tmp_path / "m.parquet")
+
+    found = documents(str(tmp_path / "m.parquet"), "messages")
+
+    assert [document.messages for document in found if isinstance(document, sdg.Document)] == [
+        row["messages"] for row in rows
+    ]
+    assert [document.row["meta"] for document in found if isinstance(document, sdg.Document)] == [{"a": 1}, "x"]
+
+
+def test_features_of_datasets_are_such_again(job: Job) -> None:
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["neg", "pos"]), "meta": Json()})
+    rows = {"text": ["one", "two"], "label": [0, 1], "meta": [{"a": 1}, "x"]}
+    Dataset.from_dict(rows, features=features).to_parquet(job.folder / "in.parquet")
+
+    job.succeed(input="in.parquet")
+
+    found = load_dataset(str(job.folder / "output"), split="train", cache_dir=str(job.folder / "cache"))
+    assert {name: found.features[name] for name in features} == features
+    assert found[1]["rollout_results"][0]["text"].startswith("answer ")
+    assert found[0]["meta"] == {"a": 1}
+
+
+def test_what_is_written_is_read_by_others(job: Job) -> None:
+    rows = [{"text": "one", "x": {"a": 1, "b": {}}}, {"text": "two", "x": {"a": 2, "b": [1, None]}}]
+    (job.folder / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    output = job.succeed(input="in.jsonl").path / "data"
+
+    (file,) = output.glob("*.parquet")
+    assert pq.read_schema(file).field("x").type.field("a").type == pa.int64()
+    assert polars.read_parquet(file).height == 2
+    answer = duckdb.sql(f"SELECT x.a, x.b, rollout_results[1].text FROM '{file}' ORDER BY 1").fetchall()
+    assert [row[:2] for row in answer] == [(1, "{}"), (2, "[1,null]")]
+    found = load_dataset(str(output), split="train", cache_dir=str(job.folder / "cache"))
+    assert [row["x"] for row in found] == [row["x"] for row in rows]
+
+
+def test_uuids_are_written_as_text(job: Job) -> None:
+    ids = [uuid.UUID(int=n) for n in range(2)]
+    table = pa.table({"id": pa.array([item.bytes for item in ids], pa.uuid()), "text": ["one", "two"]})
+    pq.write_table(table, job.folder / "in.parquet")
+
+    output = job.succeed(input="in.parquet")
+
+    assert output.ids() == [str(item) for item in ids]
+    assert job.verify().rc == 0
