@@ -172,6 +172,12 @@ class Document:
         """All columns of the input row as Python values. Built at each access, because most rollouts need none."""
         return self._row()
 
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"a document has no `{name}`: the columns of its row are in `document.row`")
+
+    def __getitem__(self, name: object) -> NoReturn:
+        raise TypeError(f"a document is not a dict: use document.row[{name!r}]")
+
 
 class Block(NamedTuple):
     """Rows returned by a reader: `batch` starts at row `row` of `file` (both only serve to name the rows)."""
@@ -416,6 +422,8 @@ class Response(NamedTuple):
 Send = Callable[[Request], Awaitable[Response]]  # raises RequestFailed
 
 # What plugins register; each may be a class or a function.
+RowsOf = Callable[[Run], Iterator[Mapping[str, Any]]]  # a generator of rows: the simplest reader
+WriteFile = Callable[[str, "pa.Table"], object]  # writes rows to the file with this path: the simplest writer
 OpenReader = Callable[[Run], Reader]  # opens `run.options.input`, in a thread; raises InputError if it cannot be read
 OpenWriter = Callable[[Run], Writer]  # opens the output, in a thread, before the server starts; raises OutputError
 OpenResource = Callable[[Run], contextlib.AbstractAsyncContextManager[Any]]  # yields what rollouts get
@@ -614,10 +622,10 @@ hookspec = pluggy.HookspecMarker("sdg")
 hookimpl = pluggy.HookimplMarker("sdg")
 
 # Handed to the `register_*` hooks: `register(name, factory)`. The factory's docstring is its one-line help.
-RegisterReaders = Callable[[str, OpenReader], None]
+RegisterReaders = Callable[[str, OpenReader | RowsOf], None]
 RegisterRollouts = Callable[[str, Rollout], None]
 RegisterResources = Callable[[str, OpenResource], None]
-RegisterWriters = Callable[[str, OpenWriter], None]
+RegisterWriters = Callable[[str, OpenWriter | WriteFile], None]
 RegisterServers = Callable[[str, OpenServer], None]
 RegisterCommands = Callable[[str, Command], None]
 
@@ -637,6 +645,9 @@ class Hooks:
     @hookspec
     def register_readers(self, register: RegisterReaders) -> None:
         """Register `open_reader(run) -> Reader` under a URI scheme (`hf`) or a file suffix without its dot (`csv`).
+
+        A generator function that yields dicts will do: its first 1,000 rows decide on the columns and identify the
+        input, and seeking skips rows.
 
         `open_reader`, `seek`, `tell` and `read` run in threads, one call at a time; an exception there ends the run.
         """
@@ -660,6 +671,8 @@ class Hooks:
     @hookspec
     def register_writers(self, register: RegisterWriters) -> None:
         """Register `open_writer(run) -> Writer` under a URI scheme or a file suffix without its dot.
+
+        A function of two parameters, a path and an Arrow table, will do: it writes one file.
 
         `open_writer` runs in a thread, before the server starts. For a scheme that has a writer, `run.output` is a
         folder in the state, and the plugin publishes what the writer puts there. The writer runs in threads; an
@@ -769,7 +782,9 @@ class Plugins:
         entries: dict[str, Entry] = getattr(self, kind)
         if name in entries:
             return entries[name]
-        if kind == "commands" and (option := option_for(name, self)):
+        if kind == "commands" and (
+            option := importlib.import_module("sdg_plugins.common.loading").option_for(name, self)
+        ):
             raise UsageError(f"unknown command {name!r}; did you mean {option} {name}?")
         raise UsageError(f"unknown {kind[:-1]} {name!r}; {nearest(name, entries, cutoff=0.5)}")
 
@@ -807,18 +822,14 @@ class Plugins:
             both = f"plugins {entries[name].plugin} and {plugin} both register the {kind[:-1]} {name!r}"
             raise PluginError(f"{both}: rename one of them")
         if not callable(factory):
-            expected = "an async function" if kind == "rollouts" else "a function or a class"
+            expected = {
+                "rollouts": "an async function",
+                "resources": "a function that makes an async context manager (@contextlib.asynccontextmanager)",
+            }.get(kind, "a function or a class")
             raise PluginError(
                 f"plugin {plugin}: the {kind[:-1]} {name!r} is a {type(factory).__name__}, expected {expected}"
             )
-        entries[name] = Entry(factory, *of)
-
-
-def option_for(word: str, plugins: Plugins) -> str:
-    """The option of `run` that a word belongs to that stands without one; "" if there is none."""
-    if word in plugins.rollouts or word.endswith(".py"):
-        return "--plugin"
-    return "--input" if "://" in word or Path(word).exists() else ""
+        entries[name] = Entry(importlib.import_module("sdg_plugins.common.simple").adapted(kind, factory), *of)
 
 
 def _check_hooks(module: types.ModuleType) -> None:
@@ -1467,6 +1478,8 @@ class RolloutRun:
         error, kind = describe(exc, self._engine.rollout_file), type(exc).__name__
         if isinstance(exc, BadResult):
             error, kind = f"{exc}{place_of(self._engine.rollout)}", "TypeError"
+        if isinstance(exc, dataclasses.FrozenInstanceError):
+            error += "; a document is read-only: use a variable for the prompt, and return what is new"
         details = getattr(exc, "details", {})  # what an exception has for `failed/`, such as the model's last answer
         return {"error": error, "error_type": kind, "attempts": max(1, self.attempts), **details}
 

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import inspect
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import sdg
@@ -75,6 +75,9 @@ def check_reader(reader: sdg.Reader, what: str) -> None:
     of = f"{what}{sdg.place_of(reader)}"
     if not isinstance(reader.schema, pa.Schema):
         raise sdg.PluginError(f"{of}: `schema` is a {type(reader.schema).__name__}, expected a pyarrow.Schema")
+    if not isinstance(reader.identity, Mapping):
+        kind = type(reader.identity).__name__
+        raise sdg.PluginError(f"{of}: `identity` is a {kind}, expected a mapping, such as {{'file': 'a hash'}}")
     try:
         json.dumps(dict(reader.identity))
     except (TypeError, ValueError) as exc:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 import json
 import os
 import tomllib
@@ -407,6 +408,7 @@ def parse_with(plugins: sdg.Plugins, rollout: str, argv: list[str], own: Iterabl
         _check_shared(own, {option.dest for option in CORE if option.shared})
         derive(options, plugins)
         serving = {plugins.rollouts[rollout].plugin, plugins.find("readers", options.reader).plugin}
+        serving |= resources_of(plugins, rollout) & added.keys()
         _check_idle(options, plugins, added, argv, serving)
         _derive_models(options, plugins, parser, added)
         plugged = set().union(*(group.identity for group in added.values()))
@@ -442,6 +444,12 @@ def _check_shared(own: Iterable[str], shared: set[str]) -> None:
     for key in own:
         if key.replace("-", "_") in shared:
             raise sdg.UsageError(f"--{key} is the same for all configs: write {key} above the tables")
+
+
+def resources_of(plugins: sdg.Plugins, rollout: str) -> set[str]:
+    """The plugins whose resources a rollout takes: their options are in use, as --prompt-template by `prompt_of`."""
+    parameters = list(inspect.signature(plugins.rollouts[rollout].factory).parameters)[2:]
+    return {plugins.resources[name].plugin for name in parameters if name in plugins.resources}
 
 
 def _check_idle(

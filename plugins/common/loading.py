@@ -115,3 +115,10 @@ def _import_file(path: Path) -> tuple[types.ModuleType, str]:
         f"plugin {path}", functools.partial(sdg.exec_file, name, Path(file)), file
     )
     return module, xxhash.xxh3_64_hexdigest(path.read_bytes())
+
+
+def option_for(word: str, plugins: sdg.Plugins) -> str:
+    """The option of `run` that a word belongs to that stands without one; "" if there is none."""
+    if word in plugins.rollouts or word.endswith(".py"):
+        return "--plugin"
+    return "--input" if "://" in word or Path(word).exists() else ""

@@ -160,6 +160,29 @@ def program() -> str:
     return "sdg" if Path(sys.argv[0]).name == "sdg" else "sdg.py"
 
 
+# Option names of datatrove's generation script and inference pipeline, and what they are called here
+DATATROVE = {
+    "--input-dataset-name": "--input",
+    "--input-dataset-config": "--input-config",
+    "--input-dataset-split": "--input-split",
+    "--output-dataset-name": "--output",
+    "--output-dir": "--output",
+    "--prompt-template-file": "--prompt-template",
+    "--model-name-or-path": "--model",
+    "--model-kwargs": "--server-arg",
+    "--server-type": "--server",
+    "--endpoint-url": "--base-url",
+    "--max-examples": "--max-documents",
+    "--limit": "--max-documents",
+    "--examples-per-chunk": "--records-per-chunk",
+    "--tasks": "--world-size",
+    "--checkpoints-local-dir": "--state-dir",
+    "--logging-dir": "--state-dir",
+    "--default-generation-params": "--generation",
+    "--rollout-fn": "--plugin",
+}
+DATATROVE |= {name.replace("-", "_").replace("__", "--", 1): ours for name, ours in DATATROVE.items()}
+
 _refusing: ContextVar[bool] = ContextVar("refusing", default=False)
 
 
@@ -197,7 +220,8 @@ class Parser(argparse.ArgumentParser):
         options, unknown = self.parse_known_args(args, namespace)
         if unknown:
             word = unknown[0].partition("=")[0]
-            near = difflib.get_close_matches(word, self.flags, n=2, cutoff=0.7)
+            near = [DATATROVE[word]] if DATATROVE.get(word) in self.flags else []
+            near = near or difflib.get_close_matches(word, self.flags, n=2, cutoff=0.7)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             if not word.startswith("-"):
                 hint = "; put a glob in quotes, otherwise the shell expands it to several words"

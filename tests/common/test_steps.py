@@ -68,17 +68,17 @@ def test_a_step_is_durable_by_itself_and_the_chain_goes_on_after_a_kill(chain: J
 
     output = chain.succeed()
 
-    assert sum(prompt.startswith("Summarise") for prompt in server.prompts) == 5
+    assert sum(prompt.startswith("Summarize") for prompt in server.prompts) == 5
     assert pq.read_table(output.path / "prompt").num_rows == 5
 
 
 def test_a_step_that_fails_ends_the_chain_before_the_next_one(chain: Job, server: FakeServer) -> None:
-    server.behave(lambda payload, n: Status(400) if "Summarise" in str(payload) else None)
+    server.behave(lambda payload, n: Status(400) if "Summarize" in str(payload) else None)
 
     finished = chain(max_failure_rate=0.5)
 
     assert finished.rc == 3
-    assert all(prompt.startswith("Summarise") for prompt in server.prompts)
+    assert all(prompt.startswith("Summarize") for prompt in server.prompts)
 
 
 def test_more_documents_pass_through_all_steps(chain: Job, server: FakeServer) -> None:

@@ -116,7 +116,7 @@ def test_failures_are_an_exception_that_has_what_was_made(call: Any) -> None:
         (shout, ["a"], {}, sdg.InputError, "item 0 of the input is a str, expected a dict; for texts write"),
         (shout, [{"text": 1}, {"text": "a"}], {}, sdg.InputError, "column 'text' has values of several types"),
         (shout, 3, {}, sdg.InputError, "the input is a int, expected"),
-        (shout, DOCUMENTS, {"max_token": 3}, sdg.UsageError, "did you mean --max-tokens?"),
+        (shout, DOCUMENTS, {"max_token": 3}, sdg.UsageError, "did you mean --max-tokens"),
         (shout, DOCUMENTS, {"temperature": "hot"}, sdg.UsageError, "--temperature: invalid number"),
         (shout, DOCUMENTS, {"prompt_column": "body"}, sdg.InputError, "no such column; available: text, n"),
         ("sumarize", DOCUMENTS, {}, sdg.UsageError, "did you mean summarize?"),
