@@ -65,6 +65,6 @@ class ParquetWriter:
 
         try:
             with self._run.output.open(self._run.path_of(chunk)) as file:
-                return pq.read_table(file)
+                return pq.ParquetFile(file).read()  # `read_table` imports pandas
         except FileNotFoundError:
             return None
