@@ -11,6 +11,7 @@
 #
 #   --ranks N          number of ranks that share the input, the --world-size [1]
 #   --at-once M        maximum number of ranks that run at a time [all]
+#   --workers M        M jobs that take the ranks one after the other, instead of one job a rank; submit more at any time
 #   --array LIST       submit only these ranks [all that have not finished]
 #   --nodes N          nodes per rank [1]; uses multinode.sbatch if N is more than 1, otherwise generate.sbatch
 #   --name NAME        name of the jobs: NAME, NAME-monitor, NAME-card [sdg]
@@ -32,7 +33,7 @@ fail() {
 
 # Parse the options.
 words=("$@") # as they were given, for `status`
-ranks=1 at_once='' array='' nodes=1 beside=() monitor=() dry_run=0 parsable=0 flags=() common=()
+ranks=1 at_once='' array='' workers='' nodes=1 beside=() monitor=() dry_run=0 parsable=0 flags=() common=()
 name='' environment='' image='' mounts='' cluster=''
 while (($#)) && [[ $1 != -- ]]; do
     case $1 in
@@ -46,6 +47,7 @@ while (($#)) && [[ $1 != -- ]]; do
     --ranks) ranks=$value ;;
     --at-once) at_once=$value ;;
     --array) array=$value ;;
+    --workers) workers=$value ;;
     --nodes | -N) nodes=$value ;;
     --name | --job-name | -J) name=$value ;;
     --env) environment=$value ;;
@@ -63,9 +65,12 @@ while (($#)) && [[ $1 != -- ]]; do
 done
 [[ ${1:-} == -- ]] || fail "-- is missing before the options of sdg.py; see --help"
 shift
-for number in "$ranks" "$nodes" "${at_once:-1}"; do
-    [[ $number =~ ^[1-9][0-9]*$ ]] || fail "$number: --ranks, --nodes and --at-once must be whole numbers of at least 1"
+for number in "$ranks" "$nodes" "${at_once:-1}" "${workers:-1}"; do
+    [[ $number =~ ^[1-9][0-9]*$ ]] ||
+        fail "$number: --ranks, --nodes, --at-once and --workers must be whole numbers of at least 1"
 done
+[[ -z $workers || -z $array$at_once ]] || fail "--workers takes whichever rank is free: leave out --array and --at-once"
+[[ -z $workers || $nodes == 1 ]] || fail "--workers takes ranks of one node: leave out --nodes"
 for word; do
     case $word in
     --rank | --world-size | --rank=* | --world-size=*) fail "${word%%=*} is set by --ranks: put --ranks N before the --" ;;
@@ -130,14 +135,19 @@ if [[ -z $array && $unfinished == none ]]; then
     echo "submit.sh: all ranks have finished: nothing to submit" >&2
     exit
 fi
-[[ -n $array || $unfinished == "0-$((ranks - 1))" || $ranks == 1 ]] ||
+[[ -n $array$workers || $unfinished == "0-$((ranks - 1))" || $ranks == 1 ]] ||
     echo "submit.sh: the other ranks have finished: submitting $unfinished" >&2
 array=${array:-$unfinished}
+tasks=$ranks of="tasks $array of $ranks"
+if [[ -n $workers ]]; then
+    array=0-$((workers - 1)) tasks=$workers of="$workers workers for $ranks ranks"
+    export SDG_RANK=any # for the jobs
+fi
 
 # What Slurm would refuse, or what would go wrong only on the nodes
 largest=$(timeout 20 scontrol show config 2>/dev/null | sed -n 's/^MaxArraySize *= *//p') || largest=''
-if [[ $largest =~ ^[0-9]+$ ]] && ((ranks > largest)); then
-    fail "--ranks $ranks: arrays of this cluster have at most $largest tasks (MaxArraySize): use fewer ranks"
+if [[ $largest =~ ^[0-9]+$ ]] && ((tasks > largest)); then
+    fail "--ranks $ranks: arrays of this cluster have at most $largest tasks (MaxArraySize): use --workers M, or fewer ranks"
 fi
 for folder in "$state" ${output:+"$output"}; do
     [[ $folder == /* ]] || continue
@@ -205,7 +215,7 @@ printf '%s\0' "$job" "$PWD" "$SDG_SLURM/submit.sh" "${words[@]}" >"$state/submis
 shell() { printf '%q ' "$@"; }
 ((!parsable)) || { echo "$last" && exec 1>&2; }
 cat <<END
-ranks    job $job, tasks $array of $ranks
+ranks    job $job, $of
 monitor  job $watching
 card     job $last, after both have ended
 watch    $(shell "${sdg[@]}" status "${where[@]}")

@@ -16,6 +16,7 @@ from sdg_plugins.common.files import split_uri
 from sdg_plugins.common.hub import REPO_NAME, dataset_of_source, dataset_of_uri
 from sdg_plugins.common.markdown import counted, fence, inline
 from sdg_plugins.common.models import SAMPLING
+from sdg_plugins.common.rows import flat_names, kept_columns
 from sdg_plugins.common.state import recorded_fields, schema_of
 from sdg_plugins.publishing.front_matter import text_or_texts
 
@@ -43,6 +44,7 @@ FIELDS = {
     "reasoning": "the model's reasoning, if it is given",
     "finish_reason": "why the model stopped: `stop`, `length` …",
     "usage": "tokens of the prompt and the completion",
+    "messages": "those of the request, and the answer",
     "truncated": "true if the document was cut to the model's context",
     "extra": "whatever fits no other field, as JSON",
 }
@@ -179,18 +181,23 @@ class Making(NamedTuple):
 
     def columns(self) -> Iterator[tuple[str, str]]:
         """Columns with their descriptions."""
-        column = self.options["results_column"]
-        fields = recorded_fields(self.run.state) or {}
-        for field in schema_of(self.record["source_schema"]):
-            if field.name not in {"id", column}:
-                prompt = "; the text for the prompt" if field.name == self.options["prompt_column"] else ""
-                yield inline(field.name), f"{inline(field.type)}: from the source{prompt}"
+        column, source = self.options["results_column"], schema_of(self.record["source_schema"])
+        fields = {"extra": "string", **(recorded_fields(self.run.state) or {})}
+        kept = kept_columns(self.run.options, source.names)
+        for name in kept:
+            if name not in {"id", column}:
+                prompt = "; the text for the prompt" if name == self.options["prompt_column"] else ""
+                yield inline(name), f"{kind_of(source.field(name).type)}: from the source{prompt}"
         yield "id", "the document's id"
-        yield inline(column), "one struct for each result, with these fields"
+        names = {name: f"{column}[].{name}" for name in fields}
+        if getattr(self.run.options, "flat", False):
+            names = flat_names(kept, fields)
+            yield "rollout", "which of the rollouts of the document a result comes from"
+            yield "sample", "number of the result among those of the document"
+        else:
+            yield inline(column), "one struct for each result, with these fields"
         for name, kind in fields.items():
-            what = FIELDS.get(name, "from the rollout")
-            short = re.split("[<(]", str(kind), maxsplit=1)[0]
-            yield f"{inline(column)}[].{inline(name)}", f"{inline(short)}: {what}"
+            yield inline(names[name]), f"{kind_of(kind)}: {FIELDS.get(name, 'from the rollout')}"
 
     def command(self) -> str:
         """The command that makes such data again, without paths and servers."""
@@ -220,6 +227,11 @@ class Making(NamedTuple):
                 text = str(item) if len(str(item)) <= LONGEST_VALUE else f"@{name}.txt"
                 words += [f"--{name.replace('_', '-')}", text] if item is not True else [f"--{name.replace('_', '-')}"]
         return f"pip install 'sdg-engine=={self.record['sdg']}'\n{shlex.join(str(word) for word in words)}"
+
+
+def kind_of(kind: object) -> str:
+    """An Arrow type without its parameters."""
+    return inline(re.split("[<(]", str(kind), maxsplit=1)[0])
 
 
 def shown(text: str) -> str:

@@ -14,7 +14,8 @@ import sdg
 from sdg_plugins.common import recorded
 from sdg_plugins.common.files import codec_of, file_writer, format_of
 from sdg_plugins.common.markdown import fence, inline
-from sdg_plugins.common.state import output_files
+from sdg_plugins.common.rows import flat_names
+from sdg_plugins.common.state import output_files, recorded_fields, schema_of
 from sdg_plugins.common.values import plain, rows_of
 
 if TYPE_CHECKING:
@@ -41,13 +42,22 @@ def samples(run: sdg.Run) -> str:
 
 def results_of(row: dict[str, Any], run: sdg.Run) -> list[dict[str, Any]]:
     """The results in a row."""
+    if getattr(run.options, "flat", False):
+        names = flat_names([name for name in row if name in source_columns(run)], recorded_fields(run.state) or {})
+        return [{field: row.get(name) for field, name in names.items()}]
     results = row.get(run.options.results_column)
     return [result for result in results if isinstance(result, dict)] if isinstance(results, list) else []
 
 
+def source_columns(run: sdg.Run) -> list[str]:
+    """The columns of the source."""
+    names: list[str] = schema_of(recorded.load_record(run.state)["source_schema"]).names
+    return names
+
+
 def answer_of(result: dict[str, Any]) -> dict[str, Any]:
     """The fields of a result that are the answer."""
-    hidden = NO_ANSWER | {"usage", "truncated"}
+    hidden = NO_ANSWER | {"usage", "truncated", "messages"}
     return {name: value for name, value in result.items() if name not in hidden and value not in (None, [], {}, "")}
 
 

@@ -374,6 +374,20 @@ def submit(job: Job, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, cwd=job.folder, env=env, capture_output=True, text=True, timeout=60, check=False)
 
 
+def test_workers_share_the_ranks(job: Job) -> None:
+    job.input(documents(40))
+    job.options |= {"records_per_chunk": 5}
+
+    done = submit(job, "--dry-run", "--ranks=8", "--workers", "3")
+
+    assert done.returncode == 0, done.stderr
+    assert "--array=0-2 " in done.stdout
+    assert "--world-size 8" in done.stdout
+    assert "leave out --array" in submit(job, "--dry-run", "--ranks=8", "--workers=3", "--array=1").stderr
+    assert "leave out --nodes" in submit(job, "--dry-run", "--ranks=8", "--workers=3", "--nodes=2").stderr
+    assert "--workers must be whole numbers" in submit(job, "--dry-run", "--workers=0").stderr
+
+
 def test_a_dry_run_prints_the_three_commands(job: Job) -> None:
     job.input(documents(30))
 

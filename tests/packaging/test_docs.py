@@ -103,6 +103,43 @@ PROTOCOLS = (
 )
 
 
+OBJECTS = ("Document", "Reply", "RequestFailed", "Run", "Chunk", "Block", "BadRow", "Upstream", "Request", "Response")
+OBJECTS += ("PerRollout",)
+FIELD = re.compile(r"^    (\w+): ([^=#\n]+?)(?: = [^#\n]+?)?(?:  # (.*))?$", re.MULTILINE)
+
+
+def objects() -> str:
+    """A list of the objects that plugins get and make, with their attributes and methods."""
+    items = []
+    for name in OBJECTS:
+        thing = getattr(sdg, name)
+        document = inspect.getdoc(thing) or ""
+        summary = re.split(r"\n\n(?:Args|Attributes):", document)[0]
+        items.append(f"- **`{name}`**: {sdg.one_line(summary)}")
+        described = attributes_in(document)
+        fields = FIELD.findall(inspect.getsource(thing))
+        for field, kind, comment in fields:
+            if not field.startswith("_") and field in getattr(thing, "__annotations__", {}):
+                text = described.pop(field, comment)
+                items.append(f"  - `{field}: {kind}`" + f": {text.rstrip('.')}." * bool(text))
+        items += [f"  - `{field}`: {text}" for field, text in described.items()]
+        for member, value in vars(thing).items():
+            function = value.fget if isinstance(value, property) else value
+            if not member.startswith("_") and inspect.isfunction(function):
+                text = sdg.one_line((inspect.getdoc(function) or "").partition("\n\nArgs:")[0])
+                items.append(f"  - `{member if isinstance(value, property) else signature(member, value)}`: {text}")
+    return "\n".join(items)
+
+
+def attributes_in(document: str) -> dict[str, str]:
+    """What a docstring's sections Args and Attributes say of each name."""
+    found: dict[str, str] = {}
+    for section in re.findall(r"^(?:Args|Attributes):\n((?:    .*\n?)+)", document, re.MULTILINE):
+        for name, text in re.findall(r"^    (\w+): ((?:.*\n?)(?:        .*\n?)*)", section, re.MULTILINE):
+            found[name] = sdg.one_line(text)
+    return found
+
+
 def signature(name: str, member: object) -> str:
     """How a member of a protocol is used: `seek(row, bookmark)`."""
     if not inspect.isfunction(member):
@@ -112,7 +149,7 @@ def signature(name: str, member: object) -> str:
     return f"{'' if name == '__call__' else name}({', '.join(words)})"
 
 
-PARTS = {"hooks": hooks, "protocols": protocols, "plugins": plugins, "options": options}
+PARTS = {"hooks": hooks, "protocols": protocols, "objects": objects, "plugins": plugins, "options": options}
 
 
 def generated() -> dict[Path, str]:
@@ -151,6 +188,16 @@ def anchors(page: Path) -> set[str]:
     """The anchors that GitHub gives to a page's headings."""
     headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_everything_that_hooks_and_protocols_name_is_documented() -> None:
+    classes = [sdg.Hooks, *(getattr(sdg, name) for name in PROTOCOLS)]
+    members = [member for each in classes if inspect.isclass(each) for member in vars(each).values()]
+    annotations = [text for member in members if inspect.isfunction(member) for text in member.__annotations__.values()]
+    named = set(re.findall(r"\w+", " ".join(map(str, annotations))))
+    ours = {name for name in named if getattr(getattr(sdg, name, None), "__module__", "").startswith("sdg")}
+    assert {"Document", "Run", "Chunk"} < ours
+    assert ours <= {*OBJECTS, *PROTOCOLS, "Options", "Hooks"}
 
 
 def test_every_hook_is_documented() -> None:
@@ -254,7 +301,8 @@ def test_the_pages_preview_runs(job: Job, plugin_files: dict[str, str]) -> None:
     job.input([{"text": "one"}], "docs.jsonl")
     shown = job.sdg("--plugin", "./headline.py", "--input", "docs.jsonl", "--base-url", job.server.url, "--preview", 3)
     assert shown.rc == 0, shown
-    assert "Write a headline for this text" in shown.stdout
+    (example,) = re.findall(r"```text\n(request POST.*?)```", GUIDE.read_text(), re.DOTALL)
+    assert [line for line in example.splitlines() if line not in shown.stdout] == []
 
 
 def make_texts(path: Path) -> None:
@@ -308,17 +356,18 @@ def test_the_readmes_first_minute_prints_what_it_shows(run_sdg) -> None:  # type
 
 
 def test_the_drawings_are_made_by_their_script(tmp_path: Path) -> None:
-    draw(tmp_path, documents=150)
+    draw(tmp_path, documents=90)
     for theme in THEMES:
         committed = ROOT / ".github" / "images" / f"how-{theme.name}.svg"
         assert (tmp_path / committed.name).read_text() == committed.read_text(), "run: python tests/support/drawings.py"
-        for folder, documents in ((tmp_path, 150), (committed.parent, 600)):
+        for folder, documents in ((tmp_path, 90), (committed.parent, 600)):
             texts = [node.text or "" for node in ElementTree.parse(folder / f"resume-{theme.name}.svg").iter()]
             assert "Killed" in texts
             assert f"{documents} documents: {documents} rows, 0 filtered, 0 failed; all accounted for" in texts
             (now,) = [re.search(r"\((\d+) of them now", text) for text in texts if "of them now" in text]
             assert now
-            assert 0 < int(now[1]) < documents
+            # On a busy machine the kill may come before the first responses are stored.
+            assert 0 < int(now[1]) < documents + (folder == tmp_path)
 
 
 @pytest.mark.parametrize("command", ["card", "check", "monitor", "plugins", "run", "show", "status", "verify"])

@@ -173,7 +173,7 @@ def test_the_card_has_the_prompts_and_options_of_a_bundled_rollout_and_the_comma
     cells = cells_of(card)
     assert cells["--style"] == "faq, table"
     assert "--target-language" not in cells  # has its default
-    assert cells["rollout\\_results[].finish\\_reason"].startswith("string: why the model stopped")
+    assert cells[r"rollout\_results\[\].finish\_reason"].startswith("string: why the model stopped")
     assert "--plugin rephrase --input YOUR_FILES" in card
     assert "--temperature 0.5 --style faq --style table" in card
     assert "```\nA question?\n```" in card
@@ -331,9 +331,10 @@ def test_sample_rows_come_from_the_first_file_with_rows(past: Past) -> None:
 def test_sample_rows_stay_when_the_files_have_been_published_and_are_gone(past: Past) -> None:
     before = cards.render(None, past.run())
     shutil.rmtree(past.output.path / "data")
+    windows = before.replace("\n", "\r\n")
 
-    assert cards.render(before, past.run()) == before
-    assert cards.render(before.replace("\n", "\r\n"), past.run()) == before.replace("\n", "\r\n")
+    assert cards.render(before, past.run(), published=True) == before
+    assert cards.render(windows, past.run(), published=True) == windows
     assert "Sample rows" not in cards.render(None, past.run())
 
 
@@ -700,6 +701,20 @@ def test_every_run_writes_a_card_and_a_rerun_the_same_one(job: Job) -> None:
     written = job.sdg("card", "--output", output.path)
     assert written.rc == 0
     assert readme_of(output) == first
+
+
+def test_the_card_of_flat_rows_describes_their_columns_and_shows_them(job: Job) -> None:
+    job.server.behave(lambda payload, n: "An answer of the model.")
+    job.documents("A document.")
+
+    card = (job.succeed(flat=True, rollouts_per_document=2).path / "README.md").read_text()
+
+    cells = cells_of(card)
+    assert cells["text"] == "string: from the source; the text for the prompt"
+    assert cells["generated\\_text"] == "string: the completion"
+    assert cells["sample"].startswith("number of the result")
+    assert card.count("```\nAn answer of the model.\n```") == 2
+    assert "16–31" in card
 
 
 def test_the_last_rank_writes_the_figures_of_all(job: Job) -> None:
