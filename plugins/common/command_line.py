@@ -75,6 +75,11 @@ OPTIONS = {
             "text",
         ),
         Option("--id-column", "NAME", "column of document ids; default: id if present, else <file>/<row>"),
+        Option(
+            "--input-config", "NAME", "config of a dataset on the Hub, or of its checkout; default: its default config"
+        ),
+        Option("--input-split", "NAME", "split of a dataset on the Hub, or of its checkout [train]", "train"),
+        Option("--input-encoding", "NAME", "encoding of text files; default: UTF-8 or UTF-16, else Windows-1252"),
         setting("--max-documents", "N", "use only the first N of the whole input; may grow between runs", type=_count),
     ],
     "output": [

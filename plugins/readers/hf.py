@@ -34,14 +34,6 @@ OTHER_FORMATS |= {"txt", "vortex", "xml", "zip"}
 
 
 @sdg.hookimpl
-def add_options(parser: sdg.Options) -> None:
-    parser.add_argument(
-        "--input-config", metavar="NAME", help="config of a dataset on the Hub; default: its default config"
-    )
-    parser.add_argument("--input-split", metavar="NAME", default="train", help="split of a dataset on the Hub [train]")
-
-
-@sdg.hookimpl
 def register_readers(register: sdg.RegisterReaders) -> None:
     register("hf", open_dataset)
 

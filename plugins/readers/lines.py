@@ -23,15 +23,6 @@ BLOCK_ROWS_BYTES = 256 << 20  # bytes of rows in a block: an Arrow array of text
 Split = Callable[[Stream], Iterator[bytes]]  # the pieces of a stream; together they are its content
 
 
-@sdg.hookimpl
-def add_options(parser: sdg.Options) -> None:
-    parser.add_argument(
-        "--input-encoding",
-        metavar="NAME",
-        help="encoding of text, csv and JSON files, such as latin-1; default: UTF-8 or UTF-16, else Windows-1252",
-    )
-
-
 class Lines:
     """A cursor over the lines of many files, or over other pieces that rows are made of.
 

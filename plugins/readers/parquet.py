@@ -36,7 +36,7 @@ def register_readers(register: sdg.RegisterReaders) -> None:
 
 
 def open_files(run: sdg.Run) -> ParquetReader:
-    """Read parquet files in the order of their names; all must have the same schema."""
+    """Read parquet files in the order of their names; columns that differ are unified."""
     files = InputFiles.of_run(run, "parquet")
     return ParquetReader(run, files, files.identity)
 

@@ -20,7 +20,7 @@ def register_readers(register: sdg.RegisterReaders) -> None:
 
 
 def open_stdin(run: sdg.Run) -> Any:
-    """Read standard input to its end, then its copy in the state, which is the run's input from here on."""
+    """Read JSON lines from standard input, which are kept in the state."""
     if run.options.world_size > 1:
         raise sdg.UsageError("--input -: several ranks cannot share standard input: write it to a file")
     path = run.state / NAME

@@ -91,7 +91,7 @@ class Here:
     def open(self, repo: str = DOCS, revision: str = "", source: Any = None, **options: Any) -> Any:
         defaults = {"input_config": None, "input_split": "train", "prompt_column": "text", "max_documents": None}
         defaults |= {"records_per_chunk": 10, "rank": 0, "world_size": 1, "input": f"hf://datasets/{repo}{revision}"}
-        run = SimpleNamespace(options=SimpleNamespace(**defaults | options), source=source or {})
+        run = SimpleNamespace(options=SimpleNamespace(**defaults | options), source=source or {}, source_schema=None)
         run.stopping = self.ended
         return self.readers["hf"].factory(run)
 
@@ -561,7 +561,7 @@ def reader_of(shelf: Any, **options: Any) -> Any:
     from sdg_plugins.readers.parquet import ParquetReader
 
     defaults = {"records_per_chunk": 10, "world_size": 1, "rank": 0, "max_documents": None, "prompt_column": "text"}
-    return ParquetReader(SimpleNamespace(options=SimpleNamespace(**defaults | options)), shelf, {})
+    return ParquetReader(SimpleNamespace(options=SimpleNamespace(**defaults | options), source_schema=None), shelf, {})
 
 
 @settings(max_examples=40, deadline=None)
