@@ -75,6 +75,7 @@ if TYPE_CHECKING:
     from sdg_plugins.common.crew import Crew
     from sdg_plugins.common.files import (
         Place as Place,
+        file_system_of as file_system_of,
         filesystem as filesystem,
         format_of as format_of,
         split_uri as split_uri,
@@ -115,7 +116,7 @@ left_behind: list[object] = []  # tasks of plugins that did not end with the run
 
 # What plugins use that lives in plugins/: `sdg.InputFiles` is `sdg_plugins.common.inputs.InputFiles`.
 HELPERS = {
-    **dict.fromkeys(("Place", "filesystem", "format_of", "split_uri"), "common.files"),
+    **dict.fromkeys(("Place", "file_system_of", "filesystem", "format_of", "split_uri"), "common.files"),
     **dict.fromkeys(("InputFiles", "list_files"), "common.inputs"),
     "checker": "common.kinds",
     **dict.fromkeys(("Option", "Options", "json_object", "number", "one_of", "text_or_file"), "common.options"),
@@ -1265,65 +1266,6 @@ def sampling(options: argparse.Namespace, model: str) -> dict[str, Any]:
     return {"model": model, **given, **(options.generation or {})}
 
 
-def results_of(value: Any, usage: Usage | None) -> list[dict[str, Any]]:
-    """Convert what a rollout returned to a list of results; empty for None.
-
-    Args:
-        value: a str, dict, Reply, dataclass, pydantic model, a list of those, or None.
-        usage: tokens of the whole rollout, for results that are not a single reply.
-
-    Raises:
-        BadResult: it is something else.
-    """
-    if value is None:
-        return []
-    if isinstance(value, list):
-        parts = [results_of(item, None) for item in value]
-        results = [result for part in parts for result in part]
-        if usage and results and not any("usage" in result for result in results):
-            results[0] = {**results[0], "usage": usage}
-        return results
-    if isinstance(value, Reply):
-        untouched = value.choices and dataclasses.replace(value, choices=()) == value.choices[0]
-        return [_reply_result(choice) for choice in (value.choices if untouched else (value,))]
-    value = _fields_of(value)
-    if not isinstance(value, dict):
-        missing = "await" if inspect.isawaitable(value) else "list(…)" if isinstance(value, Iterable) else ""
-        hint = f"is {missing} missing?" if missing else "expected a str, dict, Reply, list or None"
-        raise BadResult(f"the rollout returned a {type(value).__name__}: {hint}")
-    if not all(isinstance(key, str) for key in value):
-        raise BadResult("the rollout returned a dict with keys that are not str: they name the fields of the result")
-    value = {key: _plain_replies(item) for key, item in value.items()}
-    return [value if "usage" in value or not usage else {**value, "usage": usage}]
-
-
-def _fields_of(value: Any) -> Any:
-    """The fields of a single result: a text is `text`, a number or a truth value is `value`."""
-    if isinstance(value, str):
-        return {"text": value}
-    if isinstance(value, bool | int | float):
-        return {"value": value}
-    if hasattr(value, "model_dump"):
-        return value.model_dump(mode="json")
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    return value
-
-
-def _plain_replies(value: Any) -> Any:
-    """A field of a result, with the replies in it as dicts."""
-    if isinstance(value, Reply):
-        return _reply_result(value)
-    if isinstance(value, dict):
-        return {key: _plain_replies(item) for key, item in value.items()}
-    return [_plain_replies(item) for item in value] if isinstance(value, list) else value
-
-
-def _reply_result(reply: Reply) -> dict[str, Any]:
-    names = ("text", "reasoning", "finish_reason", "usage", "tool_calls", "logprobs")
-    return {name: value for name in names if (value := getattr(reply, name)) is not None}
-
-
 class RolloutRun:
     """One rollout of one document, or of a part of it: it is the `generate` that the rollout is given.
 
@@ -1467,6 +1409,8 @@ class RolloutRun:
         return [RolloutRun(self._engine, part, *same, f"{self._part}.{i}") for i, part in enumerate(documents)]
 
     async def _outcome(self) -> Outcome:
+        from sdg_plugins.common.returned import results_of
+
         engine = self._engine
         try:
             own = {name: make(self.document, self) for name, make in engine.makers.items()}
@@ -1551,6 +1495,42 @@ class Failures:
         )
 
 
+class Feed:
+    """Hands documents to workers. One of them at a time reads on, while the others sleep.
+
+    Each one that is served wakes two: with a lock, all that wait would pass through it for each chunk.
+
+    Args:
+        batches: documents, with their chunks, as they are read.
+    """
+
+    def __init__(self, batches: AsyncIterator[Iterator[tuple[OpenChunk, Document]]]) -> None:
+        self._batches = batches
+        self._ready: Iterator[tuple[OpenChunk, Document]] = iter(())
+        self._reading = self._exhausted = False
+        self._asleep: deque[asyncio.Future[None]] = deque()
+
+    async def take(self) -> tuple[OpenChunk, Document] | None:
+        """The next document; None if there is none."""
+        try:
+            while not (taken := next(self._ready, None)) and not self._exhausted:
+                if self._reading:
+                    self._asleep.append(sleeper := asyncio.get_running_loop().create_future())
+                    await sleeper
+                    continue
+                self._reading = True
+                try:
+                    batch = await anext(self._batches, None)
+                finally:
+                    self._reading = False
+                self._ready, self._exhausted = batch or iter(()), batch is None
+            return taken
+        finally:
+            for _ in range(min(2, len(self._asleep))):
+                if not (sleeper := self._asleep.popleft()).done():
+                    sleeper.set_result(None)
+
+
 class Engine:
     """Moves documents from the intake through rollouts to the outlet; see the top of this module.
 
@@ -1590,9 +1570,6 @@ class Engine:
         self._deferred: list[OpenChunk] = []  # final, but the fields of results are not settled
         self._unwritten = 0
         self._space = asyncio.Event()
-        self._ready: Iterator[tuple[OpenChunk, Document]] = iter(())
-        self._asleep: deque[asyncio.Future[None]] = deque()  # workers that wait for a document
-        self._reading = self._exhausted = False  # a worker reads on; there is nothing more
         self._writing = ThreadPoolExecutor(2, "sdg-writer")
         self._settling, self._two_write, self._one_large = asyncio.Lock(), asyncio.Semaphore(2), asyncio.Lock()
 
@@ -1607,7 +1584,8 @@ class Engine:
         self.store.most_answers = max(100, options.max_concurrent_generations)
         with self.intake, self._writing:
             async with asyncio.TaskGroup() as self._write_tasks, contextlib.aclosing(self._batches()) as batches:
-                await self.crew.work(self._work(batches) for _ in range(options.max_concurrent_documents))
+                feed = Feed(batches)
+                await self.crew.work(self._work(feed) for _ in range(options.max_concurrent_documents))
                 with contextlib.suppress(Exception):  # it has stopped the run
                     await self.store.flush()
             if self._deferred and self._complete:  # no document has a result
@@ -1632,11 +1610,11 @@ class Engine:
             pool.stop()
         self.crew.end()
 
-    async def _work(self, batches: AsyncIterator[Iterator[tuple[OpenChunk, Document]]]) -> None:
+    async def _work(self, feed: Feed) -> None:
         """Process one document after the other. What fails beside them ends the run, but no worker."""
         try:
             while not self.stopping:
-                taken = next(self._ready, None) or await self._next(batches)
+                taken = await feed.take()
                 if not taken:
                     return
                 self.crew.busy += 1
@@ -1653,31 +1631,6 @@ class Engine:
             self.run.stop(exc)
 
     # Reading
-
-    async def _next(
-        self, batches: AsyncIterator[Iterator[tuple[OpenChunk, Document]]]
-    ) -> tuple[OpenChunk, Document] | None:
-        """The next document, None if there is none. One worker at a time reads on, while the others sleep.
-
-        Each one that is served wakes two: with a lock, all that wait would pass through it for each chunk.
-        """
-        try:
-            while not (taken := next(self._ready, None)) and not self._exhausted:
-                if self._reading:
-                    self._asleep.append(sleeper := asyncio.get_running_loop().create_future())
-                    await sleeper
-                    continue
-                self._reading = True
-                try:
-                    batch = await anext(batches, None)
-                finally:
-                    self._reading = False
-                self._ready, self._exhausted = batch or iter(()), batch is None
-            return taken
-        finally:
-            for _ in range(min(2, len(self._asleep))):
-                if not (sleeper := self._asleep.popleft()).done():
-                    sleeper.set_result(None)
 
     async def _batches(self) -> AsyncGenerator[Iterator[tuple[OpenChunk, Document]], None]:
         """For each chunk the documents that are not final."""

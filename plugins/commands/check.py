@@ -29,7 +29,7 @@ from sdg_plugins.common.state import (
 )
 from sdg_plugins.common.statistics import statistics_of
 from sdg_plugins.common.steps import SCHEME
-from sdg_plugins.rollouts import prompt
+from sdg_plugins.common.templates import check_places
 from sdg_plugins.servers import command, sglang
 from sdg_plugins.servers.launching import launching
 from sdg_plugins.servers.models import runs_of
@@ -84,28 +84,31 @@ def check_config(config: Config) -> None:
         "prompt_of" in inspect.signature(plugins.rollouts[options.rollout].factory).parameters
         and options.prompt_template
     ):
-        prompt.check_places(options.prompt_template, run)
+        check_places(options.prompt_template, run)
     documents = documents_in(reader)
     options.records_per_chunk = options.records_per_chunk or recorded_size(run) or size_of_chunks(documents)
     check_earlier_run(run, reader)
     if uses_spool(run.options):
         check_publishing(run)
-    fine = "fine: the number of documents is not known before they are read"
-    if documents is not None:
-        documents = min(documents, options.max_documents or documents)
-        chunks = -(-documents // options.records_per_chunk)
-        if chunks < options.world_size:
-            shares = f"{counted(options.world_size, 'rank')} share {counted(chunks, 'chunk')}"
-            sizes = f"of {options.records_per_chunk:,} documents"
-            sdg.say(f"{shares} {sizes}: use fewer ranks, or a smaller --records-per-chunk")
-        fine = f"fine: {counted(documents, 'document')} in {counted(chunks, 'chunk')} for "
-        fine += counted(options.world_size, "rank")
+    documents = None if documents is None else min(documents, options.max_documents or documents)
     local = split_uri(options.output)[0] == "file"
     print(f"documents {'unknown' if documents is None else documents}")
     print(f"output {os.path.abspath(options.output) if local else options.output}")
     print(f"output-config {options.output_config}\nstate-dir {state}")
     print(f"open-ranks {ranges(open_ranks(run, reader)) or 'none'}")
-    print(fine)
+    print(shares_of(documents, options))
+
+
+def shares_of(documents: int | None, options: argparse.Namespace) -> str:
+    """The last line, on how the documents are shared; ranks that would have nothing to do are said."""
+    if documents is None:
+        return "fine: the number of documents is not known before they are read"
+    chunks = -(-documents // options.records_per_chunk)
+    ranks = counted(options.world_size, "rank")
+    if chunks < options.world_size:
+        sizes = f"of {options.records_per_chunk:,} documents"
+        sdg.say(f"{ranks} share {counted(chunks, 'chunk')} {sizes}: use fewer ranks, or a smaller --records-per-chunk")
+    return f"fine: {counted(documents, 'document')} in {counted(chunks, 'chunk')} for {ranks}"
 
 
 def open_ranks(run: sdg.Run, reader: sdg.Reader) -> list[int]:

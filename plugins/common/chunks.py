@@ -20,11 +20,12 @@ from sdg_plugins.common.digests import digest_of, same_rows
 from sdg_plugins.common.features import described
 from sdg_plugins.common.files import split_uri
 from sdg_plugins.common.kinds import decoder, has_nan, parse_json, relaxed
+from sdg_plugins.common.outputs import output_files
 from sdg_plugins.common.paths import follow, parse_path, prompt_column_of
 from sdg_plugins.common.recorded import chunks_in
 from sdg_plugins.common.results import infer_fields
 from sdg_plugins.common.rows import NUMBER, numbered, shape_of, with_messages
-from sdg_plugins.common.state import fixed_fields, output_files, promised_fields, recorded_fields, settle_fields
+from sdg_plugins.common.state import fixed_fields, promised_fields, recorded_fields, settle_fields
 from sdg_plugins.common.unify import conformed
 from sdg_plugins.common.values import (
     id_column_of,

@@ -8,16 +8,17 @@ import inspect
 import json
 import os
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import sdg
 from sdg_plugins.common import models
 from sdg_plugins.common.checks import check_rollout
-from sdg_plugins.common.defaults import ANY, check_uris, derive, derive_server
+from sdg_plugins.common.defaults import check_uris, derive, derive_server, rank_or_any
 from sdg_plugins.common.files import default_state_dir
 from sdg_plugins.common.options import (
+    BriefHelp,
     Option,
     Options,
     Parser,
@@ -39,14 +40,6 @@ EMPTY_ANSWERS = ("fail", "keep")
 _tokens = number(int, 1, 10**18)
 _count, _natural, _seconds, _ratio = number(int, 1), number(int, 0), number(float, 0.001), number(float, 0)
 _rate, _price = number(float, 0.001, 1e12), number(float, 0, 1e12)
-
-
-def rank_or_any(value: str) -> float | str:
-    """A rank, or the word that stands for whichever is free."""
-    try:
-        return value if value == ANY else _natural(value)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{value!r}: expected the number of a rank, or {ANY}") from None
 
 
 OPTIONS = {
@@ -267,24 +260,6 @@ def build_parser(plugins: sdg.Plugins, rollout: str | None = None) -> tuple[Pars
     shown = [group.identity for name, group in added.items() if name == in_use or not name.startswith("sdg_plugins.")]
     brief.const = {flag[2:].replace("-", "_") for flag in EVERYDAY}.union(*shown)
     return parser, added
-
-
-class BriefHelp(argparse.Action):
-    """`--help`: the options whose names are in `const`."""
-
-    const: set[str]
-
-    def __init__(self, option_strings: Sequence[str], dest: str, **settings: Any) -> None:
-        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **settings)
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        """Hide the other options, and print what is left."""
-        for action in parser._actions:
-            flags = [flag for flag in action.option_strings if flag.startswith("--")]
-            if flags and flags[0][2:].replace("-", "_") not in self.const:
-                action.help = argparse.SUPPRESS
-        parser.print_help()
-        parser.exit()
 
 
 def plugin_options(parser: Parser, plugins: sdg.Plugins, name: str) -> Options:

@@ -9,9 +9,18 @@ import re
 import sdg
 from sdg_plugins.common.files import default_state_dir, expanded, format_of, split_uri
 from sdg_plugins.common.inputs import input_format
+from sdg_plugins.common.options import number
 
 DEMO_OUTPUT = "output/demo"  # so that a demonstration does not stand in the way of the first real run
 ANY = "any"  # instead of a rank: whichever is free
+
+
+def rank_or_any(value: str) -> float | str:
+    """A rank, or the word that stands for whichever is free."""
+    try:
+        return value if value == ANY else number(int, 0)(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{value!r}: expected the number of a rank, or {ANY}") from None
 
 
 def derive(options: argparse.Namespace, plugins: sdg.Plugins) -> None:

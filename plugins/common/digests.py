@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import xxhash
 
@@ -12,8 +12,6 @@ from sdg_plugins.common.values import pick
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-    from sdg_plugins.common.chunks import OpenChunk
 
 
 def digest_of(table: pa.Table, bad: tuple[int, ...]) -> str:
@@ -68,7 +66,14 @@ def _plain(array: pa.Array) -> pa.Array:
     return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
 
 
-def same_rows(opened: OpenChunk, recorded: sdg.Chunk) -> bool:
+class HasRows(Protocol):
+    """A chunk that was read, with its rows."""
+
+    chunk: sdg.Chunk
+    table: pa.Table
+
+
+def same_rows(opened: HasRows, recorded: sdg.Chunk) -> bool:
     """True if the rows of a chunk are those that an earlier process has recorded, as far as that could read them."""
     if recorded.digest is None:  # an earlier version of sdg has recorded none
         return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import importlib
 import itertools
@@ -214,21 +215,29 @@ def refusal(exc: BaseException, address: Address) -> str | None:
     return None
 
 
+def failed_request(exc: BaseException) -> Any:
+    """The request that failed, as the HTTP library has it; None if unknown."""
+    with contextlib.suppress(RuntimeError):  # an exception that was made without its request
+        if request := getattr(exc, "request", None):
+            return request
+        return getattr(getattr(exc, "response", None), "request", None)
+    return None
+
+
 def method_of(exc: BaseException) -> str:
     """The HTTP method of the request that failed; "" if unknown."""
-    return str(getattr(getattr(exc, "request", None), "method", ""))
+    return str(getattr(failed_request(exc), "method", ""))
 
 
 def request_of(exc: BaseException) -> str:
     """What was asked for, without the query, which may hold a signature."""
-    path = urllib.parse.unquote(str(getattr(getattr(exc, "request", None), "url", "")).partition("?")[0])
+    path = urllib.parse.unquote(str(getattr(failed_request(exc), "url", "")).partition("?")[0])
     return f"{method_of(exc)} {sdg.redact(path)}".strip()
 
 
 def is_refused_range(exc: BaseException) -> bool:
     """True if a part of a file was refused: a signed URL that has just expired is renewed by asking again."""
-    request = getattr(exc, "request", None)
-    return http_status(exc) in {403, 416} and "range" in getattr(request, "headers", {})
+    return http_status(exc) in {403, 416} and "range" in getattr(failed_request(exc), "headers", {})
 
 
 def cause_of(exc: BaseException) -> BaseException:

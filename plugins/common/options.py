@@ -8,7 +8,7 @@ import difflib
 import functools
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -227,3 +227,21 @@ class Parser(argparse.ArgumentParser):
                 hint = "; put a glob in quotes, otherwise the shell expands it to several words"
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return options
+
+
+class BriefHelp(argparse.Action):
+    """`--help`: the options whose names are in `const`."""
+
+    const: set[str]
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **settings: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **settings)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        """Hide the other options, and print what is left."""
+        for action in parser._actions:
+            flags = [flag for flag in action.option_strings if flag.startswith("--")]
+            if flags and flags[0][2:].replace("-", "_") not in self.const:
+                action.help = argparse.SUPPRESS
+        parser.print_help()
+        parser.exit()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sdg_plugins.common.markdown import counted, short_line
-from sdg_plugins.common.state import failed_folder
+from sdg_plugins.common.outputs import failed_folder
 
 NAME = "publishing.json"
 SILENT = 120.0  # s beyond its interval without a sign of life, after which a publisher counts as gone

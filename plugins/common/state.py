@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
-import functools
 import json
 import os
 import re
@@ -23,6 +22,7 @@ from sdg_plugins.common.command_line import CORE
 from sdg_plugins.common.defaults import DEMO_OUTPUT
 from sdg_plugins.common.files import default_state_dir, expanded, rank_file, split_uri, sync
 from sdg_plugins.common.models import identity_of_models, recordable
+from sdg_plugins.common.outputs import chunk_files, output_files, refuse_others
 from sdg_plugins.common.results import annotated_fields, base_fields
 from sdg_plugins.common.rows import messages_type
 
@@ -155,21 +155,9 @@ def claim_state(run: sdg.Run, reader: sdg.Reader, changed_rows: Callable[[], str
     derived = run.options.records_per_chunk is None
     if derived:
         run.options.records_per_chunk = recorded_size(run) or size_of_chunks(documents_in(reader))
-    identity = identity_of(run, reader)
     run.source = getattr(reader, "source", {})
     run.input_revision = revision_of(reader)
-    mine: dict[str, Any] = {
-        "sdg": sdg.__version__,
-        "state_version": sdg.STATE_VERSION,
-        "fingerprint": xxhash.xxh3_64_hexdigest(json.dumps(identity).encode()),
-        "run": uuid.uuid4().hex,
-        "identity": identity,
-        "options": recordable_options(run),
-        "source": dict(run.source),
-        "source_schema": as_text(reader.schema),
-        "stamp": stamp_of(reader, len(identity["input"])),
-        "estimate": run.options.sample is not None,
-    }
+    mine = record_of(run, reader)
     if not path.exists():
         check_beginning(run)
     recorded = parse_run(path, publish_once(run, path.name, json.dumps(mine, indent=2).encode()))
@@ -194,7 +182,7 @@ def claim_state(run: sdg.Run, reader: sdg.Reader, changed_rows: Callable[[], str
         raise different_run(run, changes)
     claim_output(run, recorded["run"])
     mine["options"]["max_documents"] = most_documents(recorded["options"]["max_documents"], run.options.max_documents)
-    now = recorded | {"identity": identity, "options": mine["options"], "stamp": mine["stamp"]}
+    now = recorded | {name: mine[name] for name in ("identity", "options", "stamp")}
     now["estimate"] = estimate and mine["estimate"]
     if now != recorded:
         replace_file(run, path.name, json.dumps(now, indent=2).encode())
@@ -206,6 +194,23 @@ def most_documents(before: int | None, now: int | None) -> int | None:
     if now and most != now:
         sdg.say(f"--max-documents {now:,} is less than before ({before or 'all'}): rows that are there stay")
     return most
+
+
+def record_of(run: sdg.Run, reader: sdg.Reader) -> dict[str, Any]:
+    """What `run.json` holds of a run that begins now."""
+    identity = identity_of(run, reader)
+    return {
+        "sdg": sdg.__version__,
+        "state_version": sdg.STATE_VERSION,
+        "fingerprint": xxhash.xxh3_64_hexdigest(json.dumps(identity).encode()),
+        "run": uuid.uuid4().hex,
+        "identity": identity,
+        "options": recordable_options(run),
+        "source": dict(run.source),
+        "source_schema": as_text(reader.schema),
+        "stamp": stamp_of(reader, len(identity["input"])),
+        "estimate": run.options.sample is not None,
+    }
 
 
 def check_beginning(run: sdg.Run) -> None:
@@ -386,44 +391,6 @@ def untouched(run: sdg.Run) -> bool:
 # ── Files of the output ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def output_files(run: sdg.Run) -> list[str]:
-    """All files in the folder of the run's chunks, except hidden ones."""
-    files = run.output.list(os.path.dirname(run.path_of(sdg.Chunk(0, 0))))
-    return [file for file in files if not os.path.basename(file).startswith(".")]
-
-
-def chunk_of(file: str, config: str, template: str) -> int | None:
-    """The index of the chunk that a file of the output, or of its `failed`, belongs to; None for any other file.
-
-    Args:
-        file: its path, relative to the output.
-        config: --output-config of the run.
-        template: its --output-filename.
-    """
-    data, failed = file_patterns(config, template)
-    found = data.fullmatch(file) or failed.fullmatch(file)
-    return int(found[1]) if found else None
-
-
-@functools.cache
-def file_patterns(config: str, template: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
-    """Patterns of the files with a run's rows and its failed documents; the group is the index of the chunk."""
-    data = re.escape(f"{config}/{template}").replace(re.escape("${rank}"), r"\d{5,}")
-    data = data.replace(re.escape("${chunk_index}"), r"(\d{5,})")
-    return re.compile(data), re.compile(rf"{re.escape(failed_folder(config))}/\d{{5,}}_(\d{{5,}})\.jsonl")
-
-
-def failed_folder(config: str) -> str:
-    """The folder of a config's failed documents, relative to the output."""
-    return os.path.dirname(sdg.failed_path(config, 0, 0))
-
-
-def chunk_files(run: sdg.Run, config: str, template: str) -> list[str]:
-    """Files in the output, and in its `failed`, that a run with these options can have written."""
-    found = [file for folder in (config, failed_folder(config)) for file in run.output.list(folder)]
-    return [file for file in found if chunk_of(file, config, template) is not None]
-
-
 def refuse_strangers(run: sdg.Run) -> None:
     """Raise OutputError if there is output, but no state of the run that wrote it."""
     if not (run.state / "run.json").exists() and (strangers := output_files(run)):
@@ -431,15 +398,6 @@ def refuse_strangers(run: sdg.Run) -> None:
         raise sdg.OutputError(
             f"{run.output.path(strangers[0])} exists, but the state of its run does not: "
             "choose another --output, or --fresh, which deletes an earlier run's files"
-        )
-
-
-def refuse_others(run: sdg.Run, ours: set[str]) -> None:
-    """Raise OutputError if there are files beside those of a run: `load_dataset` would take them for rows."""
-    if others := [file for file in output_files(run) if file not in ours]:
-        raise sdg.OutputError(
-            f"{run.output.path(others[0])} was not written by a run: move it away, or choose another --output or "
-            "--output-config"
         )
 
 

@@ -21,8 +21,9 @@ import sdg
 from sdg_plugins.common import recorded
 from sdg_plugins.common.files import default_state_dir, format_of
 from sdg_plugins.common.markdown import counted, fence, inline, rows_in_table, table, visible
+from sdg_plugins.common.outputs import output_files
 from sdg_plugins.common.prices import in_money
-from sdg_plugins.common.state import output_files, recorded_fields, schema_of
+from sdg_plugins.common.state import recorded_fields, schema_of
 from sdg_plugins.common.statistics import rank_statistics, sum_statistics
 from sdg_plugins.publishing.front_matter import BrokenCard, split_card, updated, with_values
 from sdg_plugins.publishing.making import Making, tasks_of

@@ -14,8 +14,9 @@ import sdg
 from sdg_plugins.common import recorded
 from sdg_plugins.common.files import codec_of, file_writer, format_of
 from sdg_plugins.common.markdown import fence, inline
+from sdg_plugins.common.outputs import output_files
 from sdg_plugins.common.rows import flat_names
-from sdg_plugins.common.state import output_files, recorded_fields, schema_of
+from sdg_plugins.common.state import recorded_fields, schema_of
 from sdg_plugins.common.values import plain, rows_of
 
 if TYPE_CHECKING:

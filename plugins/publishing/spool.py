@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import sdg
 from sdg_plugins.common import recorded
 from sdg_plugins.common.files import rank_file
-from sdg_plugins.common.state import chunk_files, chunk_of, file_patterns
+from sdg_plugins.common.outputs import chunk_files, chunk_of, file_patterns
 from sdg_plugins.common.statistics import statistics_of
 from sdg_plugins.publishing.ledger import Known, Ledger
 

@@ -15,15 +15,18 @@ and others enforce while they decode. The prompt contains it as well, because mo
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import functools
 import json
 import re
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import sdg
+from sdg_plugins.common.loading import named_object
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -335,3 +338,29 @@ def candidates(text: str) -> Iterator[str]:
     yield from reversed(re.findall(r"```(?:json)?\s*(.*?)```", text, re.DOTALL))
     for opening, closing in ("{}", "[]"):
         yield text[text.find(opening) : text.rfind(closing) + 1]
+
+
+class Schema(dict[str, Any]):
+    """A JSON schema, and what answers are converted to: a type, or the schema itself."""
+
+    shape: Any = None
+
+
+def parse_schema(value: str) -> Schema:
+    """The schema in FILE.json, or that of a type, given as MODULE:TYPE or FILE.py:TYPE."""
+    try:
+        if value.endswith(".json"):
+            found = Schema(json.loads(Path(value).expanduser().read_text(encoding="utf-8")))
+            found.shape = dict(found)
+            form_of(found.shape)
+            return found
+        if ":" not in value:
+            raise argparse.ArgumentTypeError(f"{value}: expected FILE.json or MODULE:TYPE")
+        shape = named_object(value)
+        found = Schema(form_of(shape).schema)
+    except (OSError, ValueError, TypeError, ImportError, AttributeError) as exc:
+        raise argparse.ArgumentTypeError(f"{value} is not a schema: {sdg.one_line(exc)}") from exc
+    except sdg.Error as exc:
+        raise argparse.ArgumentTypeError(f"{value}: {exc}") from exc
+    found.shape = shape
+    return found

@@ -6,34 +6,16 @@ majority: the answer that most samples give.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import contextlib
-import functools
-import inspect
-import re
-from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, TypedDict
-
-import xxhash
+from collections.abc import Callable
+from typing import Any, TypedDict
 
 import sdg
-from sdg_plugins.common.loading import named_object
-from sdg_plugins.resources.ask import Ask
-from sdg_plugins.rollouts import prompt
+from sdg_plugins.resources import scores_of as scoring
+from sdg_plugins.resources.scores_of import Messages, pattern, preference
 
 CRITERION = "correct, complete, clear, and exactly what was asked for"
-JUDGING = """Below are a task and an answer to it. Judge how good the answer is, from 0 (useless) to 10 (cannot be \
-better). What counts: {criterion}. First give your reason in one or two sentences, then the score.
-
-The task:
-{task}
-
-The answer:
-{text}"""
+JUDGING = scoring.JUDGING
 
 
 class Best(TypedDict):
@@ -43,12 +25,6 @@ class Best(TypedDict):
     usage: sdg.Usage | None
     reasoning: str | None
     finish_reason: str | None
-
-
-@dataclass
-class Grade:
-    reason: str
-    score: Literal[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
 
 
 @sdg.hookimpl
@@ -70,38 +46,10 @@ def register_rollouts(register: sdg.RegisterRollouts) -> None:
     register("best-of", best_of)
 
 
-@sdg.hookimpl
-def register_resources(register: sdg.RegisterResources) -> None:
-    register("scores_of", scores_of)
-
-
-def preference(value: str) -> str:
-    """A converter for --prefer; another content of the function's file makes it another run."""
-    if value in {"judge", "majority"}:
-        return value
-    if not re.fullmatch(r".+:\w+", value):
-        raise argparse.ArgumentTypeError(f"{value!r}: expected judge, majority or FILE.py:FUNCTION")
-    try:
-        function = named_object(value)
-    except (ImportError, AttributeError, sdg.Error) as exc:
-        raise argparse.ArgumentTypeError(f"{value}: {exc}") from exc
-    file = sdg.file_of(function)
-    return f"{value}@{xxhash.xxh3_64_hexdigest(Path(file).read_bytes())}" if file else value
-
-
-def pattern(value: str) -> str:
-    """A converter for regular expressions."""
-    try:
-        re.compile(value)
-    except re.error as exc:
-        raise argparse.ArgumentTypeError(f"{value!r} is not a regular expression: {exc}") from exc
-    return value
-
-
 async def best_of(
     document: sdg.Document,
     generate: sdg.Generate,
-    prompt_of: Callable[[sdg.Document], prompt.Messages],
+    prompt_of: Callable[[sdg.Document], Messages],
     scores_of: Callable[..., Any],
     run: sdg.Run,
 ) -> list[Best]:
@@ -121,61 +69,3 @@ async def best_of(
         }
         for i in order
     ]
-
-
-@contextlib.asynccontextmanager
-async def scores_of(run: sdg.Run) -> AsyncIterator[sdg.PerRollout]:
-    """A function that scores the samples of a prompt, as --prefer says."""
-    how: str = run.options.prefer
-    if how == "majority":
-        yield sdg.PerRollout(lambda document, generate: functools.partial(by_majority, run.options.answer_pattern))
-    elif how == "judge":
-        to = "judge" if "judge" in run.models else ""
-        async with run.plugins.resources["ask"].factory(run) as asking:
-            yield sdg.PerRollout(
-                lambda document, generate: functools.partial(
-                    by_judge, asking.make(document, generate), run.options.criterion.strip(), to
-                )
-            )
-    else:
-        score = named_object(how.partition("@")[0])
-        yield sdg.PerRollout(lambda document, generate: functools.partial(by_function, score))
-
-
-async def by_judge(
-    ask: Ask, criterion: str, to: str, document: sdg.Document, messages: prompt.Messages, replies: list[sdg.Reply]
-) -> list[tuple[float, str | None]]:
-    """The judge's scores, with its reasons."""
-    task = "\n\n".join(str(message.get("content")) for message in messages)
-
-    async def grade(reply: sdg.Reply) -> tuple[float, str | None]:
-        question = JUDGING.format(criterion=criterion, task=task, text=reply.text)
-        grade = await ask(question, Grade, to=to)
-        return float(grade.score), grade.reason
-
-    return list(await asyncio.gather(*[grade(reply) for reply in replies]))
-
-
-async def by_majority(
-    answer_pattern: str | None, document: sdg.Document, messages: prompt.Messages, replies: list[sdg.Reply]
-) -> list[tuple[float, str | None]]:
-    """For each sample the share of samples with the same answer."""
-    answers = [answer_in(reply.text, answer_pattern) for reply in replies]
-    counts = Counter(answer for answer in answers if answer)
-    return [(counts[answer] / len(replies), None) for answer in answers]
-
-
-def answer_in(text: str, answer_pattern: str | None) -> str:
-    """The part of a text that is compared: all of it, or the last match of a pattern."""
-    if answer_pattern:
-        found = list(re.finditer(answer_pattern, text))
-        text = (found[-1][1] if found[-1].groups() else found[-1][0]) if found else ""
-    return sdg.one_line(text).strip(" .").casefold()
-
-
-async def by_function(
-    score: Callable[..., Any], document: sdg.Document, messages: prompt.Messages, replies: list[sdg.Reply]
-) -> list[tuple[float, str | None]]:
-    """The scores of a function of the user's."""
-    values = [score(document, reply.text) for reply in replies]
-    return [(float(await value if inspect.isawaitable(value) else value), None) for value in values]

@@ -6,11 +6,14 @@ import asyncio
 import contextlib
 import itertools
 import json
+import math
 import re
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any
+
+import xxhash
 
 import sdg
 from sdg_plugins.common.state import DEMO_MODEL as MODEL
@@ -18,6 +21,7 @@ from sdg_plugins.common.state import DEMO_MODEL as MODEL
 if TYPE_CHECKING:
     from aiohttp import web
 
+DIMENSIONS = 64  # of a vector, unless others are asked for
 RATE = 100.0  # responses per second: slow enough to watch a run, to stop it and to resume it
 
 
@@ -44,6 +48,7 @@ async def demo(run: sdg.Run) -> AsyncIterator[list[str]]:
             web.get("/v1/models", list_models),
             web.post("/v1/chat/completions", complete),
             web.post("/v1/completions", complete),
+            web.post("/v1/embeddings", embed),
         ]
     )
     runner = web.AppRunner(app, access_log=None)
@@ -102,6 +107,35 @@ async def complete(request: web.Request) -> web.Response:
     body = {"id": "demo", "object": "chat.completion" if chat else "text_completion", "created": int(time.time())}
     usage = {**tokens, "total_tokens": sum(tokens.values())}
     return web.json_response({**body, "model": MODEL, "choices": choices, "usage": usage})
+
+
+async def embed(request: web.Request) -> web.Response:
+    """POST /v1/embeddings: counts of words, folded into a few numbers, so that texts with equal words are near."""
+    from aiohttp import web
+
+    payload = await request.json()
+    given = payload.get("input")
+    texts = given if isinstance(given, list) else [given]
+    data = [
+        {
+            "object": "embedding",
+            "index": i,
+            "embedding": word_vector(str(text), payload.get("dimensions") or DIMENSIONS),
+        }
+        for i, text in enumerate(texts)
+    ]
+    tokens = sum(len(str(text).split()) for text in texts)
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return web.json_response({"object": "list", "model": MODEL, "data": data, "usage": usage})
+
+
+def word_vector(text: str, dimensions: int) -> list[float]:
+    """How often each word occurs, as a vector of length 1: a word's place is its hash."""
+    vector = [0.0] * dimensions
+    for word in re.findall(r"\w+", text.lower()):
+        vector[xxhash.xxh3_64_intdigest(word.encode()) % dimensions] += 1.0
+    length = math.sqrt(sum(number * number for number in vector)) or 1.0
+    return [number / length for number in vector]
 
 
 def text_of(content: Any) -> str:

@@ -1,0 +1,56 @@
+"""The files of a run in its output: their names, and which of those that are there it can have written."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+
+import sdg
+
+
+def output_files(run: sdg.Run) -> list[str]:
+    """All files in the folder of the run's chunks, except hidden ones."""
+    files = run.output.list(os.path.dirname(run.path_of(sdg.Chunk(0, 0))))
+    return [file for file in files if not os.path.basename(file).startswith(".")]
+
+
+def chunk_of(file: str, config: str, template: str) -> int | None:
+    """The index of the chunk that a file of the output, or of its `failed`, belongs to; None for any other file.
+
+    Args:
+        file: its path, relative to the output.
+        config: --output-config of the run.
+        template: its --output-filename.
+    """
+    data, failed = file_patterns(config, template)
+    found = data.fullmatch(file) or failed.fullmatch(file)
+    return int(found[1]) if found else None
+
+
+@functools.cache
+def file_patterns(config: str, template: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """Patterns of the files with a run's rows and its failed documents; the group is the index of the chunk."""
+    data = re.escape(f"{config}/{template}").replace(re.escape("${rank}"), r"\d{5,}")
+    data = data.replace(re.escape("${chunk_index}"), r"(\d{5,})")
+    return re.compile(data), re.compile(rf"{re.escape(failed_folder(config))}/\d{{5,}}_(\d{{5,}})\.jsonl")
+
+
+def failed_folder(config: str) -> str:
+    """The folder of a config's failed documents, relative to the output."""
+    return os.path.dirname(sdg.failed_path(config, 0, 0))
+
+
+def chunk_files(run: sdg.Run, config: str, template: str) -> list[str]:
+    """Files in the output, and in its `failed`, that a run with these options can have written."""
+    found = [file for folder in (config, failed_folder(config)) for file in run.output.list(folder)]
+    return [file for file in found if chunk_of(file, config, template) is not None]
+
+
+def refuse_others(run: sdg.Run, ours: set[str]) -> None:
+    """Raise OutputError if there are files beside those of a run: `load_dataset` would take them for rows."""
+    if others := [file for file in output_files(run) if file not in ours]:
+        raise sdg.OutputError(
+            f"{run.output.path(others[0])} was not written by a run: move it away, or choose another --output or "
+            "--output-config"
+        )
