@@ -63,7 +63,11 @@ def _plain(array: pa.Array) -> pa.Array:
     import pyarrow as pa
 
     array = array.storage if isinstance(array.type, pa.BaseExtensionType) else array
-    return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
+    if not pa.types.is_dictionary(array.type):
+        return array
+    values = array.dictionary
+    views = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
+    return values.cast(views.get(values.type, values.type)).take(array.indices)  # Arrow cannot take from views
 
 
 class HasRows(Protocol):

@@ -165,7 +165,7 @@ class Budget:
         if not self._answered:
             return self._in_flight < UNKNOWN and spent < cap.share
         mean = (spent - before) / self._answered
-        return spent + self._in_flight * mean < cap.share
+        return spent + self._in_flight * mean < cap.share * (1 - 1e-9)  # sums of prices are not exact
 
     async def _admit(self) -> None:
         """Wait until a request may be sent. Canceled when a budget is used up."""

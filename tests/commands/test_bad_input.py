@@ -626,12 +626,12 @@ def test_a_rollout_that_raises_fails_its_document_with_file_and_line(job: Job) -
             reply = await generate(document.text)
             if document.text == "trips":
                 raise ValueError("fell over the carpet")
-            if document.text == "returns a number":
-                return 5
+            if document.text == "returns a set":
+                return {5}
             return reply
         """,
     )
-    job.documents("fine", "trips", "returns a number", "last")
+    job.documents("fine", "trips", "returns a set", "last")
 
     output = job.succeed()
 
@@ -641,7 +641,7 @@ def test_a_rollout_that_raises_fails_its_document_with_file_and_line(job: Job) -
     assert "fell over the carpet" in failed["trips"]["error"]
     assert "clumsy.py" in failed["trips"]["error"]
     assert "11" in failed["trips"]["error"]
-    assert "int" in failed["returns a number"]["error"]
+    assert "set" in failed["returns a set"]["error"]
 
 
 def test_a_hook_that_raises_after_a_chunk_is_reported_and_harms_nothing(job: Job) -> None:

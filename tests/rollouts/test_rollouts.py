@@ -282,7 +282,7 @@ def test_kills_between_branches_lose_nothing_and_send_no_durable_answer_again(
     assert job.verify().rc == 0
 
 
-STEPS = {"continue": 4, "refine": 3}
+STEPS = {"best-of": 8, "continue": 4, "refine": 3}
 
 
 @pytest.mark.parametrize("rollout", BUNDLED)
@@ -296,7 +296,7 @@ def test_a_bundled_rollout_is_replayed_without_a_request_to_the_same_bytes(
     server.behave(answer)
     job.documents("the first text", "the second text", "the third text. It has two sentences.")
     entry = LOADED.rollouts[rollout]
-    again = 2 if rollout in {"qa", "judge"} else 0
+    again = {"qa": 2, "judge": 2, "best-of": 8}.get(rollout, 0)
 
     count = check_replay(job, server, entry.plugin, entry.factory.__name__, rollouts_per_document=2, seed=1)
 

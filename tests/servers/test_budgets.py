@@ -54,7 +54,7 @@ def test_larger_budget_continues_and_sends_nothing_again(job: Job) -> None:
 
 def test_four_ranks_share_a_budget(job: Job) -> None:
     counted(job.server, 0.02)
-    job.input(documents(400))
+    job.input(documents(800))  # one rank alone would exceed it
     options = {"records_per_chunk": 5, "world_size": 4, "max_total_tokens": 3000, "max_concurrent_generations": 8}
     ranks = [job.start(rank=rank, **options) for rank in range(4)]
     assert {rank.finish().rc for rank in ranks} == {4}
