@@ -176,7 +176,8 @@ def _wait(over: threading.Event, stops: list[tuple[asyncio.AbstractEventLoop, St
         except KeyboardInterrupt:
             interrupted = True
             for loop, stop in stops:
-                loop.call_soon_threadsafe(stop, sdg.Interrupted(signal.SIGINT))
+                with contextlib.suppress(RuntimeError):  # it has just ended
+                    loop.call_soon_threadsafe(stop, sdg.Interrupted(signal.SIGINT))
     return interrupted
 
 
