@@ -15,6 +15,8 @@ from sdg_plugins.common.checks import reading
 from sdg_plugins.common.chunks import OpenChunk
 from sdg_plugins.common.digests import same_rows
 
+MANY = 100  # chunks that take long enough to be worth a word
+
 
 def changed_rows(run: sdg.Run, reader: sdg.Reader) -> str | None:
     """Read all rows again that chunks of any rank were made of. Returns which have changed; None if none has.
@@ -23,7 +25,7 @@ def changed_rows(run: sdg.Run, reader: sdg.Reader) -> str | None:
     """
     paths = sorted(run.state.glob("[0-9]*.sqlite3"))
     chunks = sorted((chunk for path in paths for chunk in _begun(path)), key=lambda chunk: chunk.index)
-    if chunks:
+    if len(chunks) > MANY:
         sdg.say(f"the input's files have changed: reading what {len(chunks):,} chunks were made of again, to compare")
     for chunk in chunks:
         where = f"rows {chunk.start:,} to {chunk.start + chunk.count - 1:,} of the input"
