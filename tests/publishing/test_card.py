@@ -858,7 +858,7 @@ def test_the_card_of_a_run_that_ended_early_says_so_and_names_no_machine(
         def register_rollouts(register):
             register("broken", broken)
 
-        async def broken(document, generate):
+        async def broken(document, generate) -> sdg.Reply:  # otherwise fields follow from the first chunk
             reply = await generate(document.text)
             if document.text.endswith(("3", "7")):
                 raise ValueError("no http://gpu-7.cluster:8000/v1 for /scratch/me/data on host gpu-7:8000, 10.0.0.7")
