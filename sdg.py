@@ -1880,8 +1880,8 @@ def script() -> NoReturn:
     if left_behind or waits:
         import multiprocessing
 
-        for child in multiprocessing.active_children():  # of a plugin's pool
-            child.terminate()
+        for child in multiprocessing.active_children():  # of a plugin's pool; forked ones ignore SIGTERM as we do
+            child.kill()
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 stream.flush()

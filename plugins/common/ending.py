@@ -19,6 +19,7 @@ import sdg
 LAST_RESORT = 18.0  # s after a signal at which the process ends even if a plugin blocks it: responses are durable
 UNHEARD = 2.0  # s after which a signal is reported that the event loop has not seen
 LEFT_BEHIND = 1.0  # s that tasks and threads of plugins have to end when the run is over
+END = b"\0"  # ends the watchdog; no signal has the number 0
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 T = TypeVar("T")
@@ -54,8 +55,9 @@ class Watchdog:
     def close(self) -> None:
         """Leave signals to the event loop."""
         signal.set_wakeup_fd(self._loops, warn_on_full_buffer=False)
-        os.close(self._wake)
+        os.write(self._wake, END)  # closing it is not enough: a forked process of a plugin may hold it open
         self._thread.join()
+        os.close(self._wake)
         os.close(self._awake)
 
     def _listen(self) -> None:
@@ -65,7 +67,7 @@ class Watchdog:
             patience = LAST_RESORT if self.heard or reported else UNHEARD
             timeout = max(0.0, began + patience - time.monotonic()) if received else None
             if select.select([self._awake], [], [], timeout)[0]:
-                if not (numbers := os.read(self._awake, 1024)):
+                if END in (numbers := os.read(self._awake, 1024)):
                     return
                 with contextlib.suppress(OSError):  # the loop is being closed
                     os.write(self._loops, numbers)

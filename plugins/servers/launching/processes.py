@@ -248,10 +248,11 @@ def kill_orphans() -> None:
 
     They have a mark in their environment; other children of this process are left alone.
     """
-    mine = os.getpid()
+    mine, quiet = os.getpid(), 0
     for _ in range(100):
         orphans = [pid for pid in guard.children(mine) if is_orphan(pid)]
-        if not orphans:
+        quiet = 0 if orphans else quiet + 1
+        if quiet == 2:  # one that dies while we look leaves us its own children
             return
         for pid in [*orphans, *(below for orphan in orphans for below in guard.descendants(orphan))]:
             with contextlib.suppress(ProcessLookupError, PermissionError):
