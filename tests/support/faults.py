@@ -62,9 +62,10 @@ def _patch(name: str) -> None:
 
     def step(*args: Any, **kwargs: Any) -> Any:
         number = _begin(f"{name} {args[0] if args else ''}")
-        result = original(*args, **kwargs)
-        _end(number)
-        return result
+        try:
+            return original(*args, **kwargs)
+        finally:  # also after a step that fails, such as the removal of a file that is not there
+            _end(number)
 
     setattr(os, name, step)
 
