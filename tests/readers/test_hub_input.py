@@ -617,7 +617,8 @@ def test_footers_of_many_files_are_read_as_needed(monkeypatch: pytest.MonkeyPatc
     shelf = Shelf({f"{number}": parquet(rows[number]) for number in range(50)})
     whole = [text for file in rows for text in file]
     sdg.Plugins.load([])
-    monkeypatch.setattr("sdg_plugins.readers.parquet.EAGER", 2)
+    for name in ("EAGER", "EAGER_REMOTE"):
+        monkeypatch.setattr(f"sdg_plugins.readers.parquet.{name}", 2)
     monkeypatch.setattr("sdg_plugins.readers.parquet.FOOTERS", 4)
 
     reader = reader_of(shelf)
