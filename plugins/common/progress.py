@@ -179,7 +179,8 @@ def failure_lines(engine: sdg.Engine, folder: str) -> Iterator[str]:
 def show_command(run: sdg.Run) -> str:
     """The command that shows a run's rows."""
     options = run.options
-    words = [program(), "show", "--output", options.output]
+    called = ["sdg"] if program() == "sdg" else ["python", sys.argv[0]]
+    words = [*called, "show", "--output", options.output]
     if options.output_config != "data":
         words += ["--config", options.output_config]
     if options.state_dir != default_state_dir(options.output, options.output_config):
