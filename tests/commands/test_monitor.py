@@ -149,6 +149,7 @@ def test_the_monitor_waits_for_the_rerun_of_a_rank_that_was_killed(ranks: Job) -
     assert "Not finished" not in card_of(ranks)
 
 
+@pytest.mark.slow
 def test_stopped_and_failed_ranks_are_reported_and_a_rerun_of_them_is_followed(
     ranks: Job, servers: Callable[[], FakeServer]
 ) -> None:
@@ -419,6 +420,7 @@ def test_heartbeats_count_more_than_the_queue(story: Story) -> None:
     assert monitor.running
 
 
+@pytest.mark.slow
 def test_a_rank_that_was_lost_with_its_job_ends_the_monitor_and_no_path_is_on_the_card(story: Story) -> None:
     story.ranks("finished", "failed", slurm_job="77", error="no GPU (log: out/.sdg/logs/vllm.log), see a/b/c.log")
     story.rank(2, "running", slurm_job="77", ago=20)
@@ -716,6 +718,7 @@ def test_a_hundred_ranks_are_published_within_the_quota_of_commits(story: Story)
     assert TOLD not in story.card
 
 
+@pytest.mark.slow
 def test_a_card_that_changes_all_the_time_does_not_use_up_the_quota(story: Story) -> None:
     shrink(story, hour=2.0, commits=3, quota=3)
     monitor = story.start("--interval", "0.1")

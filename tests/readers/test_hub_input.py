@@ -440,6 +440,7 @@ def revisions(output: Output) -> set[str]:
     return {entries[b"sdg.input_revision"].decode() for entries in metadata}
 
 
+@pytest.mark.slow
 def test_a_run_stays_with_the_revision_it_began_with_until_fresh(hub_job: Job, docs: FakeHub) -> None:
     began = docs.head(DOCS)
     hub_job.succeed(max_documents=10)
@@ -702,6 +703,7 @@ def test_transient_errors_are_retried(faults: list[Any], hub: FakeHub, job: Job)
     assert all(fault.times == 0 for fault in hub._faults)
 
 
+@pytest.mark.slow
 def test_a_run_survives_an_outage_of_the_hub(hub: FakeHub, job: Job, server: FakeServer) -> None:
     whole = large(hub, "lab/large", files=6)
     job.env |= hub.environment(job.folder)

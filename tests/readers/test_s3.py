@@ -23,6 +23,7 @@ from running import Finished, Job, Output, Sdg, documents, wait_until
 import sdg
 from sdg_plugins.common import s3 as s3_client
 
+pytestmark = pytest.mark.slow  # each starts processes beside a server of S3
 SECRET = "a-secret-that-must-not-be-shown"
 
 

@@ -143,6 +143,7 @@ def test_no_process_outlives_a_killed_run(job: Job) -> None:
     wait_until(lambda: not [pid for pid in pids(job, "worker") if alive(pid)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_to_all_processes_fails_no_document(signum: signal.Signals, job: Job) -> None:
     own(job, PROCESSES)

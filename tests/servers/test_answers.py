@@ -235,6 +235,7 @@ def test_an_outage_costs_time_and_no_document(job: Job, server: FakeServer, stat
     assert output.stats()["given_up"] == {}
 
 
+@pytest.mark.slow
 def test_a_free_tier_ends_with_all_rows(job: Job, server: FakeServer) -> None:
     """A quota of 10 in each two seconds; the rest is refused without a word on when to come back."""
     job.input(documents(40))
@@ -533,6 +534,7 @@ def test_headers_come_from_the_environment_and_stay_secret(job: Job, server: Fak
 # ── Rates ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 def test_requests_per_minute_are_never_exceeded(job: Job, server: FakeServer) -> None:
     job.input(documents(20))
 
