@@ -1011,13 +1011,7 @@ class Store:
         await self._db.executescript(TABLES + f"PRAGMA user_version={STATE_VERSION};")
         async with self._db.execute("PRAGMA table_info(chunks)") as cursor:
             columns = {row[1] for row in await cursor.fetchall()}
-        # An older sdg did not record them.
-        for column in (
-            "size INTEGER",
-            "hash TEXT",
-            "failed_hash TEXT",
-            "digest TEXT",
-        ):  # an older sdg did not record them
+        for column in ("size INTEGER", "hash TEXT", "failed_hash TEXT", "digest TEXT"):  # an older sdg has none
             if column.split()[0] not in columns:
                 await self._db.execute(f"ALTER TABLE chunks ADD COLUMN {column}")
         async with self._db.execute("SELECT name, value FROM totals") as cursor:
@@ -1586,10 +1580,13 @@ class Engine:
         self.store.most_answers = max(100, options.max_concurrent_generations)
         with self.intake, self._writing:
             async with asyncio.TaskGroup() as self._write_tasks, contextlib.aclosing(self._batches()) as batches:
-                feed = Feed(batches)
-                await self.crew.work(self._work(feed) for _ in range(options.max_concurrent_documents))
-                with contextlib.suppress(Exception):  # it has stopped the run
-                    await self.store.flush()
+                try:
+                    feed = Feed(batches)
+                    await self.crew.work(self._work(feed) for _ in range(options.max_concurrent_documents))
+                    with contextlib.suppress(Exception):  # it has stopped the run
+                        await self.store.flush()
+                finally:
+                    self.store.on_durable = lambda ids: None  # chunks that are complete from now on: the next run
             if self._deferred and self._complete:  # no document has a result
                 self.outlet.settle_without_results()
                 async with asyncio.TaskGroup() as self._write_tasks:

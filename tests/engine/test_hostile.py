@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from fake_server import Delay, FakeServer
-from running import Job, documents, wait_until
+from running import ECHO, Job, documents, wait_until
 
 import sdg
 
@@ -266,6 +266,49 @@ def test_a_commit_that_fails_is_made_later(tmp_path: Path) -> None:
 
     asyncio.run(work())
     assert failures
+
+
+FULL_UNTIL_THE_END = (
+    ECHO
+    + """
+    import os
+    import sqlite3
+    import traceback
+
+    insert, commit = sdg.Store._insert, sdg.Store._commit
+
+    async def full(store, table, width, rows):
+        if table == "documents" and rows and not store._closing:
+            raise sqlite3.OperationalError("database or disk is full")
+        await insert(store, table, width, rows)
+
+    async def told(store):
+        try:
+            await commit(store)
+        except RuntimeError:
+            traceback.print_exc()
+            raise
+
+    sdg.Store._commit = told
+    if os.environ.get("FULL"):
+        sdg.Store._insert = full
+"""
+)
+
+
+def test_documents_that_only_the_last_commit_saves_are_written_by_the_next_run(job: Job, server: FakeServer) -> None:
+    job.input(documents(6))
+    job.options["plugin"] = job.plugin("echo", FULL_UNTIL_THE_END)
+
+    finished = job(env={"FULL": "1"}, records_per_chunk=2)
+
+    assert finished.rc == 1
+    assert finished.says("disk is full")
+    answered = set(server.prompts)
+    assert answered
+    server.forget()
+    assert len(job.succeed(records_per_chunk=2).rows()) == 6
+    assert not answered & set(server.prompts)
 
 
 BLOCKING = """

@@ -98,9 +98,9 @@ class Meeting(NamedTuple):
         return None
 
     @classmethod
-    def call(cls, run: sdg.Run, port: int) -> Meeting:
+    def call(cls, run: sdg.Run, port: int, token: str) -> None:
         """Call a meeting at a port of this machine."""
-        meeting = cls(attempt_id(), port, secrets.token_hex(16))
+        meeting = cls(attempt_id(), port, token)
         path = cls.file(run)
         temporary = path.with_suffix(".tmp")
         temporary.unlink(missing_ok=True)
@@ -108,7 +108,6 @@ class Meeting(NamedTuple):
             json.dump(meeting._asdict(), file)
         os.replace(temporary, path)
         sync(path.parent)
-        return meeting
 
 
 def attempt_id() -> str:
@@ -210,10 +209,12 @@ class Head:
     async def __aenter__(self) -> Head:
         try:
             own = await asyncio.to_thread(own_address, self.host)
+            if not self.port:
+                self._token = secrets.token_hex(16)  # before anyone can connect
             self._server = await asyncio.start_server(self._serve_node, own, self.port)
             if not self.port:
                 self.port = self._server.sockets[0].getsockname()[1]
-                self._token = (await asyncio.to_thread(Meeting.call, self.run, self.port)).token
+                await asyncio.to_thread(Meeting.call, self.run, self.port, self._token)
         except OSError as exc:
             message = f"node 0 cannot listen at {self.host}:{self.port} ({exc.strerror or exc})"
             raise NodeFailure(f"{message}: choose another --head-address HOST:PORT on all nodes") from exc
