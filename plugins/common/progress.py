@@ -138,6 +138,8 @@ def report(engine: sdg.Engine, figures: dict[str, Any], chunks: Iterable[sdg.Chu
         tokens = figures["prompt_tokens"] + figures["completion_tokens"] + figures.get("estimated_tokens", 0)
         guessed = " (estimated: the server reports no usage)" if "estimated_tokens" in figures else ""
         lines.append(f"cost    {in_money(figures['cost'])} for {tokens:,} tokens{guessed}")
+    if share := cached_share(figures):
+        lines.append(f"reused  {share:.0%} of the prompt tokens were in the servers' prefix caches")
     if figures["truncated"]:
         lines.append(
             f"cut     {figures['truncated']:,} documents did not fit the model's context: --long-documents split"
@@ -153,6 +155,15 @@ def report(engine: sdg.Engine, figures: dict[str, Any], chunks: Iterable[sdg.Chu
     if figures["documents"]:
         lines.append(f"look    {show_command(run)}{' --failed' * (not figures['rows'] and figures['failed'] > 0)}")
     return "\n".join(lines)
+
+
+def cached_share(figures: dict[str, Any]) -> float:
+    """The share of prompt tokens that servers found in their prefix caches; 0 if none reports that."""
+    reported = figures.get("prefix_cache", {})
+    hits, of = reported.get("hits", 0), reported.get("queries", 0)
+    if not of:
+        hits, of = figures.get("cached_tokens", 0), figures["prompt_tokens"]
+    return hits / of if of else 0.0
 
 
 def unfinished_lines(engine: sdg.Engine, documents: int, in_files: int) -> Iterator[str]:

@@ -36,6 +36,10 @@ async def statistics(engine: sdg.Engine, tally: Counter[str]) -> dict[str, Any]:
         causes = {name.partition(".")[2]: int(n) for name, n in totals.items() if name.startswith(f"{group}.")}
         figures[group] = dict(sorted(causes.items()))
     figures |= {name: int(totals[name]) for name in ("prompt_tokens", "completion_tokens")}
+    if totals["prefix_cache.queries"]:  # in tokens; only of servers that report it
+        figures["prefix_cache"] = {name: int(totals[f"prefix_cache.{name}"]) for name in ("queries", "hits")}
+    if cached := int(totals["cached_tokens"]):
+        figures["cached_tokens"] = cached
     tokens = tokens_of(totals, run.options.models)
     if estimated := int(totals["estimated_prompt_tokens"] + totals["estimated_completion_tokens"]):
         figures["estimated_tokens"] = estimated

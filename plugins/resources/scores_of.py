@@ -21,14 +21,16 @@ from sdg_plugins.common.loading import named_object
 from sdg_plugins.resources.ask import Ask
 
 Messages = list[dict[str, Any]]
-JUDGING = """Below are a task and an answer to it. Judge how good the answer is, from 0 (useless) to 10 (cannot be \
-better). What counts: {criterion}. First give your reason in one or two sentences, then the score.
+JUDGING = """Here are a task and an answer to it.
 
 The task:
 {task}
 
 The answer:
-{text}"""
+{text}
+
+Judge how good the answer is, from 0 (useless) to 10 (cannot be better). What counts: {criterion}. First give your \
+reason in one or two sentences, then the score."""
 
 
 @dataclass

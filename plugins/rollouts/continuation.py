@@ -6,10 +6,10 @@ from typing import TypedDict
 
 import sdg
 
-PROMPT = """The following is the beginning of a long text. Continue it where it stops, in its style and language, by \
-one substantial part of what is still to come. Answer with the continuation alone.
+PROMPT = """{text}
 
-{text}"""
+The text above is the beginning of a long one. Continue it where it stops, in its style and language, by one \
+substantial part of what is still to come. Answer with the continuation alone."""
 AGAIN = (
     "Continue by the next part, without repeating anything. If the text is complete, answer with the word END alone."
 )

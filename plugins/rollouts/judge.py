@@ -14,10 +14,10 @@ from sdg_plugins.resources.ask import Ask
 RUBRIC = """0 for spam, navigation or gibberish; 1 for little of use among much else; 2 for what is on a topic but \
 shallow or disordered; 3 for a coherent text that teaches something; 4 for one that explains well, at a steady level; \
 5 for one that could stand in a textbook."""
-PROMPT = """Judge the following text by this rubric: {rubric} First give your reason in one or two sentences that name \
-what decides, then the score.
+PROMPT = """{text}
 
-{text}"""
+Judge the text above by this rubric: {rubric} First give your reason in one or two sentences that name what decides, \
+then the score."""
 
 
 @dataclass

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import sdg
 from sdg_plugins.resources.ask import Ask
 
-PROMPT = """Write {count} questions on the following text, and answer them. Each question can be understood without \
-the text, asks for something that matters in it, and is unlike the others; each answer is complete, and nothing in it \
-goes beyond the text.
+PROMPT = """{text}
 
-{text}"""
+Write {count} questions on the text above, and answer them. Each question can be understood without the text, asks for \
+something that matters in it, and is unlike the others; each answer is complete, and nothing in it goes beyond the \
+text."""
 
 
 @dataclass

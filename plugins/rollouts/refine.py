@@ -6,7 +6,7 @@ from typing import TypedDict
 
 import sdg
 
-TASK = "Explain what the following text says to a reader who does not know the subject."
+TASK = "Explain what the text above says to a reader who does not know the subject."
 CRITIQUE = """Now be its strictest reader: what is wrong, missing, unclear or superfluous in that? Name the few points \
 that matter most, each with what to do about it."""
 REWRITE = "Write it once more, with all of these points mended. Answer with the text alone."
@@ -33,7 +33,7 @@ def register_rollouts(register: sdg.RegisterRollouts) -> None:
 async def refine(document: sdg.Document, generate: sdg.Generate, run: sdg.Run) -> Refined:
     """Write what --task asks for, criticize the draft, and rewrite it."""
     task = (run.options.task or TASK).strip()
-    chat = [{"role": "user", "content": f"{task}\n\n{document.text}"}]
+    chat = [{"role": "user", "content": f"{document.text}\n\n{task}"}]
     draft = await generate(chat)
     chat += [{"role": "assistant", "content": draft.text}, {"role": "user", "content": CRITIQUE}]
     critique = await generate(chat)

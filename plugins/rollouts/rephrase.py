@@ -21,10 +21,11 @@ STYLES = {
     "table": "as a table in Markdown that has all of its facts, followed by one question on the table and its answer",
     "tutorial": "as a tutorial that starts from what a beginner knows, with numbered steps and an example for each",
 }
-PROMPT = """Rewrite the following text {style}. Take the facts from the text alone, leave out advertising and \
-navigation, and answer with nothing but the new text.
+# The document comes first: servers have it in their prefix cache when the next style is asked for.
+PROMPT = """{text}
 
-{text}"""
+Rewrite the text above {style}. Take the facts from the text alone, leave out advertising and navigation, and answer \
+with nothing but the new text."""
 
 
 class Rephrased(TypedDict):

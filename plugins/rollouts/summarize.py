@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sdg
 
-PROMPT = "Summarize the following text in one paragraph.\n\n{text}"
+PROMPT = "{text}\n\nSummarize the text above in one paragraph."
 
 
 @sdg.hookimpl

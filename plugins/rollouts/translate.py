@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sdg
 
-PROMPT = """Translate the following text into {language}. Keep its meaning, tone, and layout: headings, lists and \
-paragraphs stay, code and names do too. Answer with the translation alone.
+PROMPT = """{text}
 
-{text}"""
+Translate the text above into {language}. Keep its meaning, tone, and layout: headings, lists and paragraphs stay, \
+code and names do too. Answer with the translation alone."""
 
 
 @sdg.hookimpl

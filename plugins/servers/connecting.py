@@ -58,7 +58,7 @@ async def connect(run: sdg.Run, servers: Sequence[str | sdg.Upstream]) -> AsyncI
         pool = Pool(upstreams, limit, Pace(options.requests_per_minute, options.tokens_per_minute))
         for upstream in pool.upstreams:
             upstream.model = run.model
-        async with watch_load(transport, pool):
+        async with watch_load(transport, pool, run.counts):
             yield Client(transport, pool, run, doubt)
 
 

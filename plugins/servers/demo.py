@@ -95,7 +95,7 @@ async def complete(request: web.Request) -> web.Response:
     chat = "messages" in payload
     contents = [message.get("content") for message in payload["messages"]] if chat else [payload.get("prompt")]
     prompt = max(["", *map(text_of, contents)], key=len)  # the one with the document
-    document = prompt.partition("\n\n")[2] or prompt  # the rollout `summarize` puts its instruction before it
+    document = without_instruction(prompt)
     response_format = payload.get("response_format") or {}
     if response_format.get("type") == "json_schema":
         completion = json.dumps(by_schema(response_format["json_schema"]["schema"], document))
@@ -107,6 +107,14 @@ async def complete(request: web.Request) -> web.Response:
     body = {"id": "demo", "object": "chat.completion" if chat else "text_completion", "created": int(time.time())}
     usage = {**tokens, "total_tokens": sum(tokens.values())}
     return web.json_response({**body, "model": MODEL, "choices": choices, "usage": usage})
+
+
+def without_instruction(prompt: str) -> str:
+    """The document in a prompt: an instruction is a paragraph before or after it."""
+    paragraphs = prompt.split("\n\n")
+    if len(paragraphs) == 1:
+        return prompt
+    return "\n\n".join(paragraphs[1:] if len(paragraphs[0]) < len(paragraphs[-1]) else paragraphs[:-1])
 
 
 async def embed(request: web.Request) -> web.Response:

@@ -15,6 +15,8 @@ class Load(NamedTuple):
     running: float
     waiting: float
     tokens: float | None  # prompt and completion tokens since it started; None if it does not report them
+    sought: float | None = None  # prompt tokens looked up in its prefix cache since it started
+    hits: float | None = None  # those of them that were there
 
 
 class Limit:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+from collections import Counter
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,8 @@ METRICS = {
         *("vllm:prompt_tokens_total", "vllm:generation_tokens_total"),
         "sglang:realtime_tokens_total",  # its other counters advance only when a request ends
     },
+    "sought": {"vllm:prefix_cache_queries_total", "sglang:prompt_tokens_total"},
+    "hits": {"vllm:prefix_cache_hits_total", "sglang:cached_tokens_total"},
 }
 SERIES = re.compile(r"^((?:vllm|sglang):\w+)(?:\{(.*)\})? (\S+)", re.MULTILINE)
 
@@ -54,12 +57,12 @@ def parse_load(text: str) -> Load | None:
     waiting = values["held"] or values["waiting"]
     if not values["running"] or not waiting:
         return None
-    tokens = sum(values["tokens"]) if values["tokens"] else None
-    return Load(sum(values["running"]), sum(waiting), tokens)
+    tokens, sought, hits = (sum(values[name]) if values[name] else None for name in ("tokens", "sought", "hits"))
+    return Load(sum(values["running"]), sum(waiting), tokens, sought, hits)
 
 
-async def look_at_load(transport: Transport, pool: Pool, upstream: sdg.Upstream) -> None:
-    """Ask a server for its load, and let the pool adapt to it."""
+async def look_at_load(transport: Transport, pool: Pool, upstream: sdg.Upstream, counts: Counter[str]) -> None:
+    """Ask a server for its load, and let the pool adapt to it. What its prefix cache has saved is counted."""
     load = None
     try:
         answer = await transport.get(root_of(upstream.url), "/metrics", TIMEOUT)
@@ -69,18 +72,22 @@ async def look_at_load(transport: Transport, pool: Pool, upstream: sdg.Upstream)
         if upstream.limit.silent < PATIENT_LOOKS:
             return
     if upstream.up.is_set():
+        if load and (known := upstream.limit.load):
+            for name, now, before in (("queries", load.sought, known.sought), ("hits", load.hits, known.hits)):
+                if now is not None and before is not None:
+                    counts[f"prefix_cache.{name}"] += int(max(0.0, now - before))
         pool.adapt(upstream, load)
 
 
 @contextlib.asynccontextmanager
-async def watch_load(transport: Transport, pool: Pool) -> AsyncIterator[None]:
+async def watch_load(transport: Transport, pool: Pool, counts: Counter[str]) -> AsyncIterator[None]:
     """Ask the servers that are up for their load, now and then regularly; one without metrics is asked only once."""
 
     async def look_at_all() -> None:
         async with asyncio.TaskGroup() as group:
             for upstream in pool.upstreams:
                 if upstream.up.is_set() and upstream.limit.reports is not False:
-                    group.create_task(look_at_load(transport, pool, upstream))
+                    group.create_task(look_at_load(transport, pool, upstream, counts))
 
     async def repeat() -> None:
         while True:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
 import random
 import time
 from collections import deque
@@ -17,6 +18,8 @@ PATIENCE = 8  # failures in a row before a server is set aside
 LONGEST_ASIDE = 30.0  # s that a server is set aside for its failures, unless it asks for more
 SHORT_ASIDE, LATER_ASIDE = 2.0, 0.1  # s and, once an overload lasts longer than 20 s, the share of its duration
 WORTH_SAYING = 30.0  # s of a pause that is reported on its own
+SLACK = 4  # requests that a document's own server may have more in flight than another, and a quarter of those
+NEAR = 64  # waiting requests, of which the first that belongs on a free server goes before the others
 CONVICTING = 3  # crashes after which a request that was alone with its server is to blame
 
 
@@ -115,6 +118,9 @@ class Quarantine:
 class Pool:
     """Slots for requests: at most `limit` in flight in all, each on the least loaded server that is well.
 
+    A document's requests prefer the server that its last one was sent to, which has the document in its prefix cache,
+    unless that has a few more in flight than the least loaded one.
+
     A server that fails several times in a row is set aside for increasing times, and comes back with one request at a
     time. `Limit` and `Quarantine` decide on the rest.
 
@@ -133,7 +139,8 @@ class Pool:
         self.active = self.successes = 0
         self.stopped = False
         self.lost: float | None = None
-        self._waiting: deque[asyncio.Future[sdg.Upstream]] = deque()
+        self._waiting: deque[tuple[int | None, asyncio.Future[sdg.Upstream]]] = deque()
+        self._homes: dict[int, sdg.Upstream] = {}  # of documents, by their index
         self._pausing: set[asyncio.Future[bool]] = set()
         self._alarm: tuple[float, asyncio.Handle] | None = None  # uvloop's handles of short delays have no `when`
         self._loop = asyncio.get_running_loop()
@@ -142,23 +149,24 @@ class Pool:
 
     async def acquire(self, suspicion: Suspicion | None = None, request: sdg.Request | None = None) -> sdg.Upstream:
         """Wait for a slot; a suspect waits for the server that it saw crash. Canceled when the run stops."""
+        document = request.rollout.document.index if request and request.rollout and len(self.upstreams) > 1 else None
         if not request or not self.pace.limited:
-            return await self._acquire(suspicion)
+            return await self._acquire(suspicion, document)
         self.pace.expect(request)
-        upstream = await self._acquire(suspicion)
+        upstream = await self._acquire(suspicion, document)
         self.pace.note(request)
         return upstream
 
-    async def _acquire(self, suspicion: Suspicion | None) -> sdg.Upstream:
+    async def _acquire(self, suspicion: Suspicion | None, document: int | None) -> sdg.Upstream:
         if self.stopped:
             raise asyncio.CancelledError
-        if not suspicion and not self._waiting and (upstream := self._take(self._loop.time())):
+        if not suspicion and not self._waiting and (upstream := self._take(self._loop.time(), document)):
             return upstream
         slot: asyncio.Future[sdg.Upstream] = self._loop.create_future()
         if suspicion and not suspicion.upstream.gone:
             suspicion.upstream.quarantine.enqueue(suspicion, slot)
         else:
-            self._waiting.append(slot)
+            self._waiting.append((document, slot))
         self._wake()
         try:
             return await slot
@@ -269,10 +277,10 @@ class Pool:
         """Let no further request begin."""
         self.stopped = True
         for upstream in self.upstreams:
-            self._waiting.extend(slot for _, slot in upstream.quarantine.waiting)
+            self._waiting.extend((None, slot) for _, slot in upstream.quarantine.waiting)
             upstream.quarantine.waiting.clear()
         while self._waiting:
-            self._waiting.popleft().cancel()
+            self._waiting.popleft()[1].cancel()
         for pause in self._pausing:
             pause.cancel()
 
@@ -309,21 +317,33 @@ class Pool:
     def _suspects(self) -> bool:
         return any(upstream.quarantine.waiting for upstream in self.upstreams)
 
-    def _take(self, now: float) -> sdg.Upstream | None:
-        """Occupy a slot on the least loaded server that is well; None if there is no free one."""
+    def _take(self, now: float, document: int | None) -> sdg.Upstream | None:
+        """Occupy a slot on the server that suits a document best; None if there is no free one."""
         if self.active >= self.limit or (self.pace.limited and self.pace.free_at > now):
             return None
         best: sdg.Upstream | None = None
         for upstream in self.upstreams:
-            quarantine = upstream.quarantine
-            if upstream.until > now or not upstream.up.is_set() or quarantine.waiting or quarantine.share:
-                continue
-            allowed = 1 if upstream.failures >= 3 or upstream.overloaded_at else upstream.limit.value
-            if upstream.active + 1 <= allowed and (not best or upstream.active < best.active):
+            if self._free(upstream, now) and (not best or upstream.active < best.active):
                 best = upstream
-        if best:
-            self._occupy(best, now)
+        if not best:
+            return None
+        if document is not None:
+            home = self._homes.pop(document, best)
+            if home.active <= best.active + SLACK + best.active // 4 and self._free(home, now):
+                best = home
+            self._homes[document] = best  # as the youngest
+            if len(self._homes) > 4 * self.limit + 1000:
+                del self._homes[next(iter(self._homes))]
+        self._occupy(best, now)
         return best
+
+    def _free(self, upstream: sdg.Upstream, now: float) -> bool:
+        """True if a request may be sent to a server."""
+        quarantine = upstream.quarantine
+        if upstream.until > now or not upstream.up.is_set() or quarantine.waiting or quarantine.share:
+            return False
+        allowed = 1 if upstream.failures >= 3 or upstream.overloaded_at else upstream.limit.value
+        return upstream.active + 1 <= allowed
 
     def _occupy(self, upstream: sdg.Upstream, now: float) -> None:
         if not self._area and not self.active:
@@ -340,7 +360,7 @@ class Pool:
     def _admit_suspects(self, upstream: sdg.Upstream, now: float) -> None:
         quarantine = upstream.quarantine
         if upstream.gone:
-            self._waiting.extendleft(slot for _, slot in reversed(quarantine.waiting))
+            self._waiting.extendleft((None, slot) for _, slot in reversed(quarantine.waiting))
             quarantine.waiting.clear()
         while quarantine.waiting:
             share, slot = quarantine.waiting[0]
@@ -367,18 +387,31 @@ class Pool:
             for upstream in self.upstreams:
                 self._admit_suspects(upstream, now)
         while self._waiting:
-            if self._waiting[0].done():
+            if self._waiting[0][1].done():
                 self._waiting.popleft()
-            elif free := self._take(now):
-                self._waiting.popleft().set_result(free)
-            else:
+                continue
+            position = self._next(now) if len(self.upstreams) > 1 and self.active < self.limit else 0
+            document, slot = self._waiting[position]
+            if not (free := self._take(now, document)):
                 break
+            del self._waiting[position]
+            slot.set_result(free)
         later = [*(upstream.until for upstream in self.upstreams), self.pace.free_at]
         aside = min((moment for moment in later if moment > now), default=None)
         if (self._waiting or self._suspects) and aside and (not self._alarm or self._alarm[0] > aside):
             if self._alarm:
                 self._alarm[1].cancel()
             self._alarm = aside, self._loop.call_at(aside, self._ring)
+
+    def _next(self, now: float) -> int:
+        """Which waiting request is next: one whose document's server is free, if it is near the front."""
+        full = {upstream for upstream in self.upstreams if not self._free(upstream, now)}
+        near = NEAR if len(full) < len(self.upstreams) else 0
+        for position, (document, slot) in enumerate(itertools.islice(self._waiting, near)):
+            home = None if document is None else self._homes.get(document)
+            if home not in full and not slot.done():
+                return position
+        return 0
 
     def _ring(self) -> None:
         self._alarm = None

@@ -168,11 +168,13 @@ def is_count(value: Any) -> bool:
 
 
 def tokens_in(answer: Any) -> dict[str, int]:
-    """Prompt and completion tokens that a response counts."""
+    """Prompt and completion tokens that a response counts, and those of the prompt that came from a prefix cache."""
     usage = answer.get("usage") if isinstance(answer, dict) else None
     if not isinstance(usage, dict):
         return {}
-    return {name: usage[name] for name in ("prompt_tokens", "completion_tokens") if is_count(usage.get(name))}
+    details = usage.get("prompt_tokens_details")
+    counts = {**usage, "cached_tokens": details.get("cached_tokens") if isinstance(details, dict) else None}
+    return {name: counts[name] for name in (*sdg.TOKENS[:2], "cached_tokens") if is_count(counts.get(name))}
 
 
 def count_choices(body: bytes) -> int:

@@ -702,6 +702,34 @@ vllm:num_requests_waiting_by_reason{engine="0",reason="deferred"} 7.0
     assert load.waiting == 2
 
 
+def test_what_servers_found_in_their_prefix_caches_is_counted(job: Job, server: FakeServer) -> None:
+    usage = {"prompt_tokens": 100, "completion_tokens": 5, "prompt_tokens_details": {"cached_tokens": 75}}
+    message = {"role": "assistant", "content": "fine"}
+    body = {"choices": [{"message": message, "finish_reason": "stop"}], "usage": usage}
+    server.behave(lambda payload, n: Raw(json.dumps(body).encode()))
+    job.documents("one", "two")
+
+    finished = job()
+
+    assert finished.rc == 0
+    assert job.output_of().stats()["cached_tokens"] == 150
+    assert "reused  75% of the prompt tokens" in finished.stdout + finished.stderr
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        "vllm:prefix_cache_queries_total vllm:prefix_cache_hits_total vllm:num_requests_"
+        "running vllm:num_requests_waiting",
+        "sglang:prompt_tokens_total sglang:cached_tokens_total sglang:num_running_reqs sglang:num_queue_reqs",
+    ],
+)
+def test_the_prefix_cache_of_a_server_is_in_its_metrics(names: str) -> None:
+    load = parse_load("".join(f'{name}{{engine="0"}} {number}.0\n' for number, name in enumerate(names.split())))
+    assert load is not None
+    assert (load.sought, load.hits) == (0, 1)
+
+
 @pytest.mark.parametrize("status", [200, 400, 401, 500])
 def test_a_key_that_a_server_echoes_is_written_nowhere(job: Job, server: FakeServer, status: int) -> None:
     job.documents("one", "two")

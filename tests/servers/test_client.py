@@ -362,6 +362,26 @@ def test_a_request_for_which_a_server_never_has_capacity_fails(job: Job, server:
     assert server.prompts.count("never") == output.failures()[0]["attempts"] <= 10 * 2 + 1
 
 
+@pytest.mark.parametrize("crowded", [False, True], ids=["with room", "with requests that wait"])
+def test_requests_of_a_document_go_to_the_server_that_has_it_in_its_cache(
+    job: Job, servers: Callable[[], FakeServer], crowded: bool
+) -> None:
+    several = [servers() for _ in range(3)]
+    for server in several:
+        server.behave(lambda payload, n: Delay(0.01 + 0.02 * (n % 3)))
+    job.input(documents(60))
+    limits = {"max_concurrent_generations": 24, "max_concurrent_documents": 40 if crowded else 3}
+
+    job.succeed(base_url=[server.url for server in several], plugin="rephrase", style="all", **limits)
+
+    homes = [Counter(prompt.partition("\n")[0] for prompt in server.prompts) for server in several]
+    numbers = [len(server.prompts) for server in several]
+    assert sum(numbers) == 60 * 8
+    most = sum(max(home[f"document {i}"] for home in homes) for i in range(60))
+    assert most >= 0.8 * sum(numbers)  # half of them go to the least loaded one by chance
+    assert min(numbers) >= 0.5 * max(numbers)
+
+
 def test_requests_go_to_the_least_loaded_server(
     job: Job, server: FakeServer, servers: Callable[[], FakeServer]
 ) -> None:
