@@ -1616,11 +1616,8 @@ class Engine:
                 taken = await feed.take()
                 if not taken:
                     return
-                self.crew.busy += 1
-                try:
+                with self.crew.at(taken[1].index):
                     await self._roll_out(*taken)
-                finally:
-                    self.crew.busy -= 1
                 if self.store.crowded:
                     await self.store.room()
         except asyncio.CancelledError:

@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import os
 import time
+from collections import deque
 from collections.abc import Coroutine, Iterable
 from typing import Any
 
 GRACE = 10.0  # s that rollouts have to end after SIGTERM: schedulers kill after 30
+REMEMBERED = 1000  # documents that have ended
 CUT_OFF = 3.0  # s that they have to end once they were canceled; those that ignore that are left behind
 
 
@@ -17,12 +19,14 @@ class Crew:
     """As many tasks as documents may be in flight, and their end. A task for each document would cost a tenth more.
 
     Attributes:
-        busy: documents in rollouts.
+        begun: when each document in rollouts has begun, by its index; a monotonic time in s.
+        ended: when each of the last documents ended, and how long it took, in s.
         cut_off: the rollouts were canceled: whatever they return from now on is void.
     """
 
     def __init__(self) -> None:
-        self.busy = 0
+        self.begun: dict[int, float] = {}
+        self.ended: deque[tuple[float, float]] = deque(maxlen=REMEMBERED)
         self.cut_off = False
         self._pid = os.getpid()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -40,6 +44,10 @@ class Crew:
             await self._cut_off()
             raise
 
+    def at(self, index: int) -> Shift:
+        """A context manager around the rollouts of a document."""
+        return Shift(self, index)
+
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not self._tasks:
@@ -51,7 +59,7 @@ class Crew:
 
     async def _end(self) -> None:
         deadline = time.monotonic() + GRACE
-        while self.busy and time.monotonic() < deadline:  # noqa: ASYNC110 - an event for each document would be slow
+        while self.begun and time.monotonic() < deadline:  # noqa: ASYNC110 - an event for each document would be slow
             await asyncio.sleep(0.05)
         await self._cut_off()
 
@@ -72,3 +80,19 @@ class Crew:
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.sleep(0)
             task.uncancel()
+
+
+class Shift:
+    """One document's time in rollouts."""
+
+    __slots__ = ("_crew", "_index")
+
+    def __init__(self, crew: Crew, index: int) -> None:
+        self._crew, self._index = crew, index
+
+    def __enter__(self) -> None:
+        self._crew.begun[self._index] = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        now = time.monotonic()
+        self._crew.ended.append((now, now - self._crew.begun.pop(self._index)))

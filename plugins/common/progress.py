@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import Any
 
 import sdg
@@ -18,6 +18,7 @@ from sdg_plugins.common.markdown import counted
 from sdg_plugins.common.options import program
 from sdg_plugins.common.prices import in_money
 from sdg_plugins.common.statistics import retries_in
+from sdg_plugins.common.time_to_go import TimeToGo
 
 BAR_INTERVAL = 0.5  # s between two updates on a terminal
 USUAL = {"stop", "length", "tool_calls", "None"}  # reasons to finish that need no word
@@ -41,10 +42,15 @@ async def progress(engine: sdg.Engine) -> AsyncIterator[None]:
     columns, lines = columns or 80, lines or 24  # some terminals report no size
     bar = tqdm(initial=began, disable=not terminal, bar_format=shape, ncols=columns, nrows=lines)
 
+    ahead = TimeToGo()
+    ahead.look(0)
+
     def show() -> None:
         bar.total = engine.intake.expected()
         counts = 2 * len(f"{bar.total or 0}")  # the bar and they need the rest
-        words = fitted(figures_of(engine, time_to_go(engine, bar.format_interval)), max(20, columns - counts - 18))
+        left = ahead.of(engine)
+        speed = [] if left is None else [f"ETA {bar.format_interval(int(left))}", f"{ahead.rate:,.1f} documents/s"]
+        words = fitted(figures_of(engine, speed), max(20, columns - counts - 18))
         bar.set_description_str(words, refresh=False)
         bar.update(sum(engine.tally.values()) - bar.n)
         bar.refresh()
@@ -52,7 +58,7 @@ async def progress(engine: sdg.Engine) -> AsyncIterator[None]:
     async def repeat() -> None:
         while True:
             await asyncio.sleep(BAR_INTERVAL if terminal else LINE_INTERVAL)
-            show() if terminal else sdg.say(progress_line(engine))
+            show() if terminal else sdg.say(progress_line(engine, ahead))
 
     try:
         async with sdg.background(repeat()):
@@ -63,25 +69,13 @@ async def progress(engine: sdg.Engine) -> AsyncIterator[None]:
 
 
 def rate_of(engine: sdg.Engine) -> float:
-    """Documents per second in this process."""
+    """Documents per second in this process, from its first request on."""
     return engine.finished / max(engine.client.pool.seconds, 1e-9)
-
-
-def seconds_to_go(engine: sdg.Engine) -> float | None:
-    """The remaining time at the present rate; None if the rate or the total is unknown."""
-    total, rate = engine.intake.expected(), rate_of(engine)
-    return max(0, total - sum(engine.tally.values())) / rate if total and rate else None
 
 
 def fitted(words: str, room: int) -> str:
     """As many of the figures, separated by commas, as fit."""
     return words if len(words) <= room else words[: room + 1].rpartition(", ")[0] or words[:room]
-
-
-def time_to_go(engine: sdg.Engine, shown: Callable[[int], str]) -> list[str]:
-    """Remaining time and documents per second, for the bar."""
-    seconds = seconds_to_go(engine)
-    return [f"ETA {shown(int(seconds))}", f"{rate_of(engine):,.1f} documents/s"] if seconds else []
 
 
 def figures_of(engine: sdg.Engine, speed: Iterable[str] = ()) -> str:
@@ -106,13 +100,12 @@ def figures_of(engine: sdg.Engine, speed: Iterable[str] = ()) -> str:
     return ", ".join(figures) + "".join(f"; {status}" for status in down[:2])
 
 
-def progress_line(engine: sdg.Engine) -> str:
+def progress_line(engine: sdg.Engine, ahead: TimeToGo) -> str:
     """The bar as a line for a log file."""
-    done, total, rate = sum(engine.tally.values()), engine.intake.expected(), rate_of(engine)
+    done, total, seconds = sum(engine.tally.values()), engine.intake.expected(), ahead.of(engine)
     of = f" of {total:,}" if total else ""
-    seconds = seconds_to_go(engine)
     left = f", {seconds:,.0f} s to go" if seconds is not None else ""
-    return f"{done:,}{of} documents, {rate:,.1f} documents/s{left}, {figures_of(engine)}"
+    return f"{done:,}{of} documents, {ahead.rate:,.1f} documents/s{left}, {figures_of(engine)}"
 
 
 def report(engine: sdg.Engine, figures: dict[str, Any], chunks: Iterable[sdg.Chunk]) -> str:
