@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +23,21 @@ import sdg as _  # noqa: F401 - makes `sdg_plugins` that of this checkout, whate
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 collect_ignore = ["example_plugin"]  # a package of its own: test_example_plugin.py installs it, and runs its tests
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cpu", metavar="FILE", help="append the CPU seconds of each test to a file, with its processes")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    before = os.times()
+    result = yield
+    if file := item.config.getoption("--cpu"):
+        seconds = sum(os.times()[:4]) - sum(before[:4])  # of this process, and of those that it has waited for
+        with open(file, "a") as lines:
+            lines.write(f"{seconds:7.2f} {item.nodeid}\n")
+    return result
 
 
 @pytest.fixture
