@@ -213,7 +213,7 @@ class Sdg:
             if not name.startswith(unwanted) and not name.lower().endswith("_proxy")
         }
         warnings = "default::ResourceWarning,default::RuntimeWarning"
-        path = str(ROOT / "tests" / "support" / "without_pandas")
+        path = str(ROOT / "tests" / "support" / "without")
         return {**kept, "PYTHONWARNINGS": warnings, "PYTHONFAULTHANDLER": "1", "PYTHONPATH": path, **env}
 
     def start(self, *arguments: object, **env: str) -> Started:
