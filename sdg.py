@@ -1757,6 +1757,7 @@ class Engine:
         self.finished += 1
         self.failures.note(outcome["error"] if isinstance(outcome, dict) else None)
         if isinstance(outcome, list):
+            self.run.counts["results"] += len(outcome)
             self.run.counts["truncated"] += any(result.get("truncated") is True for result in outcome)
         if isinstance(outcome, dict):
             if self.finished >= 100:  # of those started, not finished: refusals arrive sooner than completions

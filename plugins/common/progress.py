@@ -17,7 +17,7 @@ from sdg_plugins.common.files import default_state_dir
 from sdg_plugins.common.markdown import counted
 from sdg_plugins.common.options import program
 from sdg_plugins.common.prices import in_money
-from sdg_plugins.common.statistics import retries_in
+from sdg_plugins.common.statistics import retries_in, rows_in
 
 BAR_INTERVAL = 0.5  # s between two updates on a terminal
 USUAL = {"stop", "length", "tool_calls", "None"}  # reasons to finish that need no word
@@ -127,8 +127,9 @@ def report(engine: sdg.Engine, figures: dict[str, Any], chunks: Iterable[sdg.Chu
     shown = os.path.relpath(place.root) if place.local else place.uri
     shown = place.root if shown.startswith("../../") else shown
     in_files = sum(chunk.count for chunk in chunks if chunk.written)
+    rows = rows_in(figures, run.options)
     lines = [
-        f"{figures['documents']:,} documents: {figures['rows']:,} rows, {figures['filtered']:,} filtered, "
+        f"{figures['documents']:,} documents: {rows:,} rows, {figures['filtered']:,} filtered, "
         f"{figures['failed']:,} failed ({engine.finished:,} of them now, {rate_of(engine):,.1f} documents/s)",
         *unfinished_lines(engine, figures["documents"], in_files),
     ]
