@@ -28,11 +28,11 @@ LINE_INTERVAL = 10.0  # s between two lines in a log
 @contextlib.asynccontextmanager
 async def progress(engine: sdg.Engine) -> AsyncIterator[None]:
     """Show how far the run is: a bar on a terminal, else a line every ten seconds."""
-    from tqdm import tqdm
-
     if engine.run.options.no_progress:
         yield
         return
+    from tqdm import tqdm
+
     terminal = sys.stderr.isatty()
     began = sum(engine.tally.values())
     columns, lines = os.get_terminal_size(sys.stderr.fileno()) if terminal else (0, 0)
