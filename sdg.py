@@ -29,6 +29,7 @@ import dataclasses
 import difflib
 import errno
 import functools
+import heapq
 import importlib
 import importlib.util
 import inspect
@@ -1563,7 +1564,8 @@ class Engine:
         self.failures = Failures()
         self.tally: Counter[str] = Counter()  # documents, in all processes
         self._open: dict[int, OpenChunk] = {}
-        self._deferred: list[OpenChunk] = []  # final, but the fields of results are not settled
+        self._deferred: dict[int, OpenChunk] = {}  # final, but the fields of results are not settled
+        self._untried: list[int] = []  # a heap of those that may settle them
         self._unwritten = 0
         self._space = asyncio.Event()
         self._writing = ThreadPoolExecutor(2, "sdg-writer")
@@ -1754,6 +1756,7 @@ class Engine:
         self.finished += 1
         self.failures.note(outcome["error"] if isinstance(outcome, dict) else None)
         if isinstance(outcome, list):
+            self.run.counts["results"] += len(outcome)
             self.run.counts["truncated"] += any(result.get("truncated") is True for result in outcome)
         if isinstance(outcome, dict):
             if self.finished >= 100:  # of those started, not finished: refusals arrive sooner than completions
@@ -1779,18 +1782,20 @@ class Engine:
     async def _settle(self, opened: OpenChunk) -> None:
         """Learn the fields of results from the first chunk that has any; chunks without results wait for it."""
         async with self._settling:
-            self._deferred.append(opened)
+            self._deferred[opened.chunk.index] = self._open.pop(opened.chunk.index)
+            heapq.heappush(self._untried, opened.chunk.index)
             self._written(opened.chunk)
             # In the order of the input, so that equal responses give equal files, whichever chunk is complete first.
-            incomplete = self._open.keys() - {chunk.chunk.index for chunk in self._deferred}
-            for first in sorted(self._deferred, key=lambda deferred: deferred.chunk.index):
-                if self.outlet.fields is None and first.chunk.index < min(incomplete, default=sys.maxsize):
-                    await self._in_writing_thread(self.outlet.settle, self.store.in_pieces(first.chunk))
+            incomplete = min(self._open, default=sys.maxsize)
+            while self.outlet.fields is None and self._untried and self._untried[0] < incomplete:
+                first = self._deferred[heapq.heappop(self._untried)]
+                await self._in_writing_thread(self.outlet.settle, self.store.in_pieces(first.chunk))
             if self.outlet.fields is not None:
                 self._write_deferred()
 
     def _write_deferred(self) -> None:
-        for opened in self._deferred:
+        self._open |= self._deferred
+        for opened in self._deferred.values():
             self._unwritten += opened.chunk.count
             self._write_tasks.create_task(self._write_chunk(opened))
         self._deferred.clear()

@@ -17,7 +17,7 @@ from sdg_plugins.common.files import default_state_dir
 from sdg_plugins.common.markdown import counted
 from sdg_plugins.common.options import program
 from sdg_plugins.common.prices import in_money
-from sdg_plugins.common.statistics import retries_in
+from sdg_plugins.common.statistics import retries_in, rows_in
 from sdg_plugins.common.time_to_go import TimeToGo
 
 BAR_INTERVAL = 0.5  # s between two updates on a terminal
@@ -29,11 +29,11 @@ LINE_INTERVAL = 10.0  # s between two lines in a log
 @contextlib.asynccontextmanager
 async def progress(engine: sdg.Engine) -> AsyncIterator[None]:
     """Show how far the run is: a bar on a terminal, else a line every ten seconds."""
-    from tqdm import tqdm
-
     if engine.run.options.no_progress:
         yield
         return
+    from tqdm import tqdm
+
     terminal = sys.stderr.isatty()
     began = sum(engine.tally.values())
     columns, lines = os.get_terminal_size(sys.stderr.fileno()) if terminal else (0, 0)
@@ -120,8 +120,9 @@ def report(engine: sdg.Engine, figures: dict[str, Any], chunks: Iterable[sdg.Chu
     shown = os.path.relpath(place.root) if place.local else place.uri
     shown = place.root if shown.startswith("../../") else shown
     in_files = sum(chunk.count for chunk in chunks if chunk.written)
+    rows = rows_in(figures, run.options)
     lines = [
-        f"{figures['documents']:,} documents: {figures['rows']:,} rows, {figures['filtered']:,} filtered, "
+        f"{figures['documents']:,} documents: {rows:,} rows, {figures['filtered']:,} filtered, "
         f"{figures['failed']:,} failed ({engine.finished:,} of them now, {rate_of(engine):,.1f} documents/s)",
         *unfinished_lines(engine, figures["documents"], in_files),
     ]
