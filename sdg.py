@@ -1163,13 +1163,18 @@ class Store:
 
     async def tally(self) -> Counter[str]:
         """How many documents are a row, filtered or failed."""
-        sql = "SELECT status, count(*) FROM documents GROUP BY status"
+        every, filtered, failed = await self.in_files()
+        async with self._db.execute("SELECT status, count(*) FROM documents GROUP BY status") as cursor:
+            tally = Counter({status: number async for status, number in cursor})
+        return tally + Counter(row=every - filtered - failed, filtered=filtered, failed=failed)
+
+    async def in_files(self) -> tuple[int, int, int]:
+        """How many documents are in written chunks, and how many of them are filtered and failed."""
+        sql = """SELECT total(count), total(json_array_length(filtered)), total(json_array_length(failed))
+                 FROM chunks WHERE written"""
         async with self._db.execute(sql) as cursor:
-            tally: Counter[str] = Counter({status: number async for status, number in cursor})
-        for chunk in (await self.chunks()).values():
-            if chunk.written:
-                tally.update(row=chunk.rows, filtered=len(chunk.filtered), failed=len(chunk.failed))
-        return tally
+            ((every, filtered, failed),) = await cursor.fetchall()
+        return int(every), int(filtered), int(failed)
 
     async def finished_in(self, chunk: Chunk) -> dict[int, str]:
         """Positions and statuses of a chunk's final documents."""
@@ -1232,7 +1237,7 @@ async def _database(path: Path) -> AsyncIterator[aiosqlite.Connection]:
     import aiosqlite
 
     # Each statement that sqlite3 keeps for later also keeps the values that were last bound to it: megabytes.
-    connecting = asyncio.ensure_future(aiosqlite.connect(path, timeout=60, cached_statements=0))
+    connecting = asyncio.ensure_future(aiosqlite.connect(path, iter_chunk_size=4096, timeout=60, cached_statements=0))
     try:
         yield await asyncio.shield(connecting)
     finally:
@@ -1247,7 +1252,7 @@ def _chunk_row(chunk: Chunk) -> tuple[Any, ...]:
 def chunk_of(row: Sequence[Any]) -> Chunk:
     """The chunk in a row of the table `chunks`."""
     index, start, count, bookmark, written, filtered, failed, *stamps = (*row, None, None, None, None)[:11]
-    filtered, failed = tuple(json.loads(filtered)), tuple(json.loads(failed))
+    filtered, failed = [() if texts == "[]" else tuple(json.loads(texts)) for texts in (filtered, failed)]
     return Chunk(index, start, count, bookmark, bool(written), filtered, failed, *stamps)
 
 
@@ -1429,10 +1434,8 @@ class RolloutRun:
             return {"error": str(exc), "error_type": "RequestFailed", "attempts": exc.attempts, **exc.details}
         if isinstance(exc, BadDocument):
             return {"error": str(exc), "error_type": "BadDocument", "attempts": 0}
-        error, kind = (
-            self._engine.client.secrets.hidden_in(describe(exc, self._engine.rollout_file)),
-            type(exc).__name__,
-        )
+        error = self._engine.client.secrets.hidden_in(describe(exc, self._engine.rollout_file))
+        kind = type(exc).__name__
         if isinstance(exc, BadResult):
             error, kind = f"{exc}{place_of(self._engine.rollout)}", "TypeError"
         if isinstance(exc, dataclasses.FrozenInstanceError):
@@ -1575,13 +1578,14 @@ class Engine:
         """Process all chunks of this rank. When stopped, save completed responses and write complete chunks."""
         if self.run.options.retry_failed:
             await self.store.forget_failures()
-        await self._reopen_lost()
+        known = await self.store.chunks()
+        await self._reopen_lost(known)
         self.tally = await self.store.tally()
         options = self.run.options
         self.store.on_durable, self.store.on_failure = self._durable, self.run.stop
         self.store.most_answers = max(100, options.max_concurrent_generations)
         with self.intake, self._writing:
-            async with asyncio.TaskGroup() as self._write_tasks, contextlib.aclosing(self._batches()) as batches:
+            async with asyncio.TaskGroup() as self._write_tasks, contextlib.aclosing(self._batches(known)) as batches:
                 try:
                     feed = Feed(batches)
                     await self.crew.work(self._work(feed) for _ in range(options.max_concurrent_documents))
@@ -1630,9 +1634,8 @@ class Engine:
 
     # Reading
 
-    async def _batches(self) -> AsyncGenerator[Iterator[tuple[OpenChunk, Document]], None]:
+    async def _batches(self, known: dict[int, Chunk]) -> AsyncGenerator[Iterator[tuple[OpenChunk, Document]], None]:
         """For each chunk the documents that are not final."""
-        known = await self.store.chunks()
         async with contextlib.aclosing(self.intake.chunks(known)) as chunks:
             async for opened in chunks:
                 final = await self._open_chunk(opened, known.get(opened.chunk.index))
@@ -1688,11 +1691,12 @@ class Engine:
         await self.store.reopen(opened.chunk, outcomes)
         return True
 
-    async def _reopen_lost(self) -> None:
+    async def _reopen_lost(self, known: dict[int, Chunk]) -> None:
         """Reopen the chunks whose files have disappeared from the output: their rows are nowhere else."""
-        chunks = [chunk for chunk in (await self.store.chunks()).values() if chunk.written and chunk.rows]
+        chunks = [chunk for chunk in known.values() if chunk.written and chunk.rows]
         for chunk in await asyncio.to_thread(self.outlet.lost, chunks):
-            await self.store.reopen(dataclasses.replace(chunk, written=False, filtered=(), failed=()), [])
+            known[chunk.index] = dataclasses.replace(chunk, written=False, filtered=(), failed=())
+            await self.store.reopen(known[chunk.index], [])
 
     # Rollouts
 

@@ -117,10 +117,10 @@ async def reported(engine: sdg.Engine, stop: Stop) -> AsyncIterator[None]:
     """Show an engine's progress, keep its figures, and print at the end what was written where."""
     async with progress(engine), heartbeat(engine):
         yield
-    figures, chunks = await record_end(engine, stop), await engine.store.chunks()
+    figures, (in_files, _, _) = await record_end(engine, stop), await engine.store.in_files()
     if figures["documents"] or not stop.reason:
         with contextlib.suppress(OSError, ValueError):  # no one reads it: the run is as good as before
-            print(sdg.hide(report(engine, figures, chunks.values())), flush=True)
+            print(sdg.hide(report(engine, figures, in_files)), flush=True)
 
 
 async def record_end(engine: sdg.Engine, stop: Stop) -> dict[str, Any]:

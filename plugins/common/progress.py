@@ -108,18 +108,17 @@ def progress_line(engine: sdg.Engine, ahead: TimeToGo) -> str:
     return f"{done:,}{of} documents, {ahead.rate:,.1f} documents/s{left}, {figures_of(engine)}"
 
 
-def report(engine: sdg.Engine, figures: dict[str, Any], chunks: Iterable[sdg.Chunk]) -> str:
+def report(engine: sdg.Engine, figures: dict[str, Any], in_files: int) -> str:
     """What is done, what was written where, and how to look at it.
 
     Args:
         engine: that has ended.
         figures: the rank's statistics.
-        chunks: those that the rank has read.
+        in_files: documents in chunks that are written.
     """
     run, place = engine.run, engine.run.output
     shown = os.path.relpath(place.root) if place.local else place.uri
     shown = place.root if shown.startswith("../../") else shown
-    in_files = sum(chunk.count for chunk in chunks if chunk.written)
     rows = rows_in(figures, run.options)
     lines = [
         f"{figures['documents']:,} documents: {rows:,} rows, {figures['filtered']:,} filtered, "
