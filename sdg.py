@@ -1004,10 +1004,9 @@ class Store:
             (version,) = await cursor.fetchone() or (0,)
         if version not in {0, STATE_VERSION}:
             raise wrong_version(path, version)
-        from sdg_plugins.common.files import LOCAL_FILE_SYSTEMS, file_system_of
+        from sdg_plugins.common.database import pragmas_for
 
-        mode = "WAL" if file_system_of(path) in LOCAL_FILE_SYSTEMS else "TRUNCATE"  # WAL needs shared memory
-        for pragma in (f"journal_mode={mode}", "synchronous=FULL", "cache_size=-8192"):
+        for pragma in pragmas_for(path):
             await self._db.execute(f"PRAGMA {pragma}")
         await self._db.executescript(TABLES + f"PRAGMA user_version={STATE_VERSION};")
         async with self._db.execute("PRAGMA table_info(chunks)") as cursor:
@@ -1578,8 +1577,7 @@ class Engine:
         """Process all chunks of this rank. When stopped, save completed responses and write complete chunks."""
         if self.run.options.retry_failed:
             await self.store.forget_failures()
-        known = await self.store.chunks()
-        await self._reopen_lost(known)
+        await self._reopen_lost(known := await self.store.chunks())
         self.tally = await self.store.tally()
         options = self.run.options
         self.store.on_durable, self.store.on_failure = self._durable, self.run.stop

@@ -31,6 +31,7 @@ from sdg_plugins.common.checks import (
 from sdg_plugins.common.chunks import Intake, Outlet
 from sdg_plugins.common.command_line import Config
 from sdg_plugins.common.crew import GRACE, Crew
+from sdg_plugins.common.database import shrink
 from sdg_plugins.common.ending import same_folder, signals
 from sdg_plugins.common.files import output_place, rank_file
 from sdg_plugins.common.progress import progress, report
@@ -188,6 +189,8 @@ class Job:
                 begin_attempt(self.run)
                 await self._work(servers)
                 self.finished = self.stop.reason is None
+                if self.finished:
+                    await asyncio.to_thread(shrink, rank_file(self.run.state, self.run.options.rank, "sqlite3"))
         except asyncio.CancelledError:
             if self.stop.reason is None:
                 raise

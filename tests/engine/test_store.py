@@ -16,6 +16,7 @@ from hypothesis import given, settings, strategies as st
 
 import sdg
 from sdg_plugins.common.chunks import Intake
+from sdg_plugins.common.database import shrink
 from sdg_plugins.common.kinds import array_of
 from sdg_plugins.common.results import fit, infer_fields, results_type, unfit
 from sdg_plugins.common.state import differences
@@ -88,6 +89,48 @@ async def against_a_model(path: Path, steps: list[tuple[Any, ...]]) -> None:
                 if document not in finished:
                     assert await store.answers_to(document) == known
             assert {index for index, chunk in (await store.chunks()).items() if chunk.written} == written
+
+
+def test_at_most_two_bytes_are_written_for_each_byte_of_a_response(tmp_path: Path) -> None:
+    """Responses are deleted once their chunk is written; most of them need never get into the file."""
+    body, documents, size = b"x" * 5000, 6000, 500
+
+    async def work() -> None:
+        async with sdg.Store.open(tmp_path / "state.sqlite3", Counter()) as store:
+            for first in range(0, documents, size):
+                chunk = sdg.Chunk(first // size, first, size, written=True)
+                for position in range(size):
+                    store.answered(chunk.index << 32 | position, b"key", body)
+                    store.finished(chunk.index << 32 | position, "row", body)
+                await store.flush()
+                await store.written(chunk)
+
+    before = bytes_written()
+    asyncio.run(work())
+    assert bytes_written() - before <= 2.2 * documents * len(body)
+
+
+def bytes_written() -> int:
+    """By this process so far, to files and elsewhere."""
+    figures = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(figures["wchar"])
+
+
+def test_the_space_of_deleted_responses_is_given_back(tmp_path: Path) -> None:
+    path = tmp_path / "state.sqlite3"
+
+    async def work() -> None:
+        async with sdg.Store.open(path, Counter()) as store:
+            for number in range(40):
+                store.finished(number, "row", b"x" * 1_000_000)
+            await store.flush()
+            await store.written(sdg.Chunk(0, 0, 40, written=True))
+
+    asyncio.run(work())
+    assert path.stat().st_size > 40_000_000
+    shrink(path)
+    assert path.stat().st_size < 1_000_000
+    assert sqlite3.connect(path).execute("SELECT count FROM chunks").fetchall() == [(40,)]
 
 
 def test_totals_add_up_over_processes(tmp_path: Path) -> None:
