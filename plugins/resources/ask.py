@@ -154,11 +154,12 @@ async def request(
 
 
 def instructed(prompt: Prompt, schema: dict[str, Any]) -> list[dict[str, Any]]:
-    """The prompt as messages; the last one begins with the schema, because servers cache common prefixes."""
+    """The prompt as messages; the last one ends with the schema: what is in front may be in a server's prefix cache."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    order = f"Answer with JSON that fits this schema, and with nothing else: {json.dumps(schema, ensure_ascii=False)}\n"
+    text = json.dumps(schema, ensure_ascii=False)
+    order = f"\nAnswer with JSON that fits this schema, and with nothing else: {text}"
     content = messages[-1]["content"]
-    content = order + content if isinstance(content, str) else [{"type": "text", "text": order}, *content]
+    content = content + order if isinstance(content, str) else [*content, {"type": "text", "text": order}]
     return [*messages[:-1], {**messages[-1], "content": content}]
 
 

@@ -115,6 +115,25 @@ class Quarantine:
         return active < (share if share == 1 else min(4 * share, share + self.cleared))
 
 
+class Homes(dict[int, sdg.Upstream]):
+    """The server of the last request of each document, by its index; of the documents that were asked about lately.
+
+    Args:
+        most: documents that are remembered.
+    """
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self._most = most
+
+    def move(self, document: int, upstream: sdg.Upstream) -> None:
+        """A request of a document is sent to a server."""
+        self.pop(document, None)  # so that it is the youngest
+        self[document] = upstream
+        if len(self) > self._most:
+            del self[next(iter(self))]
+
+
 class Pool:
     """Slots for requests: at most `limit` in flight in all, each on the least loaded server that is well.
 
@@ -140,7 +159,7 @@ class Pool:
         self.stopped = False
         self.lost: float | None = None
         self._waiting: deque[tuple[int | None, asyncio.Future[sdg.Upstream]]] = deque()
-        self._homes: dict[int, sdg.Upstream] = {}  # of documents, by their index
+        self._homes = Homes(4 * limit + 1000)
         self._pausing: set[asyncio.Future[bool]] = set()
         self._alarm: tuple[float, asyncio.Handle] | None = None  # uvloop's handles of short delays have no `when`
         self._loop = asyncio.get_running_loop()
@@ -328,12 +347,10 @@ class Pool:
         if not best:
             return None
         if document is not None:
-            home = self._homes.pop(document, best)
+            home = self._homes.get(document, best)
             if home.active <= best.active + SLACK + best.active // 4 and self._free(home, now):
                 best = home
-            self._homes[document] = best  # as the youngest
-            if len(self._homes) > 4 * self.limit + 1000:
-                del self._homes[next(iter(self._homes))]
+            self._homes.move(document, best)
         self._occupy(best, now)
         return best
 

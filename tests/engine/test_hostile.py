@@ -158,6 +158,8 @@ def test_tools_have_as_long_as_requests_to_end_after_a_signal(job: Job, server: 
 
 FAILING_READER = """
     import errno
+    import threading
+    import time
     import sdg
     from sdg_plugins.common import chunks
 
@@ -165,12 +167,17 @@ FAILING_READER = """
     def register_rollouts(register):
         register("echo", echo)
 
+    asked = threading.Event()
+
     async def echo(document, generate):
+        asked.set()
         return await generate(document.text)
 
     class Failing(chunks.OpenChunk):
         def __init__(self, chunk, *arguments):
             if chunk.index == 2:
+                asked.wait(30)
+                time.sleep(0.5)
                 raise OSError(errno.EIO, "Input/output error")
             super().__init__(chunk, *arguments)
 

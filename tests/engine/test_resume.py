@@ -677,7 +677,7 @@ def test_the_lock_of_a_killed_process_is_released(job: Job, server: FakeServer) 
 def test_a_straggler_does_not_delay_later_chunks(job: Job, server: FakeServer) -> None:
     job.options["plugin"] = "summarize"  # whose fields are annotated: those of `echo` follow from the first chunk
     job.input(documents(40))
-    server.behave(lambda payload, n: Hang() if prompt_of(payload).endswith("document 0") else None)
+    server.behave(lambda payload, n: Hang() if prompt_of(payload).startswith("document 0\n") else None)
 
     running = job.start(records_per_chunk=2, max_concurrent_generations=3)
     wait_until(lambda: len(server.answered) == 39)

@@ -349,7 +349,7 @@ def test_the_readmes_first_minute_prints_what_it_shows(run_sdg) -> None:  # type
         finished = run_sdg(*shlex.split(command))
         assert finished.rc == 0, finished
         said = finished.stdout + finished.stderr
-        for line in shown.splitlines():
+        for line in filter(None, shown.splitlines()):
             before, found, said = said.partition(line)
             assert found or line == "…", (command, line, before)
             said = said if found else before
