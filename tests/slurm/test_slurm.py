@@ -690,7 +690,8 @@ def test_real_vllm_responds_from_two_nodes(campaign: Campaign) -> None:
     }
     options = {"base_url": None, "server": "vllm", "model": model, "max_tokens": 16, "tp": 2}
 
-    rank, _, card = campaign.submit("--nodes=2", "--gpus-per-node=1", server_arg="enforce-eager", **options)
+    flags = ["--nodes=2", "--gpus-per-node=1", "--mem=5G"]
+    rank, _, card = campaign.submit(*flags, server_arg="enforce-eager", **options)
 
     campaign.done(rank, 240)
     campaign.done(card)
