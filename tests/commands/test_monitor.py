@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fake_hub import FakeHub, Rights
-from fake_server import Delay, FakeServer
+from fake_server import Delay, FakeServer, Hang, prompt_of
 from running import ECHO, Finished, Job, Sdg, Started, documents, wait_until
 
 import sdg
@@ -131,11 +131,14 @@ def test_ranks_leave_the_hub_to_the_monitor(ranks: Job, hub: FakeHub, tmp_path: 
     assert "| Documents | 48 |" in files["README.md"].decode()
 
 
-def test_the_monitor_waits_for_the_rerun_of_a_rank_that_was_killed(ranks: Job) -> None:
+def test_the_monitor_waits_for_the_rerun_of_a_rank_that_was_killed(ranks: Job, server: FakeServer) -> None:
+    of_rank_1 = {f"document {number}" for number in range(48) if number // 4 % 3 == 1}
+    server.behave(lambda payload, n: Hang() if prompt_of(payload) in of_rank_1 else None)
     processes = start_ranks(ranks)
-    wait_until(lambda: len(list(ranks.output.state.glob("0*.stats.json"))) == 3)
+    wait_until(lambda: of_rank_1 & {*server.prompts})
     monitor = watch(ranks)
     processes[1].send(signal.SIGKILL)
+    server.release()
     assert [processes[rank].finish().rc for rank in (0, 2)] == [0, 0]
     wait_until(lambda: "2 finished" in progress_of(card_of(ranks)).get("ranks", ""))
     assert monitor.running
