@@ -780,8 +780,9 @@ class Plugins:
         _check_hooks(module)
         self.manager.register(module, name)
         for kind in self.kinds:
-            register = functools.partial(self._register, kind, (name, version, package or name))
-            self.call_one(f"register_{kind}", module, register=register)
+            if hasattr(module, f"register_{kind}"):
+                register = functools.partial(self._register, kind, (name, version, package or name))
+                self.call_one(f"register_{kind}", module, register=register)
 
     def find(self, kind: str, name: str) -> Entry:
         """The entry of a name, or a `UsageError` that suggests close matches."""
@@ -849,13 +850,14 @@ def _check_hooks(module: types.ModuleType) -> None:
     for name, function in vars(module).items():
         if not inspect.isroutine(function) or not hasattr(function, "sdg_impl"):
             continue
+        takes = list(inspect.signature(known[name]).parameters)[1:] if name in known else []
+        wrong = [parameter for parameter in inspect.signature(function).parameters if parameter not in takes]
+        if name in known and not wrong:
+            continue
         where = f"plugin {module.__name__}: {name}{place_of(function)}"
         if name not in known:
             raise PluginError(f"{where} is not a hook; {nearest(name, known)}")
-        takes = list(inspect.signature(known[name]).parameters)[1:]
-        wrong = [parameter for parameter in inspect.signature(function).parameters if parameter not in takes]
-        if wrong:
-            raise PluginError(f"{where} has unknown parameter {' and '.join(wrong)}; available: {', '.join(takes)}")
+        raise PluginError(f"{where} has unknown parameter {' and '.join(wrong)}; available: {', '.join(takes)}")
 
 
 @contextlib.contextmanager

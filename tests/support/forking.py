@@ -101,8 +101,10 @@ def prepare() -> None:
     sys.path[0] = str(ROOT)
     sys.modules["__main__"].__file__ = PROGRAM  # what processes of a pool import
     import aiosqlite  # noqa: F401
+    import dateutil.relativedelta  # Arrow imports it
     import filelock  # noqa: F401
     import uvloop  # noqa: F401
+    import yaml  # noqa: F401
 
     import sdg
 
@@ -127,7 +129,6 @@ def serve(requests: socket.socket) -> socket.socket | None:
                 connection = socket.socket(fileno=fds[0])
                 pid = os.fork()
                 if not pid:
-                    requests.close()
                     for pidfd, (_, other) in running.items():
                         os.close(pidfd)
                         other.close()
@@ -150,7 +151,8 @@ def serve(requests: socket.socket) -> socket.socket | None:
 def main() -> None:
     """Serve; in a fork, become what was asked for."""
     prepare()
-    connection = serve(socket.socket(fileno=int(sys.argv[1])))
+    with socket.socket(fileno=int(sys.argv[1])) as requests:
+        connection = serve(requests)
     if connection is None:
         return
     with connection, connection.makefile() as lines:
