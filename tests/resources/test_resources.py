@@ -474,5 +474,6 @@ def test_a_run_without_the_client_does_not_import_it(job: Job) -> None:
         """,
     )
     job.documents("a")
+    job.env["SDG_TEST_START"] = "interpreter"  # forks may find more imported
 
     assert job.succeed().texts() == {"a": ["[]"]}
