@@ -106,7 +106,9 @@ def test_the_card_in_a_folder_shows_the_progress_until_all_ranks_have_finished(r
     assert ranks.verify().rc == 0
 
 
-def test_ranks_leave_the_hub_to_the_monitor(ranks: Job, hub: FakeHub, tmp_path: Path) -> None:
+def test_ranks_leave_the_hub_to_the_monitor(ranks: Job, server: FakeServer, hub: FakeHub, tmp_path: Path) -> None:
+    first_chunks = {f"document {number}" for number in range(12)}
+    server.behave(lambda payload, n: None if prompt_of(payload) in first_chunks else Hang())
     ranks.options |= {"output": f"hf://datasets/{REPO}", "state_dir": "state"}
     cards = []
     hub.before_commit = lambda repo: cards.append(hub.files(repo).get("README.md", b"").decode())
@@ -114,6 +116,8 @@ def test_ranks_leave_the_hub_to_the_monitor(ranks: Job, hub: FakeHub, tmp_path: 
 
     processes = start_ranks(ranks, env=nowhere)
     monitor = watch(ranks, "--state-dir", "state", **environment(hub, tmp_path))
+    wait_until(lambda: REPO in hub.repos and TOLD in hub.files(REPO).get("README.md", b"").decode())
+    server.release()
     ends = [process.finish() for process in processes]
     monitored = monitor.finish()
 
