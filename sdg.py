@@ -364,6 +364,7 @@ class Run:
     model: str = ""
     fingerprint: str = ""
     input_revision: str = ""
+    edited: str = ""  # version of the plugin's code, if the run began with another one
     source: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # `Reader.source`
     source_schema: pa.Schema | None = None  # of the input, as recorded by an earlier process of this run
     schema: pa.Schema | None = None  # of the input, as it is now; set before resources are opened
@@ -643,8 +644,8 @@ class Hooks:
     def add_options(self, parser: Options) -> None:
         """Add command-line options to the plugin's own group of `--help`: `parser.add_argument(…)` as in `argparse`.
 
-        Options of the plugin that registers the rollout or the reader in use are part of the run's fingerprint, unless
-        they are added with `identity=False`; those of a plugin whose rollouts, readers, writers and servers are not in
+        Options of plugins that register the rollout or the reader in use, or have `wrap_requests`, are part of the
+        run's fingerprint, unless they are added with `identity=False`; those of a plugin whose rollouts, readers, writers and servers are not in
         use are refused. An exception ends the program and names the plugin.
         """
 
@@ -753,6 +754,7 @@ class Plugins:
         self.writers: dict[str, Entry] = {}
         self.servers: dict[str, Entry] = {}
         self.commands: dict[str, Entry] = {}
+        self.versions: dict[str, str] = {}  # of modules, by their names
 
     @classmethod
     def load(cls, specs: Iterable[str]) -> tuple[Plugins, str | None]:
@@ -778,6 +780,7 @@ class Plugins:
         if self.manager.has_plugin(name):
             return
         _check_hooks(module)
+        self.versions[name] = version
         self.manager.register(module, name)
         for kind in self.kinds:
             register = functools.partial(self._register, kind, (name, version, package or name))

@@ -127,10 +127,23 @@ async def record_end(engine: sdg.Engine, stop: Stop) -> dict[str, Any]:
     """Write the figures of a rank that has ended, and the sum over all ranks. Returns the rank's."""
     figures = await statistics(engine, await engine.store.tally())
     goal = goal_of(engine.intake.reader, engine.run.options)
-    record = {"status": status_of(stop.reason), "expected": engine.intake.expected(), "goal": goal}
+    expected = engine.intake.expected()
+    left = engine.intake.retrying and (expected is None or expected > figures["documents"])
+    status = "stopped" if left else status_of(stop.reason)
+    record = {"status": status, "expected": expected, "goal": goal}
     write_rank(engine.run, figures, record, stop.reason)
     write_statistics(engine.run)
     return figures
+
+
+async def failed_documents(store: sdg.Store) -> dict[int, frozenset[int]]:
+    """Positions of the failed documents of each chunk."""
+    found = {}
+    for index, chunk in (await store.chunks()).items():
+        final = {} if chunk.written else await store.finished_in(chunk)
+        if failed := {*chunk.failed, *(position for position, status in final.items() if status == "failed")}:
+            found[index] = frozenset(failed)
+    return found
 
 
 class Job:
@@ -234,13 +247,15 @@ class Job:
         async with contextlib.AsyncExitStack() as stack:
             async with recording_the_start(run, servers.get("", [])):
                 await connect_models(run, servers, self._connecting, stack)
-                claim_state(run, reader, functools.partial(changed_rows, run, reader))
+                retrying = claim_state(run, reader, functools.partial(changed_rows, run, reader))
             path = rank_file(run.state, run.options.rank, "sqlite3")
             store = await stack.enter_async_context(sdg.Store.open(path, run.counts))
             send = run.plugins.linked(run)
             resources = await self._resources(stack)
             intake, outlet = Intake(run, reader), Outlet(run, self._writer)
             outlet.check(reader.schema)
+            if retrying:
+                intake.chosen, intake.retrying = await failed_documents(store), True
             yield sdg.Engine(run, store, Crew(), intake, outlet, send, resources)
 
     async def _resources(self, stack: contextlib.AsyncExitStack) -> dict[str, Any]:

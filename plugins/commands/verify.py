@@ -18,11 +18,12 @@ from sdg_plugins.common.checks import reading
 from sdg_plugins.common.chunks import OpenChunk, read_failed
 from sdg_plugins.common.digests import same_rows
 from sdg_plugins.common.files import file_writer, rank_file, uses_spool
+from sdg_plugins.common.identity import differences
 from sdg_plugins.common.markdown import counted
 from sdg_plugins.common.options import Parser
 from sdg_plugins.common.outputs import output_files
 from sdg_plugins.common.rows import shape_of
-from sdg_plugins.common.state import differences, parse_run
+from sdg_plugins.common.state import parse_run
 from sdg_plugins.common.values import id_column_of, id_text, values_of
 from sdg_plugins.publishing.publisher import Publisher
 

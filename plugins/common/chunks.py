@@ -19,6 +19,7 @@ from sdg_plugins.common.checks import check_blocks, reading
 from sdg_plugins.common.digests import digest_of, same_rows
 from sdg_plugins.common.features import described
 from sdg_plugins.common.files import split_uri
+from sdg_plugins.common.identity import edited
 from sdg_plugins.common.kinds import decoder, has_nan, parse_json, relaxed
 from sdg_plugins.common.outputs import output_files
 from sdg_plugins.common.paths import follow, parse_path, prompt_column_of
@@ -167,7 +168,8 @@ class Intake:
     """Reads this rank's chunks, in a thread of its own and one chunk ahead.
 
     Attributes:
-        chosen: for a sample: positions of its documents, by the index of their chunk. None for the whole input.
+        chosen: positions of the documents that are run, by the index of their chunk. None for all.
+        retrying: these are the failed ones of a run, not a sample.
     """
 
     def __init__(self, run: sdg.Run, reader: sdg.Reader) -> None:
@@ -175,6 +177,7 @@ class Intake:
         self.prompt_column = prompt_column_of(run.options, reader.schema)
         self.id_column = id_column_of(run.options, reader.schema)
         self.chosen: Mapping[int, frozenset[int]] | None = None
+        self.retrying = False
         self._thread = ThreadPoolExecutor(1, "sdg-reader")
         self._clear_leftovers()
 
@@ -195,7 +198,7 @@ class Intake:
 
     def expected(self) -> int | None:
         """How many documents belong to this rank, as far as the reader knows."""
-        if self.chosen is not None:
+        if self.chosen is not None and not self.retrying:
             return sum(map(len, self.chosen.values()))
         options, total = self._run.options, self.reader.total()
         if total is None:
@@ -303,7 +306,8 @@ class Outlet:
         return [{"rollout": number, **result} for number, outcome in made for result in outcome]
 
     def with_messages(self, results: list[dict[str, Any]], asked: Sequence[Sequence[Any]]) -> list[dict[str, Any]]:
-        """Results as they are stored: with --keep-messages each has its messages."""
+        """Results as they are stored: with their messages (--keep-messages), and the code that has made them."""
+        results = edited(self._run, results)
         return with_messages(results, asked) if self._run.options.keep_messages else results
 
     def write(self, opened: OpenChunk, outcomes: Iterable[bytes], id_column: str | None) -> None:

@@ -23,6 +23,7 @@ BAR_INTERVAL = 0.5  # s between two updates on a terminal
 USUAL = {"stop", "length", "tool_calls", "None"}  # reasons to finish that need no word
 LONG_WAIT = 5.0  # s that no server takes requests, before it is shown
 LINE_INTERVAL = 10.0  # s between two lines in a log
+AGAIN = "run the same command again to go on"
 
 
 @contextlib.asynccontextmanager
@@ -158,10 +159,11 @@ def report(engine: sdg.Engine, figures: dict[str, Any], chunks: Iterable[sdg.Chu
 def unfinished_lines(engine: sdg.Engine, documents: int, in_files: int) -> Iterator[str]:
     """What a run that ended early leaves to the next process."""
     expected = engine.intake.expected()
-    if not engine.stopping:
+    if not engine.stopping and not engine.intake.retrying:
         return
     if expected is not None and expected > documents:
-        yield f"open    {counted(expected - documents, 'document')}: run the same command again to go on"
+        how = "--accept-edited-plugin runs them with the new code" if engine.intake.retrying else AGAIN
+        yield f"open    {counted(expected - documents, 'document')}: {how}"
     if documents > in_files:
         waiting = counted(documents - in_files, "finished document")
         yield f"saved   {waiting} in the state, written to a file once all of the chunk are finished"
