@@ -645,8 +645,8 @@ class Hooks:
         """Add command-line options to the plugin's own group of `--help`: `parser.add_argument(…)` as in `argparse`.
 
         Options of plugins that register the rollout or the reader in use, or have `wrap_requests`, are part of the
-        run's fingerprint, unless they are added with `identity=False`; those of a plugin whose rollouts, readers, writers and servers are not in
-        use are refused. An exception ends the program and names the plugin.
+        run's fingerprint, unless they are added with `identity=False`. Those of a plugin whose rollouts, readers,
+        writers and servers are not in use are refused. An exception ends the program and names the plugin.
         """
 
     @hookspec

@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import sdg
-from sdg_plugins.common.command_line import CORE
-from sdg_plugins.common.models import defaults_of_models, identity_of_models
+from sdg_plugins.common.command_line import CORE, OPTIONS
+from sdg_plugins.common.models import OF_THE_RUN
 
 CODE = ("plugin_version", "resources", "wrappers")  # what of an identity are versions of code
-EDITED = "plugin_version"  # key of a result of other code than the run began with; kept in `extra`
+EDITED = "sdg_plugin_version"  # key of a result of other code than the run began with; kept in `extra`
 
 
 def identity_of(run: sdg.Run, reader: sdg.Reader) -> dict[str, Any]:
@@ -39,6 +39,20 @@ def wrappers(plugins: sdg.Plugins) -> list[str]:
     """The plugins that are links of the chain of requests, without the bundled ones."""
     names = sorted(impl.plugin_name for impl in plugins.manager.hook.wrap_requests.get_hookimpls())
     return [name for name in names if not name.startswith("sdg_plugins.") and name in plugins.versions]
+
+
+def identity_of_models(run: sdg.Run) -> dict[str, Any]:
+    """What of the further models changes the data: names, models, and options of the run's identity that they have."""
+    return {
+        name: {**{key: getattr(model.options, key) for key in defaults_of_models()}, "model": model.model}
+        for name, model in run.models.items()
+    }
+
+
+def defaults_of_models() -> dict[str, Any]:
+    """The options of the run's identity that each model has for itself, with their defaults."""
+    own = [option for option in OPTIONS["server"] + OPTIONS["sampling"] if option.identity]
+    return {option.dest: option.default for option in own if option.dest not in {*OF_THE_RUN, "model"}}
 
 
 # ── Comparing ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -110,19 +110,3 @@ def recordable(models: Mapping[str, argparse.Namespace]) -> dict[str, dict[str, 
         kept = {key: value for key in names if (value := getattr(options, key, None)) is not None}
         found[name] = {**kept, "base_url": [sdg.redact(url) for url in kept.get("base_url", [])]}
     return found
-
-
-def identity_of_models(run: sdg.Run) -> dict[str, Any]:
-    """What of the further models changes the data: names, models, and options of the run's identity that they have."""
-    return {
-        name: {**{key: getattr(model.options, key) for key in defaults_of_models()}, "model": model.model}
-        for name, model in run.models.items()
-    }
-
-
-def defaults_of_models() -> dict[str, Any]:
-    """The options of the run's identity that each model has for itself, with their defaults."""
-    from sdg_plugins.common.command_line import OPTIONS
-
-    own = [option for option in OPTIONS["server"] + OPTIONS["sampling"] if option.identity]
-    return {option.dest: option.default for option in own if option.dest not in {*OF_THE_RUN, "model"}}

@@ -20,7 +20,7 @@ import sdg
 from sdg_plugins.common.claims import claim_output, publish_in, refuse_owned, release_output, write_temporary
 from sdg_plugins.common.defaults import DEMO_OUTPUT
 from sdg_plugins.common.files import default_state_dir, expanded, rank_file, split_uri, sync
-from sdg_plugins.common.identity import changes_since, different_run, identity_of, with_edits
+from sdg_plugins.common.identity import EDITED, changes_since, different_run, identity_of, with_edits
 from sdg_plugins.common.models import recordable
 from sdg_plugins.common.outputs import chunk_files, output_files, refuse_others
 from sdg_plugins.common.results import annotated_fields, base_fields
@@ -114,7 +114,7 @@ def settle_fields(run: sdg.Run, own: dict[str, pa.DataType] | None) -> dict[str,
     if own is None:
         return None
     base = fixed_fields(run.options)
-    special = {*base, "extra", "tool_calls", "logprobs"}
+    special = {*base, "extra", "tool_calls", "logprobs", EDITED}
     fields = {**base, **{name: kind for name, kind in own.items() if name not in special}}
     names = {name: str(kind) for name, kind in fields.items()}
     content = {"fields": names, "arrow": as_text(pa.schema(list(fields.items())))}
@@ -156,8 +156,7 @@ def claim_state(run: sdg.Run, reader: sdg.Reader, changed_rows: Callable[[], str
         return claim_state(run, reader, changed_rows)
     changes = changes_since(run, reader, recorded)
     if files_changed(reader, recorded, changes) and not untouched(run):
-        rows = changed_rows()
-        changes = [*changes, rows] if rows else []
+        changes = [*changes, rows] if (rows := changed_rows()) else []
     demo = run.options.output == DEMO_OUTPUT and recorded["identity"]["model"] == DEMO_MODEL
     estimate = recorded.get("estimate", False)  # made to choose options by: others may be chosen
     if changes and (demo or estimate or untouched(run)):  # for example after a mistyped model

@@ -481,7 +481,7 @@ def test_an_edited_plugin_runs_only_the_documents_that_it_is_asked_to(job: Job) 
 
     rows = {row["id"]: row["rollout_results"][0] for row in job.output.rows()}
     assert "".join(row["text"][0] for row in rows.values()) == "onoonn"
-    edited = {id for id, result in rows.items() if "plugin_version" in json.loads(result["extra"] or "{}")}
+    edited = {id for id, result in rows.items() if "sdg_plugin_version" in json.loads(result["extra"] or "{}")}
     assert edited == {"b", "e", "f"}
     assert job.verify().rc == 0
     job.sdg("card", "--output", job.output.path)
