@@ -25,7 +25,7 @@ from sdg_plugins.common.options import refusing
 from sdg_plugins.common.progress import progress
 from sdg_plugins.common.recorded import MEMORY
 from sdg_plugins.common.records import Records
-from sdg_plugins.common.statistics import heartbeat, rank_statistics, sum_statistics
+from sdg_plugins.common.statistics import heartbeat, rank_statistics, rows_in, sum_statistics
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -43,6 +43,8 @@ class Result:
     def __init__(self, run: sdg.Run, output: str | None) -> None:
         self.output = output
         self.stats: dict[str, Any] = sum_statistics(rank_statistics(run.state))
+        self._figures = {"rows": rows_in(self.stats, run.options)}
+        self._figures |= {name: self.stats.get(name, 0) for name in ("filtered", "failed")}
         records = Records(run)
         self.failed = [{"id": record.id, **(record.failure or {})} for record in records.failed()]
         self._table: pa.Table | None = None
@@ -66,7 +68,7 @@ class Result:
         return int(self.table().num_rows)
 
     def __repr__(self) -> str:
-        figures = ", ".join(f"{self.stats.get(name, 0):,} {name}" for name in ("rows", "filtered", "failed"))
+        figures = ", ".join(f"{number:,} {name}" for name, number in self._figures.items())
         return f"<sdg.run: {figures}{f', in {self.output}' if self.output else ''}>"
 
 

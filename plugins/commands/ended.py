@@ -29,6 +29,7 @@ from sdg_plugins.common.state import lock_rank
 FRUITLESS = 3  # attempts in a row without progress that end a job
 EARLY = 600.0  # s within which an error is taken for one that another attempt would meet, too; SDG_EARLY overrides it
 FINAL = {0, 2, 3, 4, 130}  # success, invalid options, too many failures, a used-up budget, Ctrl-C
+SERVER_FAILURES = {"NodeFailure", "OutOfMemory"}
 PERMANENT = {"UsageError", "InputError", "PluginError", "InvalidServerOptions"}
 
 
@@ -127,8 +128,9 @@ def judged(attempt: Attempt | None, progress: int, args: argparse.Namespace) -> 
     if attempt.code == 143:
         idle = fruitless if not args.signaled else 0 if advanced else earlier
         return Verdict(143, True, "interrupted: completed responses are saved", idle)
-    if attempt.cause == "NodeFailure" and not advanced:
-        return Verdict(attempt.code, True, f"{attempt.error}", fruitless, attempt.node or attempt.host)
+    if attempt.cause in SERVER_FAILURES and not advanced:
+        avoid = (attempt.node or attempt.host) if attempt.cause == "NodeFailure" else ""
+        return Verdict(attempt.code, True, f"{attempt.error}", fruitless, avoid)
     early = args.seconds < float(os.environ.get("SDG_EARLY") or EARLY)
     if not advanced and (early or attempt.cause in PERMANENT):
         return Verdict(attempt.code, False, f"not requeued, another attempt would end in the same way: {attempt.error}")

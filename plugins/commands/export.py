@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import sdg
 from sdg_plugins.common import recorded
-from sdg_plugins.common.files import expanded, file_writer, sync
+from sdg_plugins.common.exported import Source, source_of
+from sdg_plugins.common.files import expanded, sync
 from sdg_plugins.common.markdown import counted
 from sdg_plugins.common.options import Parser, number
 from sdg_plugins.common.paths import follow, parse_path
 from sdg_plugins.common.rows import NUMBERS, Flat, Results, shape_of
-from sdg_plugins.common.state import recorded_fields
 from sdg_plugins.common.values import Chat, parse_prompt, plain, rows_of, values_of
 
 if TYPE_CHECKING:
@@ -41,12 +41,14 @@ def export(argv: list[str]) -> int:
     text = "a .parquet or .jsonl file, or a folder"
     parser.add_argument("--to", required=True, type=expanded, metavar="PATH", help=text)
     parser.add_argument("--format", required=True, choices=FORMATS, help=", ".join(FORMATS))
+    text = "column of what was asked, such as text or messages [--prompt-column of the run]"
+    parser.add_argument("--prompt-column", metavar="PATH", help=text)
     text = "field of the results by which pairs are made [score]"
     parser.add_argument("--score", default="score", metavar="NAME", help=text)
     text = "leave out pairs whose scores differ by less [more than 0]"
     parser.add_argument("--min-margin", type=number(float, 0), default=0.0, metavar="X", help=text)
     args = parser.parse_args(argv)
-    exporter = Exporter(recorded.load_run(args), args)
+    exporter = Exporter(source_of(args), args)
     written, rows = write_all(exporter.parts(), Path(args.to))
     if remark := exporter.remark():
         sdg.say(remark)
@@ -55,17 +57,16 @@ def export(argv: list[str]) -> int:
 
 
 class Exporter:
-    """Converts the rows of a run's chunks.
+    """Converts the rows of a run's files.
 
     Raises:
         UsageError: the run has no scores, or cannot be converted.
     """
 
-    def __init__(self, run: sdg.Run, args: argparse.Namespace) -> None:
-        self.run, self.args = run, args
-        self.shape = shape_of(run.options)
-        self.fields = recorded_fields(run.state) or {}
-        self.writer: sdg.Writer = run.plugins.writers[file_writer(run.options)].factory(run)
+    def __init__(self, source: Source, args: argparse.Namespace) -> None:
+        self.source, self.args = source, args
+        self.shape, self.fields = shape_of(source.options), source.fields
+        self.prompt_column = args.prompt_column or source.options.prompt_column
         self.single = self.without_messages = 0
         self.dropped: list[str] = []
         if args.format == "preference" and args.score not in self.fields:
@@ -75,14 +76,7 @@ class Exporter:
 
     def parts(self) -> Iterator[tuple[str, pa.Table]]:
         """The name of each chunk's file without its suffix, and its rows."""
-        for chunk in recorded.chunks_of(self.run):
-            if not chunk.written or not chunk.rows:
-                continue
-            table = self.writer.read(chunk)
-            if table is None:
-                path = self.run.output.path(self.run.path_of(chunk))
-                raise sdg.OutputError(f"{path} is gone: run the same command as before to write it again")
-            name = os.path.basename(self.run.path_of(chunk)).partition(".")[0]
+        for name, table in self.source.parts():
             yield name, self.converted(table)
 
     def converted(self, table: pa.Table) -> pa.Table:
@@ -95,7 +89,7 @@ class Exporter:
         rows = table.take(pa.array(self.shape.firsts(table), pa.int64())) if isinstance(self.shape, Flat) else table
         ids = [str(value) for value in rows.column("id").to_pylist()]
         if self.args.format == "flat":
-            options = argparse.Namespace(**{**vars(self.run.options), "flat": True, "keep_columns": None})
+            options = argparse.Namespace(**{**vars(self.source.options), "flat": True, "keep_columns": None})
             options.drop_columns = [self.shape.column, *(name for name in NUMBERS if name in rows.column_names)]
             self.dropped = options.drop_columns[1:]
             return Flat(options).table(rows, ids, results, self.fields).replace_schema_metadata(None)
@@ -117,8 +111,11 @@ class Exporter:
 
     def prompts(self, rows: pa.Table) -> list[Chat]:
         """What each document asked, as messages: the prompt column."""
-        root, steps = parse_path(self.run.options.prompt_column, rows.column_names)
+        root, steps = parse_path(self.prompt_column, rows.column_names)
         if root not in rows.column_names:
+            if "messages" not in self.fields:
+                message = f"--prompt-column {self.prompt_column}: the rows have no such column"
+                raise sdg.UsageError(f"{message}; {sdg.nearest(root, rows.column_names)}")
             return [[] for _ in range(rows.num_rows)]
         found: list[Chat] = []
         for value in values_of(rows.column(root)):

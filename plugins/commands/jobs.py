@@ -141,8 +141,9 @@ async def failed_documents(store: sdg.Store) -> dict[int, frozenset[int]]:
     found = {}
     for index, chunk in (await store.chunks()).items():
         final = {} if chunk.written else await store.finished_in(chunk)
-        if failed := {*chunk.failed, *(position for position, status in final.items() if status == "failed")}:
-            found[index] = frozenset(failed)
+        open_ = (position for position, status in final.items() if status in {"failed", "empty"})
+        if failed := frozenset([*chunk.failed, *open_]):
+            found[index] = failed
     return found
 
 

@@ -20,21 +20,25 @@ from sdg_plugins.common.digests import digest_of, same_rows
 from sdg_plugins.common.features import described
 from sdg_plugins.common.files import split_uri
 from sdg_plugins.common.identity import edited
+from sdg_plugins.common.ids import SeenIds
 from sdg_plugins.common.kinds import decoder, has_nan, parse_json, relaxed
 from sdg_plugins.common.outputs import output_files
 from sdg_plugins.common.paths import follow, parse_path, prompt_column_of
 from sdg_plugins.common.recorded import chunks_in
 from sdg_plugins.common.results import infer_fields
+from sdg_plugins.common.returned import no_prompt, status_of
 from sdg_plugins.common.rows import NUMBER, numbered, shape_of, with_messages
 from sdg_plugins.common.state import fixed_fields, promised_fields, recorded_fields, settle_fields
 from sdg_plugins.common.unify import conformed
 from sdg_plugins.common.values import (
+    EmptyDocument,
     id_column_of,
     id_text,
+    json_id,
+    json_line,
     null_row,
     parse_prompt,
     pick,
-    plain,
     prune,
     rows_of,
     values_of,
@@ -94,7 +98,11 @@ class OpenChunk:
         return rows_of(self.table.slice(position, 1))[0]
 
     def ids(self, column: str | None) -> list[str]:
-        """The documents' ids: the column's values, or `<file>/<row>` where there is none."""
+        """The documents' ids as text; see `own_ids`."""
+        return list(map(id_text, self.own_ids(column)))
+
+    def own_ids(self, column: str | None) -> list[Any]:
+        """The documents' ids: the column's values as they are, or `<file>/<row>` where there is none."""
         ends = [position for position, _, _ in self._origins[1:]] + [self.chunk.count]
         names = [
             f"{file}/{row + i}"
@@ -106,7 +114,7 @@ class OpenChunk:
         own = values_of(self.table.column(column))
         extra = self._extra(column)
         own = [extra(position) if value is None else value for position, value in enumerate(own)]
-        return [name if value is None else id_text(value) for name, value in zip(names, own, strict=True)]
+        return [name if value is None else value for name, value in zip(names, own, strict=True)]
 
     def _extra(self, column: str) -> Callable[[int], Any]:
         """The value of a row that does not fit its column: readers of JSON keep it in the column `source_extra`."""
@@ -136,20 +144,22 @@ class OpenChunk:
                 whole = extra(position) if value is None else clean(value)
                 yield follow(whole, steps) if steps else whole
 
-    def documents(self, prompt_column: str | None, id_column: str | None) -> Iterator[tuple[int, sdg.Document | str]]:
-        """Position and document of each row in order; instead of one without a usable prompt the reason."""
+    def documents(
+        self, prompt_column: str | None, id_column: str | None
+    ) -> Iterator[tuple[int, sdg.Document | dict[str, Any]]]:
+        """Position and document of each row in order; instead of one without a usable prompt its failure."""
         ids = self.ids(id_column)
         skipped = set[int]() if self.only is None else set(range(self.chunk.count)) - self.only
         for position, value in enumerate(self.prompts(prompt_column)):
             if position in skipped:
                 continue
             if position in self.bad:
-                yield position, self.bad[position].reason
+                yield position, no_prompt("BadRow", self.bad[position].reason)
                 continue
             try:
                 text, messages = parse_prompt(value)
             except sdg.BadDocument as exc:
-                yield position, f"column {prompt_column!r} {exc}"
+                yield position, no_prompt("BadDocument", f"column {prompt_column!r} {exc}", type(exc) is EmptyDocument)
                 continue
             index = self.chunk.start + position
             yield (
@@ -266,8 +276,11 @@ class Outlet:
         fields: Arrow types of the fields of results; None until they are settled for all ranks of the run.
     """
 
+    status_of = staticmethod(status_of)
+
     def __init__(self, run: sdg.Run, writer: sdg.Writer) -> None:
         self._run, self.writer, self._shape = run, writer, shape_of(run.options)
+        self._ids = SeenIds()
         self._doubled = False  # ids; that was said
         self._without_rows: pa.Table | None = None  # chunk 0 if it has none
         self.fields = recorded_fields(run.state) or settle_fields(run, promised_fields(run))
@@ -316,21 +329,23 @@ class Outlet:
 
         assert self.fields is not None
         run, chunk = self._run, opened.chunk
-        statuses: dict[str, list[int]] = {"row": [], "filtered": [], "failed": []}
+        statuses: dict[str, list[int]] = {"row": [], "filtered": [], "failed": [], "empty": []}
         failures: list[Any] = []
-        ids = opened.ids(id_column)
+        own_ids = opened.own_ids(id_column)
+        ids = list(map(id_text, own_ids))
         tables = [
             self._shape.table(pick(opened.table, positions), [ids[i] for i in positions], bodies, self.fields)
             for positions, bodies in self._rows(opened, outcomes, statuses, failures)
         ]
         if sorted(position for positions in statuses.values() for position in positions) != list(range(chunk.count)):
             raise mismatch(chunk)
-        chunk.filtered, chunk.failed = tuple(statuses["filtered"]), tuple(statuses["failed"])
-        if not self._doubled and (double := len(ids) - len(set(ids))):
+        chunk.filtered, chunk.empty = tuple(statuses["filtered"]), len(statuses["empty"])
+        chunk.failed = tuple(sorted(statuses["failed"] + statuses["empty"]))
+        if id_column is not None and not self._doubled and (double := self._ids.add(ids)):
             self._doubled = True
             sdg.say(f"{double:,} of {len(ids):,} ids in {run.path_of(chunk)} occur twice: see --id-column")
         rows = pa.concat_tables(tables)
-        self._write_failed(opened, ids, failures)
+        self._write_failed(opened, own_ids, failures)
         rows = rows.replace_schema_metadata(self._metadata(rows.schema))
         if rows.num_rows:
             self._write_rows(chunk, rows)
@@ -349,7 +364,7 @@ class Outlet:
             if position >= opened.chunk.count:
                 raise mismatch(opened.chunk)
             statuses[status].append(position)
-            if status == "failed":
+            if status in {"failed", "empty"}:
                 failures.append(body)
             elif status == "row":
                 positions.append(position)
@@ -394,7 +409,7 @@ class Outlet:
         """Key-value metadata for files of rows with this schema."""
         return {**described(schema, self._run.schema), **provenance(self._run)}
 
-    def _write_failed(self, opened: OpenChunk, ids: list[str], failures: list[dict[str, Any]]) -> None:
+    def _write_failed(self, opened: OpenChunk, ids: list[Any], failures: list[dict[str, Any]]) -> None:
         path = self._run.failed_path_of(opened.chunk)
         if not failures:
             self._run.output.clear(path)
@@ -403,8 +418,8 @@ class Outlet:
         for position, failure in zip(opened.chunk.failed, failures, strict=True):
             bad = opened.bad.get(position)
             row = bad._asdict() if bad else opened.row(position)
-            lines.append(orjson.dumps({"id": ids[position], **failure, "document": row}, default=plain))
-        self._run.output.write(path, lambda file: file.write(b"\n".join(lines) + b"\n"))
+            lines.append(json_line({"id": json_id(ids[position]), **failure, "document": row}))
+        self._run.output.write(path, lambda file: file.write(b"".join(lines)))
 
     def outcomes(self, chunk: sdg.Chunk) -> list[tuple[int, str, bytes]]:
         """The documents of a written chunk as the store would have them, from its files."""
@@ -424,7 +439,7 @@ class Outlet:
             raise sdg.OutputError(f"{run.output.path(run.failed_path_of(chunk))} is not as it was written")
         for position, record in zip(chunk.failed, failures, strict=True):
             body = {name: value for name, value in record.items() if name not in {"id", "document"}}
-            outcomes.append((position, "failed", orjson.dumps(body)))
+            outcomes.append((position, status_of(body), orjson.dumps(body)))
         return outcomes
 
     def lost(self, chunks: list[sdg.Chunk]) -> list[sdg.Chunk]:
@@ -468,7 +483,7 @@ def read_failed(run: sdg.Run, chunk: sdg.Chunk) -> list[dict[str, Any]]:
     """The records of a chunk's failed documents, in order."""
     try:
         with run.output.open(run.failed_path_of(chunk)) as file:
-            return [orjson.loads(line) for line in file.read().splitlines()]
+            return [parse_json(line) for line in file.read().splitlines()]
     except FileNotFoundError:
         return []
 

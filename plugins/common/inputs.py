@@ -15,11 +15,13 @@ import xxhash
 
 import sdg
 from sdg_plugins.common.files import access_errors, filesystem, fixed_folder, format_of, split_uri, suffix_of
+from sdg_plugins.common.outputs import written_by_run
 from sdg_plugins.common.splits import card_of, names_of_split
 from sdg_plugins.common.streams import BROKEN, Stream
 
 END_BYTES = 64 << 10  # hashed at either end of an input file
 SHOWN = 3  # names of files in a message
+STATE = re.compile(r"(.*?)/\.sdg(/|-[^/]*\.json$)")  # in the output of a run: its state, or where that is
 UNREAD = re.compile(r"(^|/)(_|\.[^.]|failed/(.+/)?\d{5,}_\d{5,}\.jsonl$)")  # hidden files, and a run's failures
 
 # Suffixes of data: such files are named if they are not read. Those of text are not, because every folder has some.
@@ -55,8 +57,7 @@ def list_files(uri: str) -> list[tuple[str, int]]:
         else:
             files = [file for file in _files_below(uri, root) if fnmatch.fnmatch(file[0], path)]
     names = {file: file[len(root) :].lstrip("/") for file, _ in files}
-    states = [name for name in names.values() if "/.sdg/" in name]
-    outputs = tuple({f"{name.partition('/.sdg/')[0]}/" for name in states})
+    outputs = tuple({f"{state[1]}/" for name in names.values() if (state := STATE.match(name))})
     found = [
         (file, size) for file, size in files if not UNREAD.search(name := names[file]) and not name.startswith(outputs)
     ]
@@ -182,7 +183,7 @@ class InputFiles:
         if not found:
             raise sdg.InputError(f"--input {uri}: no .{format} files found")
         self._say_skipped(uri, files, {file for file, _ in found})
-        found = self._without_outputs(uri, found) if format == "parquet" else found
+        found = self._without_outputs(uri, found, format)
         self.paths = [file for file, _ in found]
         self.sizes = [size for _, size in found]
         root = os.path.commonpath(self.paths) if len(found) > 1 else os.path.dirname(found[0][0])
@@ -221,11 +222,8 @@ class InputFiles:
             sdg.say(f"--input {sdg.redact(uri)}: reading the split {split}; others: {', '.join(others)}")
         return [names[name] for name in found]
 
-    def _without_outputs(self, uri: str, files: list[tuple[str, int]]) -> list[tuple[str, int]]:
-        """Parquet files but those that a run has written, unless all are: its own output must not become input."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
+    def _without_outputs(self, uri: str, files: list[tuple[str, int]], format: str) -> list[tuple[str, int]]:
+        """The files but those that a run has written, unless all are: its own output must not become input."""
         firsts = {os.path.dirname(path): path for path, _ in reversed(files)}
         if len(firsts) < 2:
             return files
@@ -233,8 +231,8 @@ class InputFiles:
         def is_output(path: str) -> bool:
             try:
                 with self.fs.open_input_file(path) as file:
-                    return b"sdg.fingerprint" in (pq.read_metadata(file).metadata or {})
-            except (OSError, pa.ArrowException):  # reported when it is read
+                    return written_by_run(file, format)
+            except OSError:  # reported when it is read
                 return False
 
         with ThreadPoolExecutor(16) as pool:

@@ -17,7 +17,7 @@ from sdg_plugins.common.files import default_state_dir
 from sdg_plugins.common.markdown import counted
 from sdg_plugins.common.options import program
 from sdg_plugins.common.prices import in_money
-from sdg_plugins.common.statistics import retries_in
+from sdg_plugins.common.statistics import retries_in, rows_in
 
 BAR_INTERVAL = 0.5  # s between two updates on a terminal
 USUAL = {"stop", "length", "tool_calls", "None"}  # reasons to finish that need no word
@@ -99,7 +99,12 @@ def figures_of(engine: sdg.Engine, speed: Iterable[str] = ()) -> str:
     unpublished = [text] if engine.run.options.writer == "hf" and (text := published.waits(engine.run.state)) else []
     loads = [upstream.limit.load for upstream in pool.upstreams if upstream.limit.load and upstream.up.is_set()]
     queue = f" ({sum(load.waiting for load in loads):.0f} queued)" if loads else ""
-    rare = {"failed": engine.tally["failed"], "retries": retries_in(counts), "cached": counts["cache_hits"]}
+    rare = {
+        "failed": engine.tally["failed"],
+        "empty": engine.tally["empty"],
+        "retries": retries_in(counts),
+        "cached": counts["cache_hits"],
+    }
     figures = [*unpublished, *(f"{number:,} {name}" for name, number in rare.items() if number), *speed]
     tokens = counts["completion_tokens"] / max(pool.seconds, 1e-9)
     figures += [f"{tokens:,.0f} tokens/s", f"{pool.active} in flight{queue}"]
@@ -128,8 +133,9 @@ def report(engine: sdg.Engine, figures: dict[str, Any], chunks: Iterable[sdg.Chu
     shown = os.path.relpath(place.root) if place.local else place.uri
     shown = place.root if shown.startswith("../../") else shown
     in_files = sum(chunk.count for chunk in chunks if chunk.written)
+    rows = rows_in(figures, run.options)
     lines = [
-        f"{figures['documents']:,} documents: {figures['rows']:,} rows, {figures['filtered']:,} filtered, "
+        f"{figures['documents']:,} documents: {rows:,} rows, {figures['filtered']:,} filtered, "
         f"{figures['failed']:,} failed ({engine.finished:,} of them now, {rate_of(engine):,.1f} documents/s)",
         *unfinished_lines(engine, figures["documents"], in_files),
     ]
@@ -146,6 +152,9 @@ def report(engine: sdg.Engine, figures: dict[str, Any], chunks: Iterable[sdg.Chu
     if unusual := {name: n for name, n in figures["finish_reasons"].items() if name not in USUAL}:
         named = ", ".join(f"{n:,} {name}" for name, n in sorted(unusual.items(), key=lambda item: -item[1]))
         lines.append(f"ends    completions that did not end as usual, by finish_reason: {named}")
+    if empty := figures["empty"]:
+        words = "they are listed as failed, but do not count for --max-failure-rate"
+        lines.append(f"empty   {counted(empty, 'document')} without a text in {engine.intake.prompt_column!r}: {words}")
     if figures["failed"]:
         lines += failure_lines(engine, f"{shown}/{os.path.dirname(run.failed_path_of(sdg.Chunk(0, 0)))}")
     if run.options.rollouts_per_document > 1 and figures["failed_rollouts"]:

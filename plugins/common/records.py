@@ -15,7 +15,7 @@ from sdg_plugins.common import recorded
 from sdg_plugins.common.checks import reading
 from sdg_plugins.common.chunks import OpenChunk, read_failed
 from sdg_plugins.common.files import file_writer, format_of, rank_file
-from sdg_plugins.common.values import id_column_of, rows_of
+from sdg_plugins.common.values import id_column_of, id_text, rows_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -101,7 +101,7 @@ class Records:
         for chunk in self.written:
             path = self.run.output.path(self.run.failed_path_of(chunk))
             for failure in read_failed(self.run, chunk) if chunk.failed else ():
-                yield Record(failure.pop("id"), "failed", failure=failure, place=path)
+                yield Record(id_text(failure.pop("id")), "failed", failure=failure, place=path)
         yield from self._waiting("failed")
 
     def find(self, id_: str) -> Record | None:
@@ -193,8 +193,8 @@ class Records:
 def finished_in(run: sdg.Run, chunk: sdg.Chunk, status: str) -> Iterator[tuple[int, Any]]:
     """Position and outcome of each document of a status in an open chunk. Raises StateError."""
     path = rank_file(run.state, chunk.index % run.options.world_size, "sqlite3")
-    sql = "SELECT id & 0xffffffff, body FROM documents WHERE id >= ? AND id < ? AND status = ? ORDER BY id"
-    span = (chunk.index << 32, (chunk.index + 1) << 32, status)
+    sql = "SELECT id & 0xffffffff, body FROM documents WHERE id >= ? AND id < ? AND status IN (?, ?) ORDER BY id"
+    span = (chunk.index << 32, (chunk.index + 1) << 32, status, "empty" if status == "failed" else status)
     try:
         with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=60)) as state:
             yield from ((position, orjson.loads(body)) for position, body in state.execute(sql, span))

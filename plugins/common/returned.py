@@ -23,6 +23,10 @@ def results_of(value: Any, usage: sdg.Usage | None) -> list[dict[str, Any]]:
     if value is None:
         return []
     if isinstance(value, list):
+        if any(isinstance(item, list) for item in value):
+            raise sdg.BadResult(
+                "the rollout returned a list of lists: return one list of results, or the lists in dicts"
+            )
         parts = [results_of(item, None) for item in value]
         results = [result for part in parts for result in part]
         if usage and results and not any("usage" in result for result in results):
@@ -67,3 +71,15 @@ def _plain_replies(value: Any) -> Any:
 def _reply_result(reply: sdg.Reply) -> dict[str, Any]:
     names = ("text", "reasoning", "finish_reason", "usage", "tool_calls", "logprobs")
     return {name: value for name in names if (value := getattr(reply, name)) is not None}
+
+
+def no_prompt(kind: str, error: str, empty: bool = False) -> dict[str, Any]:
+    """The failure of a document that has no usable prompt, perhaps because its text is empty."""
+    return {"error": error, "error_type": kind, "attempts": 0} | ({"empty": True} if empty else {})
+
+
+def status_of(outcome: Any) -> str:
+    """The status of a document in the store: row, filtered, failed, or empty: failed because it has no text."""
+    if not isinstance(outcome, dict):
+        return "row" if outcome else "filtered"
+    return "empty" if outcome.get("empty") is True and not outcome["attempts"] else "failed"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import errno
@@ -30,8 +31,9 @@ async def statistics(engine: sdg.Engine, tally: Counter[str]) -> dict[str, Any]:
     """The rank's figures over all its processes so far."""
     run, totals = engine.run, engine.store.totals()
     figures: dict[str, Any] = {"documents": sum(tally.values()), "rows": tally["row"]}
-    figures |= {name: tally[name] for name in ("filtered", "failed")}
+    figures |= {"filtered": tally["filtered"], "failed": tally["failed"] + tally["empty"], "empty": tally["empty"]}
     figures |= {name: int(totals[name]) for name in ("truncated", "failed_rollouts", "requests", "cache_hits")}
+    figures |= {"results": int(totals["results"])} if "results" in totals else {}
     for group in ("retries", "given_up", "finish_reasons"):
         causes = {name.partition(".")[2]: int(n) for name, n in totals.items() if name.startswith(f"{group}.")}
         figures[group] = dict(sorted(causes.items()))
@@ -58,6 +60,12 @@ def figures_of_model(model: sdg.Run, prefix: str, totals: Mapping[str, float]) -
     figures: dict[str, Any] = {"model": model.model, **{name: int(counts.get(name, 0)) for name in names}}
     in_flight = model.client.pool.mean_in_flight if model.client else 0.0
     return {**figures, "retries": retries_in(counts), "mean_in_flight": round(in_flight, 1)}
+
+
+def rows_in(figures: Mapping[str, Any], options: argparse.Namespace) -> int:
+    """The rows that a run's figures are of. What they count as rows is documents: with --flat each result is a row."""
+    documents = int(figures.get("rows", 0))
+    return int(figures.get("results", documents)) if getattr(options, "flat", False) else documents
 
 
 def retries_in(counts: Mapping[str, float]) -> int:

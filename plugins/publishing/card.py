@@ -24,7 +24,7 @@ from sdg_plugins.common.markdown import counted, fence, inline, rows_in_table, t
 from sdg_plugins.common.outputs import output_files
 from sdg_plugins.common.prices import in_money
 from sdg_plugins.common.state import recorded_fields, schema_of
-from sdg_plugins.common.statistics import rank_statistics, sum_statistics
+from sdg_plugins.common.statistics import rank_statistics, rows_in, sum_statistics
 from sdg_plugins.publishing.front_matter import BrokenCard, split_card, updated, with_values
 from sdg_plugins.publishing.making import Making, tasks_of
 from sdg_plugins.publishing.samples import samples
@@ -172,7 +172,7 @@ def facts_of(run: sdg.Run, record: dict[str, Any], folder: str, published: bool)
     columns += [(name, str(kind)) for name, kind in results.items()]
     suffix = re.search(r"\.\w+(\.(gz|zst))?$", run.options.output_filename)
     return {
-        "rows": sum_statistics(rank_statistics(run.state)).get("rows", 0),
+        "rows": rows_in(sum_statistics(rank_statistics(run.state)), run.options),
         "files": posixpath.join(glob.escape(folder), run.options.output_config, f"**/*{suffix[0] if suffix else ''}"),
         "exist": published or bool(output_files(run)),
         "columns": xxhash.xxh3_64_hexdigest(json.dumps([*columns, run.options.results_column]).encode()),
@@ -211,7 +211,7 @@ class SectionRenderer(NamedTuple):
         yield f"## Config `{name}`\n"
         ranks = rank_statistics(self.run.state)
         total, making = sum_statistics(ranks), Making(self.run, self.record)
-        yield making.summary(total.get("rows", 0))
+        yield making.summary(rows_in(total, self.run.options))
         if progress:
             yield visible(progress).replace("<!--", "&lt;!--").strip("\n") + "\n"
         elif missing := self.unfinished(ranks):
@@ -242,7 +242,8 @@ class SectionRenderer(NamedTuple):
         """The figures that a reader of the data needs, over all ranks and processes."""
         documents, failed = total.get("documents", 0), total.get("failed", 0)
         for name in ("documents", "rows", "filtered", "failed"):
-            yield name.capitalize(), f"{total.get(name, 0):,}"
+            number = rows_in(total, self.run.options) if name == "rows" else total.get(name, 0)
+            yield name.capitalize(), f"{number:,}"
         # Rounded down: only complete runs have 100 %.
         yield "Completion rate", f"{math.floor(10_000 * (documents - failed) / max(documents, 1)) / 100:.2f} %"
         if truncated := total.get("truncated", 0):

@@ -113,7 +113,8 @@ class Making(NamedTuple):
         steps.append(f"The rollout **{inline(options['rollout'])}** is run{times}, with {self.model()}.")
         for name, further in self.record["identity"].get("models", {}).items():
             steps.append(f"It also asks the model **{inline(name)}**, {inline(public_model(further['model'], {})[0])}.")
-        steps.append("Each document becomes one row, unless it is filtered or fails.")
+        what = "result" if getattr(self.run.options, "flat", False) else "document"
+        steps.append(f"Each {what} becomes one row; documents may be filtered, or fail.")
         yield "\n".join(f"{number}. {step}" for number, step in enumerate(steps, 1)) + "\n"
 
     def origin(self) -> Iterator[tuple[str, str]]:

@@ -500,6 +500,18 @@ def test_fewer_documents_than_before_and_ids_that_occur_twice_are_said(job: Job,
     assert len(job.output.rows()) == 4
 
 
+def test_ids_that_occur_in_several_chunks_and_ranks_are_said(job: Job) -> None:
+    job.input([{"id": name, "text": f"{name} {i}"} for i, name in enumerate("abcdaebf")])
+    job.options |= {"records_per_chunk": 2, "world_size": 2}
+
+    first, second = job(rank=0), job(rank=1)
+    assert "1 of 2 ids in data/00000_00002.parquet occur twice" in first.stderr
+    assert "occur twice" not in second.stderr  # b is in a chunk of the other rank, too
+    verified = job.verify()
+    assert verified.rc == 0
+    assert "2 documents have the id of an earlier one" in verified.stderr
+
+
 def test_another_world_size_is_refused(job: Job) -> None:
     job.input(documents(10))
     job.succeed(records_per_chunk=2)

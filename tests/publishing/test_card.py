@@ -710,6 +710,8 @@ def test_the_card_of_flat_rows_describes_their_columns_and_shows_them(job: Job) 
     card = (job.succeed(flat=True, rollouts_per_document=2).path / "README.md").read_text()
 
     cells = cells_of(card)
+    assert (cells["Documents"], cells["Rows"]) == ("1", "2")
+    assert "2 rows of synthetic data" in card
     assert cells["text"] == "string: from the source; the text for the prompt"
     assert cells["generated\\_text"] == "string: the completion"
     assert cells["sample"].startswith("number of the result")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 from fake_hub import FakeHub, Rights
 from running import Job, documents
@@ -25,7 +23,12 @@ def test_published_rows_are_exported_and_are_the_input_of_a_step_and_of_a_run(jo
     arguments = ("--output", URI, "--output-config", "summarize", "--format", "messages", "--to", "chats.jsonl")
     exported = job.sdg("export", *arguments, **job.env)
     assert exported.rc == 0, exported
-    assert len([json.loads(line) for line in (job.folder / "chats.jsonl").read_text().splitlines()]) == 3
+    chats = (job.folder / "chats.jsonl").read_bytes()
+    assert len(chats.splitlines()) == 3
+    (job.folder / ".sdg").rename(job.folder / "elsewhere")  # on another machine
+    again = job.sdg("export", *arguments, **job.env)
+    assert "no state of hf://datasets/alice/out here" in again.stderr
+    assert (job.folder / "chats.jsonl").read_bytes() == chats
     job.server.forget()
     follow = {"input_config": "translate", "prompt_column": "translate[0].text", "results_column": "third"}
     assert job(input=URI, output="third", **follow).rc == 0

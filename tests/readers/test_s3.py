@@ -116,6 +116,11 @@ def test_a_run_from_s3_to_s3_leaves_files_and_nothing_else_and_verify_reads_them
     assert s3.output("out", tmp_path).ids() == [row["id"] for row in documents(10)]
     assert (tmp_path / ".sdg" / f"{s3.bucket}-out" / "stats.json").exists()
     assert verify(cloudy, env).rc == 0
+    (tmp_path / ".sdg").rename(tmp_path / "elsewhere")
+    exported = cloudy.sdg("export", "--output", s3.uri("out"), "--format", "flat", "--to", "rows.jsonl", **env)
+    assert exported.rc == 0, exported
+    assert len((tmp_path / "rows.jsonl").read_bytes().splitlines()) == 10
+    (tmp_path / "elsewhere").rename(tmp_path / ".sdg")
     assert all("/eu-west-2/s3/" in request.headers["authorization"] for request in s3.requests)
     assert any(request.headers.get("x-amz-security-token") == "token" for request in s3.requests)
 

@@ -22,6 +22,7 @@ from launching import ENGINE, Launch, everything
 from running import ECHO, Started, documents, wait_until
 
 import sdg
+from sdg_plugins.servers.launching.processes import killed_for_memory
 from sdg_plugins.servers.limit import Load
 from sdg_plugins.servers.pool import Pool, Suspicion
 
@@ -239,6 +240,28 @@ def test_log_lines_may_have_any_length(launch: Launch) -> None:
     log = next((launch.output.state / "logs").iterdir()).read_text()
     assert len(log) > 1 << 20
     assert "end of the long line" in log
+
+
+@pytest.mark.parametrize(
+    ("groups", "file", "content"),
+    [
+        (
+            "9:pids:/a\n4:memory:/slurm/job_3\n0::/\n",
+            "memory/slurm/job_3/memory.oom_control",
+            "under_oom 0\noom_kill 2\n",
+        ),
+        ("0::/system.slice/job_3\n", "system.slice/job_3/memory.events", "oom 5\noom_kill 2\noom_group_kill 0\n"),
+        ("0::/kubepods/pod7\n", "memory.events", "oom_kill 2\n"),  # in a container, which has its own group mounted
+        ("0::/\n", "memory.stat", "oom_kill 3\n"),
+    ],
+)
+def test_kills_for_memory_are_counted(tmp_path: Path, groups: str, file: str, content: str) -> None:
+    (tmp_path / "groups").write_text(groups)
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_text(content)
+
+    assert killed_for_memory(tmp_path / "groups", tmp_path) == (0 if file == "memory.stat" else 2)
+    assert killed_for_memory(tmp_path / "missing", tmp_path) == 0
 
 
 def test_log_stays_within_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

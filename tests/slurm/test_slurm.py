@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import textwrap
@@ -24,7 +25,7 @@ import real_engines
 from fake_hub import FakeHub, Rights
 from fake_server import Delay, FakeServer, prompt_of
 from running import ECHO, ROOT, SIGNS_OF_A_BUG, Finished, Output, documents
-from slurm_cluster import ADDRESS, Cluster, Unavailable, wait_for
+from slurm_cluster import ADDRESS, NODES, Cluster, Unavailable, wait_for
 
 pytestmark = pytest.mark.real
 
@@ -382,6 +383,25 @@ def test_an_engine_killed_for_memory_is_requeued_and_a_killed_helper_changes_not
         assert ("out of memory: the engine was killed; raise --mem" in told) == bool(restarts), told
 
 
+def test_a_server_killed_for_memory_is_said_to_be_and_the_rank_is_requeued_without_avoiding_the_node(
+    campaign: Campaign,
+) -> None:
+    if not campaign.cluster.limits_memory:
+        pytest.skip("NO CGROUPS FOR MEMORY")
+    write(campaign, 20)
+    fake_vllm(campaign, "[ -n \"$SLURM_RESTART_COUNT\" ] || exec python3 -c 'x = bytearray(1 << 30)'", seconds=0.05)
+
+    job = campaign.sbatch("--output=%j.log", "--mem=500M", "--gpus-per-node=1", SLURM / "generate.sbatch")
+    campaign.done(job)
+
+    told, found = campaign.cluster.told(job), campaign.cluster.job(job)
+    assert found.restarts == 1, told
+    assert "out of memory: a process of the job was killed" in told
+    assert "--mem" in told
+    assert found.fields["ExcNodeList"] == "(null)", told
+    assert sorted(campaign.output.ids()) == [row["id"] for row in documents(20)]
+
+
 def test_wrong_options_on_two_nodes_cost_one_attempt(campaign: Campaign) -> None:
     write(campaign, 20)
     fake_vllm(
@@ -469,6 +489,38 @@ def test_a_thousand_ranks_are_submitted_as_one_array(campaign: Campaign) -> None
     ranks, _, _ = campaign.submit("--ranks=1000", "--at-once=50", "--hold", records_per_chunk=1)
 
     assert len(campaign.cluster.slurm("squeue", "--noheader", "--array", "--jobs", ranks).splitlines()) == 1000
+
+
+def test_a_cluster_with_small_arrays_refuses_more_ranks_and_workers_take_them(campaign: Campaign) -> None:
+    """Nine ranks where arrays have eight tasks. A worker is canceled, another one joins, and its engine is killed."""
+    write(campaign, 9 * 20)
+    own_node = "--cpus-per-task=8"
+    with campaign.cluster.limit_arrays(8):
+        nine = campaign.call(SLURM / "submit.sh", "--ranks=9", "--", *campaign.words())
+        fits = campaign.call(SLURM / "submit.sh", "--ranks=8", "--hold", "--", *campaign.words(output="fits"))
+        assert nine.rc == 2, nine
+        assert "at most 8 tasks (MaxArraySize)" in nine.stderr
+        assert fits.rc == 0, fits
+        campaign.cluster.slurm("scancel", "--user=root")
+        workers, _, first = campaign.submit("--ranks=9", "--workers=2", own_node)
+        wait_for(lambda: len(ranks_begun(campaign)) == 2, 60, lambda: campaign.logs)
+
+        campaign.cluster.slurm("scancel", f"{workers}_0")
+        joined, _, last = campaign.submit("--ranks=9", "--workers=1", own_node)
+        wait_for(lambda: len(ranks_begun(campaign)) >= 4, 60, lambda: campaign.logs)
+        os.kill(pid_on(campaign, campaign.cluster.task(joined, 0).node, "sdg.py", "--rank any"), 9)
+
+        campaign.done(joined)
+        campaign.done(last)
+    assert campaign.cluster.states(workers) == ["CANCELLED", "COMPLETED"]
+    assert campaign.cluster.states(first) == ["COMPLETED"]
+    assert campaign.cluster.task(joined, 0).restarts == 1
+    campaign.everything(180)
+    assert campaign.sdg("status").rc == 0
+
+
+def ranks_begun(campaign: Campaign) -> list[int]:
+    return [rank for rank in range(9) if campaign.answers(rank)]
 
 
 def test_shellcheck_finds_nothing_in_the_scripts(cluster: Cluster) -> None:
@@ -566,6 +618,39 @@ def test_a_rank_that_loses_a_node_continues_on_others(campaign: Campaign) -> Non
     assert worker not in nodes_of(campaign, rank)
     campaign.everything(60)
     assert sum(asked(campaign).values()) - 60 <= LOST
+
+
+def test_two_nodes_refuse_a_stranger_and_survive_a_suspension_of_their_job(campaign: Campaign) -> None:
+    """Nodes count as lost after 4 s of silence here, and the job is suspended for 10 s."""
+    write(campaign, 60)
+    fake_vllm(campaign)
+    quick = "\nfrom sdg_plugins.servers.launching import nodes\nnodes.BEAT, nodes.SILENCE = 1.0, 4.0\n"
+    (campaign.folder / "echo.py").write_text(textwrap.dedent(ECHO + QUICK_HEARTBEAT) + quick)
+    rank, _, card = campaign.submit("--nodes=2", "--gpus-per-node=1", tp=2)
+    wait_for(lambda: campaign.answers(0) > 4, 60, lambda: campaign.logs)
+    meeting = json.loads((campaign.output.state / "00000.meeting.json").read_text())
+    head = NODES[nodes_of(campaign, rank)[0]]
+
+    for token in ("", "guessed", meeting["token"][:-1]):
+        with socket.create_connection((head, meeting["port"]), timeout=10) as stranger:
+            stranger.sendall(json.dumps({"node": 1, "host": "stranger", "token": token}).encode() + b"\n")
+            said = b"".join(iter(lambda: stranger.recv(1 << 16), b"")).decode()
+        assert "does not have the token" in said
+        assert "layout" not in said
+        assert meeting["token"] not in said
+    campaign.cluster.slurm("scontrol", "suspend", f"{rank}_0")
+    wait_for(lambda: campaign.cluster.states(rank) == ["SUSPENDED"], 30)
+    before = len(asked(campaign))
+    time.sleep(10)
+    assert len(asked(campaign)) - before <= AT_ONCE
+    campaign.cluster.slurm("scontrol", "resume", f"{rank}_0")
+
+    campaign.done(rank)
+    campaign.done(card)
+    assert campaign.cluster.job(f"{rank}_0").restarts == 0
+    assert len(starts(campaign)) == 2  # a process on each node, once
+    campaign.everything(60)
+    assert sum(asked(campaign).values()) == 60
 
 
 def test_ray_connects_two_nodes_and_does_so_again_when_a_part_dies(campaign: Campaign) -> None:

@@ -33,6 +33,7 @@ ADDRESS = f"{NET}.1"  # of this machine, as the nodes see it
 NODES = {"node1": f"{NET}.11", "node2": f"{NET}.12", "node3": f"{NET}.13"}
 PACKAGES = ["slurmctld", "slurmd", "slurm-client", "munge", "shellcheck", "iproute2"]
 GPUS = 2  # of a node
+MAX_ARRAY_SIZE = 1001
 
 SLURM_CONF = """
 ClusterName=test
@@ -231,7 +232,7 @@ class Cluster:
                 gpus=GPUS,
                 proctrack="cgroup" if writable else "linuxproc",
                 task="cgroup" if self.limits_memory else "none",
-                array=1001,
+                array=MAX_ARRAY_SIZE,
             )
         )
         devices = []
@@ -293,6 +294,19 @@ class Cluster:
     def _all_idle(self) -> bool:
         states = self.slurm("sinfo", "--noheader", "-N", "-p", "batch", "-o", "%T").split()
         return states == ["idle"] * len(NODES)
+
+    @contextlib.contextmanager
+    def limit_arrays(self, tasks: int) -> Iterator[None]:
+        """Lower MaxArraySize for a while, as it is on clusters with small limits."""
+        path, name = FOLDER / "slurm.conf", "MaxArraySize"
+        whole = path.read_text()
+        path.write_text(whole.replace(f"{name}={MAX_ARRAY_SIZE}", f"{name}={tasks}"))
+        try:
+            self.slurm("scontrol", "reconfigure")
+            yield
+        finally:
+            path.write_text(whole)
+            self.slurm("scontrol", "reconfigure")
 
     # -- nodes
 

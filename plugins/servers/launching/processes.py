@@ -34,6 +34,7 @@ MACHINE_FAULTS = (r"Free memory on device .* less than", r"[Aa]ddress already in
 PORT_TAKEN = re.compile("address already in use", re.IGNORECASE)  # strerror(EADDRINUSE), as all servers log it
 MARK = "SDG_SERVER_OF"  # environment variable of all processes of a server: the ID of the process that started it
 GUARD = str(Path(__file__).with_name("guard.py"))
+OUT_OF_MEMORY = "out of memory: a process of the job was killed; give the job more (with Slurm: --mem)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,18 +89,28 @@ class ServerDied(Exception):
     Attributes:
         port_taken: it could not start because another process has its port.
         by_options: it would end in the same way on another machine.
+        out_of_memory: the kernel killed a process, because the job had used up its memory.
         node: host on which it did; None for this one.
     """
 
     def __init__(
-        self, message: str, port_taken: bool = False, *, by_options: bool = False, node: str | None = None
+        self,
+        message: str,
+        port_taken: bool = False,
+        *,
+        by_options: bool = False,
+        out_of_memory: bool = False,
+        node: str | None = None,
     ) -> None:
         super().__init__(message)
-        self.port_taken, self.by_options, self.node = port_taken, by_options, node
+        self.port_taken, self.by_options, self.out_of_memory = port_taken, by_options, out_of_memory
+        self.node = node
 
     def final(self, message: str) -> sdg.ServerError:
         """The error to end the run with, if the server is not started again."""
-        return InvalidServerOptions(message) if self.by_options else NodeFailure(message, self.node)
+        if self.by_options:
+            return InvalidServerOptions(message)
+        return (OutOfMemory if self.out_of_memory else NodeFailure)(message, self.node)
 
 
 class InvalidServerOptions(sdg.ServerError):
@@ -118,6 +129,10 @@ class NodeFailure(sdg.ServerError):
         self.node = node
 
 
+class OutOfMemory(NodeFailure):
+    """A launched server needs more memory than the job has, on whatever machine."""
+
+
 class Process:
     """A running process tree and its log. Leaving the context ends it.
 
@@ -126,6 +141,7 @@ class Process:
         line: the last line of its log, without time stamps.
         fatal_at: loop time of the first line that matches one of `Program.fatal`; None if there was none.
         port_taken: a line says that another process has its port.
+        out_of_memory: when it ended, the kernel had killed a process of this job for memory since its start.
         exited: the exit status, once the process has ended and its log has been read.
     """
 
@@ -133,7 +149,8 @@ class Process:
         self.program, self.log = program, log
         self.phase, self.line = "starting", ""
         self.fatal_at: float | None = None
-        self.port_taken = False
+        self.port_taken = self.out_of_memory = False
+        self._killed_before = killed_for_memory()
         self._fatal: tuple[int, str] | None = None  # index of the pattern, and the line
         self._error_line = ""
         self._loop = asyncio.get_running_loop()
@@ -167,6 +184,8 @@ class Process:
     @property
     def reason(self) -> str:
         """Why it ended, or cannot start, in one line."""
+        if self.out_of_memory:
+            return f"{OUT_OF_MEMORY} (log: {self.log})"
         if self._fatal:
             hint = self.program.fatal[self._fatal[0]][1]
             return f"{self._fatal[1]}{f'; {hint}' if hint else ''} (log: {self.log})"
@@ -179,14 +198,15 @@ class Process:
         """True if its exit status, or a line of its log, says that it cannot start with these options."""
         if self.exited.done() and self.exited.result() in USAGE_STATUSES:
             return True
-        if self._fatal is None:
+        if self._fatal is None or self.out_of_memory:
             return False
         index, line = self._fatal
         return bool(self.program.fatal[index][1]) and not any(re.search(fault, line) for fault in MACHINE_FAULTS)
 
     def death(self, reason: str = "") -> ServerDied:
         """The exception for its end, or for a start that failed."""
-        return ServerDied(reason or self.reason, self.port_taken, by_options=self.by_options)
+        message, memory = reason or self.reason, self.out_of_memory
+        return ServerDied(message, self.port_taken, by_options=self.by_options, out_of_memory=memory)
 
     def _read_output(self, command: str) -> None:
         """Copy the output to the log and examine its lines. Runs in a thread until all writers have ended."""
@@ -206,6 +226,7 @@ class Process:
     def _wait(self, reader: threading.Thread) -> None:
         """Set `exited` after the last line of the log was examined, so that `reason` is complete by then."""
         status = self._popen.wait()
+        self.out_of_memory = killed_for_memory() > self._killed_before
         if status < 0:  # the guard was killed, so its children are now ours
             kill_orphans()
         reader.join()
@@ -236,6 +257,25 @@ class Process:
                     self._fatal = index, line
                 self.fatal_at = self.fatal_at or self._loop.time()
                 break
+
+
+def killed_for_memory(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int:
+    """How many processes the kernel has killed because this one's control group had used up its memory.
+
+    Args:
+        groups: names the groups of this process.
+        root: where control groups are mounted.
+    """
+    with contextlib.suppress(OSError):  # not Linux
+        for line in groups.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            name = {"memory": "memory/{}/memory.oom_control", "": "{}/memory.events"}.get(controllers)
+            # In a container, the path may be that on the host, and the group itself is mounted.
+            for place in [root / name.format(at).lstrip("/") for at in (path.strip("/"), "")] if name else ():
+                with contextlib.suppress(OSError):
+                    if found := re.search(r"^oom_kill (\d+)$", place.read_text(), re.MULTILINE):
+                        return int(found[1])
+    return 0
 
 
 def adopt_orphans() -> None:
