@@ -1600,7 +1600,8 @@ class Engine:
                 await self._in_writing_thread(self.outlet.finish)
         if self._open and self._complete:
             raise StateError(f"chunks {sorted(self._open)[:5]} are unfinished: run again, and please report this")
-        self._check_failure_rate(self.tally["failed"], sum(self.tally.values()), least=1)
+        failed = self.tally["failed"] + self.tally["empty"] * (not self.tally["row"])  # without rows they are, too
+        self._check_failure_rate(failed, self.tally.total(), least=1)
 
     @property
     def _complete(self) -> bool:
@@ -1688,8 +1689,7 @@ class Engine:
         if opened.chunk.count <= earlier.count and not retry:
             return False
         outcomes = await self._in_writing_thread(self.outlet.outcomes, earlier)
-        if retry:
-            self.tally -= Counter(failed=len(earlier.failed) - earlier.empty, empty=earlier.empty)
+        self.tally -= Counter(failed=len(earlier.failed) - earlier.empty, empty=earlier.empty) if retry else Counter()
         await self.store.reopen(opened.chunk, outcomes)
         return True
 
