@@ -14,10 +14,9 @@ import json
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import sdg
-from sdg_plugins.commands.jobs import Stop, run_all
 from sdg_plugins.common import forecast
 from sdg_plugins.common.checks import reading
 from sdg_plugins.common.chunks import OpenChunk
@@ -28,6 +27,9 @@ from sdg_plugins.common.options import Parser, number
 from sdg_plugins.common.prices import Tokens, cost_of, estimated_tokens, in_money, tokens_of
 from sdg_plugins.common.progress import progress
 from sdg_plugins.common.state import documents_in, replace_file
+
+if TYPE_CHECKING:
+    from sdg_plugins.commands.jobs import Stop
 
 CHUNKS = 40  # that a sample is taken from, at most: each is read as a whole
 NARROW = 40  # requests that are sent with few others in flight
@@ -42,6 +44,8 @@ def register_commands(register: sdg.RegisterCommands) -> None:
 def estimate(argv: list[str]) -> int:
     """Run a sample of the input, keep its responses for the run, and forecast tokens, time, cost and failures."""
     import uvloop
+
+    from sdg_plugins.commands.jobs import run_all
 
     usage = "sdg.py estimate [--sample N] [--json] [OPTIONS of run]"
     parser = Parser(prog="sdg.py estimate", usage=usage, description=estimate.__doc__)

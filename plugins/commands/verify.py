@@ -11,6 +11,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import sdg
 from sdg_plugins.common import recorded
@@ -23,7 +24,7 @@ from sdg_plugins.common.options import Parser
 from sdg_plugins.common.outputs import output_files
 from sdg_plugins.common.rows import shape_of
 from sdg_plugins.common.state import differences, parse_run
-from sdg_plugins.common.values import id_column_of, id_text, values_of
+from sdg_plugins.common.values import id_column_of, id_text, same_id, values_of
 from sdg_plugins.publishing.publisher import Publisher
 
 
@@ -89,7 +90,7 @@ def discrepancies(run: sdg.Run, counts: Counter[str], unfinished: Counter[str]) 
             expected |= {run.path_of(chunk), *([run.failed_path_of(chunk)] if chunk.failed else [])}
             if not same_rows(opened, chunk):
                 yield f"{rows} ({', '.join(opened.files)}) have changed since chunk {chunk.index} was made of them"
-            ids = opened.ids(id_column_of(options, reader.schema))
+            ids = opened.own_ids(id_column_of(options, reader.schema))
             yield from discrepancies_of_chunk(run, chunk, ids, writer, published)
             counts["rows"] += chunk.rows
             counts["filtered"] += len(chunk.filtered)
@@ -141,7 +142,7 @@ def discrepancies_of_input(run: sdg.Run, reader: sdg.Reader) -> Iterator[str]:
 
 
 def discrepancies_of_chunk(
-    run: sdg.Run, chunk: sdg.Chunk, ids: list[str], writer: sdg.Writer, published: set[str]
+    run: sdg.Run, chunk: sdg.Chunk, ids: list[Any], writer: sdg.Writer, published: set[str]
 ) -> Iterator[str]:
     """The discrepancies in the files of one finished chunk.
 
@@ -158,7 +159,7 @@ def discrepancies_of_chunk(
     try:
         yield from changed_files(run, chunk)
         table = writer.read(chunk)
-        failed = [record["id"] for record in read_failed(run, chunk)]
+        failed = [id_text(record["id"]) for record in read_failed(run, chunk)]
     except (OSError, ValueError, KeyError) as exc:
         yield f"{path} or its failed records cannot be read: {exc}"
         return
@@ -176,10 +177,10 @@ def discrepancies_of_chunk(
         values = values_of(table.column(column))
         found = [values[position] for position in firsts]
         for row, (id_, expected_id) in enumerate(zip(found, expected, strict=True)):
-            if id_ is not None and id_text(id_) != expected_id:
-                yield f"{path} row {row} is document {id_!r}, expected {expected_id!r}"
+            if id_ is not None and not same_id(id_, expected_id):
+                yield f"{path} row {row} is document {id_!r}, expected {id_text(expected_id)!r}"
                 return
-    if failed != [ids[position] for position in chunk.failed] and run.failed_path_of(chunk) not in published:
+    if failed != [id_text(ids[position]) for position in chunk.failed] and run.failed_path_of(chunk) not in published:
         documents = counted(len(chunk.failed), "failed document")
         yield f"{run.output.path(run.failed_path_of(chunk))} does not list its {documents}"
 

@@ -30,10 +30,11 @@ from sdg_plugins.common.unify import conformed
 from sdg_plugins.common.values import (
     id_column_of,
     id_text,
+    json_id,
+    json_line,
     null_row,
     parse_prompt,
     pick,
-    plain,
     prune,
     rows_of,
     values_of,
@@ -93,7 +94,11 @@ class OpenChunk:
         return rows_of(self.table.slice(position, 1))[0]
 
     def ids(self, column: str | None) -> list[str]:
-        """The documents' ids: the column's values, or `<file>/<row>` where there is none."""
+        """The documents' ids as text; see `own_ids`."""
+        return list(map(id_text, self.own_ids(column)))
+
+    def own_ids(self, column: str | None) -> list[Any]:
+        """The documents' ids: the column's values as they are, or `<file>/<row>` where there is none."""
         ends = [position for position, _, _ in self._origins[1:]] + [self.chunk.count]
         names = [
             f"{file}/{row + i}"
@@ -105,7 +110,7 @@ class OpenChunk:
         own = values_of(self.table.column(column))
         extra = self._extra(column)
         own = [extra(position) if value is None else value for position, value in enumerate(own)]
-        return [name if value is None else id_text(value) for name, value in zip(names, own, strict=True)]
+        return [name if value is None else value for name, value in zip(names, own, strict=True)]
 
     def _extra(self, column: str) -> Callable[[int], Any]:
         """The value of a row that does not fit its column: readers of JSON keep it in the column `source_extra`."""
@@ -314,7 +319,8 @@ class Outlet:
         run, chunk = self._run, opened.chunk
         statuses: dict[str, list[int]] = {"row": [], "filtered": [], "failed": []}
         failures: list[Any] = []
-        ids = opened.ids(id_column)
+        own_ids = opened.own_ids(id_column)
+        ids = list(map(id_text, own_ids))
         tables = [
             self._shape.table(pick(opened.table, positions), [ids[i] for i in positions], bodies, self.fields)
             for positions, bodies in self._rows(opened, outcomes, statuses, failures)
@@ -326,7 +332,7 @@ class Outlet:
             self._doubled = True
             sdg.say(f"{double:,} of {len(ids):,} ids in {run.path_of(chunk)} occur twice: see --id-column")
         rows = pa.concat_tables(tables)
-        self._write_failed(opened, ids, failures)
+        self._write_failed(opened, own_ids, failures)
         rows = rows.replace_schema_metadata(self._metadata(rows.schema))
         if rows.num_rows:
             self._write_rows(chunk, rows)
@@ -390,7 +396,7 @@ class Outlet:
         """Key-value metadata for files of rows with this schema."""
         return {**described(schema, self._run.schema), **provenance(self._run)}
 
-    def _write_failed(self, opened: OpenChunk, ids: list[str], failures: list[dict[str, Any]]) -> None:
+    def _write_failed(self, opened: OpenChunk, ids: list[Any], failures: list[dict[str, Any]]) -> None:
         path = self._run.failed_path_of(opened.chunk)
         if not failures:
             self._run.output.clear(path)
@@ -399,8 +405,8 @@ class Outlet:
         for position, failure in zip(opened.chunk.failed, failures, strict=True):
             bad = opened.bad.get(position)
             row = bad._asdict() if bad else opened.row(position)
-            lines.append(orjson.dumps({"id": ids[position], **failure, "document": row}, default=plain))
-        self._run.output.write(path, lambda file: file.write(b"\n".join(lines) + b"\n"))
+            lines.append(json_line({"id": json_id(ids[position]), **failure, "document": row}))
+        self._run.output.write(path, lambda file: file.write(b"".join(lines)))
 
     def outcomes(self, chunk: sdg.Chunk) -> list[tuple[int, str, bytes]]:
         """The documents of a written chunk as the store would have them, from its files."""
@@ -464,7 +470,7 @@ def read_failed(run: sdg.Run, chunk: sdg.Chunk) -> list[dict[str, Any]]:
     """The records of a chunk's failed documents, in order."""
     try:
         with run.output.open(run.failed_path_of(chunk)) as file:
-            return [orjson.loads(line) for line in file.read().splitlines()]
+            return [parse_json(line) for line in file.read().splitlines()]
     except FileNotFoundError:
         return []
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -89,6 +88,8 @@ def mean_of(
         sizes: something that is known of each of them and may go with the value, such as the length of a text.
         size: its mean, of many more than the sample. The estimate is corrected by it (regression estimator).
     """
+    import statistics
+
     mean = statistics.fmean(values)
     if len(values) < 3:
         return Range(mean, 0.0, math.inf)

@@ -8,18 +8,23 @@ import glob
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import xxhash
 
 import sdg
 from sdg_plugins.common.files import access_errors, filesystem, fixed_folder, format_of, split_uri, suffix_of
+from sdg_plugins.common.outputs import written_by_run
 from sdg_plugins.common.splits import card_of, names_of_split
 from sdg_plugins.common.streams import BROKEN, Stream
 
 END_BYTES = 64 << 10  # hashed at either end of an input file
+SMALL = 1 << 20  # bytes of a remote file that is fetched whole before it is read in its order…
+AHEAD = 16  # … together with the next ones: one after the other, thousands would wait for two responses each
+KEPT = 256  # files of at most END_BYTES that are kept
 SHOWN = 3  # names of files in a message
+STATE = re.compile(r"(.*?)/\.sdg(/|-[^/]*\.json$)")  # in the output of a run: its state, or where that is
 UNREAD = re.compile(r"(^|/)(_|\.[^.]|failed/(.+/)?\d{5,}_\d{5,}\.jsonl$)")  # hidden files, and a run's failures
 
 # Suffixes of data: such files are named if they are not read. Those of text are not, because every folder has some.
@@ -42,6 +47,19 @@ def list_files(uri: str) -> list[tuple[str, int]]:
     Raises:
         InputError: there are none, or the place cannot be read.
     """
+    return [(file.path, file.size) for file in listed_files(uri)]
+
+
+class Listed(NamedTuple):
+    """A file in a listing."""
+
+    path: str
+    size: int  # bytes
+    version: str = ""  # of a remote file: changes with its content; "" if the listing has nothing of the kind
+
+
+def listed_files(uri: str) -> list[Listed]:
+    """As `list_files`, with what the listing knows of the files' content."""
     import pyarrow.fs
 
     fs, path = filesystem(uri, quick=True)
@@ -51,22 +69,20 @@ def list_files(uri: str) -> list[tuple[str, int]]:
         if not glob.has_magic(path) or (local and os.path.exists(path)):
             files, root = _files_below(uri, path), path
         elif local:
-            files = [(name, os.path.getsize(name)) for name in glob.glob(path, recursive=True) if os.path.isfile(name)]
+            names_here = filter(os.path.isfile, glob.glob(path, recursive=True))
+            files = [Listed(name, os.path.getsize(name)) for name in names_here]
         else:
-            files = [file for file in _files_below(uri, root) if fnmatch.fnmatch(file[0], path)]
-    names = {file: file[len(root) :].lstrip("/") for file, _ in files}
-    states = [name for name in names.values() if "/.sdg/" in name]
-    outputs = tuple({f"{name.partition('/.sdg/')[0]}/" for name in states})
-    found = [
-        (file, size) for file, size in files if not UNREAD.search(name := names[file]) and not name.startswith(outputs)
-    ]
+            files = [file for file in _files_below(uri, root) if fnmatch.fnmatch(file.path, path)]
+    names = {file.path: file.path[len(root) :].lstrip("/") for file in files}
+    outputs = tuple({f"{state[1]}/" for name in names.values() if (state := STATE.match(name))})
+    found = [file for file in files if not UNREAD.search(name := names[file.path]) and not name.startswith(outputs)]
     if not found:
         raise sdg.InputError(f"--input {uri}: no files found")
     return sorted(found)
 
 
-def _files_below(uri: str, path: str) -> list[tuple[str, int]]:
-    """Path and size of the file with this path, or of everything below it if it is a folder."""
+def _files_below(uri: str, path: str) -> list[Listed]:
+    """The file with this path, or everything below it if it is a folder."""
     import pyarrow.fs
 
     first, _ = filesystem(uri, quick=True)
@@ -78,15 +94,22 @@ def _files_below(uri: str, path: str) -> list[tuple[str, int]]:
         name = re.fullmatch(r"(?:https://huggingface\.co/datasets/)?([\w.-]+/[\w.-]+)", uri)
         hint = f"; for a dataset on the Hub write hf://datasets/{name[1]}" if name else ""
         raise sdg.InputError(f"--input {uri}: no such file or folder{hint}")
-    if info.is_file:
-        return [(path, info.size)]
     if isinstance(first, pyarrow.fs.LocalFileSystem):
-        return list(_walk(path, ()))
-    infos = filesystem(uri)[0].get_file_info(pyarrow.fs.FileSelector(path, recursive=True))
-    return [(info.path, info.size) for info in infos if info.is_file]
+        return [Listed(path, info.size)] if info.is_file else list(_walk(path, ()))
+    versions = getattr(getattr(getattr(first, "handler", None), "fs", None), "versions", {})
+    infos = [info] if info.is_file else first.get_file_info(pyarrow.fs.FileSelector(path, recursive=True))
+    return [
+        Listed(
+            info.path,
+            info.size,
+            versions.get(info.path) or (f"{info.mtime:%Y-%m-%dT%H:%M:%S.%f}" if info.mtime else ""),
+        )
+        for info in infos
+        if info.is_file
+    ]
 
 
-def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, int]]:
+def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[Listed]:
     """The files below a local folder. Links are followed, except to folders that they are in.
 
     Args:
@@ -103,7 +126,7 @@ def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str
             if entry.is_dir():
                 yield from _walk(entry.path, (*above, here))
             elif entry.is_file():
-                yield entry.path, entry.stat().st_size
+                yield Listed(entry.path, entry.stat().st_size)
 
 
 # ── Formats ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -173,7 +196,8 @@ class InputFiles:
     def __init__(self, uri: str, format: str, config: str | None = None, split: str | None = None) -> None:
         self.fs, self._root = filesystem(uri)
         self.local = self.fs.type_name == "local"
-        files = list_files(uri)
+        listed = listed_files(uri)
+        files = [(file.path, file.size) for file in listed]
         if split:
             files = self._of_split(uri, files, config, split)
         found = [(file, size) for file, size in files if format in {suffix_of(file), format_of(file)}]
@@ -182,11 +206,15 @@ class InputFiles:
         if not found:
             raise sdg.InputError(f"--input {uri}: no .{format} files found")
         self._say_skipped(uri, files, {file for file, _ in found})
-        found = self._without_outputs(uri, found) if format == "parquet" else found
+        found = self._without_outputs(uri, found, format)
         self.paths = [file for file, _ in found]
         self.sizes = [size for _, size in found]
         root = os.path.commonpath(self.paths) if len(found) > 1 else os.path.dirname(found[0][0])
         self.names = [os.path.relpath(file, root) for file in self.paths]
+        versions = {file.path: file.version for file in listed}
+        self._versions = [versions[path] for path in self.paths]
+        self._ahead: dict[int, Future[bytes]] = {}
+        self._fetch_once = functools.lru_cache(KEPT)(self._fetch)  # the first ones are read for the schema, too
 
     @classmethod
     def of_run(cls, run: sdg.Run, format: str) -> InputFiles:
@@ -221,11 +249,8 @@ class InputFiles:
             sdg.say(f"--input {sdg.redact(uri)}: reading the split {split}; others: {', '.join(others)}")
         return [names[name] for name in found]
 
-    def _without_outputs(self, uri: str, files: list[tuple[str, int]]) -> list[tuple[str, int]]:
-        """Parquet files but those that a run has written, unless all are: its own output must not become input."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
+    def _without_outputs(self, uri: str, files: list[tuple[str, int]], format: str) -> list[tuple[str, int]]:
+        """The files but those that a run has written, unless all are: its own output must not become input."""
         firsts = {os.path.dirname(path): path for path, _ in reversed(files)}
         if len(firsts) < 2:
             return files
@@ -233,8 +258,8 @@ class InputFiles:
         def is_output(path: str) -> bool:
             try:
                 with self.fs.open_input_file(path) as file:
-                    return b"sdg.fingerprint" in (pq.read_metadata(file).metadata or {})
-            except (OSError, pa.ArrowException):  # reported when it is read
+                    return written_by_run(file, format)
+            except OSError:  # reported when it is read
                 return False
 
         with ThreadPoolExecutor(16) as pool:
@@ -255,7 +280,12 @@ class InputFiles:
 
     @functools.cached_property
     def identity(self) -> dict[str, list[Any]]:
-        """Size and hash of each file, by name; only the first and the last 64 KiB are hashed."""
+        """Size and hash of each file, by name; only the first and the last 64 KiB are hashed.
+
+        Remote files have their version instead, if the listing has it: a hash would take several requests for each.
+        """
+        if all(self._versions):
+            return {name: [*file] for name, *file in zip(self.names, self.sizes, self._versions, strict=True)}
         with ThreadPoolExecutor(16) as pool:
             hashes = pool.map(self._hash, range(len(self.paths)), self.sizes)
             return {name: [size, digest] for name, size, digest in zip(self.names, self.sizes, hashes, strict=True)}
@@ -267,7 +297,9 @@ class InputFiles:
             return False
         same = all(earlier[name] == self.identity[name] for name in known[:-1])
         size, digest = earlier[known[-1]]
-        return same and self.sizes[len(known) - 1] >= size and self._hash(len(known) - 1, size) == digest
+        if not same or self.sizes[len(known) - 1] < size:
+            return False
+        return bool(self.identity[known[-1]] == [size, digest] or self._hash(len(known) - 1, size) == digest)
 
     def stamp(self, count: int) -> list[Any]:
         """What changes when files are written again: of the first files by name, then size and time of the last one.
@@ -276,13 +308,38 @@ class InputFiles:
             count: how many files, at most.
         """
         names = self.names[:count]
-        times = [os.stat(path).st_mtime_ns if self.local else 0 for path in self.paths[:count]]
+        paths, versions = self.paths[:count], self._versions[:count]
+        times = [os.stat(path).st_mtime_ns for path in paths] if self.local else [version or 0 for version in versions]
         digest = xxhash.xxh3_64(repr(list(zip(names[:-1], times, strict=False))).encode())
         return [digest.hexdigest(), self.sizes[len(names) - 1], times[-1]] if names else ["", 0, 0]
 
     def open(self, i: int) -> Any:
         """Open the file with index `i` for reading; a compressed file is not decompressed."""
         return self.fs.open_input_file(self.paths[i])
+
+    def open_in_order(self, i: int) -> Any:
+        """As `open`, for readers that open the files one after the other: small remote files are fetched ahead."""
+        import pyarrow as pa
+
+        if self.local:
+            return self.open(i)
+        coming = range(i, min(i + AHEAD, len(self.paths)))
+        for later in coming:
+            if later not in self._ahead and self.sizes[later] <= SMALL:
+                fetch = self._fetch_once if self.sizes[later] <= END_BYTES else self._fetch
+                self._ahead[later] = self._pool.submit(fetch, later)
+        for stale in self._ahead.keys() - set(coming):
+            self._ahead.pop(stale).cancel()
+        fetched = self._ahead.pop(i, None)
+        return pa.BufferReader(fetched.result()) if fetched else self.open(i)
+
+    @functools.cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(AHEAD, "sdg-files")
+
+    def _fetch(self, i: int) -> bytes:
+        with self.open(i) as file:
+            return bytes(file.read())
 
     def _hash(self, i: int, size: int) -> str:
         """A hash of both ends of a file's first `size` bytes."""

@@ -13,7 +13,7 @@ import orjson
 import sdg
 from sdg_plugins.common.chunks import read_failed
 from sdg_plugins.common.rows import shape_of
-from sdg_plugins.common.values import rows_of
+from sdg_plugins.common.values import id_text, rows_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -143,7 +143,7 @@ class Notes:
                 yield DocumentRecord(id_, "", rollouts=rollouts)
             elif position in chunk.failed:
                 failure = next(failures)
-                yield DocumentRecord(failure["id"], "failed", failure=failure, rollouts=rollouts)
+                yield DocumentRecord(id_text(failure["id"]), "failed", failure=failure, rollouts=rollouts)
             elif position in chunk.filtered:
                 yield DocumentRecord(id_, "filtered", rollouts=rollouts)
             else:

@@ -5,8 +5,13 @@ from __future__ import annotations
 import functools
 import os
 import re
+from typing import Any
 
 import sdg
+from sdg_plugins.common.kinds import parse_json
+from sdg_plugins.common.streams import BROKEN, Stream
+
+MARKS = {"reasoning", "finish_reason", "usage", "truncated", "extra"}  # fields of every result
 
 
 def output_files(run: sdg.Run) -> list[str]:
@@ -54,3 +59,30 @@ def refuse_others(run: sdg.Run, ours: set[str]) -> None:
             f"{run.output.path(others[0])} was not written by a run: move it away, or choose another --output or "
             "--output-config"
         )
+
+
+def written_by_run(file: Any, format: str) -> bool:
+    """True if a run has written a file: by the metadata of parquet, or by the first result in JSON lines.
+
+    Args:
+        file: open, at its start.
+        format: parquet or jsonl; files of others are not written.
+    """
+    if format == "parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            return b"sdg.fingerprint" in (pq.read_metadata(file).metadata or {})
+        except pa.ArrowException:  # reported when it is read
+            return False
+    if format != "jsonl":
+        return False
+    try:
+        row = parse_json(Stream(file).head.partition(b"\n")[0])
+    except (*BROKEN, ValueError):
+        return False
+    if not isinstance(row, dict):
+        return False
+    results = (value[0] for value in row.values() if isinstance(value, list) and value)
+    return any(isinstance(item, dict) and item.keys() >= MARKS for item in (row, *results))

@@ -66,11 +66,11 @@ async def progress(engine: sdg.Engine, course: Course | None = None) -> AsyncIte
         engine: that is at work.
         course: of the configs that this one is one of.
     """
-    from tqdm import tqdm
-
     if engine.run.options.no_progress:
         yield
         return
+    from tqdm import tqdm
+
     course = course or Course([engine.run.options.output_config])
     terminal = sys.stderr.isatty()
     columns, lines = os.get_terminal_size(sys.stderr.fileno()) if terminal else (0, 0)

@@ -15,7 +15,7 @@ from sdg_plugins.common import recorded
 from sdg_plugins.common.checks import reading
 from sdg_plugins.common.chunks import OpenChunk, read_failed
 from sdg_plugins.common.files import file_writer, format_of, rank_file
-from sdg_plugins.common.values import id_column_of, rows_of
+from sdg_plugins.common.values import id_column_of, id_text, rows_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -101,7 +101,7 @@ class Records:
         for chunk in self.written:
             path = self.run.output.path(self.run.failed_path_of(chunk))
             for failure in read_failed(self.run, chunk) if chunk.failed else ():
-                yield Record(failure.pop("id"), "failed", failure=failure, place=path)
+                yield Record(id_text(failure.pop("id")), "failed", failure=failure, place=path)
         yield from self._waiting("failed")
 
     def find(self, id_: str) -> Record | None:

@@ -23,6 +23,10 @@ def results_of(value: Any, usage: sdg.Usage | None) -> list[dict[str, Any]]:
     if value is None:
         return []
     if isinstance(value, list):
+        if any(isinstance(item, list) for item in value):
+            raise sdg.BadResult(
+                "the rollout returned a list of lists: return one list of results, or the lists in dicts"
+            )
         parts = [results_of(item, None) for item in value]
         results = [result for part in parts for result in part]
         if usage and results and not any("usage" in result for result in results):

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import base64
+import datetime
+import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
+import orjson
+
 import sdg
-from sdg_plugins.common.kinds import Convert, array_of, decoder, json_type
+from sdg_plugins.common.kinds import Convert, array_of, decoder, json_text, json_type
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -55,16 +61,31 @@ def rows_of(table: pa.Table | pa.RecordBatch) -> list[dict[str, Any]]:
 
 def plain(value: Any) -> str:
     """The closest JSON text for a value that JSON cannot hold: times, decimals, bytes."""
-    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    return value.isoformat() if isinstance(value, datetime.datetime) else str(value)  # as orjson writes times
 
 
-def jsonable(value: Any) -> Any:
-    """A value as JSON has it, with `plain` for what it cannot hold."""
+def in_base64(value: Any) -> str:
+    """As `plain`, without a loss: binary values in base64."""
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else plain(value)
+
+
+def jsonable(value: Any, default: Callable[[Any], str] = plain) -> Any:
+    """A value as JSON has it, with `default` for what it cannot hold."""
     if isinstance(value, dict):
-        return {str(key): jsonable(item) for key, item in value.items()}
+        return {str(key): jsonable(item, default) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [jsonable(item) for item in value]
-    return value if value is None or isinstance(value, str | int | float) else plain(value)
+        return [jsonable(item, default) for item in value]
+    return value if value is None or isinstance(value, str | int | float) else default(value)
+
+
+def json_line(row: dict[str, Any], default: Callable[[Any], str] = plain) -> bytes:
+    """A row as a line of JSON, with `default` for values that JSON cannot hold."""
+    try:
+        return orjson.dumps(row, default=default, option=orjson.OPT_APPEND_NEWLINE)
+    except TypeError:  # integers beyond 64 bits
+        return f"{json_text(jsonable(row, default))}\n".encode()
 
 
 def as_json(array: pa.Array) -> pa.Array:
@@ -79,7 +100,17 @@ def id_text(value: Any) -> str:
             return value.decode()
         except UnicodeDecodeError:
             return value.hex()
-    return str(value)
+    return plain(value)
+
+
+def json_id(value: Any) -> Any:
+    """An id in JSON: a text or a number if it is one, else as people write it."""
+    return value if isinstance(value, str | int) or (type(value) is float and math.isfinite(value)) else id_text(value)
+
+
+def same_id(written: Any, own: Any) -> bool:
+    """True if an id in an output is that of a document: JSON has binary ones in base64."""
+    return id_text(written) == id_text(own) or (isinstance(own, bytes) and written == in_base64(own))
 
 
 def id_column_of(options: argparse.Namespace, schema: pa.Schema) -> str | None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 from typing import TYPE_CHECKING, Any
 
 import sdg
 from sdg_plugins.common.files import codec_of
-from sdg_plugins.common.kinds import array_of, holds, json_text, parse_json
+from sdg_plugins.common.kinds import array_of, holds, parse_json
 from sdg_plugins.common.results import results_type
 from sdg_plugins.common.state import recorded_fields
 from sdg_plugins.common.unify import is_bytes
-from sdg_plugins.common.values import jsonable, plain, rows_of
+from sdg_plugins.common.values import in_base64, json_line, rows_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -37,7 +36,7 @@ class JsonlWriter:
 
         def produce(file: Any) -> None:
             for batch in rows.to_batches(1000):
-                file.write(b"".join(line_of(row) for row in rows_of(batch)))
+                file.write(b"".join(json_line(row, in_base64) for row in rows_of(batch)))
 
         def compress(file: Any) -> None:
             with pa.CompressedOutputStream(file, codec) as compressed:
@@ -71,21 +70,6 @@ class JsonlWriter:
         kinds = {self._run.options.results_column: fields and results_type(fields)}
         names = dict.fromkeys(name for row in rows for name in row)
         return pa.table({name: column_of([row.get(name) for row in rows], kinds.get(name)) for name in names})
-
-
-def line_of(row: dict[str, Any]) -> bytes:
-    """A row as a line of JSON."""
-    import orjson
-
-    try:
-        return orjson.dumps(row, default=as_text, option=orjson.OPT_APPEND_NEWLINE)
-    except TypeError:  # integers beyond 64 bits
-        return f"{json_text(jsonable(row))}\n".encode()
-
-
-def as_text(value: Any) -> str:
-    """What JSON cannot hold: binary values in base64, others as people write them."""
-    return base64.b64encode(value).decode() if isinstance(value, bytes) else plain(value)
 
 
 def column_of(values: list[Any], kind: pa.DataType | None) -> pa.Array:

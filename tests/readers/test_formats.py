@@ -489,10 +489,11 @@ def test_hidden_folders_and_outputs_of_runs_are_not_read(job: Job, server: FakeS
     options = {"input": "project", "output": "project/output/x", "output_filename": "${chunk_index}.jsonl"}
 
     job.succeed(**options)
+    job.succeed(**{**options, "output": "project/elsewhere", "state_dir": "state"})
     again = job(**options)
 
     assert again.rc == 0, again
-    assert server.prompts == ["document"]
+    assert server.prompts == ["document"] * 2
 
 
 @pytest.mark.parametrize("odd", ["plain text", [{"role": "user", "content": [{"type": "text", "text": "parts"}]}]])
@@ -511,7 +512,16 @@ def test_an_unusual_chat_among_others_is_sent_as_it_stands(job: Job, server: Fak
 
 def test_columns_of_any_type_can_be_verified_and_completed_as_jsonl(job: Job, server: FakeServer) -> None:
     maps = pa.array([[("k", 1)], [], None, [("a", 2)]], pa.map_(pa.string(), pa.int64()))
-    job.input(pa.table({"text": ["a", "b", "reject", "d"], "map": maps, "binary": [b"\xff", b"", None, b"x"]}))
+    job.input(
+        pa.table(
+            {
+                "text": ["a", "b", "reject", "d"],
+                "map": maps,
+                "binary": [b"\xff", b"", None, b"x"],
+                "id": [b"\xfe", b"b", b"\x00", b"d"],
+            }
+        )
+    )
     server.behave(lambda payload, n: Status(400) if prompt_of(payload) == "reject" else None)
     options = {"output_filename": "${chunk_index}.jsonl", "records_per_chunk": 2}
     job.succeed(**options)
@@ -566,7 +576,7 @@ SHAPES = """
         return {"answer": await generate(document.text), "score": 1.0}
 
     async def number(document, generate):
-        return 0.5
+        return [["a"], ["b"]] if document.index == 2 else 0.5
 """
 
 
@@ -587,12 +597,17 @@ def test_results_keep_their_shape(job: Job) -> None:
 
 
 def test_numbers_are_results_and_rollouts_are_numbered(job: Job) -> None:
-    job.input(documents(2))
+    job.input([{"id": number, "text": "text"} for number in range(3)])
     plugin = job.plugin("shapes", SHAPES)
+    options = {"plugin": f"{plugin}:number", "rollouts_per_document": 2, "max_failure_rate": 1}
 
-    results = [row["rollout_results"] for row in job.succeed(plugin=f"{plugin}:number", rollouts_per_document=2).rows()]
+    output = job.succeed(**options)
+    results = [row["rollout_results"] for row in output.rows()]
+    (failure,) = output.failures()
     judged = job.succeed(plugin=f"{plugin}:judged", output="judged").rows()[0]["rollout_results"][0]
 
     assert [[(item["rollout"], item["value"]) for item in row] for row in results] == [[(0, 0.5), (1, 0.5)]] * 2
     assert judged["answer"]["text"].startswith("answer ")
     assert judged["extra"] is None
+    assert failure["id"] == 2, "the id keeps its type"
+    assert "list of lists" in failure["error"]

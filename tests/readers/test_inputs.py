@@ -281,6 +281,27 @@ def test_the_output_of_a_run_is_not_read_beside_other_files(tmp_path: Path, caps
     assert texts(tmp_path / "in/out") == ["theirs"]
 
 
+@pytest.mark.parametrize("flat", [False, True])
+def test_output_in_json_lines_is_recognized_by_its_results(
+    flat: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(tmp_path / "in/a.jsonl", "mine")
+    (tmp_path / "in/out/data").mkdir(parents=True)
+    result = {
+        "text": "short",
+        "reasoning": None,
+        "finish_reason": "stop",
+        "usage": {},
+        "truncated": False,
+        "extra": None,
+    }
+    row = {"text": "theirs", "id": "a", **({**result, "generated_text": "short"} if flat else {"results": [result]})}
+    (tmp_path / "in/out/data/00000_00000.jsonl.gz").write_bytes(gzip.compress(json.dumps(row).encode()))
+
+    assert texts(tmp_path / "in") == ["mine"]
+    assert "is the output of a run" in capsys.readouterr().err
+
+
 def test_columns_of_shards_are_unified(tmp_path: Path) -> None:
     shards: list[dict[str, Any]] = [
         {"text": ["a"], "n": pa.array([1], pa.int32()), "x": pa.nulls(1), "t": pa.array([5], pa.timestamp("ms"))},
