@@ -64,6 +64,8 @@ class Pace(NamedTuple):
 
 def takes_of(requests: Sequence[tuple[float, float]]) -> Takes:
     """What requests take, from the completion tokens and the seconds of some (least squares, neither part negative)."""
+    import statistics
+
     tokens, seconds = (list(values) for values in zip(*requests, strict=True)) if requests else ([], [])
     if not sum(seconds):
         return Takes(0.0, 1.0) if sum(tokens) else Takes(1.0, 0.0)
