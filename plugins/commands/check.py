@@ -31,7 +31,6 @@ from sdg_plugins.common.steps import SCHEME
 from sdg_plugins.common.templates import check_places
 from sdg_plugins.servers import command, sglang
 from sdg_plugins.servers.launching import launching
-from sdg_plugins.servers.models import runs_of
 
 # Functions that raise the errors of servers which a run would launch, without launching them
 CHECKS = {"command": command.words_of, "sglang": sglang.checked_model, "vllm": launching.model_of}
@@ -55,6 +54,8 @@ def check(argv: list[str]) -> int:
 
 def check_config(config: Config) -> None:
     """Check that one config could be run, and print what scripts need to know of it, as `KEY VALUE` lines."""
+    from sdg_plugins.servers.models import runs_of
+
     options, plugins = config
     if options.fresh:
         raise sdg.UsageError(

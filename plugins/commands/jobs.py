@@ -33,7 +33,7 @@ from sdg_plugins.common.command_line import Config
 from sdg_plugins.common.crew import GRACE, Crew
 from sdg_plugins.common.ending import same_folder, signals
 from sdg_plugins.common.files import output_place, rank_file
-from sdg_plugins.common.progress import progress, report
+from sdg_plugins.common.progress import Course, progress, report
 from sdg_plugins.common.rereading import changed_rows
 from sdg_plugins.common.secrets import hide_secrets
 from sdg_plugins.common.shares import Share, Shares
@@ -113,9 +113,9 @@ class Stop:
 
 
 @contextlib.asynccontextmanager
-async def reported(engine: sdg.Engine, stop: Stop) -> AsyncIterator[None]:
+async def reported(engine: sdg.Engine, stop: Stop, course: Course | None = None) -> AsyncIterator[None]:
     """Show an engine's progress, keep its figures, and print at the end what was written where."""
-    async with progress(engine), heartbeat(engine):
+    async with progress(engine, course), heartbeat(engine):
         yield
     figures, chunks = await record_end(engine, stop), await engine.store.chunks()
     if figures["documents"] or not stop.reason:
@@ -351,6 +351,9 @@ async def run_all(
         present: a context manager around each engine's work: shows it.
         called: for calls in Python: given what stops all jobs, instead of signals.
     """
+    if present is reported:
+        course = Course([config.name for config in configs])
+        present = functools.partial(reported, course=course)
     jobs: list[Job] = []
     problem: BaseException | None = None
     try:

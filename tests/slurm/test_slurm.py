@@ -86,9 +86,7 @@ class Campaign:
 
     def environment(self) -> dict[str, str]:
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        return self.cluster.environment(
-            **{"PATH": path, "PYTHONPATH": str(ROOT / "tests/support/without_pandas"), **self.env}
-        )
+        return self.cluster.environment(**{"PATH": path, "PYTHONPATH": str(ROOT / "tests/support/without"), **self.env})
 
     def words(self, **options: Any) -> list[str]:
         words: list[str] = []

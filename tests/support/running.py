@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import forking
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fake_server import FakeServer
@@ -92,21 +93,31 @@ class Finished:
         return True
 
 
+def usual_environment() -> dict[str, str]:
+    """An environment without a key, a proxy and a cluster."""
+    unwanted = ("AWS_", "OPENAI_", "SLURM_", "SDG_", "HF_", "PYTHON")
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(unwanted) and not name.lower().endswith("_proxy")
+    }
+    warnings = "default::ResourceWarning,default::RuntimeWarning"
+    path = str(ROOT / "tests" / "support" / "without")
+    return {**kept, "PYTHONWARNINGS": warnings, "PYTHONFAULTHANDLER": "1", "PYTHONPATH": path}
+
+
 class Started:
     """A run of `sdg.py` in progress."""
 
     def __init__(self, arguments: list[str], folder: Path, env: dict[str, str]) -> None:
         self.began = time.monotonic()
-        self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "sdg.py"), *arguments],
-            cwd=folder,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-        )
+        pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        how: Any = {"cwd": folder, "env": env, "text": True, "errors": "replace", **pipes}
+        self.process: subprocess.Popen[str]
+        if forking.needs_interpreter(env, usual_environment()):
+            self.process = subprocess.Popen([sys.executable, forking.PROGRAM, *arguments], **how)
+        else:
+            self.process = forking.Fork([forking.PROGRAM, *arguments], **how)
 
     def send(self, signum: int) -> None:
         self.process.send_signal(signum)
@@ -206,15 +217,7 @@ class Sdg:
         self.started: list[Started] = []
 
     def environment(self, **env: str) -> dict[str, str]:
-        unwanted = ("AWS_", "OPENAI_", "SLURM_", "SDG_", "HF_", "PYTHON")
-        kept = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(unwanted) and not name.lower().endswith("_proxy")
-        }
-        warnings = "default::ResourceWarning,default::RuntimeWarning"
-        path = str(ROOT / "tests" / "support" / "without_pandas")
-        return {**kept, "PYTHONWARNINGS": warnings, "PYTHONFAULTHANDLER": "1", "PYTHONPATH": path, **env}
+        return {**usual_environment(), **env}
 
     def start(self, *arguments: object, **env: str) -> Started:
         started = Started([str(argument) for argument in arguments], self.folder, self.environment(**env))
