@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import threading
+from array import array
+from bisect import bisect_left
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
 import xxhash
-
-if TYPE_CHECKING:
-    import numpy as np
 
 MOST = 10_000_000  # ids that are remembered: 80 MB
 
@@ -22,28 +20,22 @@ class SeenIds:
     """
 
     def __init__(self) -> None:
-        self._arrays: list[np.ndarray[Any, Any]] = []
+        self._arrays: list[array[int]] = []
         self._lock = threading.Lock()
 
     def add(self, ids: Sequence[str]) -> int:
         """Add ids. Returns how many of them occur a second time, among themselves or among those added before."""
-        import numpy as np
-
-        hashes = [xxhash.xxh3_64_intdigest(id_.encode(errors="surrogatepass")) for id_ in ids]
-        own = np.unique(np.array(hashes, np.uint64))
+        own = array("Q", sorted({xxhash.xxh3_64_intdigest(id_.encode(errors="surrogatepass")) for id_ in ids}))
         with self._lock:
-            return len(ids) - len(own) + self._merge(own)
+            known = sum(has(earlier, item) for earlier in self._arrays for item in own)
+            if own and sum(map(len, self._arrays)) < MOST:
+                self._arrays.append(own)
+            while len(self._arrays) > 1 and 2 * len(self._arrays[-1]) >= len(self._arrays[-2]):
+                self._arrays.append(array("Q", sorted(self._arrays.pop() + self._arrays.pop())))
+        return len(ids) - len(own) + known
 
-    def _merge(self, own: np.ndarray[Any, Any]) -> int:
-        """Add sorted hashes. Returns how many of them were there before."""
-        import numpy as np
 
-        repeated = 0
-        for array in self._arrays:
-            places = np.minimum(np.searchsorted(array, own), len(array) - 1)
-            repeated += int((array[places] == own).sum())
-        if len(own) and sum(map(len, self._arrays)) < MOST:
-            self._arrays.append(own)
-        while len(self._arrays) > 1 and 2 * len(self._arrays[-1]) >= len(self._arrays[-2]):
-            self._arrays.append(np.union1d(self._arrays.pop(), self._arrays.pop()))
-        return repeated
+def has(items: array[int], item: int) -> bool:
+    """True if a sorted array has an item."""
+    place = bisect_left(items, item)
+    return place < len(items) and items[place] == item
