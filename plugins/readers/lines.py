@@ -101,7 +101,7 @@ class Lines:
         return float(before + inside) / max(1, sum(self.files.sizes))
 
     def _open(self) -> Iterator[bytes]:
-        self._raw = self.files.open(self.file)
+        self._raw = self.files.open_in_order(self.file)
         self._stream = stream = Stream(self._raw, self._encoding, self._legacy)
         if stream.encoding == "cp1252" and not self._encoding and not self._said:
             self._said = True

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -172,6 +173,41 @@ def test_globs_and_folders_on_s3(s3: FakeS3) -> None:
     assert found("in") == found("in/") == ["a1.parquet", "a2.parquet", "b1.parquet", "deep/a3.parquet"]
     with pytest.raises(sdg.InputError, match="no files found"):
         found("in/c*.parquet")
+
+
+@pytest.mark.usefixtures("here")
+def test_objects_are_identified_by_one_listing_and_small_ones_are_fetched_ahead(s3: FakeS3) -> None:
+    for number in range(40):
+        s3.put(f"in/{number:02}.jsonl", json.dumps({"text": f"document {number}"}).encode() + b"\n")
+    files = sdg.InputFiles(s3.uri("in/"), "jsonl")
+
+    identity = files.identity
+
+    assert list(identity) == [f"{number:02}.jsonl" for number in range(40)]
+    assert [request.path for request in s3.requests if request.path.endswith(".jsonl")] == []
+    contents = [files.open_in_order(number).read() for number in range(20)]
+    assert contents == [json.dumps({"text": f"document {number}"}).encode() + b"\n" for number in range(20)]
+    assert len({request.path for request in s3.requests if request.path.endswith(".jsonl")}) > 20  # the next ones, too
+
+
+def test_an_object_that_is_uploaded_again_is_compared_by_its_rows(
+    cloudy: Job, s3: FakeS3, env: dict[str, str], server: FakeServer
+) -> None:
+    rows = documents(10)[:6]
+    assert cloudy(env).rc == 0
+    time.sleep(1.1)  # S3 knows times in seconds
+    s3.put("in/a.parquet", parquet(rows))
+
+    again = cloudy(env)
+    rows[2]["text"] = rows[2]["text"][::-1]
+    time.sleep(1.1)
+    s3.put("in/a.parquet", parquet(rows))
+    changed = cloudy(env)
+
+    assert again.rc == 0, again
+    assert len(server.requests) == 10
+    assert changed.rc == 1
+    assert "rows 0 to 3 of the input (a.parquet)" in changed.message
 
 
 def test_failed_documents_are_retried_and_the_output_grows(
