@@ -14,13 +14,12 @@ from sdg_plugins.common import recorded
 from sdg_plugins.common.checks import check_columns, check_reader, reading
 from sdg_plugins.common.command_line import Config, parse_configs
 from sdg_plugins.common.files import output_place, rank_file, split_uri, uses_spool
+from sdg_plugins.common.identity import changes_since, different_run
 from sdg_plugins.common.markdown import counted
 from sdg_plugins.common.ranks import ranges
 from sdg_plugins.common.state import (
-    changes_since,
     check_number_of_files,
     check_state_dir,
-    different_run,
     documents_in,
     goal_of,
     recorded_size,

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import sdg
 from sdg_plugins.common.files import split_uri
 from sdg_plugins.common.hub import REPO_NAME, dataset_of_source, dataset_of_uri
+from sdg_plugins.common.identity import EDITED, label_of
 from sdg_plugins.common.markdown import counted, fence, inline
 from sdg_plugins.common.models import SAMPLING
 from sdg_plugins.common.rows import flat_names, kept_columns
@@ -131,7 +132,10 @@ class Making(NamedTuple):
             if value := text_or_texts(source.get(key)):
                 yield title, inline(", ".join(value) if isinstance(value, list) else value)
         yield "Rollout", self.rollout()
-        yield "Plugin version", inline(self.record["identity"]["plugin_version"]) or "unknown"
+        begun, *edits = map(label_of, self.record.get("code") or [self.record["identity"]])
+        yield "Plugin version", inline(begun) or "unknown"
+        if edits:
+            yield "Edited versions", f"{inline('; '.join(edits))}: results made with them have `{EDITED}` in `extra`"
         yield "Rollouts per document", f"{options['rollouts_per_document']:,}"
         yield "Sampling", inline(sampling_of(options)) or "defaults of the model"
         if options.get("long_documents") == "split":

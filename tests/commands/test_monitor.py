@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fake_hub import FakeHub, Rights
-from fake_server import Delay, FakeServer
+from fake_server import Delay, FakeServer, Hang, prompt_of
 from running import ECHO, Finished, Job, Sdg, Started, documents, wait_until
 
 import sdg
@@ -106,7 +106,9 @@ def test_the_card_in_a_folder_shows_the_progress_until_all_ranks_have_finished(r
     assert ranks.verify().rc == 0
 
 
-def test_ranks_leave_the_hub_to_the_monitor(ranks: Job, hub: FakeHub, tmp_path: Path) -> None:
+def test_ranks_leave_the_hub_to_the_monitor(ranks: Job, server: FakeServer, hub: FakeHub, tmp_path: Path) -> None:
+    first_chunks = {f"document {number}" for number in range(12)}
+    server.behave(lambda payload, n: None if prompt_of(payload) in first_chunks else Hang())
     ranks.options |= {"output": f"hf://datasets/{REPO}", "state_dir": "state"}
     cards = []
     hub.before_commit = lambda repo: cards.append(hub.files(repo).get("README.md", b"").decode())
@@ -114,6 +116,8 @@ def test_ranks_leave_the_hub_to_the_monitor(ranks: Job, hub: FakeHub, tmp_path: 
 
     processes = start_ranks(ranks, env=nowhere)
     monitor = watch(ranks, "--state-dir", "state", **environment(hub, tmp_path))
+    wait_until(lambda: REPO in hub.repos and TOLD in hub.files(REPO).get("README.md", b"").decode())
+    server.release()
     ends = [process.finish() for process in processes]
     monitored = monitor.finish()
 
@@ -131,11 +135,14 @@ def test_ranks_leave_the_hub_to_the_monitor(ranks: Job, hub: FakeHub, tmp_path: 
     assert "| Documents | 48 |" in files["README.md"].decode()
 
 
-def test_the_monitor_waits_for_the_rerun_of_a_rank_that_was_killed(ranks: Job) -> None:
+def test_the_monitor_waits_for_the_rerun_of_a_rank_that_was_killed(ranks: Job, server: FakeServer) -> None:
+    of_rank_1 = {f"document {number}" for number in range(48) if number // 4 % 3 == 1}
+    server.behave(lambda payload, n: Hang() if prompt_of(payload) in of_rank_1 else None)
     processes = start_ranks(ranks)
-    wait_until(lambda: len(list(ranks.output.state.glob("0*.stats.json"))) == 3)
+    wait_until(lambda: of_rank_1 & {*server.prompts})
     monitor = watch(ranks)
     processes[1].send(signal.SIGKILL)
+    server.release()
     assert [processes[rank].finish().rc for rank in (0, 2)] == [0, 0]
     wait_until(lambda: "2 finished" in progress_of(card_of(ranks)).get("ranks", ""))
     assert monitor.running

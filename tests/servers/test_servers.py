@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_server import Delay, FakeServer, free_port, prompt_of
+from fake_server import FakeServer, Hang, free_port, prompt_of
 from launching import ENGINE, Launch, everything
 from running import ECHO, Started, documents, wait_until
 
@@ -207,7 +207,7 @@ def test_death_at_the_start_is_reported_with_status_and_last_output(launch: Laun
 def test_start_that_takes_too_long_is_ended(launch: Launch) -> None:
     launch.input(documents(5))
 
-    finished = launch(faults="--hang --say dozing", start_timeout=1)
+    finished = launch(server_command="sh -c 'echo dozing; exec sleep 300' {port}", start_timeout=3)
 
     assert finished.rc == 1
     assert "--start-timeout" in finished.message
@@ -579,12 +579,15 @@ def test_crashes_on_one_server_do_not_convict_on_another() -> None:
 
 
 def test_server_without_metrics_gets_all_that_the_flag_allows(launch: Launch, server: FakeServer) -> None:
-    launch.input(documents(600))
-    server.behave(lambda payload, n: Delay(0.3))
+    launch.input(documents(400))
+    server.behave(lambda payload, n: Hang())
 
-    output = launch.succeed(server=None, base_url=server.url, model=None, max_concurrent_generations=300)
+    running = launch.start(server=None, base_url=server.url, model=None, max_concurrent_generations=300)
+    wait_until(lambda: server.in_flight == 300)
+    server.release()
+    assert running.finish().rc == 0
 
-    assert len(output.rows()) == 600
+    assert len(launch.output.rows()) == 400
     assert server.max_in_flight == 300
     assert prompt_of(server.requests[0].payload)
 
