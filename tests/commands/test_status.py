@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from fake_hub import FakeHub, Rights
 from fake_server import FakeServer
@@ -354,6 +355,26 @@ def test_a_repository_that_cannot_be_written_is_found(job: Job, hub: FakeHub, to
 
     assert "alice/out" not in hub.repos
     assert not (job.folder / ".sdg").exists()
+
+
+def test_more_files_than_the_hub_takes_are_refused_before_anything_is_sent(
+    job: Job, hub: FakeHub, server: FakeServer
+) -> None:
+    hub.tokens["hf_alice"] = Rights("alice")
+    job.env |= hub.environment(job.folder, "hf_alice")
+    job.input(pa.table({"text": ["x"] * 100_001}))
+    options = {"output": "hf://datasets/alice/out", "records_per_chunk": 1}
+
+    checked, run = check(job, **options), job(**options)
+
+    for refused in (checked, run):
+        assert refused.rc == 2
+        assert "100,001 documents make about 100,001 files, and the Hub takes 100,000" in refused.message
+        assert "--max-file-size" in refused.message
+    assert not server.requests
+    assert "alice/out" not in hub.repos
+    assert check(job, **options, max_file_size="500MB").rc == 0
+    assert check(job, **options, max_documents=1000).rc == 0
 
 
 def test_ranks_without_work_are_reported(job: Job) -> None:
