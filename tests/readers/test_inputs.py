@@ -302,6 +302,15 @@ def test_output_in_json_lines_is_recognized_by_its_results(
     assert "is the output of a run" in capsys.readouterr().err
 
 
+def test_the_total_of_compressed_lines_is_estimated_without_what_was_only_read_ahead(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(b"".join(b'{"text": "%d %s"}\n' % (i, b"word " * 200) for i in range(20_000)), 1))
+    reader, _ = opened(str(path))
+    reader.seek(0, None)
+    reader.read(5)
+    assert reader.total() == pytest.approx(20_000, rel=0.5)
+
+
 def test_columns_of_shards_are_unified(tmp_path: Path) -> None:
     shards: list[dict[str, Any]] = [
         {"text": ["a"], "n": pa.array([1], pa.int32()), "x": pa.nulls(1), "t": pa.array([5], pa.timestamp("ms"))},
