@@ -1582,14 +1582,13 @@ class Engine:
             await self.store.forget_failures()
         await self._reopen_lost()
         self.tally = await self.store.tally()
-        options = self.run.options
         self.store.on_durable, self.store.on_failure = self._durable, self.run.stop
-        self.store.most_answers = max(100, options.max_concurrent_generations)
+        self.store.most_answers = max(100, self.run.options.max_concurrent_generations)
         with self.intake, self._writing:
             async with asyncio.TaskGroup() as self._write_tasks, contextlib.aclosing(self._batches()) as batches:
                 try:
                     feed = Feed(batches)
-                    await self.crew.work(self._work(feed) for _ in range(options.max_concurrent_documents))
+                    await self.crew.work(self._work(feed) for _ in range(self.run.options.max_concurrent_documents))
                     with contextlib.suppress(Exception):  # it has stopped the run
                         await self.store.flush()
                 finally:
@@ -1756,8 +1755,7 @@ class Engine:
             body = self.client.secrets.hidden(self.outlet.stored(outcome or None))
         except TypeError as exc:
             reason = f"the rollout's result cannot be stored as JSON: {exc}{place_of(self.rollout)}"
-            self._finish(opened, position, {"error": reason, "error_type": "TypeError", "attempts": 1})
-            return
+            return self._finish(opened, position, {"error": reason, "error_type": "TypeError", "attempts": 1})
         self.store.finished(opened.chunk.index << 32 | position, status, body)
         self.tally[status] += 1
         self.finished += 1

@@ -7,6 +7,7 @@ import functools
 import glob
 import os
 import re
+import time
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -340,8 +341,15 @@ class InputFiles:
         return ThreadPoolExecutor(AHEAD, "sdg-files")
 
     def _fetch(self, i: int) -> bytes:
-        with self.open(i) as file:
-            return bytes(file.read())
+        for pause in (0.5, 2.0, None):  # pyarrow does not retry an error whose text is longer than the file
+            try:
+                with self.open(i) as file:
+                    return bytes(file.read())
+            except OSError:
+                if pause is None:
+                    raise
+                time.sleep(pause)
+        raise AssertionError("unreachable")
 
     def _hash(self, i: int, size: int) -> str:
         """A hash of both ends of a file's first `size` bytes."""
