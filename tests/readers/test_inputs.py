@@ -183,7 +183,8 @@ def documents(path: str, prompt: str = "text", **options: Any) -> list[sdg.Docum
     if not chunk.chunk.count:
         return []
     ids = id_column_of(SimpleNamespace(id_column=None), reader.schema)  # type: ignore[arg-type]
-    return [document for _, document in chunk.documents(prompt, ids)]
+    found = (document for _, document in chunk.documents(prompt, ids))
+    return [document["error"] if isinstance(document, dict) else document for document in found]
 
 
 # ── Folders ──────────────────────────────────────────────────────────────────────────────────────────────────────────
