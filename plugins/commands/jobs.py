@@ -38,6 +38,7 @@ from sdg_plugins.common.rereading import changed_rows
 from sdg_plugins.common.secrets import hide_secrets
 from sdg_plugins.common.shares import Share, Shares
 from sdg_plugins.common.state import (
+    check_number_of_files,
     check_state_dir,
     claim_state,
     discarded,
@@ -189,6 +190,8 @@ class Job:
     async def prepare(self) -> None:
         """Open the writer: problems with the output are reported before a server starts."""
         options = self.run.options
+        checked = f".sdg-access-{options.output_config.replace('/', '-')}-{options.rank:05d}"
+        await asyncio.to_thread(self.run.output.check_access, checked)
         entry = self.run.plugins.writers[options.writer]
         with sdg.at_work(f"the writer of {sdg.redact(options.output)}", entry.factory):
             self._writer = await asyncio.to_thread(created, entry.factory, self.run)
@@ -249,6 +252,7 @@ class Job:
             async with recording_the_start(run, servers.get("", [])):
                 await connect_models(run, servers, self._connecting, stack)
                 retrying = claim_state(run, reader, functools.partial(changed_rows, run, reader))
+                check_number_of_files(run, reader)
             path = rank_file(run.state, run.options.rank, "sqlite3")
             store = await stack.enter_async_context(sdg.Store.open(path, run.counts))
             send = run.plugins.linked(run)

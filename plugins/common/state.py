@@ -29,6 +29,7 @@ from sdg_plugins.common.rows import messages_type
 if TYPE_CHECKING:
     import pyarrow as pa
 
+HUB_FILES = 100_000  # in a repository
 LOOK = 1000  # rows that are read to estimate the number of all
 DEMO_MODEL = "demo-extractive"  # of the server `demo`
 
@@ -233,6 +234,25 @@ def documents_in(reader: sdg.Reader) -> int | None:
         total = reader.total() if rows == LOOK else rows
         reader.seek(0, None)
     return total
+
+
+def check_number_of_files(run: sdg.Run, reader: sdg.Reader) -> None:
+    """Raise UsageError if a run that has written nothing yet would make more files than the Hub takes.
+
+    Args:
+        run: with the number of documents in a chunk.
+        reader: of its input, at the beginning.
+    """
+    options = run.options
+    if options.writer != "hf" or options.max_file_size or not options.output.startswith("hf://datasets/"):
+        return
+    documents = documents_in(reader) or 0
+    files = -(-min(documents, options.max_documents or documents) // options.records_per_chunk)
+    if files > HUB_FILES and not output_files(run):
+        raise sdg.UsageError(
+            f"--output {options.output}: {documents:,} documents make about {files:,} files, and the Hub takes "
+            f"{HUB_FILES:,} in a repository: merge them with --max-file-size 500MB, or raise --records-per-chunk"
+        )
 
 
 def stamp_of(reader: sdg.Reader, files: int) -> Any:

@@ -819,6 +819,26 @@ def test_a_rank_whose_clock_differs_is_alive_while_its_heartbeat_changes(
         (tmp_path / "00000.stats.json").write_text(json.dumps({"rank": record}))
         return looks.look(run)[0].state
 
+    def seen_twice(clock: float, beats: bool) -> tuple[str, bool]:
+        """What `status` says of a rank whose clock differs: its state, and whether its heartbeat counts as new."""
+        look(clock)
+        first = ranks_module.ranks_of(tmp_path, 1)
+
+        def read() -> list[ranks_module.Rank]:
+            if beats:
+                look(clock)
+            return ranks_module.ranks_of(tmp_path, 1)
+
+        (rank,) = ranks_module.looked_at_again(first, read)
+        return rank.state, abs(rank.updated - time.time()) < 60
+
+    monkeypatch.setattr(ranks_module, "SECOND_LOOK", 0.05)
+    assert seen_twice(-500, beats=True) == ("running", True)
+    assert seen_twice(500, beats=True) == ("running", True)
+    assert seen_twice(-500, beats=False)[0] == "silent"
+    assert seen_twice(500, beats=False)[0] == "silent"
+    assert seen_twice(-5, beats=False) == ("running", True)  # not in doubt
+    looks = ranks_module.Looks()
     assert look(-5000) == "silent"
     assert look(-4999) == "running"
     (rank,) = looks.look(run)

@@ -55,6 +55,9 @@ def test_steps_run_in_order_and_one_card_tells_of_them_all(chain: Job, server: F
     assert sum(prompt.startswith("Compare: document ") for prompt in server.prompts) == 5
     assert columns(output.path / "prompt") == ["id", "text", "rollout_results", "french", "prompt"]
     card = (output.path / "README.md").read_text()
+    assert "\n# Chained: synthetic data\n" in card
+    assert "from documents from the config summarize of this dataset" in card
+    assert card.count("sdg --config YOUR_STEPS.toml") == 2
     assert re.findall(r"## Config `(\w+)`", card) == ["summarize", "french", "prompt"]
     for name in ("summarize", "french", "prompt"):
         assert chain.sdg("verify", "--output", output.path, "--output-config", name).rc == 0
