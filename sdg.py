@@ -110,9 +110,9 @@ LARGE_CHUNK = 32 << 20  # bytes of results in a chunk above which no other such 
 PIECE = 64  # documents of such a chunk that are in memory at a time
 WINDOW = 32  # documents read but not yet written, per document in flight: 1 % stragglers of 20 times the mean need 20
 RECENT = 1000  # documents that the failure rate is also judged by, so that a long run stops soon when all go wrong
-PUBLISHER = "sdg-publisher"  # the thread that publishes during a run; see `script`
+PUBLISHER = "sdg-publisher"  # the thread that publishes during a run; see `run_program` in plugins/common/ending.py
 hide: Callable[[str], str] = str  # takes keys out of a text; see `hide_secrets` in plugins/common/secrets.py
-left_behind: list[object] = []  # tasks of plugins that did not end with the run; see `script`
+left_behind: list[object] = []  # tasks of plugins that did not end with the run; see `run_program`
 
 # What plugins use that lives in plugins/: `sdg.InputFiles` is `sdg_plugins.common.inputs.InputFiles`.
 HELPERS = {
@@ -1868,27 +1868,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def script() -> NoReturn:
-    """`main` as a program: no upload that hangs, and no task or thread of a plugin, keeps it from ending.
-
-    The interpreter would wait for threads, and unload libraries that the publisher's threads use: they crash.
-    """
-    code = main()
-    deadline = time.monotonic() + 0.5
-    others = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
-    for thread in others:
-        if not thread.daemon:
-            thread.join(max(0.0, deadline - time.monotonic()))
-    waits = any(thread.name == PUBLISHER or (thread.is_alive() and not thread.daemon) for thread in others)
-    if left_behind or waits:
-        import multiprocessing
-
-        for child in multiprocessing.active_children():  # of a plugin's pool; forked ones ignore SIGTERM as we do
-            child.kill()
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError, AttributeError):
-                stream.flush()
-        os._exit(code)
-    sys.exit(code)
+    """`main` as a program."""
+    importlib.import_module("sdg_plugins.common.ending").run_program(main)
+    raise SystemExit  # it does not return
 
 
 _bundled_package()

@@ -81,7 +81,7 @@ def filesystem(uri: str, quick: bool = False) -> tuple[Any, str]:
 
     scheme, rest = split_uri(uri)
     if scheme == "file":
-        return pyarrow.fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(rest))
+        return pyarrow.fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(utf8(rest)))
     if scheme == "s3":
         # Settings may follow, as in pyarrow's URIs. Any other question mark belongs to a glob.
         path, *settings = re.split(r"\?(?=(?:region|scheme|endpoint_override)=)", rest, maxsplit=1)
@@ -103,6 +103,16 @@ def filesystem(uri: str, quick: bool = False) -> tuple[Any, str]:
         supported = "supported are local paths, s3://, gs://, and the schemes of fsspec"
         raise sdg.UsageError(f"{sdg.redact(uri)}: {sdg.one_line(exc)}; {supported}") from exc
     return fs, str(path)
+
+
+def utf8(name: str) -> str:
+    """A local path as it is. Raises UsageError if it is not UTF-8: Arrow cannot open such files."""
+    if not name.isascii():
+        try:
+            name.encode()
+        except UnicodeEncodeError as exc:
+            raise sdg.UsageError(f"{name}: the name is not UTF-8: rename it, or give it another one by a link") from exc
+    return name
 
 
 # ── Access ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -351,9 +361,11 @@ def file_system_of(path: Path) -> str:
     if not mounts.exists():
         return "apfs"  # macOS: local unless mounted otherwise
     best, kind = "", ""
-    for line in mounts.read_text().splitlines():
-        before, _, after = line.partition(" - ")
-        mount = before.split()[4].encode().decode("unicode_escape")
+    for line in mounts.read_bytes().splitlines():
+        before, _, after = line.partition(b" - ")
+        # Names may be in any encoding; white space and backslashes in them are octal numbers.
+        name = re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8)]), before.split()[4])
+        mount = os.fsdecode(name)
         if Path(os.path.realpath(path)).is_relative_to(mount) and len(mount) >= len(best):
-            best, kind = mount, after.split()[0]
+            best, kind = mount, os.fsdecode(after.split()[0])
     return kind

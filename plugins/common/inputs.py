@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import xxhash
 
 import sdg
-from sdg_plugins.common.files import access_errors, filesystem, fixed_folder, format_of, split_uri, suffix_of
+from sdg_plugins.common.files import access_errors, filesystem, fixed_folder, format_of, split_uri, suffix_of, utf8
 from sdg_plugins.common.outputs import written_by_run
 from sdg_plugins.common.splits import card_of, names_of_split
 from sdg_plugins.common.streams import BROKEN, Stream
@@ -79,6 +79,8 @@ def listed_files(uri: str) -> list[Listed]:
     found = [file for file in files if not UNREAD.search(name := names[file.path]) and not name.startswith(outputs)]
     if not found:
         raise sdg.InputError(f"--input {uri}: no files found")
+    for file in found if local else ():
+        utf8(file.path)  # raises
     return sorted(found)
 
 

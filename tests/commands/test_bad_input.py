@@ -130,6 +130,18 @@ def test_an_input_with_a_results_column_asks_for_another_name(job: Job) -> None:
     assert row["echoes"][0]["text"].startswith("answer ")
 
 
+def test_names_that_are_not_utf8_are_refused_before_anything_is_sent(job: Job, server: FakeServer) -> None:
+    name = os.fsdecode(b"odd\xff.jsonl")
+    job.input([{"id": "a", "text": "a"}], name)
+    folder = job.input([{"id": "a", "text": "a"}], "input.jsonl").parent
+
+    for options in ({"input": name}, {"input": folder}, {"output": os.fsdecode(b"out\xff")}):
+        refused = job(**options)
+        assert refused.rc in {1, 2}
+        assert refused.says("the name is not UTF-8: rename it")
+    assert not server.requests
+
+
 # ── Rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

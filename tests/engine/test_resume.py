@@ -880,6 +880,20 @@ def test_the_state_of_one_output_is_not_taken_for_another(job: Job, server: Fake
     assert len(server.requests) == 5
 
 
+@pytest.mark.slow
+def test_interrupts_while_the_run_ends_print_no_traceback(job: Job, server: FakeServer) -> None:
+    job.input(documents(300))
+    server.behave(lambda payload, n: Delay(0.1))
+    for turn in range(8):
+        started = job.start(output=f"output{turn}", max_concurrent_generations=10)
+        wait_until(lambda: len(server.answered) > 5)
+        server.forget()
+        for _ in range(3):
+            started.send(signal.SIGINT)
+            time.sleep(0.02 * turn)
+        assert started.finish().rc == 130  # looks for tracebacks
+
+
 def test_an_interrupt_works_when_standard_error_is_closed(job: Job, server: FakeServer) -> None:
     job.input(documents(30))
     server.behave(lambda payload, n: Delay(0.5))

@@ -103,7 +103,8 @@ def test_guard_that_is_killed_leaves_nothing_behind(launch: Launch) -> None:
     started = launch.start(faults="--children --seconds 0.2", max_concurrent_generations=8)
     wait_until(lambda: len(launch.requests("answered")) > 20)
     guard = next(pid for pid, command in launch.processes().items() if "guard.py" in command)
-    first = {pid for pid, command in launch.processes().items() if "sdg.py" not in command}
+    engine = ("sdg.py", "forking.py")
+    first = {pid for pid, command in launch.processes().items() if not any(name in command for name in engine)}
 
     os.kill(guard, signal.SIGKILL)
 
@@ -111,6 +112,37 @@ def test_guard_that_is_killed_leaves_nothing_behind(launch: Launch) -> None:
     assert not first & launch.processes().keys()
     everything(launch, 200, started.finish(bugs=True))  # its last output may be a warning
     assert not launch.processes()
+
+
+LEAVES_A_PROCESS = """
+    import asyncio, os, sys, textwrap
+    from pathlib import Path
+    import sdg
+
+    @sdg.hookimpl
+    def register_rollouts(register):
+        register("leaves", leaves)
+
+    TOOL = '''import os, pathlib, time
+    os.fork() and os._exit(0)
+    time.sleep(0.2)
+    pathlib.Path("parent").write_text(str(os.getppid()))
+    '''
+
+    async def leaves(document, generate):
+        await generate(document.text)
+        tool = await asyncio.create_subprocess_exec(sys.executable, "-c", textwrap.dedent(TOOL))
+        await tool.wait()
+        while not os.path.exists("parent"):
+            await asyncio.sleep(0.01)
+        return "mine" if Path("parent").read_text() == str(os.getpid()) else "not mine"
+"""
+
+
+def test_processes_that_tools_leave_behind_do_not_become_zombies_of_the_engine(launch: Launch) -> None:
+    launch.input(documents(1))
+    output = launch.succeed(plugin=launch.plugin("leaves", LEAVES_A_PROCESS))
+    assert output.texts() == {"d0000": ["not mine"]}
 
 
 def test_no_process_outlives_a_run_that_fails(launch: Launch) -> None:

@@ -4,7 +4,7 @@ An interpreter that starts, and imports sdg and Arrow, takes four tenths of a se
 than two thousand: forks take a tenth of it. From then on all is as ever: a process with its own environment, folder,
 standard streams, signals and end. What only a new interpreter can show is started as one; see `needs_interpreter`.
 
-As a program, this is the process that forks: `forking.py FD`, with a Unix socket that brings what to run.
+As a program, this is the process that forks: `forking.py FD sdg.py`, with a Unix socket that brings what to run.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _forker() -> socket.socket:
 
     ours, theirs = socket.socketpair()
     with theirs:
-        command = [sys.executable, __file__, str(theirs.fileno())]
+        command = [sys.executable, __file__, str(theirs.fileno()), PROGRAM]  # tests look for its name in command lines
         env = {**usual_environment(), "JE_ARROW_MALLOC_CONF": "background_thread:false"}  # forks would be without it
         forker = subprocess.Popen(command, env=env, pass_fds=[theirs.fileno()], cwd="/")
 
