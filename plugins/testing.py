@@ -172,8 +172,8 @@ def document(source: str | Mapping[str, Any], prompt_column: str = "text") -> sd
     reader = RowsReader([row])
     chunk = OpenChunk(sdg.Chunk(0, 0), reader.read(1), reader.schema)
     ((_, found),) = chunk.documents(prompt_column, "id" if "id" in row else None)
-    if isinstance(found, str):
-        raise sdg.BadDocument(found)
+    if isinstance(found, dict):
+        raise sdg.BadDocument(found["error"])
     return found
 
 

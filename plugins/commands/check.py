@@ -14,12 +14,12 @@ from sdg_plugins.common import recorded
 from sdg_plugins.common.checks import check_columns, check_reader, reading
 from sdg_plugins.common.command_line import Config, parse_configs
 from sdg_plugins.common.files import output_place, rank_file, split_uri, uses_spool
+from sdg_plugins.common.identity import changes_since, different_run
 from sdg_plugins.common.markdown import counted
 from sdg_plugins.common.ranks import ranges
 from sdg_plugins.common.state import (
-    changes_since,
+    check_number_of_files,
     check_state_dir,
-    different_run,
     documents_in,
     goal_of,
     recorded_size,
@@ -90,6 +90,7 @@ def check_config(config: Config) -> None:
     options.records_per_chunk = options.records_per_chunk or recorded_size(run) or size_of_chunks(documents)
     check_earlier_run(run, reader)
     if uses_spool(run.options):
+        check_number_of_files(run, reader)
         check_publishing(run)
     documents = None if documents is None else min(documents, options.max_documents or documents)
     local = split_uri(options.output)[0] == "file"

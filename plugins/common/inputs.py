@@ -7,6 +7,7 @@ import functools
 import glob
 import os
 import re
+import time
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import xxhash
 
 import sdg
-from sdg_plugins.common.files import access_errors, filesystem, fixed_folder, format_of, split_uri, suffix_of
+from sdg_plugins.common.files import access_errors, filesystem, fixed_folder, format_of, split_uri, suffix_of, utf8
 from sdg_plugins.common.outputs import written_by_run
 from sdg_plugins.common.splits import card_of, names_of_split
 from sdg_plugins.common.streams import BROKEN, Stream
@@ -78,6 +79,8 @@ def listed_files(uri: str) -> list[Listed]:
     found = [file for file in files if not UNREAD.search(name := names[file.path]) and not name.startswith(outputs)]
     if not found:
         raise sdg.InputError(f"--input {uri}: no files found")
+    for file in found if local else ():
+        utf8(file.path)  # raises
     return sorted(found)
 
 
@@ -338,8 +341,15 @@ class InputFiles:
         return ThreadPoolExecutor(AHEAD, "sdg-files")
 
     def _fetch(self, i: int) -> bytes:
-        with self.open(i) as file:
-            return bytes(file.read())
+        for pause in (0.5, 2.0, None):  # pyarrow does not retry an error whose text is longer than the file
+            try:
+                with self.open(i) as file:
+                    return bytes(file.read())
+            except OSError:
+                if pause is None:
+                    raise
+                time.sleep(pause)
+        raise AssertionError("unreachable")
 
     def _hash(self, i: int, size: int) -> str:
         """A hash of both ends of a file's first `size` bytes."""

@@ -124,6 +124,13 @@ def _import_file(path: Path) -> tuple[types.ModuleType, str]:
     return module, xxhash.xxh3_64_hexdigest(path.read_bytes())
 
 
+def contributing(plugins: sdg.Plugins, rollout: str) -> set[str]:
+    """The plugins that a rollout's requests depend on beside its own: of its resources, and with `wrap_requests`."""
+    parameters = list(inspect.signature(plugins.rollouts[rollout].factory).parameters)[2:]
+    resources = {plugins.resources[name].plugin for name in parameters if name in plugins.resources}
+    return resources | {impl.plugin_name for impl in plugins.manager.hook.wrap_requests.get_hookimpls()}
+
+
 def option_for(word: str, plugins: sdg.Plugins) -> str:
     """The option of `run` that a word belongs to that stands without one; "" if there is none."""
     if word in plugins.rollouts or word.endswith(".py"):

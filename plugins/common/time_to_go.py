@@ -78,17 +78,20 @@ class TimeToGo:
         self._looks: deque[tuple[float, int]] = deque(maxlen=1000)
         self._told: tuple[float, float | None] | None = None  # when, and what
 
-    def of(self, engine: sdg.Engine) -> float | None:
-        """The remaining time of an engine that works, in s; None if it is not known."""
-        now, total = time.monotonic(), engine.intake.expected()
-        if self._told and now - self._told[0] < PAUSE:
-            seconds = self._told[1]
-            return seconds and max(0.0, seconds - (now - self._told[0]))
-        self.look(engine.finished)
-        crew, done = engine.crew, sum(engine.tally.values())
-        begun, ended = list(crew.begun.values()), list(crew.ended)
-        self._told = now, self.seconds(max(0, total - done), begun, ended) if total else None
-        return self._told[1]
+    def of(self, engine: sdg.Engine, remaining: int | None) -> float | None:
+        """The remaining time of an engine that works, in s; None if it is not known.
+
+        Args:
+            engine: that works.
+            remaining: documents that are not final, also those that follow in other configs; None if not known.
+        """
+        now = time.monotonic()
+        if not self._told or now - self._told[0] >= PAUSE:
+            self.look(engine.finished)
+            begun, ended = list(engine.crew.begun.values()), list(engine.crew.ended)
+            self._told = now, None if remaining is None else self.seconds(max(0, remaining), begun, ended)
+        at, seconds = self._told
+        return seconds and max(0.0, seconds - (now - at))
 
     def look(self, finished: int, now: float | None = None) -> None:
         """Note how many documents this process has finished."""

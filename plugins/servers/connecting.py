@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import os
 import re
 from collections.abc import AsyncIterator, Sequence
@@ -224,6 +225,7 @@ def unlisted(model: str, served: list[str]) -> str:
     return f"the server does not list --model {model}, but {', '.join(served[:20])}{hint}"
 
 
+@functools.cache  # said once
 def limit_of_files(requests: int) -> int:
     """Raise the limit of open files for some requests in flight; return how many it allows."""
     import resource
@@ -234,6 +236,6 @@ def limit_of_files(requests: int) -> int:
         soft = needed if hard == resource.RLIM_INFINITY else min(hard, needed)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         if soft < needed:
-            allowed = f"allows {soft - SPARE_FILES} requests in flight, not {requests}"
+            allowed = f"allows {max(1, soft - SPARE_FILES)} requests in flight, not {requests}"
             sdg.say(f"the limit of open files, {hard}, {allowed}: see ulimit -Hn")
     return requests if soft == resource.RLIM_INFINITY else max(1, min(requests, soft - SPARE_FILES))

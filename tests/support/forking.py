@@ -4,7 +4,7 @@ An interpreter that starts, and imports sdg and Arrow, takes four tenths of a se
 than two thousand: forks take a tenth of it. From then on all is as ever: a process with its own environment, folder,
 standard streams, signals and end. What only a new interpreter can show is started as one; see `needs_interpreter`.
 
-As a program, this is the process that forks: `forking.py FD`, with a Unix socket that brings what to run.
+As a program, this is the process that forks: `forking.py FD sdg.py`, with a Unix socket that brings what to run.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import atexit
 import contextlib
 import functools
 import gc
+import importlib
 import json
 import os
 import select
@@ -27,13 +28,19 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = str(ROOT / "sdg.py")
 # What an interpreter, a library or the linker looks at only once.
 READ_AT_THE_START = ("PYTHON", "LANG", "LC_", "LD_", "MALLOC_", "ARROW_", "TZ")
+# Besides plugins: what runs import, and dateutil, which Arrow does.
+IMPORTED = (
+    *("sdg", "sdg_plugins.commands.jobs", "sdg_plugins.commands.preview", "sdg_plugins.truncation.fitting"),
+    *("aiosqlite", "dateutil.relativedelta", "filelock", "uvloop", "yaml"),
+    *("pyarrow.compute", "pyarrow.fs", "pyarrow.parquet", "huggingface_hub.hf_api"),
+)
 
 seconds = 0.0  # of CPU that the forks have used which have ended
 
 
 def needs_interpreter(env: Mapping[str, str], usual: Mapping[str, str]) -> bool:
-    """True if a run is to be started as a new interpreter: everywhere with SDG_TEST_START=interpreter."""
-    if os.environ.get("SDG_TEST_START") == "interpreter" or not hasattr(os, "pidfd_open"):
+    """True if a run is to be started as a new interpreter: SDG_TEST_START=interpreter is for one run, or for all."""
+    if "interpreter" in {os.environ.get("SDG_TEST_START"), env.get("SDG_TEST_START")} or not hasattr(os, "pidfd_open"):
         return True
     names = {name for name in {*env, *usual} if name.startswith(READ_AT_THE_START)}
     return any(env.get(name) != usual.get(name) for name in names)
@@ -82,8 +89,9 @@ def _forker() -> socket.socket:
 
     ours, theirs = socket.socketpair()
     with theirs:
-        command = [sys.executable, __file__, str(theirs.fileno())]
-        forker = subprocess.Popen(command, env=usual_environment(), pass_fds=[theirs.fileno()], cwd="/")
+        command = [sys.executable, __file__, str(theirs.fileno()), PROGRAM]  # tests look for its name in command lines
+        env = {**usual_environment(), "JE_ARROW_MALLOC_CONF": "background_thread:false"}  # forks would be without it
+        forker = subprocess.Popen(command, env=env, pass_fds=[theirs.fileno()], cwd="/")
 
     def end() -> None:
         ours.close()
@@ -97,19 +105,14 @@ def _forker() -> socket.socket:
 
 
 def prepare() -> None:
-    """Import what runs import. Not the Hub's client, which reads the environment when it is imported."""
+    """Import what runs import."""
     sys.path[0] = str(ROOT)
     sys.modules["__main__"].__file__ = PROGRAM  # what processes of a pool import
-    import aiosqlite  # noqa: F401
-    import filelock  # noqa: F401
-    import uvloop  # noqa: F401
-
-    import sdg
-
-    sdg.Plugins.load([])
-    from sdg_plugins.commands import jobs, preview  # noqa: F401
-    from sdg_plugins.truncation import fitting  # noqa: F401
-
+    for name in IMPORTED:
+        importlib.import_module(name)
+    importlib.import_module("sdg").Plugins.load([])
+    for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
+        del sys.modules[name]  # it reads the environment when it is imported; what it imports stays
     gc.collect()
     gc.freeze()  # pages that no fork writes to are copied for none
     assert len(os.listdir("/proc/self/task")) == 1, "a thread would be missing in the forks"
@@ -127,7 +130,6 @@ def serve(requests: socket.socket) -> socket.socket | None:
                 connection = socket.socket(fileno=fds[0])
                 pid = os.fork()
                 if not pid:
-                    requests.close()
                     for pidfd, (_, other) in running.items():
                         os.close(pidfd)
                         other.close()
@@ -150,7 +152,8 @@ def serve(requests: socket.socket) -> socket.socket | None:
 def main() -> None:
     """Serve; in a fork, become what was asked for."""
     prepare()
-    connection = serve(socket.socket(fileno=int(sys.argv[1])))
+    with socket.socket(fileno=int(sys.argv[1])) as requests:
+        connection = serve(requests)
     if connection is None:
         return
     with connection, connection.makefile() as lines:

@@ -58,7 +58,7 @@ SIGNS_OF_A_BUG = (
 )
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 30.0) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 120.0) -> None:
     """Return as soon as the condition holds; fail if it does not within some seconds."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -126,7 +126,7 @@ class Started:
     def running(self) -> bool:
         return self.process.poll() is None
 
-    def finish(self, timeout: float = 60.0, bugs: bool = False) -> Finished:
+    def finish(self, timeout: float = 180.0, bugs: bool = False) -> Finished:
         """Wait for the end. `bugs` allows what is otherwise taken for the sign of a bug."""
         try:
             stdout, stderr = self.process.communicate(timeout=timeout)
@@ -224,7 +224,7 @@ class Sdg:
         self.started.append(started)
         return started
 
-    def __call__(self, *arguments: object, timeout: float = 60.0, bugs: bool = False, **env: str) -> Finished:
+    def __call__(self, *arguments: object, timeout: float = 180.0, bugs: bool = False, **env: str) -> Finished:
         return self.start(*arguments, **env).finish(timeout, bugs)
 
     def close(self) -> None:
@@ -280,7 +280,7 @@ class Job:
         return self.sdg.start(*self.command_line(options), **{**self.env, **(env or {})})
 
     def __call__(
-        self, env: dict[str, str] | None = None, timeout: float = 60.0, bugs: bool = False, **options: Any
+        self, env: dict[str, str] | None = None, timeout: float = 180.0, bugs: bool = False, **options: Any
     ) -> Finished:
         return self.start(env, **options).finish(timeout, bugs)
 
