@@ -27,7 +27,7 @@
 set -euo pipefail
 
 fail() {
-    echo "submit.sh: $1" >&2
+    echo "submit.sh: $*" >&2
     exit 2
 }
 
@@ -145,6 +145,22 @@ if [[ -n $workers ]]; then
 fi
 
 # What Slurm would refuse, or what would go wrong only on the nodes
+given='' flag='' # GPUs of a node, as far as a flag gives them
+for word in ${flags[@]+"${flags[@]}"}; do
+    [[ $word != --*=* ]] || { flag=${word%%=*} && word=${word#*=}; }
+    case $flag in
+    --gpus-per-node) given=${word##*:} ;;
+    --gres) [[ $word != *gpu* ]] || { word=${word#*gpu} && word=${word%%,*} && given=${word##*:} && given=${given:-1}; } ;;
+    --gpus | -G) given=$((${word##*:} / nodes)) ;;
+    esac
+    flag=$word
+done
+needed=$(field gpus)
+if [[ $given =~ ^[0-9]+$ && -n $needed ]]; then
+    ((needed <= given)) || fail "the servers need $needed GPUs on each node (--tp × --pp × --dp × --replicas), but $given" \
+        "are asked for: ask for more, or lower one of them"
+    ((needed == given)) || echo "submit.sh: the servers take $needed of $given GPUs on each node: raise --replicas" >&2
+fi
 largest=$(timeout 20 scontrol show config 2>/dev/null | sed -n 's/^MaxArraySize *= *//p') || largest=''
 if [[ $largest =~ ^[0-9]+$ ]] && ((tasks > largest)); then
     fail "--ranks $ranks: arrays of this cluster have at most $largest tasks (MaxArraySize): use --workers M, or fewer ranks"

@@ -97,8 +97,16 @@ def check_config(config: Config) -> None:
     print(f"documents {'unknown' if documents is None else documents}")
     print(f"output {os.path.abspath(options.output) if local else options.output}")
     print(f"output-config {options.output_config}\nstate-dir {state}")
+    if gpus := gpus_of(run):
+        print(f"gpus {gpus}")
     print(f"open-ranks {ranges(open_ranks(run, reader)) or 'none'}")
     print(shares_of(documents, options))
+
+
+def gpus_of(run: sdg.Run) -> int:
+    """How many GPUs of each node the run's servers take; 0 if it launches none, or one that does not say."""
+    every = [run.options, *run.options.models.values()]
+    return sum(launching.gpus_needed(options) for options in every if options.server in {"sglang", "vllm"})
 
 
 def shares_of(documents: int | None, options: argparse.Namespace) -> str:

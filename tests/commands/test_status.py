@@ -430,6 +430,17 @@ def test_a_dry_run_prints_the_three_commands(job: Job) -> None:
     assert not job.output.path.exists()
 
 
+def test_the_gpus_of_a_node_are_compared_with_those_that_the_servers_take(job: Job) -> None:
+    job.input(documents(3))
+    job.options |= {"base_url": None, "server": "vllm", "model": "m", "tp": 2, "replicas": 2}
+
+    assert "need 4 GPUs on each node" in submit(job, "--dry-run", "--gres=gpu:a100:2").stderr
+    assert "need 4 GPUs on each node" in submit(job, "--dry-run", "--gpus-per-node", "3").stderr
+    enough = submit(job, "--dry-run", "--gpus-per-node=8")
+    assert enough.returncode == 0
+    assert "take 4 of 8 GPUs" in enough.stderr
+
+
 def test_a_clusters_file_and_common_flags_reach_the_jobs_that_need_them(job: Job) -> None:
     job.input(documents(30))
     (job.folder / "env.sh").write_text("export FROM_ENV=$UNSET_IS_ALLOWED")
