@@ -26,6 +26,7 @@ from sdg_plugins.common.progress import progress
 from sdg_plugins.common.recorded import MEMORY
 from sdg_plugins.common.records import Records
 from sdg_plugins.common.statistics import heartbeat, rank_statistics, rows_in, sum_statistics
+from sdg_plugins.common.tables import TableReader
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -281,51 +282,3 @@ def _from_rows(rows: Sequence[Any]) -> pa.Table:
         except (pa.ArrowException, OverflowError) as exc:
             raise sdg.InputError(f"the input's column {name!r} has values of several types: {exc}") from exc
     return pa.table(columns)
-
-
-class TableReader:
-    """Reads an Arrow table in memory; its identity is its content."""
-
-    def __init__(self, table: pa.Table) -> None:
-        self.schema: pa.Schema = table.schema
-        self._table = table
-        self.identity = {"rows": table.num_rows, "content": self._digest(table.num_rows)}
-        self._row = 0
-
-    def seek(self, row: int, bookmark: str | None) -> None:
-        """See `sdg.Reader`."""
-        self._row = row
-
-    def tell(self) -> str | None:
-        """See `sdg.Reader`."""
-        return None
-
-    def read(self, rows: int) -> list[sdg.Block | sdg.BadRow]:
-        """See `sdg.Reader`."""
-        start, some = self._row, self._table.slice(self._row, rows)
-        self._row += some.num_rows
-        blocks: list[sdg.Block | sdg.BadRow] = []
-        for batch in some.to_batches():
-            blocks.append(sdg.Block(batch, "rows", start))
-            start += batch.num_rows
-        return blocks
-
-    def total(self) -> int | None:
-        """See `sdg.Reader`."""
-        return int(self._table.num_rows)
-
-    def continues(self, earlier: Mapping[str, Any]) -> bool:
-        """See `sdg.Reader`."""
-        rows = earlier.get("rows", 0)
-        return rows <= self._table.num_rows and self._digest(rows) == earlier.get("content")
-
-    def _digest(self, rows: int) -> str:
-        """A hash of the first rows, independent of how the table is divided."""
-        import pyarrow as pa
-
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, self.schema) as stream:
-            for start in range(0, rows, 1000):
-                positions = pa.array(range(start, min(start + 1000, rows)), pa.int64())
-                stream.write_table(self._table.take(positions).combine_chunks())  # a copy, without what lies around it
-        return xxhash.xxh3_64_hexdigest(sink.getvalue())

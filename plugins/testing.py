@@ -34,6 +34,7 @@ from sdg_plugins.common.command_line import Config, as_arguments, parse_with
 from sdg_plugins.common.notes import DocumentRecord, Exchange, Notes
 from sdg_plugins.common.results import base_fields, results_type
 from sdg_plugins.common.state import lock_rank
+from sdg_plugins.common.tables import TableReader
 from sdg_plugins.common.values import rows_of
 from sdg_plugins.servers.client import Client
 from sdg_plugins.servers.connecting import connect
@@ -137,7 +138,7 @@ def try_rollout(
         name = known[0] if known else getattr(rollout, "__name__", "rollout")
         if not known:
             plugins.rollouts[name] = sdg.Entry(rollout, __name__, "")
-        plugins.readers["rows"] = sdg.Entry(lambda run: RowsReader(rows), __name__, "")
+        plugins.readers["rows"] = sdg.Entry(lambda run: reader_of(rows), __name__, "")
         plugins.resources |= {name: constant_resource(value) for name, value in (resources or {}).items()}
         return name
 
@@ -169,7 +170,7 @@ async def _run_scripted(answers: Answers, config: Config) -> Tried:
 def document(source: str | Mapping[str, Any], prompt_column: str = "text") -> sdg.Document:
     """Make the document that rollouts get for a text or a row. Raises BadDocument if it has no usable prompt."""
     row = {prompt_column: source} if isinstance(source, str) else dict(source)
-    reader = RowsReader([row])
+    reader = reader_of([row])
     chunk = OpenChunk(sdg.Chunk(0, 0), reader.read(1), reader.schema)
     ((_, found),) = chunk.documents(prompt_column, "id" if "id" in row else None)
     if isinstance(found, dict):
@@ -350,7 +351,7 @@ def with_config(
         for module in (sys.modules[__name__], own):  # this one, too: what is registered here belongs to it
             if isinstance(module, types.ModuleType):
                 plugins.add(module, "")
-        plugins.readers["rows"] = sdg.Entry(lambda run: RowsReader([]), __name__, "")
+        plugins.readers["rows"] = sdg.Entry(lambda run: reader_of([]), __name__, "")
         rollout = register(plugins)
         common: dict[str, Any] = {"output": f"{folder}/output", "state-dir": f"{folder}/state"}
         common |= {"max-concurrent-documents": 1, "max-failure-rate": 1}  # failures are results, too
@@ -384,39 +385,12 @@ def constant_resource(value: Any) -> sdg.Entry:
     return sdg.Entry(lambda run: contextlib.nullcontext(value), __name__, "")
 
 
-class RowsReader:
+def reader_of(rows: list[dict[str, Any]]) -> TableReader:
     """A reader of rows that are given as dicts."""
+    import pyarrow as pa
 
-    def __init__(self, rows: list[dict[str, Any]]) -> None:
-        import pyarrow as pa
-
-        names = {name: None for row in rows for name in row}
-        self._table = pa.table({name: [row.get(name) for row in rows] for name in names}).combine_chunks()
-        self.schema = self._table.schema
-        self.identity = {"rows": len(rows)}
-        self._row = 0
-
-    def seek(self, row: int, bookmark: str | None) -> None:
-        """See `sdg.Reader`."""
-        self._row = row
-
-    def tell(self) -> str | None:
-        """See `sdg.Reader`."""
-        return None
-
-    def read(self, rows: int) -> list[sdg.Block | sdg.BadRow]:
-        """See `sdg.Reader`."""
-        start, some = self._row, self._table.slice(self._row, rows)
-        self._row += some.num_rows
-        return [sdg.Block(batch, "rows", start) for batch in some.to_batches()]
-
-    def total(self) -> int | None:
-        """See `sdg.Reader`."""
-        return int(self._table.num_rows)
-
-    def continues(self, earlier: Mapping[str, Any]) -> bool:
-        """See `sdg.Reader`."""
-        return False
+    names = {name: None for row in rows for name in row}
+    return TableReader(pa.table({name: [row.get(name) for row in rows] for name in names}).combine_chunks())
 
 
 class TooFewAnswers(sdg.Error):
