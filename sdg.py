@@ -110,9 +110,9 @@ LARGE_CHUNK = 32 << 20  # bytes of results in a chunk above which no other such 
 PIECE = 64  # documents of such a chunk that are in memory at a time
 WINDOW = 32  # documents read but not yet written, per document in flight: 1 % stragglers of 20 times the mean need 20
 RECENT = 1000  # documents that the failure rate is also judged by, so that a long run stops soon when all go wrong
-PUBLISHER = "sdg-publisher"  # the thread that publishes during a run; see `script`
+PUBLISHER = "sdg-publisher"  # the thread that publishes during a run; see `run_program` in plugins/common/ending.py
 hide: Callable[[str], str] = str  # takes keys out of a text; see `hide_secrets` in plugins/common/secrets.py
-left_behind: list[object] = []  # tasks of plugins that did not end with the run; see `script`
+left_behind: list[object] = []  # tasks of plugins that did not end with the run; see `run_program`
 
 # What plugins use that lives in plugins/: `sdg.InputFiles` is `sdg_plugins.common.inputs.InputFiles`.
 HELPERS = {
@@ -344,6 +344,7 @@ class Chunk:
     hash: str | None = None  # XXH3 of its file
     failed_hash: str | None = None  # and of the file of its failed documents
     digest: str | None = None  # of the rows that it is made of; see plugins/common/digests.py
+    empty: int = 0  # documents without a text, which are among the failed
 
     @property
     def rows(self) -> int:
@@ -364,6 +365,7 @@ class Run:
     model: str = ""
     fingerprint: str = ""
     input_revision: str = ""
+    edited: str = ""  # version of the plugin's code, if the run began with another one
     source: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # `Reader.source`
     source_schema: pa.Schema | None = None  # of the input, as recorded by an earlier process of this run
     schema: pa.Schema | None = None  # of the input, as it is now; set before resources are opened
@@ -643,9 +645,9 @@ class Hooks:
     def add_options(self, parser: Options) -> None:
         """Add command-line options to the plugin's own group of `--help`: `parser.add_argument(…)` as in `argparse`.
 
-        Options of the plugin that registers the rollout or the reader in use are part of the run's fingerprint, unless
-        they are added with `identity=False`; those of a plugin whose rollouts, readers, writers and servers are not in
-        use are refused. An exception ends the program and names the plugin.
+        Options of plugins that register the rollout or the reader in use, or have `wrap_requests`, are part of the
+        run's fingerprint, unless they are added with `identity=False`. Those of a plugin whose rollouts, readers,
+        writers and servers are not in use are refused. An exception ends the program and names the plugin.
         """
 
     @hookspec
@@ -753,6 +755,7 @@ class Plugins:
         self.writers: dict[str, Entry] = {}
         self.servers: dict[str, Entry] = {}
         self.commands: dict[str, Entry] = {}
+        self.versions: dict[str, str] = {}  # of modules, by their names
 
     @classmethod
     def load(cls, specs: Iterable[str]) -> tuple[Plugins, str | None]:
@@ -778,10 +781,12 @@ class Plugins:
         if self.manager.has_plugin(name):
             return
         _check_hooks(module)
+        self.versions[name] = version
         self.manager.register(module, name)
         for kind in self.kinds:
-            register = functools.partial(self._register, kind, (name, version, package or name))
-            self.call_one(f"register_{kind}", module, register=register)
+            if hasattr(module, f"register_{kind}"):
+                register = functools.partial(self._register, kind, (name, version, package or name))
+                self.call_one(f"register_{kind}", module, register=register)
 
     def find(self, kind: str, name: str) -> Entry:
         """The entry of a name, or a `UsageError` that suggests close matches."""
@@ -849,13 +854,14 @@ def _check_hooks(module: types.ModuleType) -> None:
     for name, function in vars(module).items():
         if not inspect.isroutine(function) or not hasattr(function, "sdg_impl"):
             continue
+        takes = list(inspect.signature(known[name]).parameters)[1:] if name in known else []
+        wrong = [parameter for parameter in inspect.signature(function).parameters if parameter not in takes]
+        if name in known and not wrong:
+            continue
         where = f"plugin {module.__name__}: {name}{place_of(function)}"
         if name not in known:
             raise PluginError(f"{where} is not a hook; {nearest(name, known)}")
-        takes = list(inspect.signature(known[name]).parameters)[1:]
-        wrong = [parameter for parameter in inspect.signature(function).parameters if parameter not in takes]
-        if wrong:
-            raise PluginError(f"{where} has unknown parameter {' and '.join(wrong)}; available: {', '.join(takes)}")
+        raise PluginError(f"{where} has unknown parameter {' and '.join(wrong)}; available: {', '.join(takes)}")
 
 
 @contextlib.contextmanager
@@ -939,7 +945,7 @@ async def _run_resource(run: Run) -> AsyncIterator[Run]:
 TABLES = """
     CREATE TABLE IF NOT EXISTS chunks (
         chunk INTEGER PRIMARY KEY, start INTEGER, count INTEGER, bookmark TEXT,
-        written INTEGER, filtered TEXT, failed TEXT, size INTEGER, hash TEXT, failed_hash TEXT, digest TEXT);
+        written INTEGER, filtered TEXT, failed TEXT, size INTEGER, hash TEXT, failed_hash TEXT, digest TEXT, empty INT);
     -- id = chunk << 32 | position: a chunk is one range of the tree
     CREATE TABLE IF NOT EXISTS documents (id INTEGER PRIMARY KEY, status TEXT, body TEXT);
     CREATE TABLE IF NOT EXISTS requests (document INTEGER, key BLOB, body TEXT);
@@ -1011,7 +1017,7 @@ class Store:
         await self._db.executescript(TABLES + f"PRAGMA user_version={STATE_VERSION};")
         async with self._db.execute("PRAGMA table_info(chunks)") as cursor:
             columns = {row[1] for row in await cursor.fetchall()}
-        for column in ("size INTEGER", "hash TEXT", "failed_hash TEXT", "digest TEXT"):  # an older sdg has none
+        for column in ("size INTEGER", "hash TEXT", "failed_hash TEXT", "digest TEXT", "empty INT DEFAULT 0"):  # new
             if column.split()[0] not in columns:
                 await self._db.execute(f"ALTER TABLE chunks ADD COLUMN {column}")
         async with self._db.execute("SELECT name, value FROM totals") as cursor:
@@ -1032,7 +1038,7 @@ class Store:
         self._handed_in()
 
     def finished(self, document: int, status: str, body: bytes) -> None:
-        """A document is final: status row, filtered or failed; body is JSON."""
+        """A document is final: status row, filtered, failed or empty; body is JSON."""
         self._requests.pop(document, None)
         self._documents.append((document, status, body))
         self._handed_in()
@@ -1108,7 +1114,7 @@ class Store:
                 self._chunks, self._documents, self._requests = [], [], {}
                 totals, handed = list(self.totals().items()), self._handed
                 unsaved, began = self._answers.copy(), time.monotonic()
-                await self._insert("chunks", 11, [_chunk_row(chunk) for chunk in chunks])
+                await self._insert("chunks", 12, [_chunk_row(chunk) for chunk in chunks])
                 await self._insert("documents", 3, documents)
                 await self._insert("requests", 3, [(i, *answer) for i, own in requests.items() for answer in own])
                 await self._insert("totals", 2, totals)
@@ -1134,7 +1140,7 @@ class Store:
         """The chunk's file is durable: record that, and drop the documents and responses it was made of."""
         span = (chunk.index << 32, (chunk.index + 1) << 32)
         async with self._transaction():
-            await self._insert("chunks", 11, [_chunk_row(chunk)])
+            await self._insert("chunks", 12, [_chunk_row(chunk)])
             await self._db.execute("DELETE FROM documents WHERE id >= ? AND id < ?", span)
             await self._db.execute("DELETE FROM requests WHERE document >= ? AND document < ?", span)
 
@@ -1142,12 +1148,12 @@ class Store:
         """Make a written chunk open again, with the documents that stay as they are."""
         async with self._transaction():
             await self._insert("documents", 3, [(chunk.index << 32 | i, status, body) for i, status, body in outcomes])
-            await self._insert("chunks", 11, [_chunk_row(chunk)])
+            await self._insert("chunks", 12, [_chunk_row(chunk)])
 
     async def forget_failures(self) -> None:
         """Make the failed documents of open chunks unfinished."""
         async with self._transaction():
-            await self._db.execute("DELETE FROM documents WHERE status = 'failed'")
+            await self._db.execute("DELETE FROM documents WHERE status IN ('failed', 'empty')")
 
     # Queries
 
@@ -1161,13 +1167,14 @@ class Store:
             return {row[0]: chunk_of(row) async for row in cursor}
 
     async def tally(self) -> Counter[str]:
-        """How many documents are a row, filtered or failed."""
+        """How many documents are a row, filtered, failed, or without a text, which are failed as well."""
         sql = "SELECT status, count(*) FROM documents GROUP BY status"
         async with self._db.execute(sql) as cursor:
             tally: Counter[str] = Counter({status: number async for status, number in cursor})
         for chunk in (await self.chunks()).values():
             if chunk.written:
-                tally.update(row=chunk.rows, filtered=len(chunk.filtered), failed=len(chunk.failed))
+                tally.update(row=chunk.rows, filtered=len(chunk.filtered), empty=chunk.empty)
+                tally["failed"] += len(chunk.failed) - chunk.empty
         return tally
 
     async def finished_in(self, chunk: Chunk) -> dict[int, str]:
@@ -1239,15 +1246,15 @@ async def _database(path: Path) -> AsyncIterator[aiosqlite.Connection]:
 
 
 def _chunk_row(chunk: Chunk) -> tuple[Any, ...]:
-    *first, filtered, failed, size, hash_, failed_hash, digest = dataclasses.astuple(chunk)
-    return (*first, json.dumps(filtered), json.dumps(failed), size, hash_, failed_hash, digest)
+    *first, filtered, failed, size, hash_, failed_hash, digest, empty = dataclasses.astuple(chunk)
+    return (*first, json.dumps(filtered), json.dumps(failed), size, hash_, failed_hash, digest, empty)
 
 
 def chunk_of(row: Sequence[Any]) -> Chunk:
     """The chunk in a row of the table `chunks`."""
-    index, start, count, bookmark, written, filtered, failed, *stamps = (*row, None, None, None, None)[:11]
-    filtered, failed = tuple(json.loads(filtered)), tuple(json.loads(failed))
-    return Chunk(index, start, count, bookmark, bool(written), filtered, failed, *stamps)
+    index, start, count, bookmark, written, *gone = row[:7]
+    lists: list[Any] = [tuple(json.loads(positions)) for positions in gone]
+    return Chunk(index, start, count, bookmark, bool(written), *lists, *row[7:], *(*[None] * 4, 0)[len(row) - 7 :])
 
 
 # ── Rollouts ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1575,14 +1582,13 @@ class Engine:
             await self.store.forget_failures()
         await self._reopen_lost()
         self.tally = await self.store.tally()
-        options = self.run.options
         self.store.on_durable, self.store.on_failure = self._durable, self.run.stop
-        self.store.most_answers = max(100, options.max_concurrent_generations)
+        self.store.most_answers = max(100, self.run.options.max_concurrent_generations)
         with self.intake, self._writing:
             async with asyncio.TaskGroup() as self._write_tasks, contextlib.aclosing(self._batches()) as batches:
                 try:
                     feed = Feed(batches)
-                    await self.crew.work(self._work(feed) for _ in range(options.max_concurrent_documents))
+                    await self.crew.work(self._work(feed) for _ in range(self.run.options.max_concurrent_documents))
                     with contextlib.suppress(Exception):  # it has stopped the run
                         await self.store.flush()
                 finally:
@@ -1595,7 +1601,8 @@ class Engine:
                 await self._in_writing_thread(self.outlet.finish)
         if self._open and self._complete:
             raise StateError(f"chunks {sorted(self._open)[:5]} are unfinished: run again, and please report this")
-        self._check_failure_rate(self.tally["failed"], sum(self.tally.values()), least=1)
+        failed = self.tally["failed"] + self.tally["empty"] * (not self.tally["row"])  # without rows they are, too
+        self._check_failure_rate(failed, self.tally.total(), least=1)
 
     @property
     def _complete(self) -> bool:
@@ -1649,8 +1656,7 @@ class Engine:
             if isinstance(item, Document):
                 yield opened, item
             else:
-                kind = "BadRow" if position in opened.bad else "BadDocument"
-                self._finish(opened, position, {"error": item, "error_type": kind, "attempts": 0})
+                self._finish(opened, position, item)
 
     async def _open_chunk(self, opened: OpenChunk, earlier: Chunk | None) -> Mapping[int, str] | None:
         """Admit a chunk when there is room. Returns the final documents in it; None if there is nothing to do."""
@@ -1684,8 +1690,7 @@ class Engine:
         if opened.chunk.count <= earlier.count and not retry:
             return False
         outcomes = await self._in_writing_thread(self.outlet.outcomes, earlier)
-        if retry:
-            self.tally["failed"] -= len(earlier.failed)
+        self.tally -= Counter(failed=len(earlier.failed) - earlier.empty, empty=earlier.empty) if retry else Counter()
         await self.store.reopen(opened.chunk, outcomes)
         return True
 
@@ -1745,21 +1750,20 @@ class Engine:
 
     def _finish(self, opened: OpenChunk, position: int, outcome: Outcome | None) -> None:
         """Hand a document's outcome to the store: results, a failure, or None if it was filtered."""
-        status = "filtered" if not outcome else "row" if isinstance(outcome, list) else "failed"
+        status = self.outlet.status_of(outcome)
         try:
             body = self.client.secrets.hidden(self.outlet.stored(outcome or None))
         except TypeError as exc:
             reason = f"the rollout's result cannot be stored as JSON: {exc}{place_of(self.rollout)}"
-            self._finish(opened, position, {"error": reason, "error_type": "TypeError", "attempts": 1})
-            return
+            return self._finish(opened, position, {"error": reason, "error_type": "TypeError", "attempts": 1})
         self.store.finished(opened.chunk.index << 32 | position, status, body)
         self.tally[status] += 1
         self.finished += 1
-        self.failures.note(outcome["error"] if isinstance(outcome, dict) else None)
+        self.failures.note(outcome["error"] if isinstance(outcome, dict) and status == "failed" else None)
         if isinstance(outcome, list):
             self.run.counts["results"] += len(outcome)
             self.run.counts["truncated"] += any(result.get("truncated") is True for result in outcome)
-        if isinstance(outcome, dict):
+        if status == "failed":
             if self.finished >= 100:  # of those started, not finished: refusals arrive sooner than completions
                 self._check_failure_rate(self.failures.documents, self.started)
             if len(self.failures.recent) == RECENT:
@@ -1864,27 +1868,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def script() -> NoReturn:
-    """`main` as a program: no upload that hangs, and no task or thread of a plugin, keeps it from ending.
-
-    The interpreter would wait for threads, and unload libraries that the publisher's threads use: they crash.
-    """
-    code = main()
-    deadline = time.monotonic() + 0.5
-    others = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
-    for thread in others:
-        if not thread.daemon:
-            thread.join(max(0.0, deadline - time.monotonic()))
-    waits = any(thread.name == PUBLISHER or (thread.is_alive() and not thread.daemon) for thread in others)
-    if left_behind or waits:
-        import multiprocessing
-
-        for child in multiprocessing.active_children():  # of a plugin's pool; forked ones ignore SIGTERM as we do
-            child.kill()
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError, AttributeError):
-                stream.flush()
-        os._exit(code)
-    sys.exit(code)
+    """`main` as a program."""
+    importlib.import_module("sdg_plugins.common.ending").run_program(main)
+    raise SystemExit  # it does not return
 
 
 _bundled_package()

@@ -26,8 +26,6 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mappin
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import aiohttp
-
 import sdg
 from sdg_plugins.commands.jobs import Job, Stop, open_run
 from sdg_plugins.common import checks
@@ -174,8 +172,8 @@ def document(source: str | Mapping[str, Any], prompt_column: str = "text") -> sd
     reader = RowsReader([row])
     chunk = OpenChunk(sdg.Chunk(0, 0), reader.read(1), reader.schema)
     ((_, found),) = chunk.documents(prompt_column, "id" if "id" in row else None)
-    if isinstance(found, str):
-        raise sdg.BadDocument(found)
+    if isinstance(found, dict):
+        raise sdg.BadDocument(found["error"])
     return found
 
 
@@ -429,8 +427,7 @@ class TooFewAnswers(sdg.Error):
 async def connect_offline(run: sdg.Run, servers: Servers) -> AsyncIterator[Client]:
     """A client without servers."""
     run.model = run.options.model or MODEL
-    async with aiohttp.ClientSession() as session:
-        yield Client(Transport(session, run.options.request_timeout), Pool([], 1), run)
+    yield Client(Transport({}, run.options.request_timeout), Pool([], 1), run)
 
 
 class ScriptedServer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ import pytest
 # Before anything imports the Hub's client, which reads them once.
 os.environ |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
+import forking
 from fake_hub import FakeHub
 from fake_server import FakeServer
 from huggingface_hub.utils import close_session
@@ -23,6 +24,26 @@ import sdg as _  # noqa: F401 - makes `sdg_plugins` that of this checkout, whate
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 collect_ignore = ["example_plugin"]  # a package of its own: test_example_plugin.py installs it, and runs its tests
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cpu", metavar="FILE", help="append the CPU seconds of each test to a file, with its processes")
+
+
+def cpu_seconds() -> float:
+    """Of this process and those that have ended."""
+    return sum(os.times()[:4]) + forking.seconds
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    before = cpu_seconds()
+    result = yield
+    if file := item.config.getoption("--cpu"):
+        seconds = cpu_seconds() - before
+        with open(file, "a") as lines:
+            lines.write(f"{seconds:7.2f} {item.nodeid}\n")
+    return result
 
 
 @pytest.fixture

@@ -14,12 +14,12 @@ from sdg_plugins.common import recorded
 from sdg_plugins.common.checks import check_columns, check_reader, reading
 from sdg_plugins.common.command_line import Config, parse_configs
 from sdg_plugins.common.files import output_place, rank_file, split_uri, uses_spool
+from sdg_plugins.common.identity import changes_since, different_run
 from sdg_plugins.common.markdown import counted
 from sdg_plugins.common.ranks import ranges
 from sdg_plugins.common.state import (
-    changes_since,
+    check_number_of_files,
     check_state_dir,
-    different_run,
     documents_in,
     goal_of,
     recorded_size,
@@ -32,7 +32,6 @@ from sdg_plugins.common.steps import SCHEME
 from sdg_plugins.common.templates import check_places
 from sdg_plugins.servers import command, sglang
 from sdg_plugins.servers.launching import launching
-from sdg_plugins.servers.models import runs_of
 
 # Functions that raise the errors of servers which a run would launch, without launching them
 CHECKS = {"command": command.words_of, "sglang": sglang.checked_model, "vllm": launching.model_of}
@@ -56,6 +55,8 @@ def check(argv: list[str]) -> int:
 
 def check_config(config: Config) -> None:
     """Check that one config could be run, and print what scripts need to know of it, as `KEY VALUE` lines."""
+    from sdg_plugins.servers.models import runs_of
+
     options, plugins = config
     if options.fresh:
         raise sdg.UsageError(
@@ -89,6 +90,7 @@ def check_config(config: Config) -> None:
     options.records_per_chunk = options.records_per_chunk or recorded_size(run) or size_of_chunks(documents)
     check_earlier_run(run, reader)
     if uses_spool(run.options):
+        check_number_of_files(run, reader)
         check_publishing(run)
     documents = None if documents is None else min(documents, options.max_documents or documents)
     local = split_uri(options.output)[0] == "file"

@@ -12,21 +12,24 @@ import asyncio
 import contextlib
 import json
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import sdg
-from sdg_plugins.commands.jobs import Stop, run_all
 from sdg_plugins.common import forecast
 from sdg_plugins.common.checks import reading
 from sdg_plugins.common.chunks import OpenChunk
 from sdg_plugins.common.command_line import parse_configs
-from sdg_plugins.common.forecast import Pace, Range
+from sdg_plugins.common.forecast import Pace, Range, Takes
 from sdg_plugins.common.markdown import counted
 from sdg_plugins.common.options import Parser, number
 from sdg_plugins.common.prices import Tokens, cost_of, estimated_tokens, in_money, tokens_of
 from sdg_plugins.common.progress import progress
 from sdg_plugins.common.state import documents_in, replace_file
+
+if TYPE_CHECKING:
+    from sdg_plugins.commands.jobs import Stop
 
 CHUNKS = 40  # that a sample is taken from, at most: each is read as a whole
 NARROW = 40  # requests that are sent with few others in flight
@@ -41,6 +44,8 @@ def register_commands(register: sdg.RegisterCommands) -> None:
 def estimate(argv: list[str]) -> int:
     """Run a sample of the input, keep its responses for the run, and forecast tokens, time, cost and failures."""
     import uvloop
+
+    from sdg_plugins.commands.jobs import run_all
 
     usage = "sdg.py estimate [--sample N] [--json] [OPTIONS of run]"
     parser = Parser(prog="sdg.py estimate", usage=usage, description=estimate.__doc__)
@@ -99,8 +104,9 @@ class Meter:
         self._narrow = asyncio.Semaphore(max(1, min(options.max_concurrent_generations, sample) // 8))
         self._left = min(NARROW, sample // 5)  # requests that are still sent with few others
         self._wide = asyncio.Event()
-        self._start: dict[str, tuple[float, float, float]] = {}
-        self._middle: dict[str, tuple[float, float, float]] = {}
+        self._took: dict[str, list[tuple[float, float]]] = {}  # tokens and seconds of the first requests
+        self._start: dict[str, Look] = {}
+        self._middle: dict[str, Look] = {}
 
     @sdg.hookimpl(trylast=True)
     def wrap_requests(self, run: sdg.Run, send: sdg.Send) -> sdg.Send:
@@ -109,11 +115,14 @@ class Meter:
         async def measured(request: sdg.Request) -> sdg.Response:
             if not self._wide.is_set():
                 await self._narrow.acquire()
+            narrow, began = not self._wide.is_set(), time.monotonic()
             try:
                 response = await send(request)
             finally:
                 self._ended()
-            self._note(request, response.reply)
+            tokens = self._note(request, response.reply)
+            if narrow:
+                self._took.setdefault(request.to, []).append((tokens, time.monotonic() - began))
             return response
 
         return measured
@@ -124,7 +133,10 @@ class Meter:
         path = engine.run.state / FILE
         if path.exists():  # an earlier estimate's documents are not run again
             self.documents = {int(index): of for index, of in json.loads(path.read_bytes())["documents"].items()}
-        self._start = self._middle = self._snapshot()
+        # The seconds of a pool begin with its first request.
+        self._start = self._middle = {
+            name: look._replace(seconds=0.0, area=0.0) for name, look in self._snapshot().items()
+        }
 
     def _ended(self) -> None:
         """A request has ended. After the first ones all others may go."""
@@ -136,46 +148,85 @@ class Meter:
             for _ in range(100_000):  # those that wait for their turn
                 self._narrow.release()
 
-    def _note(self, request: sdg.Request, reply: sdg.Reply) -> None:
-        if request.rollout is None:
-            return
+    def _note(self, request: sdg.Request, reply: sdg.Reply) -> float:
+        """Add a request to those of its document. Returns its completion tokens."""
         usage = reply.usage or {}
         tokens = Tokens(*(float(usage.get(name, 0)) for name in sdg.TOKENS[:2]))
         if not reply.usage:
             tokens = estimated_tokens(request, reply)
-        of = self.documents.setdefault(request.rollout.document.index, {})
-        known = of.setdefault(request.to, [0.0, 0.0])
-        of[request.to] = [known[0] + tokens.prompt, known[1] + tokens.completion]
+        if request.rollout is not None:
+            of = self.documents.setdefault(request.rollout.document.index, {})
+            known = of.setdefault(request.to, [0.0, 0.0, 0.0])
+            more = (tokens.prompt, tokens.completion, 1.0)
+            of[request.to] = [before + one for before, one in zip(known, more, strict=True)]
+        return tokens.completion
 
-    def _snapshot(self) -> dict[str, tuple[float, float, float]]:
-        """Of each model: work so far, seconds, and requests in flight integrated over time; "" is the run's own."""
+    def _snapshot(self) -> dict[str, Look]:
+        """How far each model is; "" is the run's own."""
         run, found = self._engine.run, {}
         tokens = tokens_of(run.counts, run.models)
         for name, of in {"": run, **run.models}.items():
             assert of.client
-            pool = of.client.pool
-            work = tokens[name].completion or of.counts["requests"]
-            found[name] = (float(work), pool.seconds, pool.mean_in_flight * pool.seconds)
+            pool, requests = of.client.pool, of.counts["requests"]
+            if not name:  # its counts are those of all models
+                requests -= sum(model.counts["requests"] for model in run.models.values())
+            completion = float(tokens[name].completion)
+            found[name] = Look(float(requests), completion, pool.seconds, pool.mean_in_flight * pool.seconds)
         return found
 
     async def forecast(self, engine: sdg.Engine) -> Forecast:
         """What follows from the sample, which is kept for the next estimate."""
         end, path = self._snapshot(), engine.run.state / FILE
-        paces = {
-            name: (between(self._start[name], self._middle[name]), between(self._middle[name], end[name]))
-            for name in end
-        }
+        took = {name: self._took.get(name, []) for name in end}
+        takes = {name: forecast.takes_of(of) for name, of in took.items()}
+        looks = {name: (self._start[name], self._middle[name], look) for name, look in end.items()}
+        paces = {name: paces_of(looks[name], took[name], takes[name]) for name in end}
         if path.exists() and not any(pace.work for both in paces.values() for pace in both):  # all was known
-            known = json.loads(path.read_bytes())["paces"]
-            paces = {name: (Pace(*narrow), Pace(*wide)) for name, (narrow, wide) in known.items()}
-        kept = {"documents": {str(index): of for index, of in self.documents.items()}, "paces": paces}
+            known = json.loads(path.read_bytes())
+            paces = {name: (Pace(*narrow), Pace(*wide)) for name, (narrow, wide) in known["paces"].items()}
+            takes = {name: Takes(*took) for name, took in known["takes"].items()}
+        kept = {"documents": {str(index): of for index, of in self.documents.items()}, "paces": paces, "takes": takes}
         await asyncio.to_thread(replace_file, engine.run, FILE, json.dumps(kept).encode())
-        return Forecast(engine, self.documents, paces, await asyncio.to_thread(lengths_of, engine))
+        return Forecast(engine, self.documents, paces, takes, await asyncio.to_thread(lengths_of, engine))
 
 
-def between(earlier: tuple[float, float, float], later: tuple[float, float, float]) -> Pace:
-    """How fast it went between two snapshots."""
-    return Pace(*(after - before for after, before in zip(later, earlier, strict=True)))
+class Look(NamedTuple):
+    """How far a model is.
+
+    Attributes:
+        requests: that were answered.
+        tokens: of their completions.
+        seconds: since the first one.
+        area: requests in flight, integrated over this time, in s.
+    """
+
+    requests: float
+    tokens: float
+    seconds: float
+    area: float
+
+    def since(self, earlier: Look) -> Look:
+        """What has happened since an earlier look."""
+        return Look(*(after - before for after, before in zip(self, earlier, strict=True)))
+
+
+def paces_of(looks: tuple[Look, Look, Look], took: list[tuple[float, float]], takes: Takes) -> tuple[Pace, Pace]:
+    """How fast it went with few requests in flight, and with many.
+
+    Args:
+        looks: at the beginning, when the limit was lifted, and at the end.
+        took: completion tokens and seconds of the requests sent with few others; some ended with many.
+        takes: what follows from them.
+    """
+    start, middle, end = looks
+    whole, few, many = end.since(start), middle.since(start), end.since(middle)
+    tokens, seconds = (sum(each[i] for each in took) for i in (0, 1))
+    work = takes.work(len(took), tokens)
+    rest = takes.work(whole.requests - len(took), whole.tokens - tokens)
+    return (
+        Pace(few.area * work / max(seconds, 1e-9), few.seconds, few.area),
+        Pace(many.area * rest / max(whole.area - seconds, 1e-9), many.seconds, many.area),
+    )
 
 
 class Lengths(NamedTuple):
@@ -226,6 +277,7 @@ class Forecast:
         engine: sdg.Engine,
         documents: Mapping[int, Mapping[str, list[float]]],
         paces: Mapping[str, tuple[Pace, Pace]],
+        takes: Mapping[str, Takes],
         lengths: Lengths,
     ) -> None:
         run, self.options = engine.run, engine.run.options
@@ -241,24 +293,23 @@ class Forecast:
         self.models = {
             name: [
                 forecast.mean_of(forecast.per_document(sent, name, kind), population, sizes, lengths.mean)
-                for kind in (0, 1)
+                for kind in (0, 1, 2)
             ]
             for name in ("", *run.models)
         }
         shares = {"failed": tally["failed"], "filtered": tally["filtered"]}
         shares["cut"] = int(engine.store.totals()["truncated"])
         self.shares = {name: forecast.share_of(found, self.sample, population) for name, found in shares.items()}
-        self._requests = engine.run.counts["requests"] / max(1, len(documents))
-        self.seconds = self._seconds(paces)
+        self.seconds = self._seconds(paces, takes)
 
-    def _seconds(self, paces: Mapping[str, tuple[Pace, Pace]]) -> Range:
+    def _seconds(self, paces: Mapping[str, tuple[Pace, Pace]], takes: Mapping[str, Takes]) -> Range:
         """How long the run takes if each rank has servers like this one's: as long as its slowest model needs."""
         longest = Range(0.0, 0.0, 0.0)
         for name, (narrow, wide) in paces.items():
             options = self.options.models.get(name, self.options)
             documents = self.population / self.options.world_size
-            prompt, completion = self.models[name]
-            each = completion if completion.value else Range(*[self._requests] * 3)
+            prompt, completion, requests = self.models[name]
+            each = Range(*(takes[name].work(*both) for both in zip(requests, completion, strict=True)))
             alone = (narrow if narrow.work else wide).each * each.value
             took = forecast.duration(each.times(documents), narrow, wide, options.max_concurrent_generations, alone)
             paced = 0.0
@@ -269,7 +320,7 @@ class Forecast:
 
     def tokens(self, model: str) -> list[Range]:
         """Prompt and completion tokens of the whole run at a model."""
-        return [mean.times(self.population) for mean in self.models[model]]
+        return [mean.times(self.population) for mean in self.models[model][:2]]
 
     @property
     def cost(self) -> Range | None:

@@ -33,11 +33,12 @@ from sdg_plugins.common.command_line import Config
 from sdg_plugins.common.crew import GRACE, Crew
 from sdg_plugins.common.ending import same_folder, signals
 from sdg_plugins.common.files import output_place, rank_file
-from sdg_plugins.common.progress import progress, report
+from sdg_plugins.common.progress import Course, progress, report
 from sdg_plugins.common.rereading import changed_rows
 from sdg_plugins.common.secrets import hide_secrets
 from sdg_plugins.common.shares import Share, Shares
 from sdg_plugins.common.state import (
+    check_number_of_files,
     check_state_dir,
     claim_state,
     discarded,
@@ -113,9 +114,9 @@ class Stop:
 
 
 @contextlib.asynccontextmanager
-async def reported(engine: sdg.Engine, stop: Stop) -> AsyncIterator[None]:
+async def reported(engine: sdg.Engine, stop: Stop, course: Course | None = None) -> AsyncIterator[None]:
     """Show an engine's progress, keep its figures, and print at the end what was written where."""
-    async with progress(engine), heartbeat(engine):
+    async with progress(engine, course), heartbeat(engine):
         yield
     figures, chunks = await record_end(engine, stop), await engine.store.chunks()
     if figures["documents"] or not stop.reason:
@@ -127,10 +128,24 @@ async def record_end(engine: sdg.Engine, stop: Stop) -> dict[str, Any]:
     """Write the figures of a rank that has ended, and the sum over all ranks. Returns the rank's."""
     figures = await statistics(engine, await engine.store.tally())
     goal = goal_of(engine.intake.reader, engine.run.options)
-    record = {"status": status_of(stop.reason), "expected": engine.intake.expected(), "goal": goal}
+    expected = engine.intake.expected()
+    left = engine.intake.retrying and (expected is None or expected > figures["documents"])
+    status = "stopped" if left else status_of(stop.reason)
+    record = {"status": status, "expected": expected, "goal": goal}
     write_rank(engine.run, figures, record, stop.reason)
     write_statistics(engine.run)
     return figures
+
+
+async def failed_documents(store: sdg.Store) -> dict[int, frozenset[int]]:
+    """Positions of the failed documents of each chunk."""
+    found = {}
+    for index, chunk in (await store.chunks()).items():
+        final = {} if chunk.written else await store.finished_in(chunk)
+        open_ = (position for position, status in final.items() if status in {"failed", "empty"})
+        if failed := frozenset([*chunk.failed, *open_]):
+            found[index] = failed
+    return found
 
 
 class Job:
@@ -175,6 +190,8 @@ class Job:
     async def prepare(self) -> None:
         """Open the writer: problems with the output are reported before a server starts."""
         options = self.run.options
+        checked = f".sdg-access-{options.output_config.replace('/', '-')}-{options.rank:05d}"
+        await asyncio.to_thread(self.run.output.check_access, checked)
         entry = self.run.plugins.writers[options.writer]
         with sdg.at_work(f"the writer of {sdg.redact(options.output)}", entry.factory):
             self._writer = await asyncio.to_thread(created, entry.factory, self.run)
@@ -234,13 +251,16 @@ class Job:
         async with contextlib.AsyncExitStack() as stack:
             async with recording_the_start(run, servers.get("", [])):
                 await connect_models(run, servers, self._connecting, stack)
-                claim_state(run, reader, functools.partial(changed_rows, run, reader))
+                retrying = claim_state(run, reader, functools.partial(changed_rows, run, reader))
+                check_number_of_files(run, reader)
             path = rank_file(run.state, run.options.rank, "sqlite3")
             store = await stack.enter_async_context(sdg.Store.open(path, run.counts))
             send = run.plugins.linked(run)
             resources = await self._resources(stack)
             intake, outlet = Intake(run, reader), Outlet(run, self._writer)
             outlet.check(reader.schema)
+            if retrying:
+                intake.chosen, intake.retrying = await failed_documents(store), True
             yield sdg.Engine(run, store, Crew(), intake, outlet, send, resources)
 
     async def _resources(self, stack: contextlib.AsyncExitStack) -> dict[str, Any]:
@@ -335,6 +355,9 @@ async def run_all(
         present: a context manager around each engine's work: shows it.
         called: for calls in Python: given what stops all jobs, instead of signals.
     """
+    if present is reported:
+        course = Course([config.name for config in configs])
+        present = functools.partial(reported, course=course)
     jobs: list[Job] = []
     problem: BaseException | None = None
     try:

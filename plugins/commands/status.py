@@ -19,7 +19,16 @@ from sdg_plugins.common import recorded
 from sdg_plugins.common.markdown import counted, short_line
 from sdg_plugins.common.options import Parser
 from sdg_plugins.common.published import Publishing, publishing_of
-from sdg_plugins.common.ranks import Overview, Rank, begun_ranks, phase_of, ranges, ranks_of, rounded_duration
+from sdg_plugins.common.ranks import (
+    Overview,
+    Rank,
+    begun_ranks,
+    looked_at_again,
+    phase_of,
+    ranges,
+    ranks_of,
+    rounded_duration,
+)
 from sdg_plugins.common.slurm import Queue, Submission, any_queued
 
 GROUPS = 10  # groups of ranks that are shown: a thousand ranks fail for few reasons, or for too many to read
@@ -48,6 +57,7 @@ def status(argv: list[str]) -> int:
     ranks = recorded_ranks(state)
     queue = Queue.now() if any(rank.state != "finished" for rank in ranks) else None
     ranks = [rank.according_to(queue) for rank in ranks]
+    ranks = looked_at_again(ranks, lambda: [rank.according_to(queue) for rank in recorded_ranks(state)])
     overview, submission = Overview.of_ranks(ranks), Submission.of_run(state)
     jobs = overview.jobs | set(submission.jobs if submission else ())
     queued = bool(jobs & queue.jobs) if queue and jobs else None

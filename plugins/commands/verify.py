@@ -19,11 +19,13 @@ from sdg_plugins.common.checks import reading
 from sdg_plugins.common.chunks import OpenChunk, read_failed
 from sdg_plugins.common.digests import same_rows
 from sdg_plugins.common.files import file_writer, rank_file, uses_spool
+from sdg_plugins.common.identity import differences
+from sdg_plugins.common.ids import SeenIds
 from sdg_plugins.common.markdown import counted
 from sdg_plugins.common.options import Parser
 from sdg_plugins.common.outputs import output_files
 from sdg_plugins.common.rows import shape_of
-from sdg_plugins.common.state import differences, parse_run
+from sdg_plugins.common.state import parse_run
 from sdg_plugins.common.values import id_column_of, id_text, same_id, values_of
 from sdg_plugins.publishing.publisher import Publisher
 
@@ -76,7 +78,7 @@ def discrepancies(run: sdg.Run, counts: Counter[str], unfinished: Counter[str]) 
     writer = run.plugins.writers[file_writer(options)].factory(run)
     known = {chunk.index: chunk for chunk in recorded.chunks_of(run)}
     on_hub, published = reconcile_with_hub(run)
-    expected = set()
+    expected, seen, doubled = set(), SeenIds(), 0
     for opened in all_chunks(run, reader):
         chunk = known.pop(opened.chunk.index, None)
         rows = f"rows {opened.chunk.start:,} to {opened.chunk.start + opened.chunk.count - 1:,} of the input"
@@ -90,11 +92,14 @@ def discrepancies(run: sdg.Run, counts: Counter[str], unfinished: Counter[str]) 
             expected |= {run.path_of(chunk), *([run.failed_path_of(chunk)] if chunk.failed else [])}
             if not same_rows(opened, chunk):
                 yield f"{rows} ({', '.join(opened.files)}) have changed since chunk {chunk.index} was made of them"
-            ids = opened.own_ids(id_column_of(options, reader.schema))
+            ids = opened.own_ids(id_column := id_column_of(options, reader.schema))
+            doubled += seen.add(list(map(id_text, ids))) if id_column else 0
             yield from discrepancies_of_chunk(run, chunk, ids, writer, published)
             counts["rows"] += chunk.rows
             counts["filtered"] += len(chunk.filtered)
             counts["failed"] += len(chunk.failed)
+    if doubled:  # every document is accounted for nevertheless
+        sdg.say(f"{counted(doubled, 'document')} have the id of an earlier one: see --id-column")
     for index in known:
         yield f"chunk {index} is recorded, but the input no longer has its rows"
     failed_folder = os.path.dirname(run.failed_path_of(sdg.Chunk(0, 0)))

@@ -35,11 +35,20 @@ class BucketFiles(AbstractFileSystem):  # type: ignore[misc]
     @functools.cached_property
     def _files(self) -> dict[str, int]:
         """Size in bytes of each file, by path."""
+        return {path: size for path, (size, _) in self._listing.items()}
+
+    @functools.cached_property
+    def versions(self) -> dict[str, str]:
+        """Hash of each file, by path."""
+        return {path: hash_ for path, (_, hash_) in self._listing.items()}
+
+    @functools.cached_property
+    def _listing(self) -> dict[str, tuple[int, str]]:
         if not hasattr(self._api, "list_bucket_tree"):
             raise sdg.UsageError("hf://buckets needs a newer package: pip install -U huggingface_hub")
         bucket = self._address.repo
         listed = self._ask(lambda: list(self._api.list_bucket_tree(bucket, recursive=True)))
-        return {f"{bucket}/{file.path}": file.size for file in listed if file.type == "file"}
+        return {f"{bucket}/{file.path}": (file.size, file.xet_hash) for file in listed if file.type == "file"}
 
     def _ask(self, call: Callable[[], T]) -> T:
         return hub.patiently(call, self._address, self._stopping())

@@ -19,15 +19,19 @@ from sdg_plugins.common.checks import check_blocks, reading
 from sdg_plugins.common.digests import digest_of, same_rows
 from sdg_plugins.common.features import described
 from sdg_plugins.common.files import split_uri
+from sdg_plugins.common.identity import edited
+from sdg_plugins.common.ids import SeenIds
 from sdg_plugins.common.kinds import decoder, has_nan, parse_json, relaxed
 from sdg_plugins.common.outputs import output_files
 from sdg_plugins.common.paths import follow, parse_path, prompt_column_of
 from sdg_plugins.common.recorded import chunks_in
 from sdg_plugins.common.results import infer_fields
+from sdg_plugins.common.returned import no_prompt, status_of
 from sdg_plugins.common.rows import NUMBER, empty_rows, numbered, shape_of, with_messages
 from sdg_plugins.common.state import fixed_fields, promised_fields, recorded_fields, settle_fields
 from sdg_plugins.common.unify import conformed
 from sdg_plugins.common.values import (
+    EmptyDocument,
     id_column_of,
     id_text,
     json_id,
@@ -140,20 +144,22 @@ class OpenChunk:
                 whole = extra(position) if value is None else clean(value)
                 yield follow(whole, steps) if steps else whole
 
-    def documents(self, prompt_column: str | None, id_column: str | None) -> Iterator[tuple[int, sdg.Document | str]]:
-        """Position and document of each row in order; instead of one without a usable prompt the reason."""
+    def documents(
+        self, prompt_column: str | None, id_column: str | None
+    ) -> Iterator[tuple[int, sdg.Document | dict[str, Any]]]:
+        """Position and document of each row in order; instead of one without a usable prompt its failure."""
         ids = self.ids(id_column)
         skipped = set[int]() if self.only is None else set(range(self.chunk.count)) - self.only
         for position, value in enumerate(self.prompts(prompt_column)):
             if position in skipped:
                 continue
             if position in self.bad:
-                yield position, self.bad[position].reason
+                yield position, no_prompt("BadRow", self.bad[position].reason)
                 continue
             try:
                 text, messages = parse_prompt(value)
             except sdg.BadDocument as exc:
-                yield position, f"column {prompt_column!r} {exc}"
+                yield position, no_prompt("BadDocument", f"column {prompt_column!r} {exc}", type(exc) is EmptyDocument)
                 continue
             index = self.chunk.start + position
             yield (
@@ -172,7 +178,8 @@ class Intake:
     """Reads this rank's chunks, in a thread of its own and one chunk ahead.
 
     Attributes:
-        chosen: for a sample: positions of its documents, by the index of their chunk. None for the whole input.
+        chosen: positions of the documents that are run, by the index of their chunk. None for all.
+        retrying: these are the failed ones of a run, not a sample.
     """
 
     def __init__(self, run: sdg.Run, reader: sdg.Reader) -> None:
@@ -180,6 +187,7 @@ class Intake:
         self.prompt_column = prompt_column_of(run.options, reader.schema)
         self.id_column = id_column_of(run.options, reader.schema)
         self.chosen: Mapping[int, frozenset[int]] | None = None
+        self.retrying = False
         self._thread = ThreadPoolExecutor(1, "sdg-reader")
         self._clear_leftovers()
 
@@ -200,7 +208,7 @@ class Intake:
 
     def expected(self) -> int | None:
         """How many documents belong to this rank, as far as the reader knows."""
-        if self.chosen is not None:
+        if self.chosen is not None and not self.retrying:
             return sum(map(len, self.chosen.values()))
         options, total = self._run.options, self.reader.total()
         if total is None:
@@ -268,8 +276,11 @@ class Outlet:
         fields: Arrow types of the fields of results; None until they are settled for all ranks of the run.
     """
 
+    status_of = staticmethod(status_of)
+
     def __init__(self, run: sdg.Run, writer: sdg.Writer) -> None:
         self._run, self.writer, self._shape = run, writer, shape_of(run.options)
+        self._ids = SeenIds()
         self._doubled = False  # ids; that was said
         self._without_rows: pa.Table | None = None  # chunk 0 if it has none
         self.fields = recorded_fields(run.state) or settle_fields(run, promised_fields(run))
@@ -308,7 +319,8 @@ class Outlet:
         return [{"rollout": number, **result} for number, outcome in made for result in outcome]
 
     def with_messages(self, results: list[dict[str, Any]], asked: Sequence[Sequence[Any]]) -> list[dict[str, Any]]:
-        """Results as they are stored: with --keep-messages each has its messages."""
+        """Results as they are stored: with their messages (--keep-messages), and the code that has made them."""
+        results = edited(self._run, results)
         return with_messages(results, asked) if self._run.options.keep_messages else results
 
     def write(self, opened: OpenChunk, outcomes: Iterable[bytes], id_column: str | None) -> None:
@@ -317,7 +329,7 @@ class Outlet:
 
         assert self.fields is not None
         run, chunk = self._run, opened.chunk
-        statuses: dict[str, list[int]] = {"row": [], "filtered": [], "failed": []}
+        statuses: dict[str, list[int]] = {"row": [], "filtered": [], "failed": [], "empty": []}
         failures: list[Any] = []
         own_ids = opened.own_ids(id_column)
         ids = list(map(id_text, own_ids))
@@ -327,8 +339,9 @@ class Outlet:
         ]
         if sorted(position for positions in statuses.values() for position in positions) != list(range(chunk.count)):
             raise mismatch(chunk)
-        chunk.filtered, chunk.failed = tuple(statuses["filtered"]), tuple(statuses["failed"])
-        if not self._doubled and (double := len(ids) - len(set(ids))):
+        chunk.filtered, chunk.empty = tuple(statuses["filtered"]), len(statuses["empty"])
+        chunk.failed = tuple(sorted(statuses["failed"] + statuses["empty"]))
+        if id_column is not None and not self._doubled and (double := self._ids.add(ids)):
             self._doubled = True
             sdg.say(f"{double:,} of {len(ids):,} ids in {run.path_of(chunk)} occur twice: see --id-column")
         rows = pa.concat_tables(tables)
@@ -351,7 +364,7 @@ class Outlet:
             if position >= opened.chunk.count:
                 raise mismatch(opened.chunk)
             statuses[status].append(position)
-            if status == "failed":
+            if status in {"failed", "empty"}:
                 failures.append(body)
             elif status == "row":
                 positions.append(position)
@@ -422,7 +435,7 @@ class Outlet:
             raise sdg.OutputError(f"{run.output.path(run.failed_path_of(chunk))} is not as it was written")
         for position, record in zip(chunk.failed, failures, strict=True):
             body = {name: value for name, value in record.items() if name not in {"id", "document"}}
-            outcomes.append((position, "failed", orjson.dumps(body)))
+            outcomes.append((position, status_of(body), orjson.dumps(body)))
         return outcomes
 
     def lost(self, chunks: list[sdg.Chunk]) -> list[sdg.Chunk]:

@@ -41,7 +41,8 @@ def write_temporary(folder: Path, name: str, content: bytes, by: str) -> Path:
     # The rank's lock keeps the name from being used twice, and a rerun overwrites what a crash left.
     temporary = folder / f".{by}.{name}.tmp"
     temporary.unlink(missing_ok=True)  # it may be a link that someone else has put there
-    temporary.write_bytes(content)
+    with open(temporary, "xb") as file:  # nothing that has been put there since then, either
+        file.write(content)
     sync(temporary)
     return temporary
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import inspect
 import json
 import os
 import tomllib
@@ -17,6 +16,7 @@ from sdg_plugins.common import models
 from sdg_plugins.common.checks import check_rollout
 from sdg_plugins.common.defaults import check_uris, derive, derive_server, rank_or_any
 from sdg_plugins.common.files import default_state_dir
+from sdg_plugins.common.loading import contributing
 from sdg_plugins.common.options import (
     BriefHelp,
     Option,
@@ -191,7 +191,14 @@ OPTIONS = {
             "--max-cost", "X", "end the run with exit 4 when all ranks have spent this much; may grow", type=_price
         ),
         setting("--max-total-tokens", "N", "end the run with exit 4 after this many tokens; may grow", type=_tokens),
-        setting("--retry-failed", None, "run only the failed documents, again", action="store_true", shared=True),
+        setting("--retry-failed", None, "run the failed documents again", action="store_true", shared=True),
+        setting(
+            "--accept-edited-plugin",
+            None,
+            "go on although the plugin's code has changed: documents that are not finished run with the new code",
+            action="store_true",
+            shared=True,
+        ),
         setting(
             "--rank",
             "I",
@@ -383,7 +390,7 @@ def parse_with(plugins: sdg.Plugins, rollout: str, argv: list[str], own: Iterabl
         _check_shared(own, {option.dest for option in CORE if option.shared})
         derive(options, plugins)
         serving = {plugins.rollouts[rollout].plugin, plugins.find("readers", options.reader).plugin}
-        serving |= resources_of(plugins, rollout) & added.keys()
+        serving |= contributing(plugins, rollout) & added.keys()
         _check_idle(options, plugins, added, argv, serving)
         _derive_models(options, plugins, parser, added)
         plugged = set().union(*(group.identity for group in added.values()))
@@ -419,12 +426,6 @@ def _check_shared(own: Iterable[str], shared: set[str]) -> None:
     for key in own:
         if key.replace("-", "_") in shared:
             raise sdg.UsageError(f"--{key} is the same for all configs: write {key} above the tables")
-
-
-def resources_of(plugins: sdg.Plugins, rollout: str) -> set[str]:
-    """The plugins whose resources a rollout takes: their options are in use, as --prompt-template by `prompt_of`."""
-    parameters = list(inspect.signature(plugins.rollouts[rollout].factory).parameters)[2:]
-    return {plugins.resources[name].plugin for name in parameters if name in plugins.resources}
 
 
 def _check_idle(

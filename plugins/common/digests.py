@@ -37,9 +37,8 @@ def _add(digest: Any, array: pa.Array) -> None:
     import pyarrow.types as t
 
     array = _plain(array)
-    valid = array.is_valid()
     if array.null_count:
-        digest.update(valid.to_numpy(zero_copy_only=False))
+        digest.update(_bytes_of(array.is_valid(), pa.uint8()))
     if not (t.is_struct(array.type) or is_list(array.type) or t.is_map(array.type)):
         for buffer in pa.concat_arrays([array]).buffers()[1:]:
             digest.update(b"" if buffer is None else buffer)
@@ -49,13 +48,28 @@ def _add(digest: Any, array: pa.Array) -> None:
             _add(digest, child)
         return
     if not t.is_fixed_size_list(array.type):
-        offsets = array.offsets.to_numpy(zero_copy_only=False)
-        digest.update(((offsets[1:] - offsets[:-1]) * valid.to_numpy(zero_copy_only=False)).astype("int64"))
+        digest.update(_bytes_of(_lengths(array), pa.int64()))
     if t.is_map(array.type):
+        start, end = array.offsets[0].as_py(), array.offsets[-1].as_py()
         for child in (array.keys, array.items):
-            _add(digest, child.slice(offsets[0], offsets[-1] - offsets[0]))
+            _add(digest, child.slice(start, end - start))
         return
     _add(digest, array.flatten())
+
+
+def _lengths(array: pa.Array) -> pa.Array:
+    """How many values each list has, or map; 0 for nulls."""
+    import pyarrow.compute as pc
+
+    lengths = pc.subtract(array.offsets[1:], array.offsets[:-1])
+    return pc.multiply(lengths, array.is_valid().cast(lengths.type))
+
+
+def _bytes_of(array: pa.Array, kind: pa.DataType) -> Any:
+    """The numbers of an array without nulls as bytes. Arrow's way through numpy is closed where that is missing."""
+    import pyarrow as pa
+
+    return pa.concat_arrays([array.cast(kind)]).buffers()[1] or b""
 
 
 def _plain(array: pa.Array) -> pa.Array:

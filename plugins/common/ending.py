@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import sdg
 
@@ -116,6 +116,8 @@ def signals(stop: Callable[[BaseException], object]) -> Iterator[None]:
         watchdog.close()
         for signum in HANDLED:
             loop.remove_signal_handler(signum)
+            if watchdog.heard:  # the process is about to end, and still records how
+                signal.signal(signum, signal.SIG_IGN)
 
 
 # ── The event loop ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -142,6 +144,8 @@ def run_to_the_end(main: Coroutine[Any, Any, T]) -> T:
                     loop.run_forever()
                 except (KeyboardInterrupt, SystemExit):
                     if not _watchdog and threading.current_thread() is threading.main_thread():  # a signal's
+                        if task.done() and not task.cancelled():
+                            task.exception()  # it is this one
                         raise
             return task.result()
         finally:
@@ -161,6 +165,41 @@ def _close(loop: asyncio.AbstractEventLoop) -> None:
         sdg.left_behind.extend([loop, *stubborn])
     else:
         loop.close()
+
+
+# ── The program ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def run_program(main: Callable[[], int]) -> NoReturn:
+    """Run `main`, and end the process: no upload that hangs, and no task or thread of a plugin, keeps it from ending.
+
+    The interpreter would wait for threads, and unload libraries that the publisher's threads use: they crash.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # none, or not a usual one
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] # a terminal may be in Latin-1
+    try:
+        code = main()
+        for signum in HANDLED:  # all work is done: a second Ctrl-C has nothing to hurry
+            signal.signal(signum, signal.SIG_IGN)
+    except KeyboardInterrupt:  # between those two lines
+        code = 130
+    deadline = time.monotonic() + 0.5
+    others = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
+    for thread in others:
+        if not thread.daemon:
+            thread.join(max(0.0, deadline - time.monotonic()))
+    waits = any(thread.name == sdg.PUBLISHER or (thread.is_alive() and not thread.daemon) for thread in others)
+    if sdg.left_behind or waits:
+        import multiprocessing
+
+        for child in multiprocessing.active_children():  # of a plugin's pool; forked ones ignore SIGTERM as we do
+            child.kill()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 # ── Other things of the whole process ────────────────────────────────────────────────────────────────────────────────

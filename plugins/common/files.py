@@ -81,7 +81,7 @@ def filesystem(uri: str, quick: bool = False) -> tuple[Any, str]:
 
     scheme, rest = split_uri(uri)
     if scheme == "file":
-        return pyarrow.fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(rest))
+        return pyarrow.fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(utf8(rest)))
     if scheme == "s3":
         # Settings may follow, as in pyarrow's URIs. Any other question mark belongs to a glob.
         path, *settings = re.split(r"\?(?=(?:region|scheme|endpoint_override)=)", rest, maxsplit=1)
@@ -103,6 +103,16 @@ def filesystem(uri: str, quick: bool = False) -> tuple[Any, str]:
         supported = "supported are local paths, s3://, gs://, and the schemes of fsspec"
         raise sdg.UsageError(f"{sdg.redact(uri)}: {sdg.one_line(exc)}; {supported}") from exc
     return fs, str(path)
+
+
+def utf8(name: str) -> str:
+    """A local path as it is. Raises UsageError if it is not UTF-8: Arrow cannot open such files."""
+    if not name.isascii():
+        try:
+            name.encode()
+        except UnicodeEncodeError as exc:
+            raise sdg.UsageError(f"{name}: the name is not UTF-8: rename it, or give it another one by a link") from exc
+    return name
 
 
 # ── Access ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -247,6 +257,41 @@ class Place:
         with access_errors(self.uri, sdg.OutputError), contextlib.suppress(FileNotFoundError):
             self.fs.delete_file(self.path(name))
 
+    def check_access(self, name: str) -> None:
+        """Check the rights that a run needs, by writing a file, listing and reading it, and deleting it.
+
+        Nothing is checked in a local folder. (On S3, pyarrow leaves an empty object for the folder.)
+
+        Args:
+            name: of the file, directly in this folder.
+
+        Raises:
+            OutputError: a right is missing, other than that to delete, without which a run can do: that is reported.
+        """
+        if self.local:
+            return
+        # As long as an error's text: a shorter answer is not retried, because pyarrow has no room for the error in it.
+        content = b"sdg has checked that it can write, list, read and delete here".ljust(4096) + b"\n"
+        try:
+            self.write(name, lambda file: file.write(content))
+            listed = name in (path.strip("/") for path in self.sizes(""))
+            with access_errors(self.uri, sdg.OutputError), self.open(name) as file:
+                read = bytes(file.read())
+        except sdg.OutputError as exc:
+            raise sdg.OutputError(f"{exc}. A run needs the rights to put, get and list objects there") from exc
+        finally:
+            self.stamps.pop(name, None)
+        if not listed or read != content:
+            what = "differs from what was written" if listed else "was written, but is not listed"
+            raise sdg.OutputError(f"{self.path(name)} {what}: choose another --output")
+        try:
+            self.delete(name)
+        except sdg.OutputError as exc:
+            sdg.say(
+                f"{exc}. The run goes on without the right to delete: records of failures that are retried are "
+                f"replaced by empty files, --fresh is not possible, and {self.path(name)} stays"
+            )
+
     def clear(self, name: str) -> None:
         """Delete a file if it exists; where that is not permitted, empty it. Raises OutputError."""
         try:
@@ -273,7 +318,7 @@ class Place:
         """The names that `list` returns, with the files' sizes in bytes."""
         import pyarrow.fs
 
-        selector = pyarrow.fs.FileSelector(self.path(folder), allow_not_found=True)
+        selector = pyarrow.fs.FileSelector(self.path(folder).rstrip("/"), allow_not_found=True)
         with access_errors(self.uri, sdg.OutputError):
             infos = self.fs.get_file_info(selector)
         return {f"{folder}/{info.base_name}": info.size for info in infos if info.is_file}
@@ -316,9 +361,11 @@ def file_system_of(path: Path) -> str:
     if not mounts.exists():
         return "apfs"  # macOS: local unless mounted otherwise
     best, kind = "", ""
-    for line in mounts.read_text().splitlines():
-        before, _, after = line.partition(" - ")
-        mount = before.split()[4].encode().decode("unicode_escape")
+    for line in mounts.read_bytes().splitlines():
+        before, _, after = line.partition(b" - ")
+        # Names may be in any encoding; white space and backslashes in them are octal numbers.
+        name = re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8)]), before.split()[4])
+        mount = os.fsdecode(name)
         if Path(os.path.realpath(path)).is_relative_to(mount) and len(mount) >= len(best):
-            best, kind = mount, after.split()[0]
+            best, kind = mount, os.fsdecode(after.split()[0])
     return kind

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+FEW = 8  # requests that are too few to tell a constant part of their time from one that grows with their tokens
 Z = 1.96  # standard errors on each side of an estimate: a range that holds in 95 of 100 samples
 
 
@@ -22,11 +22,27 @@ class Range(NamedTuple):
         return Range(self.value * factor, self.low * factor, self.high * factor)
 
 
+class Takes(NamedTuple):
+    """What a request takes when few others are in flight: the unit of work, in s.
+
+    Attributes:
+        request: whatever it asks for.
+        token: more for each token of the completion.
+    """
+
+    request: float
+    token: float
+
+    def work(self, requests: float, tokens: float) -> float:
+        """Of some requests with as many completion tokens in all."""
+        return self.request * requests + self.token * tokens
+
+
 class Pace(NamedTuple):
     """How fast a part of a sample went.
 
     Attributes:
-        work: completion tokens, or requests if there were none.
+        work: see `Takes`.
         seconds: how long it took.
         area: requests in flight, integrated over this time, in s.
     """
@@ -46,6 +62,23 @@ class Pace(NamedTuple):
         return self.area / max(self.work, 1e-9)
 
 
+def takes_of(requests: Sequence[tuple[float, float]]) -> Takes:
+    """What requests take, from the completion tokens and the seconds of some (least squares, neither part negative)."""
+    import statistics
+
+    tokens, seconds = (list(values) for values in zip(*requests, strict=True)) if requests else ([], [])
+    if not sum(seconds):
+        return Takes(0.0, 1.0) if sum(tokens) else Takes(1.0, 0.0)
+    slope, start = statistics.linear_regression(tokens, seconds) if len(set(tokens)) > 2 else (0.0, 0.0)
+    if len(requests) < FEW or slope <= 0 or start <= 0:  # the better of time for each token, and for each request
+        each = sum(seconds) / sum(tokens) if sum(tokens) else 0.0
+        mean = statistics.fmean(seconds)
+        by_token = sum((one - each * of) ** 2 for of, one in zip(tokens, seconds, strict=True))
+        by_request = sum((one - mean) ** 2 for one in seconds)
+        return Takes(0.0, each) if each and by_token < by_request else Takes(mean, 0.0)
+    return Takes(start, slope)
+
+
 def mean_of(
     values: Sequence[float], population: int, sizes: Sequence[float] | None = None, size: float | None = None
 ) -> Range:
@@ -57,6 +90,8 @@ def mean_of(
         sizes: something that is known of each of them and may go with the value, such as the length of a text.
         size: its mean, of many more than the sample. The estimate is corrected by it (regression estimator).
     """
+    import statistics
+
     mean = statistics.fmean(values)
     if len(values) < 3:
         return Range(mean, 0.0, math.inf)
@@ -110,7 +145,7 @@ def duration(work: Range, narrow: Pace, wide: Pace, in_flight: float, last: floa
 
 
 def per_document(documents: Iterable[Mapping[str, Sequence[float]]], model: str, kind: int) -> list[float]:
-    """The tokens of one kind that each document has used at a model; 0 of prompts, 1 of completions."""
+    """What each document has used at a model: 0 tokens of prompts, 1 of completions, 2 requests."""
     return [document[model][kind] if model in document else 0.0 for document in documents]
 
 

@@ -7,19 +7,23 @@ import functools
 import glob
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import xxhash
 
 import sdg
-from sdg_plugins.common.files import access_errors, filesystem, fixed_folder, format_of, split_uri, suffix_of
+from sdg_plugins.common.files import access_errors, filesystem, fixed_folder, format_of, split_uri, suffix_of, utf8
 from sdg_plugins.common.outputs import written_by_run
 from sdg_plugins.common.splits import card_of, names_of_split
 from sdg_plugins.common.streams import BROKEN, Stream
 
 END_BYTES = 64 << 10  # hashed at either end of an input file
+SMALL = 1 << 20  # bytes of a remote file that is fetched whole before it is read in its order…
+AHEAD = 16  # … together with the next ones: one after the other, thousands would wait for two responses each
+KEPT = 256  # files of at most END_BYTES that are kept
 SHOWN = 3  # names of files in a message
 STATE = re.compile(r"(.*?)/\.sdg(/|-[^/]*\.json$)")  # in the output of a run: its state, or where that is
 UNREAD = re.compile(r"(^|/)(_|\.[^.]|failed/(.+/)?\d{5,}_\d{5,}\.jsonl$)")  # hidden files, and a run's failures
@@ -44,6 +48,19 @@ def list_files(uri: str) -> list[tuple[str, int]]:
     Raises:
         InputError: there are none, or the place cannot be read.
     """
+    return [(file.path, file.size) for file in listed_files(uri)]
+
+
+class Listed(NamedTuple):
+    """A file in a listing."""
+
+    path: str
+    size: int  # bytes
+    version: str = ""  # of a remote file: changes with its content; "" if the listing has nothing of the kind
+
+
+def listed_files(uri: str) -> list[Listed]:
+    """As `list_files`, with what the listing knows of the files' content."""
     import pyarrow.fs
 
     fs, path = filesystem(uri, quick=True)
@@ -53,21 +70,22 @@ def list_files(uri: str) -> list[tuple[str, int]]:
         if not glob.has_magic(path) or (local and os.path.exists(path)):
             files, root = _files_below(uri, path), path
         elif local:
-            files = [(name, os.path.getsize(name)) for name in glob.glob(path, recursive=True) if os.path.isfile(name)]
+            names_here = filter(os.path.isfile, glob.glob(path, recursive=True))
+            files = [Listed(name, os.path.getsize(name)) for name in names_here]
         else:
-            files = [file for file in _files_below(uri, root) if fnmatch.fnmatch(file[0], path)]
-    names = {file: file[len(root) :].lstrip("/") for file, _ in files}
+            files = [file for file in _files_below(uri, root) if fnmatch.fnmatch(file.path, path)]
+    names = {file.path: file.path[len(root) :].lstrip("/") for file in files}
     outputs = tuple({f"{state[1]}/" for name in names.values() if (state := STATE.match(name))})
-    found = [
-        (file, size) for file, size in files if not UNREAD.search(name := names[file]) and not name.startswith(outputs)
-    ]
+    found = [file for file in files if not UNREAD.search(name := names[file.path]) and not name.startswith(outputs)]
     if not found:
         raise sdg.InputError(f"--input {uri}: no files found")
+    for file in found if local else ():
+        utf8(file.path)  # raises
     return sorted(found)
 
 
-def _files_below(uri: str, path: str) -> list[tuple[str, int]]:
-    """Path and size of the file with this path, or of everything below it if it is a folder."""
+def _files_below(uri: str, path: str) -> list[Listed]:
+    """The file with this path, or everything below it if it is a folder."""
     import pyarrow.fs
 
     first, _ = filesystem(uri, quick=True)
@@ -79,15 +97,22 @@ def _files_below(uri: str, path: str) -> list[tuple[str, int]]:
         name = re.fullmatch(r"(?:https://huggingface\.co/datasets/)?([\w.-]+/[\w.-]+)", uri)
         hint = f"; for a dataset on the Hub write hf://datasets/{name[1]}" if name else ""
         raise sdg.InputError(f"--input {uri}: no such file or folder{hint}")
-    if info.is_file:
-        return [(path, info.size)]
     if isinstance(first, pyarrow.fs.LocalFileSystem):
-        return list(_walk(path, ()))
-    infos = filesystem(uri)[0].get_file_info(pyarrow.fs.FileSelector(path, recursive=True))
-    return [(info.path, info.size) for info in infos if info.is_file]
+        return [Listed(path, info.size)] if info.is_file else list(_walk(path, ()))
+    versions = getattr(getattr(getattr(first, "handler", None), "fs", None), "versions", {})
+    infos = [info] if info.is_file else first.get_file_info(pyarrow.fs.FileSelector(path, recursive=True))
+    return [
+        Listed(
+            info.path,
+            info.size,
+            versions.get(info.path) or (f"{info.mtime:%Y-%m-%dT%H:%M:%S.%f}" if info.mtime else ""),
+        )
+        for info in infos
+        if info.is_file
+    ]
 
 
-def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, int]]:
+def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[Listed]:
     """The files below a local folder. Links are followed, except to folders that they are in.
 
     Args:
@@ -104,16 +129,21 @@ def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str
             if entry.is_dir():
                 yield from _walk(entry.path, (*above, here))
             elif entry.is_file():
-                yield entry.path, entry.stat().st_size
+                yield Listed(entry.path, entry.stat().st_size)
 
 
 # ── Formats ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def input_format(uri: str, known: Collection[str]) -> str | None:
+def input_format(uri: str, known: Collection[str], reader_of: Callable[[str], object] = str) -> str | None:
     """The one of the `known` formats that the files of a URI have; None if it is none of them.
 
     Files whose names have no suffix are looked into. Text files beside others, such as a README, do not count.
+
+    Args:
+        uri: of the files.
+        known: the formats.
+        reader_of: what reads a format: several formats that it reads count as the first of them.
 
     Raises:
         UsageError: there are files of several formats.
@@ -125,7 +155,7 @@ def input_format(uri: str, known: Collection[str]) -> str | None:
     formats = sorted({found for name in files if (found := _format_by_name(name, known))})
     if len(formats) > 1:
         formats = [name for name in formats if name not in {"text", "txt"}] or formats
-    if len(formats) > 1:
+    if len({reader_of(name) for name in formats}) > 1:
         message = f"has files of several formats, {' and '.join(formats)}: select those of one format with a glob"
         raise sdg.UsageError(f"{sdg.redact(uri)} {message}")
     if formats:
@@ -162,7 +192,7 @@ class InputFiles:
 
     Args:
         uri: of a file, a folder or a glob.
-        format: or a suffix. A single file is taken whatever its name is.
+        format: or a suffix, or several of them. A single file is taken whatever its name is.
 
     Attributes:
         paths: in the file system `fs`, sorted.
@@ -171,26 +201,34 @@ class InputFiles:
         local: False if each access takes a network request.
     """
 
-    def __init__(self, uri: str, format: str, config: str | None = None, split: str | None = None) -> None:
+    def __init__(
+        self, uri: str, format: str | Collection[str], config: str | None = None, split: str | None = None
+    ) -> None:
+        formats = {format} if isinstance(format, str) else set(format)
         self.fs, self._root = filesystem(uri)
         self.local = self.fs.type_name == "local"
-        files = list_files(uri)
+        listed = listed_files(uri)
+        files = [(file.path, file.size) for file in listed]
         if split:
             files = self._of_split(uri, files, config, split)
-        found = [(file, size) for file, size in files if format in {suffix_of(file), format_of(file)}]
+        found = [(file, size) for file, size in files if formats & {suffix_of(file), format_of(file)}]
         if not found:
             found = [(file, size) for file, size in files if len(files) == 1 or not suffix_of(file)]
         if not found:
-            raise sdg.InputError(f"--input {uri}: no .{format} files found")
+            raise sdg.InputError(f"--input {uri}: no .{' or .'.join(sorted(formats))} files found")
         self._say_skipped(uri, files, {file for file, _ in found})
-        found = self._without_outputs(uri, found, format)
+        found = self._without_outputs(uri, found, min(formats))
         self.paths = [file for file, _ in found]
         self.sizes = [size for _, size in found]
         root = os.path.commonpath(self.paths) if len(found) > 1 else os.path.dirname(found[0][0])
         self.names = [os.path.relpath(file, root) for file in self.paths]
+        versions = {file.path: file.version for file in listed}
+        self._versions = [versions[path] for path in self.paths]
+        self._ahead: dict[int, Future[bytes]] = {}
+        self._fetch_once = functools.lru_cache(KEPT)(self._fetch)  # the first ones are read for the schema, too
 
     @classmethod
-    def of_run(cls, run: sdg.Run, format: str) -> InputFiles:
+    def of_run(cls, run: sdg.Run, format: str | Collection[str]) -> InputFiles:
         """The files of a run's input; of a dataset's checkout only those of its config and split."""
         options = run.options
         return cls(options.input, format, getattr(options, "input_config", None), getattr(options, "input_split", None))
@@ -253,7 +291,12 @@ class InputFiles:
 
     @functools.cached_property
     def identity(self) -> dict[str, list[Any]]:
-        """Size and hash of each file, by name; only the first and the last 64 KiB are hashed."""
+        """Size and hash of each file, by name; only the first and the last 64 KiB are hashed.
+
+        Remote files have their version instead, if the listing has it: a hash would take several requests for each.
+        """
+        if all(self._versions):
+            return {name: [*file] for name, *file in zip(self.names, self.sizes, self._versions, strict=True)}
         with ThreadPoolExecutor(16) as pool:
             hashes = pool.map(self._hash, range(len(self.paths)), self.sizes)
             return {name: [size, digest] for name, size, digest in zip(self.names, self.sizes, hashes, strict=True)}
@@ -265,7 +308,9 @@ class InputFiles:
             return False
         same = all(earlier[name] == self.identity[name] for name in known[:-1])
         size, digest = earlier[known[-1]]
-        return same and self.sizes[len(known) - 1] >= size and self._hash(len(known) - 1, size) == digest
+        if not same or self.sizes[len(known) - 1] < size:
+            return False
+        return bool(self.identity[known[-1]] == [size, digest] or self._hash(len(known) - 1, size) == digest)
 
     def stamp(self, count: int) -> list[Any]:
         """What changes when files are written again: of the first files by name, then size and time of the last one.
@@ -274,13 +319,45 @@ class InputFiles:
             count: how many files, at most.
         """
         names = self.names[:count]
-        times = [os.stat(path).st_mtime_ns if self.local else 0 for path in self.paths[:count]]
+        paths, versions = self.paths[:count], self._versions[:count]
+        times = [os.stat(path).st_mtime_ns for path in paths] if self.local else [version or 0 for version in versions]
         digest = xxhash.xxh3_64(repr(list(zip(names[:-1], times, strict=False))).encode())
         return [digest.hexdigest(), self.sizes[len(names) - 1], times[-1]] if names else ["", 0, 0]
 
     def open(self, i: int) -> Any:
         """Open the file with index `i` for reading; a compressed file is not decompressed."""
         return self.fs.open_input_file(self.paths[i])
+
+    def open_in_order(self, i: int) -> Any:
+        """As `open`, for readers that open the files one after the other: small remote files are fetched ahead."""
+        import pyarrow as pa
+
+        if self.local:
+            return self.open(i)
+        coming = range(i, min(i + AHEAD, len(self.paths)))
+        for later in coming:
+            if later not in self._ahead and self.sizes[later] <= SMALL:
+                fetch = self._fetch_once if self.sizes[later] <= END_BYTES else self._fetch
+                self._ahead[later] = self._pool.submit(fetch, later)
+        for stale in self._ahead.keys() - set(coming):
+            self._ahead.pop(stale).cancel()
+        fetched = self._ahead.pop(i, None)
+        return pa.BufferReader(fetched.result()) if fetched else self.open(i)
+
+    @functools.cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(AHEAD, "sdg-files")
+
+    def _fetch(self, i: int) -> bytes:
+        for pause in (0.5, 2.0, None):  # pyarrow does not retry an error whose text is longer than the file
+            try:
+                with self.open(i) as file:
+                    return bytes(file.read())
+            except OSError:
+                if pause is None:
+                    raise
+                time.sleep(pause)
+        raise AssertionError("unreachable")
 
     def _hash(self, i: int, size: int) -> str:
         """A hash of both ends of a file's first `size` bytes."""

@@ -27,8 +27,15 @@ def add_bundled(plugins: sdg.Plugins) -> None:
     for room in ROOMS:
         package = importlib.import_module(f"sdg_plugins.{room}")
         for found in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
-            if not found.ispkg and has_hooks(module := importlib.import_module(found.name)):
-                plugins.add(module, sdg.__version__, "sdg")
+            if not found.ispkg and _may_have_hooks(found.name) and has_hooks(importlib.import_module(found.name)):
+                plugins.add(sys.modules[found.name], sdg.__version__, "sdg")
+
+
+@functools.cache
+def _may_have_hooks(module: str) -> bool:
+    """True if a module's text mentions hooks; the others are imported when they are used."""
+    spec = importlib.util.find_spec(module)
+    return not spec or not spec.origin or b"hookimpl" in Path(spec.origin).read_bytes()
 
 
 def has_hooks(module: types.ModuleType) -> bool:
@@ -115,6 +122,13 @@ def _import_file(path: Path) -> tuple[types.ModuleType, str]:
         f"plugin {path}", functools.partial(sdg.exec_file, name, Path(file)), file
     )
     return module, xxhash.xxh3_64_hexdigest(path.read_bytes())
+
+
+def contributing(plugins: sdg.Plugins, rollout: str) -> set[str]:
+    """The plugins that a rollout's requests depend on beside its own: of its resources, and with `wrap_requests`."""
+    parameters = list(inspect.signature(plugins.rollouts[rollout].factory).parameters)[2:]
+    resources = {plugins.resources[name].plugin for name in parameters if name in plugins.resources}
+    return resources | {impl.plugin_name for impl in plugins.manager.hook.wrap_requests.get_hookimpls()}
 
 
 def option_for(word: str, plugins: sdg.Plugins) -> str:

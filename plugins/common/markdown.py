@@ -22,15 +22,15 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
-def table(title: str, rows: Iterable[tuple[str, str]]) -> Iterator[str]:
-    """A table of names and values under a heading; the values are markdown."""
+def table(title: str, rows: Iterable[tuple[str, str]], heads: tuple[str, str]) -> Iterator[str]:
+    """A table of names and values under a title; the values are markdown."""
     yield f"### {title}\n"
-    yield from rows_in_table(rows)
+    yield from rows_in_table(rows, heads)
 
 
-def rows_in_table(rows: Iterable[tuple[str, str]]) -> Iterator[str]:
-    """A table of names and values without a heading; the values are markdown."""
-    yield "| | |\n|---|---|"
+def rows_in_table(rows: Iterable[tuple[str, str]], heads: tuple[str, str]) -> Iterator[str]:
+    """A table of names and values; the values are markdown."""
+    yield f"|{heads[0]}|{heads[1]}|\n|---|---|"
     for name, value in rows:
         yield f"| {name} | {value} |"
     yield ""

@@ -110,12 +110,3 @@ def recordable(models: Mapping[str, argparse.Namespace]) -> dict[str, dict[str, 
         kept = {key: value for key in names if (value := getattr(options, key, None)) is not None}
         found[name] = {**kept, "base_url": [sdg.redact(url) for url in kept.get("base_url", [])]}
     return found
-
-
-def identity_of_models(run: sdg.Run) -> dict[str, Any]:
-    """What of the further models changes the data: names, models, sampling."""
-    names = (*SAMPLING, "model_max_context", "empty_answers")
-    return {
-        name: {**{key: getattr(model.options, key) for key in names}, "model": model.model}
-        for name, model in run.models.items()
-    }

@@ -91,8 +91,13 @@ def prompt_column_of(options: argparse.Namespace, schema: pa.Schema) -> str | No
     """The path of the prompts; None if the template names all the columns that it needs."""
     column: str = options.prompt_column
     absent = column == DEFAULT and column not in schema.names
+    return None if absent and (options.reader == "vary" or names_its_columns(options)) else column
+
+
+def names_its_columns(options: argparse.Namespace) -> bool:
+    """True if the prompts are made by a template that does without the document's text."""
     template = getattr(options, "prompt_template", None) if options.rollout == "prompt" else None
-    return None if absent and (options.reader == "vary" or (template and needs_no_document(template))) else column
+    return bool(template) and needs_no_document(str(template))
 
 
 def needs_no_document(template: str) -> bool:
@@ -120,7 +125,7 @@ def carried_through(options: argparse.Namespace, schema: pa.Schema) -> str:
     """What to say if the prompts are a column that an earlier run only carried through; "" if they are not."""
     inside = results_columns(schema)
     column = prompt_column_of(options, schema)
-    if not inside or column is None or parse_path(column, schema.names)[0] in inside:
+    if not inside or column is None or names_its_columns(options) or parse_path(column, schema.names)[0] in inside:
         return ""
     return (
         f"the input is the output of an earlier run, and --prompt-column {column} is what that run was given: "

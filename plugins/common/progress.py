@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import sdg
@@ -23,36 +23,78 @@ BAR_INTERVAL = 0.5  # s between two updates on a terminal
 USUAL = {"stop", "length", "tool_calls", "None"}  # reasons to finish that need no word
 LONG_WAIT = 5.0  # s that no server takes requests, before it is shown
 LINE_INTERVAL = 10.0  # s between two lines in a log
+AGAIN = "run the same command again to go on"
+
+
+class Course:
+    """The configs, or steps, that a process runs one after the other: they share one display.
+
+    Args:
+        names: of the configs, in order.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = list(names)
+        self._done: dict[str, int] = {}  # documents of each config that has been begun
+
+    def place_of(self, engine: sdg.Engine) -> str:
+        """Which of the configs is at work, such as `french (2 of 3)`; "" if there is only one."""
+        name, of = engine.run.options.output_config, len(self._names)
+        return f"{name} ({self._names.index(name) + 1} of {of})" if of > 1 else ""
+
+    def is_last(self, engine: sdg.Engine) -> bool:
+        """True if no other config follows."""
+        return bool(engine.run.options.output_config == self._names[-1])
+
+    def done(self, engine: sdg.Engine) -> int:
+        """Finished documents of this config and of those before it."""
+        self._done[engine.run.options.output_config] = sum(engine.tally.values())
+        return sum(self._done.values())
+
+    def total(self, engine: sdg.Engine) -> int | None:
+        """Documents of all configs; those to come are taken to have as many as this one. None if unknown."""
+        expected, done = engine.intake.expected(), self.done(engine)
+        later = len(self._names) - 1 - self._names.index(engine.run.options.output_config)
+        here = self._done[engine.run.options.output_config]
+        return None if expected is None else done - here + expected * (1 + later)
 
 
 @contextlib.asynccontextmanager
-async def progress(engine: sdg.Engine) -> AsyncIterator[None]:
-    """Show how far the run is: a bar on a terminal, else a line every ten seconds."""
-    from tqdm import tqdm
+async def progress(engine: sdg.Engine, course: Course | None = None) -> AsyncIterator[None]:
+    """Show how far the run is: a bar on a terminal, else a line every ten seconds.
 
+    Args:
+        engine: that is at work.
+        course: of the configs that this one is one of.
+    """
     if engine.run.options.no_progress:
         yield
         return
+    from tqdm import tqdm
+
+    course = course or Course([engine.run.options.output_config])
     terminal = sys.stderr.isatty()
-    began = sum(engine.tally.values())
     columns, lines = os.get_terminal_size(sys.stderr.fileno()) if terminal else (0, 0)
     terminal = terminal or "ipykernel" in sys.modules  # a notebook shows a bar as well
     shape = "{n_fmt}/{total_fmt} {percentage:3.0f}%|{bar}| {desc}"
     columns, lines = columns or 80, lines or 24  # some terminals report no size
+    began, place = course.done(engine), course.place_of(engine)
     bar = tqdm(initial=began, disable=not terminal, bar_format=shape, ncols=columns, nrows=lines)
+    bar.leave = course.is_last(engine)
 
     def show() -> None:
-        bar.total = engine.intake.expected()
+        bar.total, done = course.total(engine), course.done(engine)
         counts = 2 * len(f"{bar.total or 0}")  # the bar and they need the rest
-        words = fitted(figures_of(engine, time_to_go(engine, bar.format_interval)), max(20, columns - counts - 18))
+        figures = figures_of(engine, time_to_go(engine, (bar.total or done) - done, bar.format_interval))
+        words = fitted(", ".join(filter(None, [place, figures])), max(20, columns - counts - 18))
         bar.set_description_str(words, refresh=False)
-        bar.update(sum(engine.tally.values()) - bar.n)
+        bar.update(done - bar.n)
         bar.refresh()
 
     async def repeat() -> None:
         while True:
             await asyncio.sleep(BAR_INTERVAL if terminal else LINE_INTERVAL)
-            show() if terminal else sdg.say(progress_line(engine))
+            show() if terminal else sdg.say(": ".join(filter(None, [place, progress_line(engine)])))
 
     try:
         async with sdg.background(repeat()):
@@ -78,10 +120,10 @@ def fitted(words: str, room: int) -> str:
     return words if len(words) <= room else words[: room + 1].rpartition(", ")[0] or words[:room]
 
 
-def time_to_go(engine: sdg.Engine, shown: Callable[[int], str]) -> list[str]:
-    """Remaining time and documents per second, for the bar."""
-    seconds = seconds_to_go(engine)
-    return [f"ETA {shown(int(seconds))}", f"{rate_of(engine):,.1f} documents/s"] if seconds else []
+def time_to_go(engine: sdg.Engine, documents: int, shown: Callable[[int], str]) -> list[str]:
+    """The time for some documents at the present rate, and this rate, for the bar."""
+    rate = rate_of(engine)
+    return [f"ETA {shown(int(documents / rate))}", f"{rate:,.1f} documents/s"] if documents > 0 and rate else []
 
 
 def figures_of(engine: sdg.Engine, speed: Iterable[str] = ()) -> str:
@@ -98,7 +140,12 @@ def figures_of(engine: sdg.Engine, speed: Iterable[str] = ()) -> str:
     unpublished = [text] if engine.run.options.writer == "hf" and (text := published.waits(engine.run.state)) else []
     loads = [upstream.limit.load for upstream in pool.upstreams if upstream.limit.load and upstream.up.is_set()]
     queue = f" ({sum(load.waiting for load in loads):.0f} queued)" if loads else ""
-    rare = {"failed": engine.tally["failed"], "retries": retries_in(counts), "cached": counts["cache_hits"]}
+    rare = {
+        "failed": engine.tally["failed"],
+        "empty": engine.tally["empty"],
+        "retries": retries_in(counts),
+        "cached": counts["cache_hits"],
+    }
     figures = [*unpublished, *(f"{number:,} {name}" for name, number in rare.items() if number), *speed]
     tokens = counts["completion_tokens"] / max(pool.seconds, 1e-9)
     figures += [f"{tokens:,.0f} tokens/s", f"{pool.active} in flight{queue}"]
@@ -146,6 +193,9 @@ def report(engine: sdg.Engine, figures: dict[str, Any], chunks: Iterable[sdg.Chu
     if unusual := {name: n for name, n in figures["finish_reasons"].items() if name not in USUAL}:
         named = ", ".join(f"{n:,} {name}" for name, n in sorted(unusual.items(), key=lambda item: -item[1]))
         lines.append(f"ends    completions that did not end as usual, by finish_reason: {named}")
+    if empty := figures["empty"]:
+        words = "they are listed as failed, but do not count for --max-failure-rate"
+        lines.append(f"empty   {counted(empty, 'document')} without a text in {engine.intake.prompt_column!r}: {words}")
     if figures["failed"]:
         lines += failure_lines(engine, f"{shown}/{os.path.dirname(run.failed_path_of(sdg.Chunk(0, 0)))}")
     if run.options.rollouts_per_document > 1 and figures["failed_rollouts"]:
@@ -159,10 +209,11 @@ def report(engine: sdg.Engine, figures: dict[str, Any], chunks: Iterable[sdg.Chu
 def unfinished_lines(engine: sdg.Engine, documents: int, in_files: int) -> Iterator[str]:
     """What a run that ended early leaves to the next process."""
     expected = engine.intake.expected()
-    if not engine.stopping:
+    if not engine.stopping and not engine.intake.retrying:
         return
     if expected is not None and expected > documents:
-        yield f"open    {counted(expected - documents, 'document')}: run the same command again to go on"
+        how = "--accept-edited-plugin runs them with the new code" if engine.intake.retrying else AGAIN
+        yield f"open    {counted(expected - documents, 'document')}: {how}"
     if documents > in_files:
         waiting = counted(documents - in_files, "finished document")
         yield f"saved   {waiting} in the state, written to a file once all of the chunk are finished"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,10 +14,12 @@ from sdg_plugins.common.attempts import Attempt, attempt_of
 from sdg_plugins.common.files import rank_file
 from sdg_plugins.common.markdown import inline, public, short_line
 from sdg_plugins.common.slurm import Queue
-from sdg_plugins.common.statistics import statistics_of, sum_statistics
+from sdg_plugins.common.statistics import HEARTBEAT, statistics_of, sum_statistics
 
 FRESH = 12.0  # s that a heartbeat counts more than Slurm's queue
 SILENT = 120.0  # s without a heartbeat after which a rank no longer counts as running
+SKEW = 3600.0  # s by which clocks of machines may differ
+SECOND_LOOK = 12.0  # s after which a heartbeat has changed, if its rank is alive
 BAR = 30  # characters
 
 
@@ -88,6 +91,11 @@ class Rank(NamedTuple):
         pending = known == "PENDING" and self.state in {"running", "silent", "failed", "stopped"}
         return self._replace(state="requeued") if pending else self
 
+    def alive(self) -> Rank:
+        """The rank if its heartbeat has changed just now, whatever time it has."""
+        record = {**self.record, "updated": time.time()}
+        return self._replace(state="running", figures={**self.figures, "rank": record})
+
     @property
     def error(self) -> str:
         """Why it ended early, in one line; "" if it did not."""
@@ -125,6 +133,35 @@ class Looks:
         state = "silent" if quiet > SILENT else "running" if changed else rank.state
         record = {**rank.record, "updated": time.time() - quiet}
         return rank._replace(state=state, figures={**rank.figures, "rank": record})
+
+
+def in_doubt(rank: Rank) -> bool:
+    """True if one look cannot tell whether a rank is alive, because its machine's clock may differ from ours."""
+    if rank.state not in {"running", "silent"} or rank.record.get("host") in {None, platform.node()}:
+        return False
+    age = time.time() - rank.updated
+    return -SKEW < age < -HEARTBEAT / 2 or SILENT < age < SKEW
+
+
+def looked_at_again(ranks: list[Rank], read: Callable[[], list[Rank]]) -> list[Rank]:
+    """Ranks after a second look at those in doubt, for which it waits up to SECOND_LOOK.
+
+    Args:
+        ranks: as they were at the first look.
+        read: returns the ranks as they are now.
+    """
+    doubtful = {rank.number: rank.updated for rank in ranks if in_doubt(rank)}
+    found = {rank.number: rank for rank in ranks}
+    deadline = time.monotonic() + SECOND_LOOK
+    if doubtful:
+        sdg.say(f"waiting for the next heartbeat of rank {ranges(sorted(doubtful))}: clocks of machines may differ")
+    while doubtful and time.monotonic() < deadline:
+        time.sleep(min(0.5, SECOND_LOOK))
+        for rank in read():
+            if rank.number in doubtful and rank.updated != doubtful[rank.number]:
+                del doubtful[rank.number]
+                found[rank.number] = rank.alive() if rank.state in {"running", "silent"} else rank
+    return [rank._replace(state="silent") if rank.number in doubtful else found[rank.number] for rank in ranks]
 
 
 def _read_rank(state: Path, number: int) -> Rank:

@@ -193,8 +193,8 @@ class Records:
 def finished_in(run: sdg.Run, chunk: sdg.Chunk, status: str) -> Iterator[tuple[int, Any]]:
     """Position and outcome of each document of a status in an open chunk. Raises StateError."""
     path = rank_file(run.state, chunk.index % run.options.world_size, "sqlite3")
-    sql = "SELECT id & 0xffffffff, body FROM documents WHERE id >= ? AND id < ? AND status = ? ORDER BY id"
-    span = (chunk.index << 32, (chunk.index + 1) << 32, status)
+    sql = "SELECT id & 0xffffffff, body FROM documents WHERE id >= ? AND id < ? AND status IN (?, ?) ORDER BY id"
+    span = (chunk.index << 32, (chunk.index + 1) << 32, status, "empty" if status == "failed" else status)
     try:
         with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=60)) as state:
             yield from ((position, orjson.loads(body)) for position, body in state.execute(sql, span))

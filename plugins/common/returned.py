@@ -71,3 +71,15 @@ def _plain_replies(value: Any) -> Any:
 def _reply_result(reply: sdg.Reply) -> dict[str, Any]:
     names = ("text", "reasoning", "finish_reason", "usage", "tool_calls", "logprobs")
     return {name: value for name in names if (value := getattr(reply, name)) is not None}
+
+
+def no_prompt(kind: str, error: str, empty: bool = False) -> dict[str, Any]:
+    """The failure of a document that has no usable prompt, perhaps because its text is empty."""
+    return {"error": error, "error_type": kind, "attempts": 0} | ({"empty": True} if empty else {})
+
+
+def status_of(outcome: Any) -> str:
+    """The status of a document in the store: row, filtered, failed, or empty: failed because it has no text."""
+    if not isinstance(outcome, dict):
+        return "row" if outcome else "filtered"
+    return "empty" if outcome.get("empty") is True and not outcome["attempts"] else "failed"

@@ -18,10 +18,10 @@ import xxhash
 
 import sdg
 from sdg_plugins.common.claims import claim_output, publish_in, refuse_owned, release_output, write_temporary
-from sdg_plugins.common.command_line import CORE
 from sdg_plugins.common.defaults import DEMO_OUTPUT
 from sdg_plugins.common.files import default_state_dir, expanded, rank_file, split_uri, sync
-from sdg_plugins.common.models import identity_of_models, recordable
+from sdg_plugins.common.identity import EDITED, changes_since, different_run, identity_of, with_edits
+from sdg_plugins.common.models import recordable
 from sdg_plugins.common.outputs import chunk_files, output_files, refuse_others
 from sdg_plugins.common.results import annotated_fields, base_fields
 from sdg_plugins.common.rows import messages_type
@@ -29,6 +29,7 @@ from sdg_plugins.common.rows import messages_type
 if TYPE_CHECKING:
     import pyarrow as pa
 
+HUB_FILES = 100_000  # in a repository
 LOOK = 1000  # rows that are read to estimate the number of all
 DEMO_MODEL = "demo-extractive"  # of the server `demo`
 
@@ -114,7 +115,7 @@ def settle_fields(run: sdg.Run, own: dict[str, pa.DataType] | None) -> dict[str,
     if own is None:
         return None
     base = fixed_fields(run.options)
-    special = {*base, "extra", "tool_calls", "logprobs"}
+    special = {*base, "extra", "tool_calls", "logprobs", EDITED}
     fields = {**base, **{name: kind for name, kind in own.items() if name not in special}}
     names = {name: str(kind) for name, kind in fields.items()}
     content = {"fields": names, "arrow": as_text(pa.schema(list(fields.items())))}
@@ -125,27 +126,16 @@ def settle_fields(run: sdg.Run, own: dict[str, pa.DataType] | None) -> dict[str,
 # ── Identity ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def identity_of(run: sdg.Run, reader: sdg.Reader) -> dict[str, Any]:
-    """Everything that changes the data: input, rollout and the version of its plugin, model, sampling, slicing."""
-    entry = run.plugins.rollouts[run.options.rollout]
-    options = {name: getattr(run.options, name) for name in run.options.identity}
-    own = {"input": dict(reader.identity), "rollout": run.options.rollout, "plugin_version": entry.version}
-    others = {name: of for name, of in run.plugins.resources_of(run.options.rollout).items() if of.package != "sdg"}
-    if versions := {name: of.version for name, of in others.items() if of.plugin != entry.plugin}:
-        own["resources"] = versions
-    if run.models:
-        own["models"] = identity_of_models(run)
-    identity: dict[str, Any] = json.loads(json.dumps({**own, **options, "model": run.model}))
-    return identity
-
-
-def claim_state(run: sdg.Run, reader: sdg.Reader, changed_rows: Callable[[], str | None] = lambda: None) -> None:
+def claim_state(run: sdg.Run, reader: sdg.Reader, changed_rows: Callable[[], str | None] = lambda: None) -> bool:
     """Make the state this run's, or check that it is; sets the fingerprint.
 
     Args:
         run: whose.
         reader: of its input.
         changed_rows: says which of the rows have changed that chunks were made of; called if files have.
+
+    Returns:
+        Whether only documents that have failed are to be run: those are all that --retry-failed runs with edited code.
 
     Raises:
         StateError: the state belongs to a different run; each difference is named.
@@ -167,8 +157,7 @@ def claim_state(run: sdg.Run, reader: sdg.Reader, changed_rows: Callable[[], str
         return claim_state(run, reader, changed_rows)
     changes = changes_since(run, reader, recorded)
     if files_changed(reader, recorded, changes) and not untouched(run):
-        rows = changed_rows()
-        changes = [*changes, rows] if rows else []
+        changes = [*changes, rows] if (rows := changed_rows()) else []
     demo = run.options.output == DEMO_OUTPUT and recorded["identity"]["model"] == DEMO_MODEL
     estimate = recorded.get("estimate", False)  # made to choose options by: others may be chosen
     if changes and (demo or estimate or untouched(run)):  # for example after a mistyped model
@@ -182,10 +171,11 @@ def claim_state(run: sdg.Run, reader: sdg.Reader, changed_rows: Callable[[], str
         raise different_run(run, changes)
     claim_output(run, recorded["run"])
     mine["options"]["max_documents"] = most_documents(recorded["options"]["max_documents"], run.options.max_documents)
-    now = recorded | {name: mine[name] for name in ("identity", "options", "stamp")}
+    now = with_edits(run, recorded | {name: mine[name] for name in ("identity", "options", "stamp")}, recorded)
     now["estimate"] = estimate and mine["estimate"]
     if now != recorded:
         replace_file(run, path.name, json.dumps(now, indent=2).encode())
+    return bool(now["identity"] != mine["identity"])
 
 
 def most_documents(before: int | None, now: int | None) -> int | None:
@@ -246,6 +236,25 @@ def documents_in(reader: sdg.Reader) -> int | None:
     return total
 
 
+def check_number_of_files(run: sdg.Run, reader: sdg.Reader) -> None:
+    """Raise UsageError if a run that has written nothing yet would make more files than the Hub takes.
+
+    Args:
+        run: with the number of documents in a chunk.
+        reader: of its input, at the beginning.
+    """
+    options = run.options
+    if options.writer != "hf" or options.max_file_size or not options.output.startswith("hf://datasets/"):
+        return
+    documents = documents_in(reader) or 0
+    files = -(-min(documents, options.max_documents or documents) // options.records_per_chunk)
+    if files > HUB_FILES and not output_files(run):
+        raise sdg.UsageError(
+            f"--output {options.output}: {documents:,} documents make about {files:,} files, and the Hub takes "
+            f"{HUB_FILES:,} in a repository: merge them with --max-file-size 500MB, or raise --records-per-chunk"
+        )
+
+
 def stamp_of(reader: sdg.Reader, files: int) -> Any:
     """What changes when the first `files` files of an input are written again; None if its reader does not know."""
     stamp = getattr(reader, "stamp", None)
@@ -278,42 +287,6 @@ def revision_of(reader: sdg.Reader) -> str:
 def goal_of(reader: sdg.Reader, options: argparse.Namespace) -> str:
     """What a rank has done when it has finished: it is open again if the input grows, or more of it is wanted."""
     return f"{options.max_documents or 'all'} of {revision_of(reader)}"
-
-
-def changes_since(run: sdg.Run, reader: sdg.Reader, recorded: Mapping[str, Any]) -> list[str]:
-    """The options that differ from those of a recorded run and would change its data; a line each."""
-    identity = identity_of(run, reader)
-    # What an older sdg has not recorded had its default.
-    earlier = {**{option.dest: option.default for option in CORE if option.identity}, **recorded["identity"]}
-    if earlier["input"] != identity["input"] and reader.continues(earlier["input"]):
-        earlier["input"] = identity["input"]
-    if run.options.retry_failed and earlier["plugin_version"] != identity["plugin_version"]:
-        sdg.say("the plugin has changed since this run began: unfinished documents run with the new one")
-        earlier["plugin_version"] = identity["plugin_version"]
-    edited = earlier.pop("plugin_version") != identity.pop("plugin_version")
-    return [*["the plugin's code has changed"] * edited, *differences(earlier, identity)]
-
-
-def different_run(run: sdg.Run, changes: list[str]) -> sdg.StateError:
-    """The error for a state of a different run."""
-    return sdg.StateError(
-        f"state {run.state} belongs to a different run: {'; '.join(changes[:10])}. "
-        "Restore the original options, choose another --output, or start over with --fresh"
-    )
-
-
-def differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
-    """The differences between two JSON values, a line each."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in [*old, *(key for key in new if key not in old)]:
-            yield from differences(old.get(key), new.get(key), f"{name} {key}".strip())
-    elif old != new:
-        yield f"{name}: {_short(old)} → {_short(new)}"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else f"{text[:60]}… ({len(text)} characters)"
 
 
 def recordable_options(run: sdg.Run) -> dict[str, Any]:

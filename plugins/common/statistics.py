@@ -31,7 +31,7 @@ async def statistics(engine: sdg.Engine, tally: Counter[str]) -> dict[str, Any]:
     """The rank's figures over all its processes so far."""
     run, totals = engine.run, engine.store.totals()
     figures: dict[str, Any] = {"documents": sum(tally.values()), "rows": tally["row"]}
-    figures |= {name: tally[name] for name in ("filtered", "failed")}
+    figures |= {"filtered": tally["filtered"], "failed": tally["failed"] + tally["empty"], "empty": tally["empty"]}
     figures |= {name: int(totals[name]) for name in ("truncated", "failed_rollouts", "requests", "cache_hits")}
     figures |= {"results": int(totals["results"])} if "results" in totals else {}
     for group in ("retries", "given_up", "finish_reasons"):

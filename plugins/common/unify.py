@@ -199,15 +199,14 @@ def converted(array: pa.Array, kind: pa.DataType) -> pa.Array:
 
 
 def _list(array: pa.Array, kind: pa.DataType) -> pa.Array:
-    import numpy as np
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.types as t
 
-    lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    lengths = pc.fill_null(pc.list_value_length(array), 0).cast(pa.int64())
+    offsets = pa.concat_arrays([pa.array([0], pa.int64()), pc.cumulative_sum(lengths)])
     large = t.is_large_list(kind)
     make: Any = pa.LargeListArray if large else pa.ListArray
     values = converted(array.flatten(), kind.value_type)
     mask = array.is_null() if array.null_count else None
-    return make.from_arrays(pa.array(offsets, pa.int64() if large else pa.int32()), values, type=kind, mask=mask)
+    return make.from_arrays(offsets.cast(pa.int64() if large else pa.int32()), values, type=kind, mask=mask)

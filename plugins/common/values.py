@@ -160,14 +160,18 @@ def prune(kind: pa.DataType) -> Convert | None:
     return inner and (lambda value: value and [inner(item) for item in value])
 
 
+class EmptyDocument(sdg.BadDocument):
+    """The input row has no text."""
+
+
 def parse_prompt(value: Any) -> tuple[str, Chat | None]:
     """Text and messages of a prompt column's value; BadDocument if it is not a prompt."""
     if isinstance(value, str):
         if not value.strip():
-            raise sdg.BadDocument("is empty")
+            raise EmptyDocument("is empty")
         return value, None
     if value is None:
-        raise sdg.BadDocument("is null")
+        raise EmptyDocument("is null")
     if isinstance(value, bytes):
         raise sdg.BadDocument("is not UTF-8")
     if not isinstance(value, list) or not value:

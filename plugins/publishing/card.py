@@ -88,7 +88,7 @@ def render(
     newline = end[0] if end else "\n"
     front, body = split_card(text, f"{dataset} {NAME}".strip() if dataset else run.output.path(NAME))
     if not text.strip():
-        body = f"\n# {inline(dataset.rpartition('/')[2]) or 'Synthetic data'}\n"
+        body = f"\n# {inline(dataset.rpartition('/')[2] or title_of(run.options.output))}\n"
     record = recorded.load_record(run.state)
     present = {section.name: section for section in sections(body)}
     name = config_on_card(run.options.output_config, folder, present)
@@ -100,6 +100,12 @@ def render(
     values = updated(front.values, configs, record["source"], dataset)
     values = with_features(values, name, configs[name]["files"], features_of(run, record))
     return f"---{newline}{with_values(front, values, newline)}---{newline}{body}"
+
+
+def title_of(output: str) -> str:
+    """The title of a card that is not on the Hub: the name of the output's folder, as a heading."""
+    name = re.sub(r"[-_.\s]+", " ", posixpath.basename(output.rstrip("/"))).strip()
+    return f"{name[:1].upper()}{name[1:]}: synthetic data" if name else "Synthetic data"
 
 
 # ── Sections ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -221,13 +227,13 @@ class SectionRenderer(NamedTuple):
             yield missing
         yield "### How it was made\n"
         yield from making.steps()
-        yield from rows_in_table(making.origin())
+        yield from rows_in_table(making.origin(), ("Part", "What it was"))
         yield from making.prompts()
-        yield from table("Columns", making.columns())
+        yield from table("Columns", making.columns(), ("Column", "Content"))
         yield "### Statistics\n"
-        yield from rows_in_table(self.figures(total))
+        yield from rows_in_table(self.figures(total), ("Figure", "Value"))
         yield "<details><summary>All figures</summary>\n"
-        yield from rows_in_table(self.statistics(total))
+        yield from rows_in_table(self.statistics(total), ("Figure", "Value"))
         yield "</details>\n"
         yield "### How to load it\n\n" + fence(self.loading_code(), "python")
         yield "### How to make it again\n\n" + fence(making.command(), "sh")

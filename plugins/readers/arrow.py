@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import sdg
 from sdg_plugins.common.inputs import InputFiles
 from sdg_plugins.common.unify import conformed, unified
-from sdg_plugins.readers.parquet import EAGER, no_fit
+from sdg_plugins.readers.parquet import EAGER, EAGER_REMOTE, FOOTERS, no_fit
 from sdg_plugins.readers.partitions import partitioned
 
 if TYPE_CHECKING:
@@ -29,8 +30,10 @@ class ArrowReader:
     def __init__(self, run: sdg.Run) -> None:
         self.files = InputFiles.of_run(run, "arrow")
         self.identity = self.files.identity
-        schemas = ((self.files.names[i], self._schema(i)) for i in range(min(EAGER, len(self.files.names))))
-        self.schema = run.source_schema or unified(schemas, run.options.prompt_column)
+        names = self.files.names[: EAGER if self.files.local else EAGER_REMOTE]
+        with ThreadPoolExecutor(FOOTERS) as pool:
+            schemas = pool.map(self._schema, range(0 if run.source_schema else len(names)))
+            self.schema = run.source_schema or unified(zip(names, schemas, strict=True), run.options.prompt_column)
         self._batch_start = 0  # row of the input that `_batch` begins with
         self._move_to(0, 0)
 

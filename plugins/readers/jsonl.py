@@ -34,7 +34,8 @@ from sdg_plugins.readers.partitions import partitioned
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SAMPLE = 8 << 20  # bytes
+SAMPLE = 8 << 20  # bytes…
+SAMPLE_REMOTE = 200  # … and remote files, at most: each takes two requests
 MOST_COLUMNS = 1000  # the rarest of more columns are kept in `source_extra`
 TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|["{}\[\]]', re.DOTALL)  # a lone quote: the text goes on
 BETWEEN = b"\xef\xbb\xbf \t\r\n,"  # what may stand between values
@@ -165,7 +166,8 @@ def infer_schema(lines: Lines, prompt: str) -> pa.Schema:
 
     rows: list[dict[str, Any]] = []
     size = 0
-    while lines.file < len(lines.files.names) and size < SAMPLE:
+    most = len(lines.files.names) if lines.files.local else min(SAMPLE_REMOTE, len(lines.files.names))
+    while lines.file < most and size < SAMPLE:
         for piece in lines:
             size += len(piece)
             with contextlib.suppress(ValueError):  # a broken line says nothing about the columns; it fails when read

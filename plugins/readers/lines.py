@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import sdg
-from sdg_plugins.common.files import codec_of
 from sdg_plugins.common.inputs import InputFiles
 from sdg_plugins.common.kinds import encoder, storage
 from sdg_plugins.common.streams import BLOCK, BROKEN, Stream
@@ -98,11 +97,13 @@ class Lines:
     def fraction(self) -> float:
         """The fraction of all bytes that has been read."""
         before = sum(self.files.sizes[: self.file])
-        inside = self._raw.tell() if self._raw and codec_of(self.name) else self.offset
+        inside = float(self.offset)
+        if self._raw and self._stream and not self._stream.plain:  # more was taken from the file than was read
+            inside = self._raw.tell() * min(1.0, self.offset / max(1, self._stream.produced))
         return float(before + inside) / max(1, sum(self.files.sizes))
 
     def _open(self) -> Iterator[bytes]:
-        self._raw = self.files.open(self.file)
+        self._raw = self.files.open_in_order(self.file)
         self._stream = stream = Stream(self._raw, self._encoding, self._legacy)
         if stream.encoding == "cp1252" and not self._encoding and not self._said:
             self._said = True

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
 
 import sdg
-from sdg_plugins.truncation.cutting import SENTENCE, WORD
-from sdg_plugins.truncation.fitting import Fitter
+
+if TYPE_CHECKING:
+    from sdg_plugins.truncation.fitting import Fitter
 
 
 @sdg.hookimpl
@@ -35,6 +37,8 @@ class Tokenizer:
 
     async def cut(self, text: str, tokens: int) -> str:
         """The longest beginning of a text with at most `tokens` tokens that ends with a sentence, line or word."""
+        from sdg_plugins.truncation.cutting import SENTENCE, WORD
+
         return text[: await self._fitter.fitting_length(text, tokens, (SENTENCE, WORD), strip=True)].rstrip()
 
     async def split(self, text: str, tokens: int) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import os
 import re
 from collections.abc import AsyncIterator, Sequence
@@ -16,7 +17,7 @@ from typing import NamedTuple
 import sdg
 from sdg_plugins.common.secrets import Secrets, secrets_of
 from sdg_plugins.servers.client import Client
-from sdg_plugins.servers.http1 import IDLE, Broken, Http1, Unreached
+from sdg_plugins.servers.http1 import Broken, Http1, Unreached
 from sdg_plugins.servers.load import watch_load
 from sdg_plugins.servers.pool import Pace, Pool
 from sdg_plugins.servers.responses import error_text, read_json
@@ -37,23 +38,17 @@ async def connect(run: sdg.Run, servers: Sequence[str | sdg.Upstream]) -> AsyncI
     Raises:
         ServerError: a server cannot be reached, rejects the key, or does not serve the model.
     """
-    import aiohttp
-
     options = run.options
     limit = limit_of_files(options.max_concurrent_generations)
     urls = [server if isinstance(server, str) else server.url for server in servers]
     local = all(re.match(r"https?://(127\.|localhost|\[::1\])", url) for url in urls)
     headers = headers_of(run)
-    session = aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE),
-        timeout=aiohttp.ClientTimeout(total=options.request_timeout),
-        headers=headers,
-        cookie_jar=aiohttp.DummyCookieJar(),
-        trust_env=not local,
-    )
-    async with session, Http1(headers, options.request_timeout).working() as lean:
-        hot = lean if os.environ.get(SWITCH, "lean") != "aiohttp" else None
-        transport = Transport(session, options.request_timeout, hot)
+    async with contextlib.AsyncExitStack() as stack:
+        lean = None
+        if os.environ.get(SWITCH, "lean") != "aiohttp":
+            lean = await stack.enter_async_context(Http1(headers, options.request_timeout).working())
+        transport = Transport(headers, options.request_timeout, lean, proxies=not local)
+        stack.push_async_callback(transport.aclose)
         upstreams, doubt = await find_upstreams(run, transport, servers)
         pool = Pool(upstreams, limit, Pace(options.requests_per_minute, options.tokens_per_minute))
         for upstream in pool.upstreams:
@@ -230,6 +225,7 @@ def unlisted(model: str, served: list[str]) -> str:
     return f"the server does not list --model {model}, but {', '.join(served[:20])}{hint}"
 
 
+@functools.cache  # said once
 def limit_of_files(requests: int) -> int:
     """Raise the limit of open files for some requests in flight; return how many it allows."""
     import resource
@@ -240,6 +236,6 @@ def limit_of_files(requests: int) -> int:
         soft = needed if hard == resource.RLIM_INFINITY else min(hard, needed)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         if soft < needed:
-            allowed = f"allows {soft - SPARE_FILES} requests in flight, not {requests}"
+            allowed = f"allows {max(1, soft - SPARE_FILES)} requests in flight, not {requests}"
             sdg.say(f"the limit of open files, {hard}, {allowed}: see ulimit -Hn")
     return requests if soft == resource.RLIM_INFINITY else max(1, min(requests, soft - SPARE_FILES))

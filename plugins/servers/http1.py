@@ -1,8 +1,8 @@
 """A lean HTTP/1.1 client for the requests of a run: bytes in; status, headers and body out.
 
 One `asyncio.Protocol` for each connection, over the parser of httptools; one watchdog for all time-outs instead of a
-timer for each request. It does what a run needs and no more: POST, keep-alive, TLS, chunked and compressed responses,
-streams. Proxies are left to aiohttp; see `Transport`. Protocol: RFC 9110 and 9112.
+timer for each request. It does what a run needs and no more: POST and GET, keep-alive, TLS, chunked and compressed
+responses, streams. Proxies are left to aiohttp; see `Transport`. Protocol: RFC 9110 and 9112.
 """
 
 from __future__ import annotations
@@ -212,7 +212,7 @@ def problem_of(exc: httptools.HttpParserError) -> Exception:
 
 
 class Origin:
-    """A scheme, host and port, its idle connections, and the beginning of each request to one of its paths."""
+    """A scheme, host and port, its idle connections, and its addresses."""
 
     def __init__(self, secure: bool, host: str, port: int) -> None:
         self.secure, self.host, self.port = secure, host, port
@@ -241,10 +241,10 @@ class Http1:
     def __init__(self, headers: Mapping[str, str], timeout: float) -> None:
         self._loop = asyncio.get_running_loop()
         defaults = {"Accept": "*/*", "Accept-Encoding": "gzip, deflate", "User-Agent": f"sdg/{sdg.__version__}"}
-        lines = [f"{name}: {value}\r\n" for name, value in {**defaults, **headers}.items()]
-        self._headers, self.timeout = "".join(lines), timeout
+        lines = [f"{name}: {value}" for name, value in {**defaults, **headers}.items()]
+        self._headers, self.timeout = "\r\n".join(lines), timeout
         self._origins: dict[tuple[bool, str, int], Origin] = {}
-        self._heads: dict[str, tuple[Origin, bytes]] = {}  # of URLs
+        self._heads: dict[str, tuple[Origin, bytes]] = {}  # of URLs, what follows the method
         self._busy: dict[Connection, None] = {}  # in the order in which their requests were sent
         self._secure: ssl.SSLContext | None = None
 
@@ -281,11 +281,34 @@ class Http1:
         origin, head = self._heads.get(url) or self._parse(url)
         now = self._loop.time()
         connection = origin.ready(now) or await self._connect(origin, now)
+        head = b"POST %b\r\nContent-Length: %d\r\n\r\n" % (head, len(body))
+        return await self._exchange(origin, connection, head, body, now, take, self.timeout * streamed)
+
+    async def get(self, url: str, seconds: float) -> Received:
+        """Get something in some seconds. Raises as `post`."""
+        origin, head = self._heads.get(url) or self._parse(url)
+        head = b"GET %b\r\n\r\n" % head
+        async with asyncio.timeout(seconds):
+            now = self._loop.time()
+            if kept := origin.ready(now):
+                with contextlib.suppress(Broken):  # the server has closed it: nothing is lost but the attempt
+                    return await self._exchange(origin, kept, head, b"", now)
+            connection = await self._connect(origin, now)
+            return await self._exchange(origin, connection, head, b"", now)
+
+    async def _exchange(
+        self,
+        origin: Origin,
+        connection: Connection,
+        head: bytes,
+        body: bytes,
+        now: float,
+        take: Take | None = None,
+        patience: float = 0.0,
+    ) -> Received:
         self._busy[connection] = None
         try:
-            sent: Received = await connection.send(
-                head + b"%d\r\n\r\n" % len(body), body, now + self.timeout, take, self.timeout * streamed
-            )
+            received: Received = await connection.send(head, body, now + self.timeout, take, patience)
         except asyncio.CancelledError:
             connection.close()
             raise
@@ -293,7 +316,7 @@ class Http1:
             del self._busy[connection]
         if connection.usable:
             origin.idle.append(connection)
-        return sent
+        return received
 
     def _parse(self, url: str) -> tuple[Origin, bytes]:
         parts = urlsplit(url)
@@ -307,7 +330,7 @@ class Http1:
         name = f"[{host}]" if ":" in host else host
         where = name if port == (443 if secure else 80) else f"{name}:{port}"
         path = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._") + (f"?{parts.query}" if parts.query else "")
-        head = f"POST {path} HTTP/1.1\r\nHost: {where}\r\n{self._headers}Content-Length: "
+        head = f"{path} HTTP/1.1\r\nHost: {where}\r\n{self._headers}"
         self._heads[url] = known = (origin, head.encode("latin-1"))
         return known
 

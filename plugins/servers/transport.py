@@ -1,6 +1,7 @@
 """HTTP: bytes to a server and back, with failures as types.
 
-Requests of rollouts go through the lean client of `http1`; aiohttp has what is not hot, and what needs a proxy.
+Requests go through the lean client of `http1`, and through aiohttp if they need a proxy: its import takes a fifth of a
+second of CPU.
 Redirects are not followed: a POST that is turned into a GET loses its body, and the key must not reach another origin.
 """
 
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
 import sdg
-from sdg_plugins.servers.http1 import Broken, Http1, Take, Unreached
+from sdg_plugins.servers.http1 import IDLE, Broken, Http1, Take, Unreached
 from sdg_plugins.servers.streaming import Assembly
 
 if TYPE_CHECKING:
@@ -34,14 +35,37 @@ class Transport:
     """Sends requests.
 
     Args:
-        session: with the headers of every request.
+        headers: of every request.
         timeout: seconds for a whole request; of a stream, between two pieces of it.
-        lean: posts what needs no proxy; None to post everything through the session.
+        lean: sends what needs no proxy; None to send everything through aiohttp.
+        proxies: use those of the environment.
     """
 
-    def __init__(self, session: aiohttp.ClientSession, timeout: float, lean: Http1 | None = None) -> None:
-        self._session, self.timeout, self._lean = session, timeout, lean
+    def __init__(
+        self, headers: Mapping[str, str], timeout: float, lean: Http1 | None = None, proxies: bool = True
+    ) -> None:
+        self._headers, self.timeout, self._lean, self._proxies = headers, timeout, lean, proxies
         self._proxied: dict[str, bool] = {}  # whether a proxy is set for an API
+        self._opened: aiohttp.ClientSession | None = None
+
+    @property
+    def _session(self) -> aiohttp.ClientSession:
+        if self._opened is None:
+            import aiohttp
+
+            self._opened = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE),
+                timeout=aiohttp.ClientTimeout(total=self.timeout),
+                headers=self._headers,
+                cookie_jar=aiohttp.DummyCookieJar(),
+                trust_env=self._proxies,
+            )
+        return self._opened
+
+    async def aclose(self) -> None:
+        """Close all connections but those of the lean client."""
+        if self._opened:
+            await self._opened.close()
 
     async def post(self, url: str, path: str, body: bytes, progressed: Callable[[], None] | None = None) -> Answer:
         """Post a body of JSON.
@@ -96,11 +120,19 @@ class Transport:
     def _needs_proxy(self, url: str) -> bool:
         """True if the environment has a proxy for an API that is not on this machine."""
         if url not in self._proxied:
-            self._proxied[url] = self._session.trust_env and proxy_is_set(url)
+            self._proxied[url] = self._proxies and proxy_is_set(url)
         return self._proxied[url]
 
     async def get(self, url: str, path: str, seconds: float) -> Answer:
         """Get something in some seconds. Raises as `post`."""
+        if self._lean and not self._needs_proxy(url):
+            try:
+                status, reason, headers, content = await self._lean.get(address(url, path), seconds)
+            except TimeoutError as exc:
+                raise TimeoutError(f"no response within {seconds:g} s") from exc
+            except ValueError as exc:
+                raise Unreached(str(exc)) from exc
+            return Answer(status, headers, content, reason)
         import aiohttp
 
         limit = aiohttp.ClientTimeout(total=seconds)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import sdg
-from sdg_plugins.servers.launching import launching, nodes, ray_wait
+from sdg_plugins.servers.launching import launching, ray_wait
 from sdg_plugins.servers.launching.processes import Placement, Program
 
 PHASES = (
@@ -118,6 +118,8 @@ def ray_command(run: sdg.Run, placement: Placement, python: Path, serve: list[st
         address = socket.gethostbyname(placement.head)  # Ray's own look-up may find another one
         wait = f"until (exec 3<>/dev/tcp/{placement.head}/{port}) 2>/dev/null; do sleep 0.5; done"
         return ["bash", "-c", f"{wait}; exec {ray} start --address={address}:{port} --disable-usage-stats --block"]
+    from sdg_plugins.servers.launching import nodes
+
     own = nodes.own_address(placement.head)
     start = f"{ray} start --head --node-ip-address={own} --port={port} --include-dashboard=false"
     gpus = run.options.tp * run.options.pp * run.options.dp

@@ -65,12 +65,6 @@ CONTEXT_STATED = re.compile(
 OTHER_CODES = {"content_filter", "content_policy_violation", "invalid_api_key", "model_not_found"}  # not of a length
 
 
-@sdg.hookimpl
-def wrap_requests(run: sdg.Run, send: sdg.Send) -> sdg.Send:
-    run.fitter = Fitter(run, send)
-    return run.fitter.send
-
-
 # ── Fitting ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -130,6 +130,18 @@ def test_an_input_with_a_results_column_asks_for_another_name(job: Job) -> None:
     assert row["echoes"][0]["text"].startswith("answer ")
 
 
+def test_names_that_are_not_utf8_are_refused_before_anything_is_sent(job: Job, server: FakeServer) -> None:
+    name = os.fsdecode(b"odd\xff.jsonl")
+    job.input([{"id": "a", "text": "a"}], name)
+    folder = job.input([{"id": "a", "text": "a"}], "input.jsonl").parent
+
+    for options in ({"input": name}, {"input": folder}, {"output": os.fsdecode(b"out\xff")}):
+        refused = job(**options)
+        assert refused.rc in {1, 2}
+        assert refused.says("the name is not UTF-8: rename it")
+    assert not server.requests
+
+
 # ── Rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -143,6 +155,27 @@ def test_a_null_or_empty_text_fails_its_document_alone(job: Job, server: FakeSer
     assert list(output.failed()) == ["null", "empty"]
     assert all("text" in record["error"] for record in output.failures())
     assert server.prompts == ["fine"]
+    assert job.output.stats()["empty"] == 2
+
+
+def test_empty_texts_have_a_count_of_their_own_and_do_not_count_for_the_failure_rate(job: Job) -> None:
+    job.input([{"id": f"d{number}", "text": "" if number % 2 else f"text {number}"} for number in range(4)])
+
+    finished = job(max_failure_rate=0, max_documents=3)
+    assert finished.rc == 0
+    assert "empty   1 document without a text in 'text'" in finished.stdout
+    assert job(max_failure_rate=0).rc == 0  # the chunk grows
+    again = job(max_failure_rate=0, retry_failed=True)  # they are as empty as before
+    assert again.rc == 0
+    assert {name: job.output.stats()[name] for name in ("rows", "failed", "empty")} == {
+        "rows": 2,
+        "failed": 2,
+        "empty": 2,
+    }
+    assert job.sdg("show", "--output", job.output.path, "--failed").stdout.count("is empty") == 2
+    assert job.verify().rc == 0
+    job.documents("", " ")
+    assert job(output="nothing", max_failure_rate=0.5).rc == 3  # the wrong column, perhaps
 
 
 def test_a_column_that_is_not_text_is_named_with_its_type(job: Job, server: FakeServer) -> None:

@@ -13,7 +13,7 @@ from fake_server import Delay, Raw, Status
 from running import Finished, Job
 
 from sdg_plugins.common import forecast
-from sdg_plugins.common.forecast import Pace, Range
+from sdg_plugins.common.forecast import Pace, Range, Takes
 
 
 def words(payload: dict[str, Any], seconds: float = 0.0) -> Any:
@@ -115,6 +115,14 @@ def test_duration_follows_from_how_requests_slow_each_other_down(full: bool) -> 
     likely = forecast.duration(Range(1000.0, 1000.0, 1000.0), narrow, wide, 50, last=0.0)
     assert likely.value == pytest.approx(200.0 if full else 20.0)
     assert likely.low <= likely.value <= likely.high
+
+
+@pytest.mark.parametrize("takes", [Takes(2.0, 0.0), Takes(0.0, 0.1), Takes(1.0, 0.05)])
+def test_time_of_requests_is_told_from_that_of_their_tokens(takes: Takes) -> None:
+    requests = [(tokens, takes.work(1, tokens)) for tokens in (10.0, 20.0, 50.0, 30.0, 25.0) * 4]
+    found = forecast.takes_of(requests)
+    assert found.work(7, 100) == pytest.approx(takes.work(7, 100))
+    assert forecast.takes_of(requests[:3]).work(1, 20) == pytest.approx(takes.work(1, 20), rel=0.5)
 
 
 def test_share_of_nothing_found_is_not_certain() -> None:

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fake_hub import FakeHub, Rights
-from fake_server import Delay, FakeServer
+from fake_server import Delay, FakeServer, Hang, prompt_of
 from running import ECHO, Finished, Job, Sdg, Started, documents, wait_until
 
 import sdg
@@ -106,7 +106,9 @@ def test_the_card_in_a_folder_shows_the_progress_until_all_ranks_have_finished(r
     assert ranks.verify().rc == 0
 
 
-def test_ranks_leave_the_hub_to_the_monitor(ranks: Job, hub: FakeHub, tmp_path: Path) -> None:
+def test_ranks_leave_the_hub_to_the_monitor(ranks: Job, server: FakeServer, hub: FakeHub, tmp_path: Path) -> None:
+    first_chunks = {f"document {number}" for number in range(12)}
+    server.behave(lambda payload, n: None if prompt_of(payload) in first_chunks else Hang())
     ranks.options |= {"output": f"hf://datasets/{REPO}", "state_dir": "state"}
     cards = []
     hub.before_commit = lambda repo: cards.append(hub.files(repo).get("README.md", b"").decode())
@@ -114,6 +116,8 @@ def test_ranks_leave_the_hub_to_the_monitor(ranks: Job, hub: FakeHub, tmp_path: 
 
     processes = start_ranks(ranks, env=nowhere)
     monitor = watch(ranks, "--state-dir", "state", **environment(hub, tmp_path))
+    wait_until(lambda: REPO in hub.repos and TOLD in hub.files(REPO).get("README.md", b"").decode())
+    server.release()
     ends = [process.finish() for process in processes]
     monitored = monitor.finish()
 
@@ -131,11 +135,14 @@ def test_ranks_leave_the_hub_to_the_monitor(ranks: Job, hub: FakeHub, tmp_path: 
     assert "| Documents | 48 |" in files["README.md"].decode()
 
 
-def test_the_monitor_waits_for_the_rerun_of_a_rank_that_was_killed(ranks: Job) -> None:
+def test_the_monitor_waits_for_the_rerun_of_a_rank_that_was_killed(ranks: Job, server: FakeServer) -> None:
+    of_rank_1 = {f"document {number}" for number in range(48) if number // 4 % 3 == 1}
+    server.behave(lambda payload, n: Hang() if prompt_of(payload) in of_rank_1 else None)
     processes = start_ranks(ranks)
-    wait_until(lambda: len(list(ranks.output.state.glob("0*.stats.json"))) == 3)
+    wait_until(lambda: of_rank_1 & {*server.prompts})
     monitor = watch(ranks)
     processes[1].send(signal.SIGKILL)
+    server.release()
     assert [processes[rank].finish().rc for rank in (0, 2)] == [0, 0]
     wait_until(lambda: "2 finished" in progress_of(card_of(ranks)).get("ranks", ""))
     assert monitor.running
@@ -812,6 +819,26 @@ def test_a_rank_whose_clock_differs_is_alive_while_its_heartbeat_changes(
         (tmp_path / "00000.stats.json").write_text(json.dumps({"rank": record}))
         return looks.look(run)[0].state
 
+    def seen_twice(clock: float, beats: bool) -> tuple[str, bool]:
+        """What `status` says of a rank whose clock differs: its state, and whether its heartbeat counts as new."""
+        look(clock)
+        first = ranks_module.ranks_of(tmp_path, 1)
+
+        def read() -> list[ranks_module.Rank]:
+            if beats:
+                look(clock)
+            return ranks_module.ranks_of(tmp_path, 1)
+
+        (rank,) = ranks_module.looked_at_again(first, read)
+        return rank.state, abs(rank.updated - time.time()) < 60
+
+    monkeypatch.setattr(ranks_module, "SECOND_LOOK", 0.05)
+    assert seen_twice(-500, beats=True) == ("running", True)
+    assert seen_twice(500, beats=True) == ("running", True)
+    assert seen_twice(-500, beats=False)[0] == "silent"
+    assert seen_twice(500, beats=False)[0] == "silent"
+    assert seen_twice(-5, beats=False) == ("running", True)  # not in doubt
+    looks = ranks_module.Looks()
     assert look(-5000) == "silent"
     assert look(-4999) == "running"
     (rank,) = looks.look(run)

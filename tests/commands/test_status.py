@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from fake_hub import FakeHub, Rights
 from fake_server import FakeServer
@@ -96,7 +97,7 @@ def test_a_finished_run_needs_no_attention(state: State) -> None:
 def test_ranks_that_need_attention_are_named_with_their_last_error(state: State) -> None:
     state.rank(0, "finished", documents=100)
     state.rank(1, "failed", error="no server answers at http://node9:1", ago=300, slurm_job="77")
-    state.rank(2, "running", ago=600)
+    state.rank(2, "running", ago=6000)
     (state.path / "00003.stats.json").write_text("{")
 
     shown = state()
@@ -106,14 +107,14 @@ def test_ranks_that_need_attention_are_named_with_their_last_error(state: State)
     assert re.search(
         r"^failed +rank 1: no server answers at http://node9:1 \(5 min ago, node7, job 77\)$", shown.stdout, re.M
     )
-    assert re.search(r"^silent +rank 2: no error recorded \(10 min ago, node7\)$", shown.stdout, re.M)
+    assert re.search(r"^silent +rank 2: no error recorded \(100 min ago, node7\)$", shown.stdout, re.M)
     assert re.search(r"^broken +rank 3: .*00003.stats.json is broken", shown.stdout, re.M)
     assert shown.stdout.rstrip().endswith("ranks 1-3")
 
 
 def test_ranks_whose_job_is_in_the_queue_need_no_attention(state: State) -> None:
     state.rank(0, "stopped", slurm_job="77")
-    state.rank(1, "running", ago=600, slurm_job="77")
+    state.rank(1, "running", ago=6000, slurm_job="77")
 
     queued, gone, failed = state(squeue="echo 77 78"), state(squeue="echo 9 9"), state
 
@@ -354,6 +355,26 @@ def test_a_repository_that_cannot_be_written_is_found(job: Job, hub: FakeHub, to
 
     assert "alice/out" not in hub.repos
     assert not (job.folder / ".sdg").exists()
+
+
+def test_more_files_than_the_hub_takes_are_refused_before_anything_is_sent(
+    job: Job, hub: FakeHub, server: FakeServer
+) -> None:
+    hub.tokens["hf_alice"] = Rights("alice")
+    job.env |= hub.environment(job.folder, "hf_alice")
+    job.input(pa.table({"text": ["x"] * 100_001}))
+    options = {"output": "hf://datasets/alice/out", "records_per_chunk": 1}
+
+    checked, run = check(job, **options), job(**options)
+
+    for refused in (checked, run):
+        assert refused.rc == 2
+        assert "100,001 documents make about 100,001 files, and the Hub takes 100,000" in refused.message
+        assert "--max-file-size" in refused.message
+    assert not server.requests
+    assert "alice/out" not in hub.repos
+    assert check(job, **options, max_file_size="500MB").rc == 0
+    assert check(job, **options, max_documents=1000).rc == 0
 
 
 def test_ranks_without_work_are_reported(job: Job) -> None:

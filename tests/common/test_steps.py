@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import pty
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 from fake_server import Answer, Delay, FakeServer, Status
-from running import Job, documents, wait_until
+from running import ROOT, Job, documents, wait_until
 
 STEPS = """
 plugin = "summarize"
@@ -50,12 +55,35 @@ def test_steps_run_in_order_and_one_card_tells_of_them_all(chain: Job, server: F
     assert sum(prompt.startswith("Compare: document ") for prompt in server.prompts) == 5
     assert columns(output.path / "prompt") == ["id", "text", "rollout_results", "french", "prompt"]
     card = (output.path / "README.md").read_text()
+    assert "\n# Chained: synthetic data\n" in card
+    assert "from documents from the config summarize of this dataset" in card
+    assert card.count("sdg --config YOUR_STEPS.toml") == 2
     assert re.findall(r"## Config `(\w+)`", card) == ["summarize", "french", "prompt"]
     for name in ("summarize", "french", "prompt"):
         assert chain.sdg("verify", "--output", output.path, "--output-config", name).rc == 0
     sent = len(server.requests)
     chain.succeed()
     assert len(server.requests) == sent
+
+
+@pytest.mark.slow
+def test_all_steps_share_one_display(chain: Job) -> None:
+    master, slave = pty.openpty()
+    words = [sys.executable, str(ROOT / "sdg.py"), *chain.command_line({"no_progress": None})]
+    with subprocess.Popen(words, cwd=chain.folder, stdout=subprocess.DEVNULL, stderr=slave) as process:
+        os.close(slave)
+        shown = b""
+        with contextlib.suppress(OSError):  # how the end of a terminal shows on Linux
+            while part := os.read(master, 65536):
+                shown += part
+    os.close(master)
+
+    assert process.returncode == 0, shown
+    frames = re.findall(r"(\d+)/(\d+) [^|]*\|[^|]*\| (\w+) \((\d) of 3\)", shown.decode())
+    assert [frame for frame in dict.fromkeys(frames) if frame[:2] == ("5", "15")] == [("5", "15", "summarize", "1")]
+    assert ("10", "15", "french", "2") in frames
+    assert frames[-1] == ("15", "15", "prompt", "3")
+    assert "what that run was given" not in shown.decode()  # the last step's template names its column
 
 
 def test_a_step_is_durable_by_itself_and_the_chain_goes_on_after_a_kill(chain: Job, server: FakeServer) -> None:

@@ -158,6 +158,8 @@ def test_tools_have_as_long_as_requests_to_end_after_a_signal(job: Job, server: 
 
 FAILING_READER = """
     import errno
+    import os
+    import time
     import sdg
     from sdg_plugins.common import chunks
 
@@ -171,6 +173,8 @@ FAILING_READER = """
     class Failing(chunks.OpenChunk):
         def __init__(self, chunk, *arguments):
             if chunk.index == 2:
+                while not os.path.exists("go"):
+                    time.sleep(0.01)
                 raise OSError(errno.EIO, "Input/output error")
             super().__init__(chunk, *arguments)
 
@@ -185,7 +189,10 @@ def test_what_is_in_flight_when_the_input_fails_is_answered_and_kept(job: Job, s
     source = echo.read_text()
     job.plugin("echo", FAILING_READER)
 
-    finished = job(records_per_chunk=5, max_concurrent_documents=12)
+    running = job.start(records_per_chunk=5, max_concurrent_documents=12)
+    wait_until(lambda: server.prompts)
+    (job.folder / "go").touch()
+    finished = running.finish()
 
     assert finished.rc == 1
     assert finished.says("Input/output error")

@@ -428,8 +428,64 @@ def test_options_and_code_of_a_resource_are_part_of_the_identity(job: Job, serve
     guide.write_text(guide.read_text().replace("yield ", "yield 'very ' + "))
     edited = job(style_guide="formal")
     assert edited.rc == 1
-    assert edited.says("different run", "resources guide")
+    assert edited.says("different run", "code of the resource guide", "--accept-edited-plugin")
     assert job(plugin=job.options["plugin"][1:]).rc != 0  # the rollout needs its resource
+
+
+WRAPPER = """
+    import sdg
+
+    @sdg.hookimpl
+    def add_options(parser):
+        parser.add_argument("--tone", default="plain")
+
+    @sdg.hookimpl
+    def wrap_requests(run, send):
+        async def toned(request):
+            return await send(request.with_payload({**request.payload, "user": run.options.tone}))
+        return toned
+"""
+
+
+def test_plugins_that_change_requests_and_options_of_further_models_are_part_of_the_identity(job: Job) -> None:
+    job.documents("one")
+    tone = job.plugin("tone", WRAPPER)
+    job.options["plugin"] = [tone, job.options["plugin"]]
+    job.options["models"] = "judge.max-tokens=5"
+    job.succeed()
+
+    assert job(tone="rude").says('tone: "plain" → "rude"')
+    longer = job(models=["judge.max-tokens=5", "judge.long-documents=split"])
+    assert longer.says('models judge long_documents: "truncate" → "split"')
+    tone.write_text(tone.read_text() + "# edited")
+    assert job().says("code of the plugin sdg_plugin_files.tone has changed")
+    assert job(plugin=job.options["plugin"][1]).says("code of the plugin sdg_plugin_files.tone has changed")
+
+
+def test_an_edited_plugin_runs_only_the_documents_that_it_is_asked_to(job: Job) -> None:
+    job.input([{"id": name, "text": name} for name in "abcdef"])
+    job.options["records_per_chunk"] = 3
+    old = job.plugin("mine", rollout("return 1 / 0 if document.id in 'be' else 'old'"))
+    job.succeed(plugin=old, max_documents=5)
+    new = job.plugin("mine", rollout("return 'new'"))
+
+    assert job(plugin=new).says("plugin's code has changed", "--accept-edited-plugin", "--retry-failed", "--fresh")
+    retried = job(plugin=new, retry_failed=True)
+    assert retried.rc == 0
+    assert "only documents that have failed run with the new code" in retried.stderr
+    assert "1 document: --accept-edited-plugin" in retried.stdout
+    assert job.output.texts() == {"a": ["old"], "b": ["new"], "c": ["old"], "d": ["old"]}  # f's chunk waits for it
+    assert job(plugin=new).rc == 1  # as before
+    job.succeed(plugin=new, accept_edited_plugin=True)
+    job.succeed(plugin=new)
+
+    rows = {row["id"]: row["rollout_results"][0] for row in job.output.rows()}
+    assert "".join(row["text"][0] for row in rows.values()) == "onoonn"
+    edited = {id for id, result in rows.items() if "sdg_plugin_version" in json.loads(result["extra"] or "{}")}
+    assert edited == {"b", "e", "f"}
+    assert job.verify().rc == 0
+    job.sdg("card", "--output", job.output.path)
+    assert "| Edited versions |" in (job.output.path / "README.md").read_text()
 
 
 def test_fewer_documents_than_before_and_ids_that_occur_twice_are_said(job: Job, server: FakeServer) -> None:
@@ -442,6 +498,18 @@ def test_fewer_documents_than_before_and_ids_that_occur_twice_are_said(job: Job,
     assert fewer.rc == 0
     assert "--max-documents 2 is less than before (all): rows that are there stay" in fewer.stderr
     assert len(job.output.rows()) == 4
+
+
+def test_ids_that_occur_in_several_chunks_and_ranks_are_said(job: Job) -> None:
+    job.input([{"id": name, "text": f"{name} {i}"} for i, name in enumerate("abcdaebf")])
+    job.options |= {"records_per_chunk": 2, "world_size": 2}
+
+    first, second = job(rank=0), job(rank=1)
+    assert "1 of 2 ids in data/00000_0000" in first.stderr  # whichever chunk of the two is written last
+    assert "occur twice" not in second.stderr  # b is in a chunk of the other rank, too
+    verified = job.verify()
+    assert verified.rc == 0
+    assert "2 documents have the id of an earlier one" in verified.stderr
 
 
 def test_another_world_size_is_refused(job: Job) -> None:
@@ -810,6 +878,20 @@ def test_the_state_of_one_output_is_not_taken_for_another(job: Job, server: Fake
     assert other.says("state", "belongs to the output output")
     assert moved.rc == 0
     assert len(server.requests) == 5
+
+
+@pytest.mark.slow
+def test_interrupts_while_the_run_ends_print_no_traceback(job: Job, server: FakeServer) -> None:
+    job.input(documents(300))
+    server.behave(lambda payload, n: Delay(0.1))
+    for turn in range(8):
+        started = job.start(output=f"output{turn}", max_concurrent_generations=10)
+        wait_until(lambda: len(server.answered) > 5)
+        server.forget()
+        for _ in range(3):
+            started.send(signal.SIGINT)
+            time.sleep(0.02 * turn)
+        assert started.finish().rc == 130  # looks for tracebacks
 
 
 def test_an_interrupt_works_when_standard_error_is_closed(job: Job, server: FakeServer) -> None:

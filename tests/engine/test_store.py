@@ -16,9 +16,9 @@ from hypothesis import given, settings, strategies as st
 
 import sdg
 from sdg_plugins.common.chunks import Intake
+from sdg_plugins.common.identity import differences
 from sdg_plugins.common.kinds import array_of
 from sdg_plugins.common.results import fit, infer_fields, results_type, unfit
-from sdg_plugins.common.state import differences
 from sdg_plugins.common.values import values_of
 
 JSON = st.recursive(

@@ -356,11 +356,11 @@ def test_the_readmes_first_minute_prints_what_it_shows(run_sdg) -> None:  # type
 
 
 def test_the_drawings_are_made_by_their_script(tmp_path: Path) -> None:
-    draw(tmp_path, documents=90)
+    draw(tmp_path, documents=120)
     for theme in THEMES:
         committed = ROOT / ".github" / "images" / f"how-{theme.name}.svg"
         assert (tmp_path / committed.name).read_text() == committed.read_text(), "run: python tests/support/drawings.py"
-        for folder, documents in ((tmp_path, 90), (committed.parent, 600)):
+        for folder, documents in ((tmp_path, 120), (committed.parent, 600)):
             texts = [node.text or "" for node in ElementTree.parse(folder / f"resume-{theme.name}.svg").iter()]
             assert "Killed" in texts
             assert f"{documents} documents: {documents} rows, 0 filtered, 0 failed; all accounted for" in texts

@@ -9,8 +9,9 @@ import json
 import os
 import signal
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -90,7 +91,9 @@ class Kept(Output):
 
 
 def chunks(*numbers: int) -> list[str]:
-    return ["out/README.md"] + [f"out/data/00000_{number:05}.parquet" for number in numbers]
+    return ["out/", "out/README.md"] + [  # "out/" is left by the check of the right to delete
+        f"out/data/00000_{number:05}.parquet" for number in numbers
+    ]
 
 
 def verify(job: Job, env: dict[str, str]) -> Finished:
@@ -99,7 +102,7 @@ def verify(job: Job, env: dict[str, str]) -> Finished:
 
 def is_put(request: Request) -> bool:
     """True if this request sends an object's content."""
-    return request.method == "PUT" and "/out/" in request.path
+    return request.method == "PUT" and "/out/data/" in request.path
 
 
 # ── Runs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -174,6 +177,75 @@ def test_globs_and_folders_on_s3(s3: FakeS3) -> None:
         found("in/c*.parquet")
 
 
+@pytest.mark.parametrize(
+    ("denied", "words"),
+    [
+        (lambda request: request.method in {"PUT", "POST"}, "cannot be written"),
+        (lambda request: request.method in {"GET", "HEAD"} and ".sdg-access" in request.path, "cannot be"),
+        (lambda request: "list-type" in request.query, "ListObjectsV2"),
+    ],
+    ids=["put", "get", "list"],
+)
+def test_a_missing_right_is_found_before_anything_is_sent(
+    denied: Callable[[Request], bool], words: str, cloudy: Job, s3: FakeS3, env: dict[str, str], server: FakeServer
+) -> None:
+    s3.put("docs.csv", b"id,text\na,some text\n")
+    s3.behave(
+        lambda request: (
+            Fault(403, "AccessDenied") if denied(request) and "out" in request.path + request.query else None
+        )
+    )
+
+    finished = cloudy(env, input=s3.uri("docs.csv"))
+
+    assert finished.rc == 1, finished
+    assert words in finished.message
+    assert not server.requests
+
+
+@pytest.mark.usefixtures("here")
+def test_objects_are_identified_by_one_listing_and_small_ones_are_fetched_ahead(s3: FakeS3) -> None:
+    for number in range(40):
+        s3.put(f"in/{number:02}.jsonl", json.dumps({"text": f"document {number}"}).encode() + b"\n")
+    files = sdg.InputFiles(s3.uri("in/"), "jsonl")
+
+    identity = files.identity
+
+    assert list(identity) == [f"{number:02}.jsonl" for number in range(40)]
+    assert [request.path for request in s3.requests if request.path.endswith(".jsonl")] == []
+    contents = [files.open_in_order(number).read() for number in range(20)]
+    assert contents == [json.dumps({"text": f"document {number}"}).encode() + b"\n" for number in range(20)]
+    assert len({request.path for request in s3.requests if request.path.endswith(".jsonl")}) > 20  # the next ones, too
+    seen: Counter[str] = Counter()
+
+    def fail_once(request: Request) -> Fault | None:
+        seen[f"{request.method} {request.path}"] += 1
+        return Fault(503, "SlowDown") if seen[f"{request.method} {request.path}"] == 1 else None
+
+    s3.behave(fail_once)
+    assert files.open_in_order(39).read() == json.dumps({"text": "document 39"}).encode() + b"\n"
+
+
+def test_an_object_that_is_uploaded_again_is_compared_by_its_rows(
+    cloudy: Job, s3: FakeS3, env: dict[str, str], server: FakeServer
+) -> None:
+    rows = documents(10)[:6]
+    assert cloudy(env).rc == 0
+    time.sleep(1.1)  # S3 knows times in seconds
+    s3.put("in/a.parquet", parquet(rows))
+
+    again = cloudy(env)
+    rows[2]["text"] = rows[2]["text"][::-1]
+    time.sleep(1.1)
+    s3.put("in/a.parquet", parquet(rows))
+    changed = cloudy(env)
+
+    assert again.rc == 0, again
+    assert len(server.requests) == 10
+    assert changed.rc == 1
+    assert "rows 0 to 3 of the input (a.parquet)" in changed.message
+
+
 def test_failed_documents_are_retried_and_the_output_grows(
     cloudy: Job, s3: FakeS3, env: dict[str, str], server: FakeServer, tmp_path: Path
 ) -> None:
@@ -203,6 +275,7 @@ def test_records_of_failures_are_emptied_where_deleting_is_not_permitted(
     finished = cloudy(env, retry_failed=True)
 
     assert finished.rc == 0, finished
+    assert "goes on without the right to delete" in finished.stderr
     assert "give the right to delete" in finished.stderr
     assert s3.output("out", tmp_path).ids() == [row["id"] for row in documents(10)]
     assert s3.output("out", tmp_path).failures() == []
@@ -220,7 +293,8 @@ def test_output_without_its_state_is_refused_until_fresh(
     assert cloudy(env, fresh=True).rc == 0
 
     assert len(server.prompts) == 10
-    assert [key for key in s3.objects("out") if not key.endswith("/")] == [*chunks(0, 1, 2), "out/notes.txt"]
+    files = [key for key in s3.objects("out") if not key.endswith("/")]
+    assert files == [*chunks(0, 1, 2)[1:], "out/notes.txt"]
 
 
 def test_ranks_share_an_output_on_s3(cloudy: Job, s3: FakeS3, env: dict[str, str], tmp_path: Path) -> None:
@@ -257,7 +331,7 @@ def test_after_kill_9_in_the_middle_of_a_put_nothing_is_visible_and_a_rerun_fini
     run.send(signal.SIGKILL)
     run.finish()
     dead.set()
-    assert s3.objects("out") == []
+    assert s3.objects("out") == ["out/"]
     s3.behave(lambda request: None)
     server.forget()
 
@@ -351,7 +425,7 @@ def test_responses_are_kept_if_s3_stays_unavailable_and_a_rerun_finishes(
 
     assert finished.rc == 1
     assert finished.says(f"{s3.bucket}/out/data/00000_0000", "cannot be written")
-    assert s3.objects("out") == []
+    assert s3.objects("out") == ["out/"]
     s3.behave(lambda request: None)
     assert cloudy(env).rc == 0
     assert s3.objects("out") == chunks(0, 1, 2)

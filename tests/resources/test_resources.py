@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
@@ -411,31 +412,34 @@ INSTRUCTOR = """
         age: int = pydantic.Field(ge=0)
 
     async def own(document, generate, openai) -> Person:
-        client = instructor.from_openai(openai, mode=instructor.Mode.{mode})
-        chat = [{{"role": "user", "content": document.text}}]
+        client = instructor.from_openai(openai, mode=instructor.Mode[document.id])
+        chat = [{"role": "user", "content": document.text}]
         return await client.chat.completions.create(model="", messages=chat, response_model=Person, max_retries=2)
 """
 
 
-@pytest.mark.parametrize("mode", ["TOOLS", "JSON"])
-def test_instructor_gets_its_models_and_asks_again_through_the_engine(mode: str, job: Job, server: FakeServer) -> None:
+def test_instructor_gets_its_models_and_asks_again_through_the_engine(job: Job, server: FakeServer) -> None:
+    modes: Counter[bool] = Counter()
+
     def answer(payload: dict[str, Any], n: int) -> Answer:
+        modes["tools" in payload] += 1
         corrected = "greater than or equal to 0" in json.dumps(payload["messages"])  # pydantic's words
         person = json.dumps({"name": "Ada", "age": 36 if corrected else -1})
-        if mode == "JSON":
+        if "tools" not in payload:
             return Answer(person)
         function = {"name": payload["tools"][0]["function"]["name"], "arguments": person}
         return Answer(None, tool_calls=[{"id": "1", "type": "function", "function": function}], finish_reason="stop")
 
     server.behave(answer)
-    own(job, INSTRUCTOR.format(mode=mode))
-    job.documents("Ada, 36")
+    own(job, INSTRUCTOR)
+    job.input([{"id": mode, "text": "Ada, 36"} for mode in ("TOOLS", "JSON")])
 
     count = check_replay(job, server, "sdg_plugin_files.own", "own")
 
-    assert count == 2
-    result = job.output.rows()[0]["rollout_results"][0]
-    assert (result["name"], result["age"]) == ("Ada", 36)
+    assert count == 4
+    results = [row["rollout_results"][0] for row in job.output.rows()]
+    assert [(result["name"], result["age"]) for result in results] == [("Ada", 36)] * 2
+    assert modes == {True: 4, False: 4}  # in two runs
 
 
 def test_without_the_package_the_message_says_how_to_get_it(job: Job, server: FakeServer) -> None:
@@ -474,5 +478,6 @@ def test_a_run_without_the_client_does_not_import_it(job: Job) -> None:
         """,
     )
     job.documents("a")
+    job.env["SDG_TEST_START"] = "interpreter"  # forks may find more imported
 
     assert job.succeed().texts() == {"a": ["[]"]}

@@ -29,6 +29,9 @@ TWO = """
 """
 
 
+SLOW = "judge.max-concurrent-generations=4"
+
+
 @pytest.fixture
 def judge(servers: Callable[[], FakeServer]) -> FakeServer:
     server = servers()
@@ -43,6 +46,25 @@ def two(job: Job, judge: FakeServer) -> Job:
     job.options["max_tokens"] = 7
     job.input(documents(12))
     return job
+
+
+def test_an_estimate_forecasts_each_model_and_the_time_of_the_slower_one(two: Job, judge: FakeServer) -> None:
+    judge.behave(lambda payload, n: Delay(0.1))
+    two.input(documents(120))
+    options = two.command_line({"max_concurrent_generations": 20, "models": [*two.options["models"], SLOW]})
+
+    estimated = two.sdg("estimate", "--sample", "40", "--json", *options)
+
+    assert estimated.rc == 0, estimated
+    found = json.loads(estimated.stdout)
+    assert (len(two.server.requests), len(judge.requests)) == (40, 40)
+    assert found["seconds"]["value"] == pytest.approx(120 * 0.1 / 4, rel=0.5)  # of the judge, whatever the first needs
+    tokens = {name: both["completion_tokens"]["value"] for name, both in found["tokens"].items()}
+    figures = two.succeed().stats()
+    judged = figures["models"]["judge"]["completion_tokens"]
+    assert tokens["judge"] == pytest.approx(judged, rel=0.1)
+    assert tokens["model"] == pytest.approx(figures["completion_tokens"] - judged, rel=0.1)
+    assert (len(two.server.requests), len(judge.requests)) == (120, 120)
 
 
 def test_each_model_gets_its_requests_with_its_own_options_and_figures(two: Job, judge: FakeServer) -> None:

@@ -28,6 +28,7 @@ CPU = {
     "OMP_NUM_THREADS": "1",
     "SGLANG_USE_CPU_ENGINE": "1",
     "HF_HUB_OFFLINE": "1",
+    "PYTHONPATH": "",  # servers need the numpy that other runs do without
     "PYTHONWARNINGS": "ignore",  # tests take warnings for bugs of ours
 }
 SGLANG_FLAGS = ["device=cpu", "attention-backend=torch_native", "max-total-tokens=65536", "sleep-on-idle"]
@@ -305,3 +306,33 @@ def test_transformers_serve_as_a_command(vllm: Real) -> None:
     everything(vllm, 5, vllm(server="command", server_arg=None, server_command=command, max_tokens=8))
 
     assert not vllm.processes()
+
+
+TWO_MODELS = """
+    import sdg
+
+    @sdg.hookimpl
+    def register_rollouts(register):
+        register("own", own)
+
+    async def own(document, generate):
+        first = await generate(document.text)
+        second = await generate(f"Rate: {first.text}", to="judge")
+        return {"text": first.text, "rating": second.text}
+"""
+
+
+def test_two_vllms_are_launched_and_each_gets_its_requests(vllm: Real) -> None:
+    vllm.options["plugin"] = vllm.plugin("own", TWO_MODELS)
+    vllm.input(documents(20))
+    of_judge = {"server": "vllm", "model": vllm.options["model"], "max-tokens": 8, "server-arg": "enforce-eager"}
+
+    models = [f"judge.{key}={value}" for key, value in of_judge.items()]
+    finished = vllm.start(models=models).finish(600)  # the second one starts when the first has compiled
+
+    assert finished.rc == 0, finished
+    stats = vllm.output.stats()
+    assert (stats["rows"], stats["requests"], stats["models"]["judge"]["requests"]) == (20, 40, 20)
+    assert 0 < stats["models"]["judge"]["completion_tokens"] <= 8 * 20
+    logs = vllm.output.path / ".sdg"
+    assert all(list(folder.glob("logs/*.log")) for folder in (logs, logs / "models" / "judge"))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_server import Delay, FakeServer, free_port, prompt_of
+from fake_server import FakeServer, Hang, free_port, prompt_of
 from launching import ENGINE, Launch, everything
 from running import ECHO, Started, documents, wait_until
 
@@ -103,7 +103,8 @@ def test_guard_that_is_killed_leaves_nothing_behind(launch: Launch) -> None:
     started = launch.start(faults="--children --seconds 0.2", max_concurrent_generations=8)
     wait_until(lambda: len(launch.requests("answered")) > 20)
     guard = next(pid for pid, command in launch.processes().items() if "guard.py" in command)
-    first = {pid for pid, command in launch.processes().items() if "sdg.py" not in command}
+    engine = ("sdg.py", "forking.py")
+    first = {pid for pid, command in launch.processes().items() if not any(name in command for name in engine)}
 
     os.kill(guard, signal.SIGKILL)
 
@@ -111,6 +112,37 @@ def test_guard_that_is_killed_leaves_nothing_behind(launch: Launch) -> None:
     assert not first & launch.processes().keys()
     everything(launch, 200, started.finish(bugs=True))  # its last output may be a warning
     assert not launch.processes()
+
+
+LEAVES_A_PROCESS = """
+    import asyncio, os, sys, textwrap
+    from pathlib import Path
+    import sdg
+
+    @sdg.hookimpl
+    def register_rollouts(register):
+        register("leaves", leaves)
+
+    TOOL = '''import os, pathlib, time
+    os.fork() and os._exit(0)
+    time.sleep(0.2)
+    pathlib.Path("parent").write_text(str(os.getppid()))
+    '''
+
+    async def leaves(document, generate):
+        await generate(document.text)
+        tool = await asyncio.create_subprocess_exec(sys.executable, "-c", textwrap.dedent(TOOL))
+        await tool.wait()
+        while not os.path.exists("parent"):
+            await asyncio.sleep(0.01)
+        return "mine" if Path("parent").read_text() == str(os.getpid()) else "not mine"
+"""
+
+
+def test_processes_that_tools_leave_behind_do_not_become_zombies_of_the_engine(launch: Launch) -> None:
+    launch.input(documents(1))
+    output = launch.succeed(plugin=launch.plugin("leaves", LEAVES_A_PROCESS))
+    assert output.texts() == {"d0000": ["not mine"]}
 
 
 def test_no_process_outlives_a_run_that_fails(launch: Launch) -> None:
@@ -207,7 +239,7 @@ def test_death_at_the_start_is_reported_with_status_and_last_output(launch: Laun
 def test_start_that_takes_too_long_is_ended(launch: Launch) -> None:
     launch.input(documents(5))
 
-    finished = launch(faults="--hang --say dozing", start_timeout=1)
+    finished = launch(server_command="sh -c 'echo dozing; exec sleep 300' {port}", start_timeout=3)
 
     assert finished.rc == 1
     assert "--start-timeout" in finished.message
@@ -579,12 +611,15 @@ def test_crashes_on_one_server_do_not_convict_on_another() -> None:
 
 
 def test_server_without_metrics_gets_all_that_the_flag_allows(launch: Launch, server: FakeServer) -> None:
-    launch.input(documents(600))
-    server.behave(lambda payload, n: Delay(0.3))
+    launch.input(documents(400))
+    server.behave(lambda payload, n: Hang())
 
-    output = launch.succeed(server=None, base_url=server.url, model=None, max_concurrent_generations=300)
+    running = launch.start(server=None, base_url=server.url, model=None, max_concurrent_generations=300)
+    wait_until(lambda: server.in_flight == 300)
+    server.release()
+    assert running.finish().rc == 0
 
-    assert len(output.rows()) == 600
+    assert len(launch.output.rows()) == 400
     assert server.max_in_flight == 300
     assert prompt_of(server.requests[0].payload)
 

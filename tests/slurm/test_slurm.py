@@ -86,9 +86,7 @@ class Campaign:
 
     def environment(self) -> dict[str, str]:
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        return self.cluster.environment(
-            **{"PATH": path, "PYTHONPATH": str(ROOT / "tests/support/without_pandas"), **self.env}
-        )
+        return self.cluster.environment(**{"PATH": path, "PYTHONPATH": str(ROOT / "tests/support/without"), **self.env})
 
     def words(self, **options: Any) -> list[str]:
         words: list[str] = []
@@ -663,6 +661,7 @@ def test_ray_connects_two_nodes_and_does_so_again_when_a_part_dies(campaign: Cam
     (campaign.folder / "bin" / "python").chmod(0o755)
     campaign.env["PATH"] += f":{ray}"
     campaign.env |= {"RAY_OVERRIDE_RESOURCES": '{"GPU": 2}', "RAY_TMPDIR": "/tmp", "PYTHONWARNINGS": "ignore"}
+    campaign.env["PYTHONPATH"] = ""  # Ray needs what the other tests do without
     rank, _, card = campaign.submit("--nodes=2", "--gpus-per-node=2", tp=4, node_backend="ray")
     wait_for(lambda: campaign.answers(0) > 8, 120, lambda: campaign.logs)
 
@@ -689,10 +688,12 @@ def test_real_vllm_responds_from_two_nodes(campaign: Campaign) -> None:
         **{"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"},
         **{"VLLM_CACHE_ROOT": str(campaign.folder / "cache"), "HF_HOME": str(campaign.folder), "HF_HUB_OFFLINE": "1"},
         "PYTHONWARNINGS": "ignore",
+        "PYTHONPATH": "",  # vLLM needs what the other tests do without
     }
     options = {"base_url": None, "server": "vllm", "model": model, "max_tokens": 16, "tp": 2}
 
-    rank, _, card = campaign.submit("--nodes=2", "--gpus-per-node=1", server_arg="enforce-eager", **options)
+    flags = ["--nodes=2", "--gpus-per-node=1", "--mem=5G"]
+    rank, _, card = campaign.submit(*flags, server_arg="enforce-eager", **options)
 
     campaign.done(rank, 240)
     campaign.done(card)

@@ -105,7 +105,7 @@ class FakeS3:
 
     def output(self, prefix: str, folder: Path) -> Output:
         """What lies below a prefix, copied to a folder."""
-        for key in self.objects(prefix + "/"):
+        for key in (name for name in self.objects(prefix + "/") if not name.endswith("/")):
             path = folder / key
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(self.client.get_object(Bucket=self.bucket, Key=key)["Body"].read())

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import forking
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fake_server import FakeServer
@@ -57,7 +58,7 @@ SIGNS_OF_A_BUG = (
 )
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 30.0) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 120.0) -> None:
     """Return as soon as the condition holds; fail if it does not within some seconds."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -92,21 +93,31 @@ class Finished:
         return True
 
 
+def usual_environment() -> dict[str, str]:
+    """An environment without a key, a proxy and a cluster."""
+    unwanted = ("AWS_", "OPENAI_", "SLURM_", "SDG_", "HF_", "PYTHON")
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(unwanted) and not name.lower().endswith("_proxy")
+    }
+    warnings = "default::ResourceWarning,default::RuntimeWarning"
+    path = str(ROOT / "tests" / "support" / "without")
+    return {**kept, "PYTHONWARNINGS": warnings, "PYTHONFAULTHANDLER": "1", "PYTHONPATH": path}
+
+
 class Started:
     """A run of `sdg.py` in progress."""
 
     def __init__(self, arguments: list[str], folder: Path, env: dict[str, str]) -> None:
         self.began = time.monotonic()
-        self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "sdg.py"), *arguments],
-            cwd=folder,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-        )
+        pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        how: Any = {"cwd": folder, "env": env, "text": True, "errors": "replace", **pipes}
+        self.process: subprocess.Popen[str]
+        if forking.needs_interpreter(env, usual_environment()):
+            self.process = subprocess.Popen([sys.executable, forking.PROGRAM, *arguments], **how)
+        else:
+            self.process = forking.Fork([forking.PROGRAM, *arguments], **how)
 
     def send(self, signum: int) -> None:
         self.process.send_signal(signum)
@@ -115,7 +126,7 @@ class Started:
     def running(self) -> bool:
         return self.process.poll() is None
 
-    def finish(self, timeout: float = 60.0, bugs: bool = False) -> Finished:
+    def finish(self, timeout: float = 180.0, bugs: bool = False) -> Finished:
         """Wait for the end. `bugs` allows what is otherwise taken for the sign of a bug."""
         try:
             stdout, stderr = self.process.communicate(timeout=timeout)
@@ -206,22 +217,14 @@ class Sdg:
         self.started: list[Started] = []
 
     def environment(self, **env: str) -> dict[str, str]:
-        unwanted = ("AWS_", "OPENAI_", "SLURM_", "SDG_", "HF_", "PYTHON")
-        kept = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(unwanted) and not name.lower().endswith("_proxy")
-        }
-        warnings = "default::ResourceWarning,default::RuntimeWarning"
-        path = str(ROOT / "tests" / "support" / "without_pandas")
-        return {**kept, "PYTHONWARNINGS": warnings, "PYTHONFAULTHANDLER": "1", "PYTHONPATH": path, **env}
+        return {**usual_environment(), **env}
 
     def start(self, *arguments: object, **env: str) -> Started:
         started = Started([str(argument) for argument in arguments], self.folder, self.environment(**env))
         self.started.append(started)
         return started
 
-    def __call__(self, *arguments: object, timeout: float = 60.0, bugs: bool = False, **env: str) -> Finished:
+    def __call__(self, *arguments: object, timeout: float = 180.0, bugs: bool = False, **env: str) -> Finished:
         return self.start(*arguments, **env).finish(timeout, bugs)
 
     def close(self) -> None:
@@ -277,7 +280,7 @@ class Job:
         return self.sdg.start(*self.command_line(options), **{**self.env, **(env or {})})
 
     def __call__(
-        self, env: dict[str, str] | None = None, timeout: float = 60.0, bugs: bool = False, **options: Any
+        self, env: dict[str, str] | None = None, timeout: float = 180.0, bugs: bool = False, **options: Any
     ) -> Finished:
         return self.start(env, **options).finish(timeout, bugs)
 

@@ -22,9 +22,7 @@ from typing import Any
 
 import sdg
 from sdg_plugins.common.options import json_object, number, one_of, setting
-from sdg_plugins.servers.launching import nodes
 from sdg_plugins.servers.launching.processes import Program
-from sdg_plugins.servers.launching.supervision import Replica, launch
 
 # ── Options ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -217,6 +215,9 @@ async def serve(run: sdg.Run, program: Program) -> AsyncIterator[list[sdg.Upstre
     Yields one `Upstream` for each replica. On nodes other than node 0 it yields none, after the run there has ended.
     """
     import aiohttp
+
+    from sdg_plugins.servers.launching import nodes
+    from sdg_plugins.servers.launching.supervision import Replica, launch
 
     options = run.options
     nodes.derive_node_options(options)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import sdg
 from sdg_plugins.common.crew import GRACE
 from sdg_plugins.common.files import rank_file, sync
-from sdg_plugins.common.state import differences
+from sdg_plugins.common.identity import differences
 from sdg_plugins.servers.launching.processes import NodeFailure, Placement, Process
 
 if TYPE_CHECKING:

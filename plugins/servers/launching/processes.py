@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ USAGE_STATUSES = {2, 126, 127}  # invalid arguments, as argparse has it; a comma
 # Fatal lines that concern the machine: the options may be right
 MACHINE_FAULTS = (r"Free memory on device .* less than", r"[Aa]ddress already in use", r"invalid device ordinal")
 PORT_TAKEN = re.compile("address already in use", re.IGNORECASE)  # strerror(EADDRINUSE), as all servers log it
-MARK = "SDG_SERVER_OF"  # environment variable of all processes of a server: the ID of the process that started it
+MARK = "SDG_SERVER"  # environment variable of all processes of a server: tells them from all other processes
 GUARD = str(Path(__file__).with_name("guard.py"))
 OUT_OF_MEMORY = "out of memory: a process of the job was killed; give the job more (with Slurm: --mem)"
 
@@ -155,13 +156,13 @@ class Process:
         self._error_line = ""
         self._loop = asyncio.get_running_loop()
         self.exited: asyncio.Future[int] = self._loop.create_future()
-        adopt_orphans()
+        self._mark = uuid.uuid4().hex
         self._popen = subprocess.Popen(
             [sys.executable, "-I", "-S", GUARD, str(os.getpid()), *argv],
             stdin=subprocess.PIPE,  # stays open: the guard ends everything when it is closed
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env={**environment, MARK: str(os.getpid())},
+            env={**environment, MARK: self._mark},
             start_new_session=True,  # Ctrl-C in the terminal must reach only the run
         )
         reader = threading.Thread(target=self._read_output, args=[shlex.join(argv)], name="sdg-log", daemon=True)
@@ -227,8 +228,8 @@ class Process:
         """Set `exited` after the last line of the log was examined, so that `reason` is complete by then."""
         status = self._popen.wait()
         self.out_of_memory = killed_for_memory() > self._killed_before
-        if status < 0:  # the guard was killed, so its children are now ours
-            kill_orphans()
+        if status < 0:  # the guard was killed
+            kill_orphans(self._mark)
         reader.join()
         with contextlib.suppress(RuntimeError):  # the loop is closed: no one waits any more
             self._loop.call_soon_threadsafe(self._set_exited, status)
@@ -278,38 +279,31 @@ def killed_for_memory(groups: Path = Path("/proc/self/cgroup"), root: Path = Pat
     return 0
 
 
-def adopt_orphans() -> None:
-    """Make this process the parent of the server's processes if their guard is killed."""
-    guard.prctl(guard.PR_SET_CHILD_SUBREAPER, 1)
+def kill_orphans(mark: str) -> None:
+    """Kill the processes that a killed guard has left, and all below them.
 
-
-def kill_orphans() -> None:
-    """Kill the processes that a killed guard has left to this one, and all below them.
-
-    They have a mark in their environment; other children of this process are left alone.
+    They have a mark in their environment; the tools that rollouts start, and the processes of other servers, do not.
     """
-    mine, quiet = os.getpid(), 0
+    quiet = 0
     for _ in range(100):
-        orphans = [pid for pid in guard.children(mine) if is_orphan(pid)]
+        orphans = marked(mark)
         quiet = 0 if orphans else quiet + 1
-        if quiet == 2:  # one that dies while we look leaves us its own children
+        if quiet == 2:  # one that is killed while we look may have started another one
             return
         for pid in [*orphans, *(below for orphan in orphans for below in guard.descendants(orphan))]:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
-        for pid in orphans:
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(pid, os.WNOHANG)
         time.sleep(0.05)
 
 
-def is_orphan(pid: int) -> bool:
-    """True if a child of this process came from a server and is not a guard; the tools of rollouts have no mark."""
-    try:
-        marked = f"{MARK}={os.getpid()}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        return marked and GUARD.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except (OSError, ProcessLookupError):
-        return False
+def marked(mark: str) -> list[int]:
+    """The living processes with a mark in their environment; none on systems without /proc."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # of another user, or it has ended
+            if f"{MARK}={mark}".encode() in entry.read_bytes().split(b"\0"):
+                found.append(int(entry.parent.name))
+    return found
 
 
 class Log:
@@ -361,13 +355,23 @@ def check_port(port: str) -> int:
     return int(port)
 
 
+def own_folder() -> Path:
+    """A folder for locks of ports, shared by all runs of this user; not one that another user has put in its place."""
+    for number in range(100):
+        folder = Path(tempfile.gettempdir()) / f"sdg-ports-{os.getuid()}{f'-{number}' if number else ''}"
+        with contextlib.suppress(OSError):
+            folder.mkdir(mode=0o700, exist_ok=True)
+            if folder.stat(follow_symlinks=False).st_uid == os.getuid():
+                return folder
+    raise sdg.ServerError(f"{folder} and others like it belong to other users: set TMPDIR")
+
+
 @contextlib.contextmanager
 def free_port() -> Iterator[int]:
     """Reserve a port that nothing listens on, so that no other run on this machine takes it meanwhile."""
     import filelock
 
-    folder = Path(tempfile.gettempdir()) / f"sdg-ports-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    folder = own_folder()
     start = random.randrange(len(PORTS))
     for port in [*PORTS[start:], *PORTS[:start]]:
         lock = filelock.FileLock(folder / f"{port}.lock")
