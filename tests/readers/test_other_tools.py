@@ -118,6 +118,8 @@ LATE = """
 
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl", "jsonl.gz"])
 def test_columns_of_every_kind_are_loaded(suffix: str, job: Job) -> None:
+    from datasets import ClassLabel, load_dataset
+
     numbers = range(4)
     noon = dt.datetime(2024, 2, 29, 12, 0, 0, 123000)
     columns: dict[str, Any] = {
@@ -155,6 +157,8 @@ def test_columns_of_every_kind_are_loaded(suffix: str, job: Job) -> None:
 
 
 def test_rows_of_an_earlier_run_are_not_loaded_again(job: Job) -> None:
+    from datasets import load_dataset
+
     found = []
     for text in ("first", "other"):
         job.input([{"id": "a", "text": text}])
