@@ -27,6 +27,7 @@ class Stream:
         head: its first bytes, at most BLOCK.
         encoding: what it is converted from, None if it is UTF-8.
         plain: the file's bytes are the content's: it can be entered in the middle.
+        produced: bytes of the content that were taken from the file, read ahead ones included.
     """
 
     def __init__(self, file: Any, encoding: str | None = None, legacy: bool = False) -> None:
@@ -44,6 +45,7 @@ class Stream:
             head = self._converted(head)
         self.plain = not codec and not self.encoding
         self.head = self._ahead = head
+        self.produced = len(head)
 
     def read(self, size: int) -> bytes:
         """At most `size` bytes, none at the end."""
@@ -51,7 +53,9 @@ class Stream:
             block, self._ahead = self._ahead[:size], self._ahead[size:]
             return block
         block = self._read(size)
-        return self._converted(block) if self.encoding else bytes(block)
+        content = self._converted(block) if self.encoding else bytes(block)
+        self.produced += len(content)
+        return content
 
     def skip(self, offset: int) -> None:
         """Continue after the first `offset` bytes of the content."""

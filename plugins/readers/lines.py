@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import sdg
-from sdg_plugins.common.files import codec_of
 from sdg_plugins.common.inputs import InputFiles
 from sdg_plugins.common.kinds import encoder, storage
 from sdg_plugins.common.streams import BLOCK, BROKEN, Stream
@@ -97,7 +97,9 @@ class Lines:
     def fraction(self) -> float:
         """The fraction of all bytes that has been read."""
         before = sum(self.files.sizes[: self.file])
-        inside = self._raw.tell() if self._raw and codec_of(self.name) else self.offset
+        inside = float(self.offset)
+        if self._raw and self._stream and not self._stream.plain:  # more was taken from the file than was read
+            inside = self._raw.tell() * min(1.0, self.offset / max(1, self._stream.produced))
         return float(before + inside) / max(1, sum(self.files.sizes))
 
     def _open(self) -> Iterator[bytes]:
@@ -125,14 +127,21 @@ class Lines:
 
 def split_lines(stream: Stream, end: bytes = b"\n") -> Iterator[bytes]:
     """The lines of a stream, line ends included."""
-    begun: list[bytes] = []
+    begun: list[bytes] = []  # parts of a line that is longer than a block
     while block := stream.read(BLOCK):
-        *whole, last = block.split(end)
-        for line in whole:
-            begun.append(line + end)
-            yield b"".join(begun)
-            begun = []
-        begun.append(last)
+        if end == b"\n":
+            lines = io.BytesIO(block).readlines()
+        else:
+            lines = [line + end for line in block.split(end)]
+            lines[-1] = lines[-1].removesuffix(end)
+        for line in lines:
+            if not line.endswith(end):
+                begun.append(line)
+            elif begun:
+                yield b"".join([*begun, line])
+                begun = []
+            else:
+                yield line
     if any(begun):
         yield b"".join(begun)
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,6 +64,26 @@ def test_rows_and_the_card_are_published_to_a_bucket(job: Job, hub: FakeHub) -> 
     assert job.sdg("verify", "--output", URI, **job.env).rc == 1
     assert job().rc == 0
     assert there(hub) == spool(job)
+
+
+LOAD = """
+    import json, sys
+    import datasets
+    datasets.disable_progress_bars()
+    for streaming in (False, True):
+        rows = datasets.load_dataset("parquet", data_files=sys.argv[1], split="train", streaming=streaming)
+        print(json.dumps([row["id"] for row in rows]))
+"""
+
+
+@pytest.mark.slow
+def test_datasets_loads_a_bucket_as_the_readme_says(job: Job) -> None:
+    output = f"{URI}/run-1"
+    assert job(output=output).rc == 0
+    script = [sys.executable, "-c", textwrap.dedent(LOAD), f"{output}/data/**/*.parquet"]
+    answer = subprocess.run(script, env={**os.environ, **job.env}, capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    assert [json.loads(line) for line in answer.stdout.splitlines()] == [[row["id"] for row in documents(12)]] * 2
 
 
 def test_a_bucket_with_rows_of_others_or_without_write_access_is_refused_before_the_run(job: Job, hub: FakeHub) -> None:

@@ -183,7 +183,8 @@ def documents(path: str, prompt: str = "text", **options: Any) -> list[sdg.Docum
     if not chunk.chunk.count:
         return []
     ids = id_column_of(SimpleNamespace(id_column=None), reader.schema)  # type: ignore[arg-type]
-    return [document for _, document in chunk.documents(prompt, ids)]
+    found = (document for _, document in chunk.documents(prompt, ids))
+    return [document["error"] if isinstance(document, dict) else document for document in found]
 
 
 # ── Folders ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -300,6 +301,15 @@ def test_output_in_json_lines_is_recognized_by_its_results(
 
     assert texts(tmp_path / "in") == ["mine"]
     assert "is the output of a run" in capsys.readouterr().err
+
+
+def test_the_total_of_compressed_lines_is_estimated_without_what_was_only_read_ahead(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(b"".join(b'{"text": "%d %s"}\n' % (i, b"word " * 200) for i in range(20_000)), 1))
+    reader, _ = opened(str(path))
+    reader.seek(0, None)
+    reader.read(5)
+    assert reader.total() == pytest.approx(20_000, rel=0.5)
 
 
 def test_columns_of_shards_are_unified(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -19,8 +20,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-from aiohttp import web
+STATUSES = {200: "OK", 404: "Not Found", 503: "Service Unavailable"}
 
 
 class Engine:
@@ -40,27 +42,51 @@ class Engine:
         with (self.folder / name).open("a") as file:
             file.write(json.dumps({"time": time.time(), "pid": os.getpid(), **fields}) + "\n")
 
-    async def health(self, request: web.Request) -> web.Response:
-        ready = time.monotonic() >= self.ready_at and not (self.options.sick and self.answers)
-        return web.Response(status=200 if ready else 503)
+    async def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serve a connection. Engines start often, and to import aiohttp takes longer than all that they do."""
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                first, *lines = (await reader.readuntil(b"\r\n\r\n")).decode().lower().split("\r\n")
+                headers = dict(line.split(": ", 1) for line in lines if line)
+                body = await reader.readexactly(int(headers.get("content-length", 0)))
+                status, content = await self.respond(first.split()[1], body)
+                head = f"HTTP/1.1 {status} {STATUSES[status]}\r\nContent-Length: {len(content)}\r\n\r\n"
+                writer.write(head.encode() + content)
+                await writer.drain()
+        writer.close()
 
-    async def models(self, request: web.Request) -> web.Response:
-        return web.json_response({"data": [{"id": self.options.served_model_name or self.options.model}]})
+    async def respond(self, path: str, body: bytes) -> tuple[int, bytes]:
+        match path:
+            case "/health":
+                ready = time.monotonic() >= self.ready_at and not (self.options.sick and self.answers)
+                return 200 if ready else 503, b""
+            case "/v1/models":
+                name = self.options.served_model_name or self.options.model
+                return 200, json.dumps({"data": [{"id": name}]}).encode()
+            case "/metrics" if self.options.metrics:
+                return 200, self.metrics().encode()
+            case "/v1/chat/completions":
+                return 200, json.dumps(await self.complete(json.loads(body))).encode()
+        return 404, b""
 
-    async def metrics(self, request: web.Request) -> web.Response:
-        if not self.options.metrics:
-            return web.Response(status=404)
+    async def serve(self) -> None:
+        server = await asyncio.start_server(self.connected, "127.0.0.1", self.options.port, limit=1 << 20)
+        ended = asyncio.Event()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.set)
+        await ended.wait()
+        server.close()
+
+    def metrics(self) -> str:
         figures = {"num_requests_running": self.running, "num_requests_waiting": self.waiting}
         figures |= {"kv_cache_usage_perc": 0.5}
         figures |= {} if self.options.no_tokens else {"generation_tokens_total": self.tokens}
         lines = [f'vllm:{name}{{engine="0",model_name="m"}} {float(value)}' for name, value in figures.items()]
-        return web.Response(text="# HELP vllm:num_requests_running Number\n" + "\n".join(lines) + "\n")
+        return "# HELP vllm:num_requests_running Number\n" + "\n".join(lines) + "\n"
 
-    async def complete(self, request: web.Request) -> web.Response:
-        payload = await request.json()
+    async def complete(self, payload: dict[str, Any]) -> dict[str, Any]:
         prompt = payload["messages"][-1]["content"]
         if prompt == self.options.quick_word:
-            return web.json_response({"choices": [{"message": {"content": "quick"}}]})
+            return {"choices": [{"message": {"content": "quick"}}]}
         self.record("requests.jsonl", prompt=prompt, event="came", together=self.running + self.waiting + 1)
         if "poison" in prompt:
             await asyncio.sleep(self.options.seconds)
@@ -80,7 +106,7 @@ class Engine:
         self.record("requests.jsonl", prompt=prompt, event="answered", most_waiting=self.most_waiting)
         choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": f"re: {prompt}"}}
         usage = {"prompt_tokens": 1, "completion_tokens": 10, "total_tokens": 11}
-        return web.json_response({"model": payload["model"], "choices": [choice], "usage": usage})
+        return {"model": payload["model"], "choices": [choice], "usage": usage}
 
     async def generate(self) -> None:
         for _ in range(10):
@@ -146,10 +172,7 @@ def main() -> None:
     if (options.hang and options.faulty) or options.headless:
         while True:
             time.sleep(0.1)
-    app = web.Application(client_max_size=1 << 30)
-    app.add_routes([web.get("/health", engine.health), web.get("/v1/models", engine.models)])
-    app.add_routes([web.get("/metrics", engine.metrics), web.post("/v1/chat/completions", engine.complete)])
-    web.run_app(app, host="127.0.0.1", port=options.port, print=None, access_log=None)
+    asyncio.run(engine.serve())
 
 
 if __name__ == "__main__":

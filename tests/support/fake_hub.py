@@ -689,13 +689,17 @@ class FakeHub:
 
     def _bucket_tree(self, call: Call) -> web.Response:
         bucket, prefix = self._bucket(call), call.params["path"] or ""
-        if call.query.get("recursive", "").lower() != "true":
-            raise self._violation("a listing of a bucket that is not recursive")
-        items = [
+        items: list[Any] = [
             {"type": "file", "path": path, "size": file.size, "xetHash": file.xet_hash, "mtime": _now()}
             for path, file in sorted(bucket.files.items())
             if path.startswith(prefix)
         ]
+        if call.query.get("recursive", "").lower() != "true":  # as `HfFileSystem` asks
+            root = f"{prefix.rstrip('/')}/" if prefix else ""
+            deeper = {item["path"]: item["path"][len(root) :].partition("/") for item in items}
+            folders = sorted({root + name for name, slash, _ in deeper.values() if slash})
+            items = [item for item in items if not deeper[item["path"]][1]]
+            items += [{"type": "directory", "path": folder, "uploadedAt": _now()} for folder in folders]
         return self._paged(call, items)
 
     def _bucket_token(self, call: Call) -> web.Response:
