@@ -152,7 +152,6 @@ def published() -> Iterator[FakeHub]:
 @pytest.fixture(scope="module")
 def loaded(published: FakeHub, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What `datasets.load_dataset` finds in each layout: rows of each split of each config, "" being the default."""
-    pytest.importorskip("datasets")
     environment = published.environment(tmp_path_factory.mktemp("datasets")) | {"HF_UPDATE_DOWNLOAD_COUNTS": "0"}
     command = [sys.executable, "-c", LOAD]
     done = subprocess.run(
