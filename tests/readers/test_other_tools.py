@@ -1,4 +1,7 @@
-"""Files that `datasets`, polars and DuckDB write are read, and what is written is read by them."""
+"""Files that `datasets`, polars and DuckDB write are read, and what is written is read by them.
+
+They are imported where they are used: that takes seconds, which the processes that run other tests can do without.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,9 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-import duckdb
-import polars
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import ClassLabel, Dataset, Features, Json, Value, load_dataset
 from running import Job
 from test_inputs import documents
 
@@ -22,6 +22,8 @@ import sdg
 
 
 def test_types_of_duckdb_are_read(tmp_path: Path) -> None:
+    import duckdb
+
     path = tmp_path / "duck.parquet"
     duckdb.sql(
         f"""COPY (SELECT '5f0c6f9e-8d3c-4d57-9d4b-3a7f1c2b9e10'::uuid AS id, 'Hello.' AS text,
@@ -40,6 +42,8 @@ def test_types_of_duckdb_are_read(tmp_path: Path) -> None:
 
 
 def test_types_of_polars_are_read_or_named(tmp_path: Path) -> None:
+    import polars
+
     columns: dict[str, Any] = {
         "text": ["Hello."],
         "category": polars.Series(["x"], dtype=polars.Categorical),
@@ -64,6 +68,8 @@ def test_types_of_polars_are_read_or_named(tmp_path: Path) -> None:
 
 
 def test_json_columns_of_datasets_are_sent_as_they_stand(tmp_path: Path) -> None:
+    from datasets import Dataset
+
     parts = [{"type": "text", "text": "What is it?"}]
     system = {"role": "system", "content": "Be brief."}
     rows: list[dict[str, Any]] = [
@@ -84,6 +90,8 @@ def test_json_columns_of_datasets_are_sent_as_they_stand(tmp_path: Path) -> None
 
 
 def test_features_of_datasets_are_such_again(job: Job) -> None:
+    from datasets import ClassLabel, Dataset, Features, Json, Value, load_dataset
+
     features = Features({"text": Value("string"), "label": ClassLabel(names=["neg", "pos"]), "meta": Json()})
     rows = {"text": ["one", "two"], "label": [0, 1], "meta": [{"a": 1}, "x"]}
     Dataset.from_dict(rows, features=features).to_parquet(job.folder / "in.parquet")
@@ -110,6 +118,8 @@ LATE = """
 
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl", "jsonl.gz"])
 def test_columns_of_every_kind_are_loaded(suffix: str, job: Job) -> None:
+    from datasets import ClassLabel, load_dataset
+
     numbers = range(4)
     noon = dt.datetime(2024, 2, 29, 12, 0, 0, 123000)
     columns: dict[str, Any] = {
@@ -147,6 +157,8 @@ def test_columns_of_every_kind_are_loaded(suffix: str, job: Job) -> None:
 
 
 def test_rows_of_an_earlier_run_are_not_loaded_again(job: Job) -> None:
+    from datasets import load_dataset
+
     found = []
     for text in ("first", "other"):
         job.input([{"id": "a", "text": text}])
@@ -158,6 +170,10 @@ def test_rows_of_an_earlier_run_are_not_loaded_again(job: Job) -> None:
 
 
 def test_what_is_written_is_read_by_others(job: Job) -> None:
+    import duckdb
+    import polars
+    from datasets import load_dataset
+
     rows = [{"text": "one", "x": {"a": 1, "b": {}}}, {"text": "two", "x": {"a": 2, "b": [1, None]}}]
     (job.folder / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
