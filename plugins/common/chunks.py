@@ -359,20 +359,20 @@ class Outlet:
         self, opened: OpenChunk, outcomes: Iterable[bytes], statuses: dict[str, list[int]], failures: list[Any]
     ) -> Iterator[tuple[list[int], list[Any]]]:
         """Positions and results of PIECE rows at a time; adds to the positions by status, and to the failures."""
-        positions, bodies = list[int](), list[Any]()
-        for position, status, body in _each(outcomes):
-            if position >= opened.chunk.count:
-                raise mismatch(opened.chunk)
-            statuses[status].append(position)
-            if status in {"failed", "empty"}:
-                failures.append(body)
-            elif status == "row":
-                positions.append(position)
-                bodies.append(body)
-            if len(positions) == sdg.PIECE:
-                yield positions, bodies
-                positions, bodies = [], []
-        yield positions, bodies
+        yield [], []  # names the columns
+        for text in outcomes:
+            rows: list[tuple[int, Any]] = []
+            for position, status, body in parse_json(text, exact=False):
+                if position >= opened.chunk.count:
+                    raise mismatch(opened.chunk)
+                statuses[status].append(position)
+                if status in {"failed", "empty"}:
+                    failures.append(body)
+                elif status == "row":
+                    rows.append((position, body))
+            for start in range(0, len(rows), sdg.PIECE):
+                some = rows[start : start + sdg.PIECE]
+                yield [position for position, _ in some], [body for _, body in some]
 
     def _write_rows(self, chunk: sdg.Chunk, rows: pa.Table) -> None:
         with sdg.at_work(f"the writer of {self._run.output.path(self._run.path_of(chunk))}", self.writer):
