@@ -221,12 +221,13 @@ def paces_of(looks: tuple[Look, Look, Look], took: list[tuple[float, float]], ta
     start, middle, end = looks
     whole, few, many = end.since(start), middle.since(start), end.since(middle)
     tokens, seconds = (sum(each[i] for each in took) for i in (0, 1))
-    work = takes.work(len(took), tokens)
+    alone = whole.requests <= len(took) or whole.area <= seconds  # too few to tell them apart
+    few = whole if alone else few
+    narrow = Pace(few.area * takes.work(len(took), tokens) / max(seconds, 1e-9), few.seconds, few.area)
+    if alone:
+        return narrow, Pace(0.0, 0.0, 0.0)
     rest = takes.work(whole.requests - len(took), whole.tokens - tokens)
-    return (
-        Pace(few.area * work / max(seconds, 1e-9), few.seconds, few.area),
-        Pace(many.area * rest / max(whole.area - seconds, 1e-9), many.seconds, many.area),
-    )
+    return narrow, Pace(many.area * rest / (whole.area - seconds), many.seconds, many.area)
 
 
 class Lengths(NamedTuple):
