@@ -108,7 +108,8 @@ COMMIT_INTERVAL = 0.05  # s between group commits: 5,000 documents/s become 250 
 LONGEST_UNSAVED = 2.0  # s that a response may not be durable before no further request is sent
 MOST_UNSAVED = 64 << 20  # bytes of responses that are not durable, likewise
 LARGE_CHUNK = 32 << 20  # bytes of results in a chunk above which no other such chunk is written at the same time
-PIECE = 64  # documents of such a chunk that are in memory at a time
+PIECE = 64  # documents that are made into rows at a time
+PIECE_BYTES = 8 << 20  # results of a large chunk that are in memory at a time
 WINDOW = 32  # documents read but not yet written, per document in flight: 1 % stragglers of 20 times the mean need 20
 RECENT = 1000  # documents that the failure rate is also judged by, so that a long run stops soon when all go wrong
 PUBLISHER = "sdg-publisher"  # the thread that publishes during a run; see `run_program` in plugins/common/ending.py
@@ -1130,8 +1131,10 @@ class Store:
 
     async def _insert(self, table: str, width: int, rows: list[tuple[Any, ...]]) -> None:
         """Insert with one statement for many rows: `executemany` reacquires the GIL for each row, up to 5 ms each."""
-        for i in range(0, len(rows), 1000):
-            some = rows[i : i + 1000]
+        size = sum(len(row[-1]) for row in rows if isinstance(row[-1], bytes))  # sqlite3 copies what it binds
+        step = max(1, min(1000, PIECE_BYTES * len(rows) // max(1, size)))
+        for i in range(0, len(rows), step):
+            some = rows[i : i + step]
             marks = ",".join([f"({','.join('?' * width)})"] * len(some))
             values = [value for row in some for value in row]
             await self._db.execute(f"INSERT OR REPLACE INTO {table} VALUES {marks}", values)
@@ -1211,16 +1214,22 @@ class Store:
             lists += await self.outcomes_between(start, min(start + 1000, first + chunk.count))
         return lists
 
-    def in_pieces(self, chunk: Chunk) -> Iterator[bytes]:
-        """The lists of `outcomes_of`, a few documents at a time; for a thread, while the event loop goes on."""
+    def in_pieces(self, chunk: Chunk, size: int) -> Iterator[bytes]:
+        """The lists of `outcomes_of`, a few documents at a time; for a thread, while the event loop goes on.
+
+        Args:
+            chunk: a complete one.
+            size: from `bytes_of`.
+        """
+        step = max(1, min(PIECE, PIECE_BYTES * chunk.count // max(1, size)))
         loop, first = asyncio.get_running_loop(), chunk.index << 32
         ids = range(first, first + chunk.count)
 
         def fetched(start: int) -> list[bytes]:
-            fetching = self.outcomes_between(start, min(start + PIECE, ids.stop))
+            fetching = self.outcomes_between(start, min(start + step, ids.stop))
             return asyncio.run_coroutine_threadsafe(fetching, loop).result(60)  # unless the loop waits for this thread
 
-        return (text for start in ids[::PIECE] for text in fetched(start))
+        return (text for start in ids[::step] for text in fetched(start))
 
     async def outcomes_between(self, first: int, end: int) -> list[bytes]:
         """Such lists of the documents with these IDs."""
@@ -1795,7 +1804,8 @@ class Engine:
             incomplete = min(self._open, default=sys.maxsize)
             while self.outlet.fields is None and self._untried and self._untried[0] < incomplete:
                 first = self._deferred[heapq.heappop(self._untried)]
-                await self._in_writing_thread(self.outlet.settle, self.store.in_pieces(first.chunk))
+                pieces = self.store.in_pieces(first.chunk, await self.store.bytes_of(first.chunk))
+                await self._in_writing_thread(self.outlet.settle, pieces)
             if self.outlet.fields is not None:
                 self._write_deferred()
 
@@ -1812,10 +1822,10 @@ class Engine:
             if self.outlet.fields is None:
                 await self._settle(opened)
                 return
-            large = await self.store.bytes_of(opened.chunk) > LARGE_CHUNK
+            large = (size := await self.store.bytes_of(opened.chunk)) > LARGE_CHUNK
             async with self._two_write, self._one_large if large else contextlib.nullcontext():
                 chunk = opened.chunk
-                outcomes = self.store.in_pieces(chunk) if large else await self.store.outcomes_of(chunk)
+                outcomes = self.store.in_pieces(chunk, size) if large else await self.store.outcomes_of(chunk)
                 await self._in_writing_thread(self.outlet.write, opened, outcomes, self.intake.id_column)
                 chunk.written = True
                 await self.store.written(chunk)

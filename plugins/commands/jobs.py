@@ -227,7 +227,7 @@ class Job:
         remember_source(self.run)
         async with self._engine(await self._reader(), servers) as engine:
             await self._observe()
-            _tune_collector(self.run.options.max_concurrent_generations)
+            _tune_memory(self.run.options.max_concurrent_generations)
             async with self._present(engine, self.stop):
                 self.stop.gently = engine.stop
                 try:
@@ -440,6 +440,25 @@ def explained(exc: BaseException, run: sdg.Run) -> BaseException:
         return exc
     error.__cause__ = exc
     return error
+
+
+def _tune_memory(in_flight: int) -> None:
+    """Give memory back early, and collect garbage rarely."""
+    _tune_allocator()
+    _tune_collector(in_flight)
+
+
+def _tune_allocator() -> None:
+    """Have glibc return the memory of large responses at once.
+
+    It keeps what it believes to need again: 400 responses of a megabyte at once took 1,550 MB instead of 980.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        import ctypes
+
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 256 << 10)  # M_MMAP_THRESHOLD, which otherwise grows to 32 MB
+        libc.mallopt(-8, 2)  # M_ARENA_MAX: each thread could have its own
 
 
 def _tune_collector(in_flight: int) -> None:

@@ -27,7 +27,7 @@ from sdg_plugins.common.paths import follow, parse_path, prompt_column_of
 from sdg_plugins.common.recorded import chunks_in
 from sdg_plugins.common.results import infer_fields
 from sdg_plugins.common.returned import no_prompt, status_of
-from sdg_plugins.common.rows import NUMBER, numbered, shape_of, with_messages
+from sdg_plugins.common.rows import NUMBER, empty_rows, numbered, shape_of, with_messages
 from sdg_plugins.common.state import fixed_fields, promised_fields, recorded_fields, settle_fields
 from sdg_plugins.common.unify import conformed
 from sdg_plugins.common.values import (
@@ -359,20 +359,20 @@ class Outlet:
         self, opened: OpenChunk, outcomes: Iterable[bytes], statuses: dict[str, list[int]], failures: list[Any]
     ) -> Iterator[tuple[list[int], list[Any]]]:
         """Positions and results of PIECE rows at a time; adds to the positions by status, and to the failures."""
-        positions, bodies = list[int](), list[Any]()
-        for position, status, body in _each(outcomes):
-            if position >= opened.chunk.count:
-                raise mismatch(opened.chunk)
-            statuses[status].append(position)
-            if status in {"failed", "empty"}:
-                failures.append(body)
-            elif status == "row":
-                positions.append(position)
-                bodies.append(body)
-            if len(positions) == sdg.PIECE:
-                yield positions, bodies
-                positions, bodies = [], []
-        yield positions, bodies
+        yield [], []  # names the columns
+        for text in outcomes:
+            rows: list[tuple[int, Any]] = []
+            for position, status, body in parse_json(text, exact=False):
+                if position >= opened.chunk.count:
+                    raise mismatch(opened.chunk)
+                statuses[status].append(position)
+                if status in {"failed", "empty"}:
+                    failures.append(body)
+                elif status == "row":
+                    rows.append((position, body))
+            for start in range(0, len(rows), sdg.PIECE):
+                some = rows[start : start + sdg.PIECE]
+                yield [position for position, _ in some], [body for _, body in some]
 
     def _write_rows(self, chunk: sdg.Chunk, rows: pa.Table) -> None:
         with sdg.at_work(f"the writer of {self._run.output.path(self._run.path_of(chunk))}", self.writer):
@@ -396,13 +396,9 @@ class Outlet:
 
     def check(self, schema: pa.Schema) -> None:
         """Have the writer prove that it can write rows of this input: before a request is paid for."""
-        import pyarrow as pa
-
         if not hasattr(self.writer, "check"):
             return
-        columns = pa.schema([relaxed(field) for field in schema])
-        empty = pa.Table.from_arrays([pa.nulls(0, field.type) for field in columns], schema=columns)
-        rows = self._shape.table(empty, [], [], self.fields or fixed_fields(self._run.options))
+        rows = empty_rows(self._run.options, schema, self.fields or fixed_fields(self._run.options))
         self.writer.check(rows.schema.with_metadata(self._metadata(rows.schema)))
 
     def _metadata(self, schema: pa.Schema) -> dict[Any, Any]:

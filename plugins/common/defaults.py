@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import re
 
@@ -128,7 +129,10 @@ def by_scheme_or_suffix(plugins: sdg.Plugins, kind: str, uri: str) -> str:
         return scheme
     if uri == "-" and "stdin" in entries:
         return "stdin"
-    found = input_format(uri, entries) if kind == "readers" else format_of(path)
+    if kind == "readers":
+        found = input_format(uri, entries, lambda name: inspect.unwrap(entries[name].factory))
+    else:
+        found = format_of(path)
     if found in entries:
         return str(found)
     raise sdg.UsageError(f"{sdg.redact(uri)}: unknown suffix or scheme; known: {', '.join(sorted(entries))}")

@@ -61,6 +61,10 @@ class Watchdog:
         os.close(self._awake)
 
     def _listen(self) -> None:
+        with contextlib.suppress(OSError):  # a plugin has closed the pipe
+            self._watch()
+
+    def _watch(self) -> None:
         received: list[signal.Signals] = []
         began, reported = math.inf, False
         while True:

@@ -61,6 +61,10 @@ def feature_of(kind: pa.DataType) -> Any:
     if t.is_list(kind):
         inner = feature_of(kind.value_type)
         return inner and [inner]
+    if t.is_large_list(kind) or t.is_fixed_size_list(kind):
+        inner = feature_of(kind.value_type)
+        length = {} if t.is_large_list(kind) else {"length": kind.list_size}
+        return inner and {"feature": inner, **length, "_type": "Sequence" if length else "LargeList"}
     if t.is_dictionary(kind):
         return feature_of(kind.value_type)
     if kind.num_fields or t.is_map(kind):

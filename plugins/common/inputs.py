@@ -8,7 +8,7 @@ import glob
 import os
 import re
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -135,10 +135,15 @@ def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[Listed]:
 # ── Formats ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def input_format(uri: str, known: Collection[str]) -> str | None:
+def input_format(uri: str, known: Collection[str], reader_of: Callable[[str], object] = str) -> str | None:
     """The one of the `known` formats that the files of a URI have; None if it is none of them.
 
     Files whose names have no suffix are looked into. Text files beside others, such as a README, do not count.
+
+    Args:
+        uri: of the files.
+        known: the formats.
+        reader_of: what reads a format: several formats that it reads count as the first of them.
 
     Raises:
         UsageError: there are files of several formats.
@@ -150,7 +155,7 @@ def input_format(uri: str, known: Collection[str]) -> str | None:
     formats = sorted({found for name in files if (found := _format_by_name(name, known))})
     if len(formats) > 1:
         formats = [name for name in formats if name not in {"text", "txt"}] or formats
-    if len(formats) > 1:
+    if len({reader_of(name) for name in formats}) > 1:
         message = f"has files of several formats, {' and '.join(formats)}: select those of one format with a glob"
         raise sdg.UsageError(f"{sdg.redact(uri)} {message}")
     if formats:
@@ -187,7 +192,7 @@ class InputFiles:
 
     Args:
         uri: of a file, a folder or a glob.
-        format: or a suffix. A single file is taken whatever its name is.
+        format: or a suffix, or several of them. A single file is taken whatever its name is.
 
     Attributes:
         paths: in the file system `fs`, sorted.
@@ -196,20 +201,23 @@ class InputFiles:
         local: False if each access takes a network request.
     """
 
-    def __init__(self, uri: str, format: str, config: str | None = None, split: str | None = None) -> None:
+    def __init__(
+        self, uri: str, format: str | Collection[str], config: str | None = None, split: str | None = None
+    ) -> None:
+        formats = {format} if isinstance(format, str) else set(format)
         self.fs, self._root = filesystem(uri)
         self.local = self.fs.type_name == "local"
         listed = listed_files(uri)
         files = [(file.path, file.size) for file in listed]
         if split:
             files = self._of_split(uri, files, config, split)
-        found = [(file, size) for file, size in files if format in {suffix_of(file), format_of(file)}]
+        found = [(file, size) for file, size in files if formats & {suffix_of(file), format_of(file)}]
         if not found:
             found = [(file, size) for file, size in files if len(files) == 1 or not suffix_of(file)]
         if not found:
-            raise sdg.InputError(f"--input {uri}: no .{format} files found")
+            raise sdg.InputError(f"--input {uri}: no .{' or .'.join(sorted(formats))} files found")
         self._say_skipped(uri, files, {file for file, _ in found})
-        found = self._without_outputs(uri, found, format)
+        found = self._without_outputs(uri, found, min(formats))
         self.paths = [file for file, _ in found]
         self.sizes = [size for _, size in found]
         root = os.path.commonpath(self.paths) if len(found) > 1 else os.path.dirname(found[0][0])
@@ -220,7 +228,7 @@ class InputFiles:
         self._fetch_once = functools.lru_cache(KEPT)(self._fetch)  # the first ones are read for the schema, too
 
     @classmethod
-    def of_run(cls, run: sdg.Run, format: str) -> InputFiles:
+    def of_run(cls, run: sdg.Run, format: str | Collection[str]) -> InputFiles:
         """The files of a run's input; of a dataset's checkout only those of its config and split."""
         options = run.options
         return cls(options.input, format, getattr(options, "input_config", None), getattr(options, "input_split", None))

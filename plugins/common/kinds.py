@@ -224,8 +224,9 @@ def checker(kind: pa.DataType, exact: bool = False, huge: bool = True) -> Check:
             or (type(value) is float and (huge or -HUGE < value < HUGE))
             or (type(value) is int and -EXACT <= value <= EXACT)
         )
-    is_text = t.is_string(kind)
-    return lambda value: value is None or (isinstance(value, str) and is_text)
+    return (
+        (lambda value: value is None or isinstance(value, str)) if t.is_string(kind) else (lambda value: value is None)
+    )
 
 
 def _struct_checker(kind: pa.DataType, exact: bool, huge: bool) -> Check:
@@ -236,10 +237,18 @@ def _struct_checker(kind: pa.DataType, exact: bool, huge: bool) -> Check:
             and value.keys() == fields.keys()
             and all(item is not None and fields[key](item) for key, item in value.items())
         )
-    return lambda value: (
-        value is None
-        or (isinstance(value, dict) and all(key in fields and fields[key](item) for key, item in value.items()))
-    )
+
+    def fits(value: Any) -> bool:
+        if value is None:
+            return True
+        if not isinstance(value, dict):
+            return False
+        for key, item in value.items():  # noqa: SIM110 - `all` takes a third longer
+            if (check := fields.get(key)) is None or not check(item):
+                return False
+        return True
+
+    return fits
 
 
 def prompt_checker(kind: pa.DataType, huge: bool = True) -> Check:
@@ -321,18 +330,22 @@ def array_of(values: list[Any], kind: pa.DataType) -> pa.Array:
 def writable(kind: pa.DataType) -> pa.DataType:
     """The type in which a column is written.
 
-    Objects without fields are JSON, because parquet cannot hold them; UUIDs are text, because `datasets` cannot read
-    them.
+    Objects without fields are JSON, because parquet cannot hold them. What `datasets` cannot read becomes what it can:
+    UUIDs are text, maps are lists of {key, value}, and Arrow's other extension types are what they are stored as.
     """
     import pyarrow as pa
     import pyarrow.types as t
 
-    if isinstance(kind, pa.BaseExtensionType) and kind.extension_name == "arrow.uuid":
-        return pa.string()
+    if isinstance(kind, pa.BaseExtensionType) and kind.extension_name in PLAIN:
+        return writable(PLAIN[kind.extension_name](kind))
     if t.is_struct(kind):
         return pa.struct([relaxed(field) for field in kind]) if kind.num_fields else json_type()
     if t.is_map(kind):
-        return pa.map_(kind.key_field, relaxed(kind.item_field))
+        return pa.list_(pa.struct([("key", writable(kind.key_type)), ("value", writable(kind.item_type))]))
+    if t.is_decimal32(kind) or t.is_decimal64(kind):
+        return pa.decimal128(kind.precision, kind.scale)
+    if t.is_list_view(kind) or t.is_large_list_view(kind):
+        return pa.large_list(relaxed(kind.value_field))
     if t.is_fixed_size_list(kind):
         return pa.list_(relaxed(kind.value_field), kind.list_size)
     if t.is_large_list(kind):
@@ -340,6 +353,26 @@ def writable(kind: pa.DataType) -> pa.DataType:
     if t.is_list(kind):
         return pa.list_(relaxed(kind.value_field))
     return kind
+
+
+def _text(_: pa.DataType) -> pa.DataType:
+    import pyarrow as pa
+
+    return pa.string()
+
+
+def _boolean(_: pa.DataType) -> pa.DataType:
+    import pyarrow as pa
+
+    return pa.bool_()
+
+
+# What extension types of Arrow are written as
+PLAIN: dict[str, Callable[[Any], pa.DataType]] = {
+    "arrow.uuid": _text,
+    "arrow.bool8": _boolean,
+    "arrow.fixed_shape_tensor": lambda kind: kind.storage_type,
+}
 
 
 def relaxed(field: pa.Field) -> pa.Field:

@@ -70,7 +70,9 @@ def is_message(kind: pa.DataType) -> bool:
     import pyarrow.types as t
 
     names = {field.name for field in kind} if t.is_struct(kind) else set()
-    return is_json(kind) or t.is_map(kind) or {"role", "content"} <= names or {"from", "value"} <= names
+    of_messages = {"role", "content"} <= names or {"from", "value"} <= names
+    of_a_map = is_list(kind) and t.is_struct(kind.value_type) and {f.name for f in kind.value_type} == {"key", "value"}
+    return is_json(kind) or t.is_map(kind) or of_messages or of_a_map
 
 
 def results_columns(schema: pa.Schema) -> list[str]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import sdg
-from sdg_plugins.common.kinds import array_of, checker
+from sdg_plugins.common.kinds import array_of, checker, relaxed
 from sdg_plugins.common.results import fit, results_type, unfit
 from sdg_plugins.common.values import rows_of, values_of
 
@@ -109,6 +109,21 @@ class Flat(Shape):
 def shape_of(options: argparse.Namespace) -> Shape:
     """The shape of a run's rows."""
     return Flat(options) if getattr(options, "flat", False) else Shape(options)
+
+
+def empty_rows(options: argparse.Namespace, source: pa.Schema, fields: Mapping[str, Any]) -> pa.Table:
+    """The columns of a run's rows, without rows.
+
+    Args:
+        options: of the run.
+        source: the schema of its input.
+        fields: Arrow types of the fields of results.
+    """
+    import pyarrow as pa
+
+    columns = pa.schema([relaxed(field) for field in source])
+    empty = pa.Table.from_arrays([pa.nulls(0, field.type) for field in columns], schema=columns)
+    return shape_of(options).table(empty, [], [], fields)
 
 
 def flat_names(source: Iterable[str], fields: Iterable[str]) -> dict[str, str]:

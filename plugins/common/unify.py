@@ -120,7 +120,7 @@ def common_number(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
 
 
 def common_nested(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
-    """As `common_type`, for structs, lists and maps."""
+    """As `common_type`, for structs and lists."""
     import pyarrow as pa
     import pyarrow.types as t
 
@@ -136,9 +136,6 @@ def common_nested(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
         item = common_type(one.value_type, other.value_type)
         large = t.is_large_list(one) or t.is_large_list(other)
         return item and (pa.large_list(item) if large else pa.list_(item))
-    if t.is_map(one) and t.is_map(other):
-        key, item = common_type(one.key_type, other.key_type), common_type(one.item_type, other.item_type)
-        return pa.map_(key, item) if key and item else None
     return None
 
 
@@ -153,16 +150,19 @@ def is_list(kind: pa.DataType) -> bool:
 
 
 def conformed(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
-    """Rows in another schema, which holds their values. Raises pyarrow.ArrowException if it does not."""
+    """Rows in another schema, which holds their values. Raises pyarrow.ArrowInvalid, with the column, if not."""
     import pyarrow as pa
 
     if batch.schema.equals(schema):
         return pa.RecordBatch.from_arrays(batch.columns, schema=schema)
     present = set(batch.schema.names)
-    columns = [
-        converted(batch.column(field.name), field.type) if field.name in present else pa.nulls(len(batch), field.type)
-        for field in schema
-    ]
+    columns = []
+    for field in schema:
+        try:
+            own = batch.column(field.name) if field.name in present else pa.nulls(len(batch))
+            columns.append(converted(own, field.type))
+        except pa.ArrowException as exc:
+            raise pa.ArrowInvalid(f"column {field.name}: {exc}") from exc
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
@@ -193,6 +193,9 @@ def converted(array: pa.Array, kind: pa.DataType) -> pa.Array:
             for field in kind
         ]
         return pa.StructArray.from_arrays(children, fields=list(kind), mask=array.is_null())
+    if t.is_map(array.type) and is_list(kind):
+        entry = pa.struct([("key", array.type.key_type), ("value", array.type.item_type)])
+        return converted(array.cast(pa.list_(entry)), kind)
     if is_list(kind) and not t.is_fixed_size_list(kind):
         return _list(array, kind)
     return array.cast(kind)

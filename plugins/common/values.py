@@ -182,8 +182,8 @@ def parse_prompt(value: Any) -> tuple[str, Chat | None]:
 
 def message_of(value: Any) -> dict[str, Any]:
     """A message as it is sent: without keys that are null, and {from, value} as {role, content}."""
-    if isinstance(value, list) and all(isinstance(item, tuple) for item in value):  # a map
-        value = dict(value)
+    if isinstance(value, list) and all(isinstance(item, dict) and "key" in item for item in value):  # a map
+        value = {item["key"]: item.get("value") for item in value}
     if not isinstance(value, dict):
         raise sdg.BadDocument(f"has a message without a role: {str(value)[:SHOWN]}")
     if "role" not in value and isinstance(value.get("from"), str):

@@ -25,6 +25,7 @@ from sdg_plugins.common.outputs import output_files
 from sdg_plugins.common.prices import in_money
 from sdg_plugins.common.state import recorded_fields, schema_of
 from sdg_plugins.common.statistics import rank_statistics, rows_in, sum_statistics
+from sdg_plugins.publishing.dataset_info import features_of, with_features
 from sdg_plugins.publishing.front_matter import BrokenCard, split_card, updated, with_values
 from sdg_plugins.publishing.making import Making, tasks_of
 from sdg_plugins.publishing.samples import samples
@@ -40,7 +41,7 @@ MARK = re.compile(r"^<!-- sdg: (begin|end) ([\w.-]+) -->[ \t]*\r?$", re.MULTILIN
 FACTS = re.compile(r"^<!-- sdg: facts (\{.*\}) -->", re.MULTILINE)
 SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/(\w+)/?$")  # a model in the Hub client's cache
 SAMPLES_HEADING = "\n### Sample rows\n"
-NO_FACTS: dict[str, Any] = {"rows": 0, "files": "", "exist": True, "columns": ""}
+NO_FACTS: dict[str, Any] = {"rows": 0, "files": "", "exist": True, "columns": "", "run": ""}
 
 
 def write(run: sdg.Run, progress: str = "") -> None:
@@ -97,6 +98,7 @@ def render(
     body = with_section(body, name, "\n".join(lines).replace("\n", newline), newline)
     configs = {section.name: section.facts for section in sections(body)}
     values = updated(front.values, configs, record["source"], dataset)
+    values = with_features(values, name, configs[name]["files"], features_of(run, record))
     return f"---{newline}{with_values(front, values, newline)}---{newline}{body}"
 
 
@@ -183,6 +185,7 @@ def facts_of(run: sdg.Run, record: dict[str, Any], folder: str, published: bool)
         "exist": published or bool(output_files(run)),
         "columns": xxhash.xxh3_64_hexdigest(json.dumps([*columns, run.options.results_column]).encode()),
         "tasks": tasks_of(record["options"]),
+        "run": record["run"][:12],
     }
 
 

@@ -87,6 +87,9 @@ def updated(
     if original := dataset_of_source(source):
         wanted["source_datasets"] = extended(values.get("source_datasets"), [original])
     wanted["configs"] = merge_configs(values.get("configs") or [], configs)
+    if not dataset:
+        for entry in wanted["configs"]:
+            describe(entry, configs)
     return wanted
 
 
@@ -145,6 +148,17 @@ def merge_configs(present: list[Any], configs: dict[str, dict[str, Any]]) -> lis
     left = dict(ours)
     merged = [left.pop(config_name_of(entry), entry) for entry in present]
     return [*merged, *left.values()]
+
+
+def describe(entry: Any, configs: dict[str, dict[str, Any]]) -> None:
+    """Tell the rows of a config of ours from earlier ones.
+
+    `datasets` keeps what it has loaded from a local folder, and looks at the card, but not at the files, to decide
+    whether that is still the same.
+    """
+    facts = configs.get(config_name_of(entry))
+    if facts and facts["run"] and paths_of(entry) == [facts["files"]]:
+        entry["description"] = f"{facts['rows']:,} rows of run {facts['run']}"
 
 
 def config_name_of(entry: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -126,14 +127,21 @@ class Lines:
 
 def split_lines(stream: Stream, end: bytes = b"\n") -> Iterator[bytes]:
     """The lines of a stream, line ends included."""
-    begun: list[bytes] = []
+    begun: list[bytes] = []  # parts of a line that is longer than a block
     while block := stream.read(BLOCK):
-        *whole, last = block.split(end)
-        for line in whole:
-            begun.append(line + end)
-            yield b"".join(begun)
-            begun = []
-        begun.append(last)
+        if end == b"\n":
+            lines = io.BytesIO(block).readlines()
+        else:
+            lines = [line + end for line in block.split(end)]
+            lines[-1] = lines[-1].removesuffix(end)
+        for line in lines:
+            if not line.endswith(end):
+                begun.append(line)
+            elif begun:
+                yield b"".join([*begun, line])
+                begun = []
+            else:
+                yield line
     if any(begun):
         yield b"".join(begun)
 

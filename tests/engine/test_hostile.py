@@ -202,7 +202,7 @@ def test_what_is_in_flight_when_the_input_fails_is_answered_and_kept(job: Job, s
     server.behave(lambda payload, n: None)
     server.forget()
     echo.write_text(source)
-    output = job.succeed(records_per_chunk=5, retry_failed=True)
+    output = job.succeed(records_per_chunk=5, accept_edited_plugin=True)
     assert output.ids() == [row["id"] for row in documents(15)]
     assert Counter(server.prompts) == Counter({f"document {i}" for i in range(15)} - asked)
 

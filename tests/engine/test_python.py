@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import signal
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow as pa
 import pytest
 from fake_server import FakeServer, Hang
@@ -55,13 +55,15 @@ def test_input_may_be_a_table_a_dataset_or_a_path(call: Any, kind: str, tmp_path
     table = pa.Table.from_pylist(DOCUMENTS[:3])
     given: Any = table
     if kind == "dataset":
+        import datasets
+
         given = datasets.Dataset.from_list(DOCUMENTS).select([0, 1, 2])
     elif kind == "parquet":
         given = tmp_path / "rows.parquet"
         pa.parquet.write_table(table, given)
     elif kind == "jsonl":
         given = str(tmp_path / "rows.jsonl")
-        datasets.Dataset.from_list(DOCUMENTS[:3]).to_json(given)
+        Path(given).write_text("".join(json.dumps(row) + "\n" for row in DOCUMENTS[:3]))
     assert [row["n"] for row in call(shout, given).rows()] == [0, 1, 2]
 
 

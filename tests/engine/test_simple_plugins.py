@@ -59,6 +59,36 @@ def test_generator_of_dicts_is_a_reader_and_a_function_a_writer(simple: Job) -> 
     assert "rows: 2" in simple(preview=2).stdout
 
 
+ONE_READER = """
+    import sdg
+
+    @sdg.hookimpl
+    def register_readers(register):
+        register("log", lines)
+        register("trace", lines)
+
+    def lines(run):
+        files = sdg.InputFiles.of_run(run, {"log", "trace"})
+        for i in range(len(files.paths)):
+            with files.open(i) as file:
+                for line in file.read().decode().splitlines():
+                    yield {"text": line}
+"""
+
+
+def test_one_reader_for_several_suffixes_reads_a_folder_that_has_both(job: Job) -> None:
+    folder = job.folder / "mixed"
+    folder.mkdir()
+    (folder / "a.log").write_text("one\ntwo\n")
+    (folder / "b.trace").write_text("three\n")
+    (folder / "README.md").write_text("not a document")
+    job.options |= {"plugin": [job.plugin("lines", ONE_READER), job.options["plugin"]], "input": folder}
+
+    assert [row["text"] for row in job.succeed().rows()] == ["one", "two", "three"]
+    (folder / "c.csv").write_text("text\nfour\n")
+    assert job(output="other").says("several formats", "csv and log")
+
+
 def test_rows_that_differ_from_the_first_ones_fail_alone(simple: Job) -> None:
     (simple.folder / "rows.txt").write_text("1600")
     finished = simple(records_per_chunk=400)

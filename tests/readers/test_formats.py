@@ -65,6 +65,8 @@ def many_types(count: int) -> pa.Table:
 def test_source_columns_keep_their_types_and_values(job: Job) -> None:
     job.input(many_types(20))
     source = pq.read_table(job.options["input"])
+    entries = pa.list_(pa.struct([("key", pa.string()), ("value", pa.int32())]))  # `datasets` cannot read maps
+    source = source.set_column(source.column_names.index("map"), "map", source["map"].cast(entries))
 
     output = job.succeed(records_per_chunk=7).table()
 

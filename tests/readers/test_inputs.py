@@ -312,6 +312,16 @@ def test_the_total_of_compressed_lines_is_estimated_without_what_was_only_read_a
     assert reader.total() == pytest.approx(20_000, rel=0.5)
 
 
+def test_empty_csv_files_among_others_have_no_rows(tmp_path: Path) -> None:
+    for name, content in {"a.csv": b"", "b.csv": b"text\none\n", "c.csv.gz": gzip.compress(b"")}.items():
+        (tmp_path / name).write_bytes(content)
+
+    assert texts(tmp_path) == ["one"]
+    (tmp_path / "b.csv").unlink()
+    with pytest.raises(sdg.InputError, match=r"a\.csv has no header"):
+        documents(str(tmp_path))
+
+
 def test_columns_of_shards_are_unified(tmp_path: Path) -> None:
     shards: list[dict[str, Any]] = [
         {"text": ["a"], "n": pa.array([1], pa.int32()), "x": pa.nulls(1), "t": pa.array([5], pa.timestamp("ms"))},
@@ -335,7 +345,7 @@ def test_a_value_that_a_common_type_cannot_hold_is_named(tmp_path: Path) -> None
     pq.write_table(pa.table({"text": ["a"], "n": [2**60 + 1]}), tmp_path / "a.parquet")
     pq.write_table(pa.table({"text": ["b"], "n": [0.5]}), tmp_path / "b.parquet")
 
-    with pytest.raises(sdg.InputError, match=r"a\.parquet has values that do not fit"):
+    with pytest.raises(sdg.InputError, match=r"a\.parquet has values that do not fit.*column n"):
         documents(str(tmp_path))
 
 

@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import boto3
-from moto.server import DomainDispatcherApplication, create_backend_app
 from running import Output
 from werkzeug.serving import WSGIRequestHandler, make_server
 
@@ -58,6 +56,9 @@ class FakeS3:
     numbers = itertools.count(1)
 
     def __init__(self) -> None:
+        import boto3
+        from moto.server import DomainDispatcherApplication, create_backend_app
+
         self.requests: list[Request] = []
         self._behaviour: Behaviour = lambda request: None
         self._moto = DomainDispatcherApplication(create_backend_app)

@@ -132,17 +132,25 @@ class Started:
             stdout, stderr = self.process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
             self.send(signal.SIGABRT)  # faulthandler says where it hangs
-            stdout, stderr = self.process.communicate()
+            stdout, stderr = self._rest()
             raise AssertionError(f"still running after {timeout} s:\n{stdout}\n{stderr}") from None
         finished = Finished(self.process.returncode, stdout, stderr, time.monotonic() - self.began)
         signs = [sign for sign in SIGNS_OF_A_BUG if sign in stderr]
         assert bugs or not signs, f"{signs} in standard error:\n{stderr}"
         return finished
 
+    def _rest(self) -> tuple[str, str]:
+        """What it still writes. A process that it has left behind may hold the streams for ever."""
+        try:
+            return self.process.communicate(timeout=20)
+        except subprocess.TimeoutExpired as exc:
+            self.process.kill()
+            return tuple((text or b"").decode(errors="replace") for text in (exc.stdout, exc.stderr))  # type: ignore[return-value]
+
     def close(self) -> None:
         if self.running:
             self.process.kill()
-        self.process.communicate()
+        self._rest()
 
 
 @dataclass(frozen=True)

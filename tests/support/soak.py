@@ -32,9 +32,12 @@ from running import Finished, Job, Started
 
 # All that a rollout may do with a document, decided by its text.
 MIXED = """
-    import asyncio, hashlib
+    import asyncio, hashlib, os, sys
     from typing import NotRequired, TypedDict
     import sdg
+
+    class PanicException(BaseException):  # as libraries in Rust raise it
+        pass
 
     class Result(TypedDict):
         text: str
@@ -49,7 +52,30 @@ MIXED = """
     def number(text):
         return hashlib.sha256(text.encode()).digest()[0]
 
+    fault, _, moment = os.environ.get("SOAK_FAULT", "").partition(":")
+    begun = 0
+
+    def misbehave():  # at one document: what ends the process, or leaves it crippled
+        global begun
+        begun += 1
+        if begun == int(moment or 0):
+            match fault:
+                case "closefds": os.closerange(3, 200)
+                case "exit": os._exit(9)
+                case "abort": os.abort()
+                case "streams": sys.stdout.close(), sys.stderr.close()
+                case "chdir": os.chdir("/")
+                case "stop": asyncio.get_running_loop().stop()
+
+    async def tool(seconds):
+        try:
+            await asyncio.sleep(seconds)
+            return "tool"
+        except:
+            return "THE TOOL WAS CANCELED"
+
     async def mixed(document, generate) -> list[Result] | None:
+        misbehave()
         match number(document.text) % 8:
             case 0:
                 await generate(document.text)
@@ -69,6 +95,18 @@ MIXED = """
                 reply = await generate({"prompt": document.text, "max_tokens": 5})
                 await asyncio.sleep(number(reply.text) / 1000)
                 return [{"text": reply.text, "steps": 1, "tags": [], "unexpected": number(reply.text)}]
+            case 4:
+                reply = await generate(document.text)
+                used = await asyncio.gather(*[tool(number(reply.text) / 500) for _ in range(3)], return_exceptions=True)
+                more = await generate(f"{reply.text} {used}")
+                return [{"text": f"{more.text} {used}", "steps": 3, "tags": []}]
+            case 5:
+                reply = await generate(document.text)
+                match number(reply.text) % 4:
+                    case 0: raise PanicException("index out of bounds")
+                    case 1: asyncio.current_task().cancel(); await asyncio.sleep(1)
+                    case 2: raise KeyboardInterrupt
+                return [{"text": reply.text, "steps": 4, "tags": []}]
             case _:
                 reply = await generate(document.text)
                 return [{"text": reply.text, "steps": 0, "tags": []}]
@@ -85,6 +123,8 @@ SCHEMA = pa.schema(
 )
 REPO, TOKEN = "alice/out", "hf_write_aaaabbbbccccdddd"
 CONTEXT = 150  # tokens, which are words here
+CRASHES = (1, 9, 134, 139, -signal.SIGABRT, -signal.SIGSEGV)  # ends of crippled processes
+FAULTS = ("closefds", "exit", "abort", "streams", "chdir", "stop")
 GENTLE = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -229,22 +269,25 @@ class Play:
     def _finish(self, **options: Any) -> None:
         """Disturb some runs, and let one be."""
         for _ in range(self.chance.randint(1, 4) if self.disturbed else 0):
-            for finished in self._run(disturbed=True, **options):
-                assert finished.rc in {0, 130, 143, -signal.SIGKILL}, finished
+            self._run(disturbed=True, **options)
         for finished in self._run(**options):
             succeeded(finished)
 
     def _run(self, disturbed: bool = False, **options: Any) -> list[Finished]:
         """All ranks, at once."""
-        started = [self.job.start(rank=rank, **options) for rank in range(self.scenario.ranks)]
+        fault = self.chance.choice(FAULTS) if disturbed and self.chance.random() < 0.3 else ""
+        env = {"SOAK_FAULT": f"{fault}:{self.chance.randint(1, self.scenario.count)}"} if fault else {}
+        started = [self.job.start(env, rank=rank, **options) for rank in range(self.scenario.ranks)]
         threads = []
         for one in started if disturbed else []:
             seconds, signum = self.chance.uniform(0.2, 3.0), self.chance.choice([signal.SIGKILL, *GENTLE])
             threads.append(threading.Thread(target=self._disturb, args=(one, seconds, signum)))
             threads[-1].start()
-        finished = [one.finish(120) for one in started]
+        finished = [one.finish(120, bugs=bool(fault)) for one in started]
         for thread in threads:
             thread.join()
+        legal = {0, 130, 143, -signal.SIGKILL, *(CRASHES if fault else ())}
+        assert not disturbed or all(one.rc in legal for one in finished), finished
         return finished
 
     def _disturb(self, started: Started, seconds: float, signum: signal.Signals) -> None:
