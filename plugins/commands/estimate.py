@@ -48,7 +48,8 @@ def estimate(argv: list[str]) -> int:
     from sdg_plugins.commands.jobs import run_all
 
     usage = "sdg.py estimate [--sample N] [--json] [OPTIONS of run]"
-    parser = Parser(prog="sdg.py estimate", usage=usage, description=estimate.__doc__)
+    example = "example: sdg.py estimate --sample 100 --input docs/ --base-url http://localhost:8000"
+    parser = Parser(prog="sdg.py estimate", usage=usage, description=estimate.__doc__, epilog=example)
     parser.add_argument("--sample", type=number(int, 1), default=200, metavar="N", help="documents to run [200]")
     parser.add_argument("--json", action="store_true", help="print the forecast as JSON, for programs")
     own, rest = parser.parse_known_args(argv)
@@ -221,12 +222,13 @@ def paces_of(looks: tuple[Look, Look, Look], took: list[tuple[float, float]], ta
     start, middle, end = looks
     whole, few, many = end.since(start), middle.since(start), end.since(middle)
     tokens, seconds = (sum(each[i] for each in took) for i in (0, 1))
-    work = takes.work(len(took), tokens)
+    alone = whole.requests <= len(took) or whole.area <= seconds  # too few to tell them apart
+    few = whole if alone else few
+    narrow = Pace(few.area * takes.work(len(took), tokens) / max(seconds, 1e-9), few.seconds, few.area)
+    if alone:
+        return narrow, Pace(0.0, 0.0, 0.0)
     rest = takes.work(whole.requests - len(took), whole.tokens - tokens)
-    return (
-        Pace(few.area * work / max(seconds, 1e-9), few.seconds, few.area),
-        Pace(many.area * rest / max(whole.area - seconds, 1e-9), many.seconds, many.area),
-    )
+    return narrow, Pace(many.area * rest / (whole.area - seconds), many.seconds, many.area)
 
 
 class Lengths(NamedTuple):

@@ -93,6 +93,8 @@ def mean_of(
     import statistics
 
     mean = statistics.fmean(values)
+    if len(values) >= population:
+        return Range(mean, mean, mean)
     if len(values) < 3:
         return Range(mean, 0.0, math.inf)
     unseen, deviation = max(0.0, 1 - len(values) / max(population, 1)), statistics.stdev(values)

@@ -217,10 +217,10 @@ def refusal(exc: BaseException, address: Address) -> str | None:
 
 def failed_request(exc: BaseException) -> Any:
     """The request that failed, as the HTTP library has it; None if unknown."""
-    with contextlib.suppress(RuntimeError):  # an exception that was made without its request
-        if request := getattr(exc, "request", None):
-            return request
-        return getattr(getattr(exc, "response", None), "request", None)
+    for of in (exc, getattr(exc, "response", None)):
+        with contextlib.suppress(RuntimeError):  # made without its request
+            if request := getattr(of, "request", None):
+                return request
     return None
 
 
@@ -297,13 +297,14 @@ def patiently(call: Callable[[], T], address: Address, stopping: threading.Event
     Raises:
         InputError: a permanent error of the Hub.
     """
-    waited, said = 0.0, False
+    waited, said, renewed = 0.0, False, False
     for attempt in itertools.count():
         set_timeout()
         try:
             return call()
         except Exception as exc:
-            if (reason := refusal(exc, address)) and not (attempt == 0 and is_refused_range(exc)):
+            renewing, renewed = is_refused_range(exc) and not renewed, renewed or is_refused_range(exc)
+            if (reason := refusal(exc, address)) and not renewing:
                 raise sdg.InputError(reason) from exc
             if not is_transient(exc) or stopping.is_set():
                 raise

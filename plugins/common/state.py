@@ -158,11 +158,8 @@ def claim_state(run: sdg.Run, reader: sdg.Reader, changed_rows: Callable[[], str
     changes = changes_since(run, reader, recorded)
     if files_changed(reader, recorded, changes) and not untouched(run):
         changes = [*changes, rows] if (rows := changed_rows()) else []
-    demo = run.options.output == DEMO_OUTPUT and recorded["identity"]["model"] == DEMO_MODEL
-    estimate = recorded.get("estimate", False)  # made to choose options by: others may be chosen
-    if changes and (demo or estimate or untouched(run)):  # for example after a mistyped model
-        if demo or estimate:
-            kind = "a demo" if demo else "an estimate"
+    if changes and (kind := replaceable(run, recorded)):
+        if kind != "nothing":
             sdg.say(f"{run.options.output} holds {kind} with other options ({'; '.join(changes[:3])}): it is replaced")
         start_over(run)
         run.options.records_per_chunk = None if derived else run.options.records_per_chunk
@@ -172,7 +169,7 @@ def claim_state(run: sdg.Run, reader: sdg.Reader, changed_rows: Callable[[], str
     claim_output(run, recorded["run"])
     mine["options"]["max_documents"] = most_documents(recorded["options"]["max_documents"], run.options.max_documents)
     now = with_edits(run, recorded | {name: mine[name] for name in ("identity", "options", "stamp")}, recorded)
-    now["estimate"] = estimate and mine["estimate"]
+    now["estimate"] = recorded.get("estimate", False) and mine["estimate"]
     if now != recorded:
         replace_file(run, path.name, json.dumps(now, indent=2).encode())
     return bool(now["identity"] != mine["identity"])
@@ -289,13 +286,18 @@ def goal_of(reader: sdg.Reader, options: argparse.Namespace) -> str:
     return f"{options.max_documents or 'all'} of {revision_of(reader)}"
 
 
+def recordable_input(options: argparse.Namespace) -> str | None:
+    """The input as an absolute path, or as the URI that it is; None for the demo."""
+    uri: str | None = options.input
+    return os.path.abspath(uri) if uri and split_uri(uri)[0] == "file" else uri
+
+
 def recordable_options(run: sdg.Run) -> dict[str, Any]:
     """The options as JSON, without secrets, and such that other commands can use them in another folder."""
     every = {**vars(run.options), "models": recordable(run.options.models)}
     options: dict[str, Any] = json.loads(json.dumps(every, default=str))
     options["base_url"] = [sdg.redact(url) for url in run.options.base_url or []]
-    if options["input"] and split_uri(options["input"])[0] == "file":
-        options["input"] = os.path.abspath(options["input"])
+    options["input"] = recordable_input(run.options)
     options["plugin"] = [
         os.path.abspath(os.path.expanduser(name)) if name.endswith(".py") else name for name in options["plugin"] or []
     ]
@@ -319,10 +321,15 @@ def parse_run(path: Path, content: bytes) -> dict[str, Any]:
 
 
 def remember_source(run: sdg.Run) -> None:
-    """Set what the first process of this run recorded of the input, if there was one."""
+    """Set what the first process of this run recorded of the input, if there was one.
+
+    What another input has left is ignored if it may be replaced: its columns are not those of this one.
+    """
     path = run.state / "run.json"
     if path.exists():
         recorded = parse_run(path, path.read_bytes())
+        if recorded["options"]["input"] != recordable_input(run.options) and replaceable(run, recorded):
+            return
         run.source = recorded.get("source", {})
         run.source_schema = schema_of(recorded["source_schema"])
 
@@ -346,6 +353,16 @@ def check_state_dir(run: sdg.Run) -> None:
         )
         if here != there and not moved:
             raise sdg.StateError(f"state {run.state} belongs to the output {theirs}: choose another --state-dir")
+
+
+def replaceable(run: sdg.Run, recorded: Mapping[str, Any]) -> str:
+    """What a state holds that a run with other options may replace; "" if it is another run.
+
+    That is a demo; an estimate, which is made to choose options by; or nothing, for example after a mistyped model.
+    """
+    if run.options.output == DEMO_OUTPUT and recorded["identity"]["model"] == DEMO_MODEL:
+        return "a demo"
+    return "an estimate" if recorded.get("estimate") else "nothing" if untouched(run) else ""
 
 
 def untouched(run: sdg.Run) -> bool:

@@ -150,16 +150,19 @@ def is_list(kind: pa.DataType) -> bool:
 
 
 def conformed(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
-    """Rows in another schema, which holds their values. Raises pyarrow.ArrowException if it does not."""
+    """Rows in another schema, which holds their values. Raises pyarrow.ArrowInvalid, with the column, if not."""
     import pyarrow as pa
 
     if batch.schema.equals(schema):
         return pa.RecordBatch.from_arrays(batch.columns, schema=schema)
     present = set(batch.schema.names)
-    columns = [
-        converted(batch.column(field.name), field.type) if field.name in present else pa.nulls(len(batch), field.type)
-        for field in schema
-    ]
+    columns = []
+    for field in schema:
+        try:
+            own = batch.column(field.name) if field.name in present else pa.nulls(len(batch))
+            columns.append(converted(own, field.type))
+        except pa.ArrowException as exc:
+            raise pa.ArrowInvalid(f"column {field.name}: {exc}") from exc
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 

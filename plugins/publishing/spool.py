@@ -134,6 +134,7 @@ class Spool:
     def files(self) -> dict[str, HubFile]:
         """All files that can be made from the spool by now, by path; sets `signatures` and `unknown`."""
         self.unknown = []
+        self._chunks.clear()  # what was read before a file was replaced or removed would contradict the files
         self.signatures = signatures = {}
         data: dict[int, str] = {}
         grouped: list[tuple[str, tuple[str, ...]]] = []
@@ -171,7 +172,9 @@ class Spool:
         mean = sum(sizes.values()) / len(sizes)
         width = self._ledger.setting(f"chunks_of_a_file of {run}", max(1, int(0.8 * self._size / max(1, mean))))
         over = {number for number, record in enumerate(self._records()) if record.get("status") == "finished"}
-        fixed = {self._index(part) for known in self.incomplete(run, signatures).values() for part in known.parts}
+        rows, _ = file_patterns(self.run.options.output_config, self.run.options.output_filename)
+        gone = [part for known in self.incomplete(run, signatures).values() for part in known.parts]
+        fixed = {self._index(part) for part in gone if rows.fullmatch(part)}  # a record of failures fixes no rows
         ranges: dict[tuple[int, int], list[int]] = {}
         for index in sorted(data):
             ranges.setdefault((index % world, index // world // width), []).append(index)

@@ -27,6 +27,7 @@ from sdg_plugins.readers.partitions import partitioned
 SEPARATORS = {"tsv": "\t", "tab": "\t", "psv": "|"}  # by suffix
 CANDIDATES = (",", ";", "\t", "|")
 SAMPLE = 100  # lines that the separator is found in
+BLANK = b"\xef\xbb\xbf \t\r\n"
 HEADERS = 200  # files whose headers are read at the beginning
 LONGEST = 64 << 20  # bytes of a record: a longer one has a quote that is never closed
 NEAR = 50  # lines in which the end of a broken record is looked for
@@ -89,17 +90,21 @@ class CsvReader(LinesReader):
         else:
             with ThreadPoolExecutor(16) as pool:
                 forms = pool.map(functools.partial(self._form_of_file, files), range(min(HEADERS, len(files.names))))
-                self.schema = pa.schema([(n, pa.string()) for n in dict.fromkeys(n for f in forms for n in f.header)])
+                names = dict.fromkeys(name for form in forms if form for name in form.header)
+            if not names:
+                raise sdg.InputError(f"--input: {files.names[0]} has no header")
+            self.schema = pa.schema([(name, pa.string()) for name in names])
         self._prompt = run.options.prompt_column
         super().__init__(files, Lines(files, self._encoding, legacy=True, splitter=line_splitter))
 
-    def _form_of_file(self, files: InputFiles, i: int) -> Form:
+    def _form_of_file(self, files: InputFiles, i: int) -> Form | None:
+        """How a file is written; None if it is empty, as Spark writes partitions without rows."""
         with files.open(i) as file:
             try:
                 head = Stream(file, self._encoding, legacy=True).head
             except BROKEN as exc:
                 raise sdg.InputError(f"{files.names[i]} cannot be read: {sdg.one_line(exc)}") from exc
-        return self._form_of(head, files.names[i])
+        return self._form_of(head, files.names[i]) if head.strip(BLANK) else None
 
     def _form_of(self, head: bytes, name: str) -> Form:
         """How a file is written that begins with `head`."""
@@ -137,6 +142,8 @@ class CsvReader(LinesReader):
         if self.lines.file == len(self.files.names):
             return
         name, at_start = self.lines.name, self.lines.offset == 0
+        if not self.lines.stream.head.strip(BLANK):
+            return
         self._form = self._form_of(self.lines.stream.head, name)
         missing = set(self._form.header) - set(self.schema.names)
         if self._prompt in set(self.schema.names) - set(self._form.header):

@@ -92,10 +92,10 @@ class StepReader:
             size = self._size(chunk)
             if rows and size and first <= self._row < first + size:
                 part = self._rows_of(chunk).slice(self._row - first, rows).replace_schema_metadata(None)
-                (batch,) = part.combine_chunks().to_batches()
-                blocks.append(sdg.Block(batch, f"{self._name}/{chunk.index}", self._row - first))
-                self._row += part.num_rows
-                rows -= part.num_rows
+                for batch in part.combine_chunks().to_batches():  # several above 2 GiB
+                    blocks.append(sdg.Block(batch, f"{self._name}/{chunk.index}", self._row - first))
+                    self._row += batch.num_rows
+                    rows -= batch.num_rows
             first += size
         return blocks
 

@@ -61,10 +61,13 @@ class ParquetWriter:
 
     def read(self, chunk: sdg.Chunk) -> pa.Table | None:
         """See `sdg.Writer`."""
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
         try:
             with self._run.output.open(self._run.path_of(chunk)) as file:
-                return pq.ParquetFile(file).read()  # `read_table` imports pandas
+                whole = pq.ParquetFile(file)  # `read_table` imports pandas
+                groups = [whole.read_row_group(i) for i in range(whole.num_row_groups)]  # not above 2 GiB at a time
+                return pa.concat_tables(groups) if groups else whole.read()
         except FileNotFoundError:
             return None

@@ -117,6 +117,16 @@ def test_duration_follows_from_how_requests_slow_each_other_down(full: bool) -> 
     assert likely.low <= likely.value <= likely.high
 
 
+@pytest.mark.parametrize("count", [1, 3, 12])
+def test_an_estimate_of_few_documents_knows_their_tokens_and_a_time(count: int, job: Job) -> None:
+    job.server.behave(lambda payload, n: words(payload))
+    job.input(rows(count))
+    found = json.loads(estimate(job, "--json").stdout)
+    prompt = found["tokens"]["model"]["prompt_tokens"]
+    assert prompt["low"] == prompt["value"] == prompt["high"] > 0
+    assert 0 < found["seconds"]["value"] < 60
+
+
 @pytest.mark.parametrize("takes", [Takes(2.0, 0.0), Takes(0.0, 0.1), Takes(1.0, 0.05)])
 def test_time_of_requests_is_told_from_that_of_their_tokens(takes: Takes) -> None:
     requests = [(tokens, takes.work(1, tokens)) for tokens in (10.0, 20.0, 50.0, 30.0, 25.0) * 4]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import base64
 import contextlib
 import io
@@ -30,7 +31,7 @@ from hypothesis import given, settings, strategies as st
 from running import Finished, Job, Output, documents, wait_until
 
 import sdg
-from sdg_plugins.common import hub as hub_plugin
+from sdg_plugins.common import hub as hub_plugin, recorded
 from sdg_plugins.common.command_line import FILENAME
 from sdg_plugins.common.ending import LAST_RESORT
 from sdg_plugins.common.files import output_place
@@ -417,6 +418,43 @@ def test_a_range_whose_parts_are_gone_is_left_as_it_is_without_the_ledger(job: H
     assert finished.rc == 1
     assert "00000_00001.parquet" in finished.stderr
     assert job.there == published
+
+
+def test_a_record_of_failures_that_is_gone_from_the_spool_holds_up_no_rows(
+    job: HubJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job.server.behave(lambda payload, n: Status(400) if "document 7" in str(payload) else None)
+    merged = {"max_file_size": "20kB"}
+    assert job(**merged).rc == 0
+    (failed,) = (job.state / "spool/failed").glob("[!.]*")
+    name = f"failed/{failed.name}"
+    monkeypatch.setattr(spool_plugin, "FRESH", 1000.0)
+    monkeypatch.chdir(job.folder)
+    parser = argparse.ArgumentParser()
+    recorded.add_run_options(parser)
+    with contextlib.closing(Ledger(job.state / "published.sqlite3")) as ledger:
+        spool = Spool(recorded.load_run(parser.parse_args(["--output", URI])), "", ledger)
+        spool.files()
+        content = failed.read_bytes()
+        failed.unlink()
+        assert spool.is_due(name)
+        failed.write_bytes(content)
+        before = job.there
+        job.server.behave(lambda payload, n: None)
+        assert job(**merged, retry_failed=True).rc == 0
+        spool.files()
+        assert not spool.is_due(name)  # what was read before the documents were retried does not count
+    assert ids(job.there) == [f"d{i:04}" for i in range(23)]
+    assert job.there != before
+
+    job.server.behave(lambda payload, n: Status(400))
+    job.input(documents(24))
+    assert job(**merged).rc == 0
+    for record in (job.state / "spool/failed").glob("[!.]*"):
+        record.unlink()
+    job.hub.push(REPO, dict.fromkeys(path for path in job.there if path.startswith("data/")))
+    assert job(**merged).rc == 0
+    assert ids(job.there) == [f"d{i:04}" for i in range(23)]
 
 
 def test_merged_rows_stay_on_the_hub_while_the_run_grows(job: HubJob) -> None:
@@ -928,3 +966,22 @@ def test_ranks_that_begin_at_the_same_time_share_one_ledger(tmp_path: Path) -> N
         with ThreadPoolExecutor(6) as threads:
             for done in [threads.submit(opened) for _ in range(6)]:
                 done.result()
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (400, f"dataset {REPO} refuses the commit"),
+        (403, f"/api/datasets/{REPO}/commit/main; does HF_TOKEN have write access to it?"),
+    ],
+)
+def test_a_refused_commit_is_that_of_the_commit(status: int, words: str, job: HubJob) -> None:
+    job.hub.create(REPO)
+    job.hub.fail("commit", status=status, times=1000)
+    finished = job()
+    assert finished.rc == 1
+    assert words in finished.message
+    assert "card" not in finished.message
+    job.hub.forget_faults()
+    assert job().rc == 0
+    assert job.all_is_there()

@@ -326,6 +326,27 @@ def test_refusals_name_the_repository(
     assert refused(here, repo).startswith(words)
 
 
+@pytest.mark.parametrize("status", [403, 416])
+def test_a_range_that_is_refused_once_is_asked_for_again(status: int, here: Here, docs: FakeHub) -> None:
+    docs.fail("resolve", status=503, times=1, after=1)
+    docs.fail("resolve", status=status, times=1, after=1)
+
+    assert here.texts() == ALL
+
+
+@pytest.mark.parametrize(("status", "words"), [(403, "does HF_TOKEN have read access"), (416, "the Hub refused (416)")])
+def test_a_refused_read_says_what_was_asked_for(status: int, words: str, here: Here, docs: FakeHub) -> None:
+    docs.fail("resolve", status=status, times=1000)
+
+    message = refused(here)
+
+    assert words in message
+    assert f"GET {docs.url}/datasets/{DOCS}/resolve/" in message
+    assert "data/train-0000" in message
+    assert "write" not in message
+    assert docs.statuses("resolve").count(status) < 20  # once more for each file, and no more
+
+
 def test_permitted_tokens_can_read(hub_job: Job, docs: FakeHub) -> None:
     docs.create("lab/secret", private=True, gated=True)
     docs.push("lab/secret", {"a.parquet": parquet(["a"])})

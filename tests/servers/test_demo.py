@@ -14,3 +14,18 @@ def test_the_demo_reads_messages_made_of_parts(job: Job) -> None:
     output = job.succeed(base_url=None, server="demo", plugin="prompt")
 
     assert "Rivers rise in spring." in output.rows()[0]["rollout_results"][0]["text"]
+
+
+def test_a_demo_gives_way_to_the_first_files_with_all_their_columns(job: Job) -> None:
+    demo = {"base_url": None, "plugin": None, "output": None}
+    assert job(max_documents=3, **demo).rc == 0
+    (job.folder / "rows.csv").write_text("title,text\nThe well,A well is deep. It has water.\n")
+
+    finished = job(input="rows.csv", **demo)
+
+    assert finished.rc == 0, finished
+    assert "output/demo holds a demo with other options" in finished.stderr
+    assert job.output_of(output="output/demo").rows()[0]["title"] == "The well"
+    (job.folder / "rows.jsonl").write_text('{"name": "x", "text": "A lake is wide. It has water."}\n')
+    assert job(input="rows.jsonl", **demo).rc == 0
+    assert job.output_of(output="output/demo").rows()[0]["name"] == "x"

@@ -34,7 +34,7 @@ READ_AT_THE_START = ("PYTHON", "LANG", "LC_", "LD_", "MALLOC_", "ARROW_", "TZ")
 IMPORTED = (
     *("sdg", "sdg_plugins.commands.jobs", "sdg_plugins.commands.preview", "sdg_plugins.truncation.fitting"),
     *("aiosqlite", "dateutil.relativedelta", "filelock", "uvloop", "yaml"),
-    *("pyarrow.compute", "pyarrow.fs", "pyarrow.parquet", "huggingface_hub.hf_api"),
+    *("pyarrow.fs", "pyarrow.parquet", "huggingface_hub.hf_api"),
 )
 
 _runs = itertools.count()
