@@ -179,7 +179,7 @@ def most_documents(before: int | None, now: int | None) -> int | None:
     """The --max-documents to record: it never shrinks, because existing rows are kept."""
     most = max(before, now) if before and now else None
     if now and most != now:
-        sdg.say(f"--max-documents {now:,} is less than before ({before or 'all'}): rows that are there stay")
+        sdg.say(f"--max-documents {now:,} is less than before ({before or 'all'}): existing rows are kept")
     return most
 
 
