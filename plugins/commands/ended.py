@@ -58,7 +58,12 @@ class Verdict(NamedTuple):
 
 def ended(argv: list[str]) -> int:
     """Report to a job script whether a rank's next attempt may succeed: `requeue|stop CODE [HOST TO AVOID]`."""
-    parser = Parser(prog="sdg.py ended", description=ended.__doc__, usage="%(prog)s --status N OPTIONS OF run")
+    parser = Parser(
+        prog="sdg.py ended",
+        description=ended.__doc__,
+        usage="%(prog)s --status N OPTIONS OF run",
+        epilog="example, after srun in a job script: sdg ended --status $? --config run.toml",
+    )
     parser.add_argument("--status", type=int, required=True, metavar="N", help="exit status of srun")
     parser.add_argument("--signaled", action="store_true", help="Slurm has signaled the job script")
     parser.add_argument("--seconds", type=float, default=0.0, metavar="S", help="duration of the attempt")

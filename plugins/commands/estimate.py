@@ -48,7 +48,8 @@ def estimate(argv: list[str]) -> int:
     from sdg_plugins.commands.jobs import run_all
 
     usage = "sdg.py estimate [--sample N] [--json] [OPTIONS of run]"
-    parser = Parser(prog="sdg.py estimate", usage=usage, description=estimate.__doc__)
+    example = "example: sdg.py estimate --sample 100 --input docs/ --base-url http://localhost:8000"
+    parser = Parser(prog="sdg.py estimate", usage=usage, description=estimate.__doc__, epilog=example)
     parser.add_argument("--sample", type=number(int, 1), default=200, metavar="N", help="documents to run [200]")
     parser.add_argument("--json", action="store_true", help="print the forecast as JSON, for programs")
     own, rest = parser.parse_known_args(argv)

@@ -36,11 +36,13 @@ def export(argv: list[str]) -> int:
     A file (.parquet or .jsonl) is written as a whole. A folder gets a file for each chunk, and those that are there
     already stay: run the command again to go on.
     """
-    parser = Parser(prog="sdg.py export", description=export.__doc__)
+    example = "example: sdg.py export --output ./summaries --format messages --to chats.jsonl"
+    parser = Parser(prog="sdg.py export", description=export.__doc__, epilog=example)
     recorded.add_run_options(parser)
-    text = "a .parquet or .jsonl file, or a folder"
+    text = "a .parquet or .jsonl file, or a folder for a file of each chunk"
     parser.add_argument("--to", required=True, type=expanded, metavar="PATH", help=text)
-    parser.add_argument("--format", required=True, choices=FORMATS, help=", ".join(FORMATS))
+    text = "flat: a row for each result; messages: chats; preference: the best and the worst result of each document"
+    parser.add_argument("--format", required=True, choices=FORMATS, help=text)
     text = "column of what was asked, such as text or messages [--prompt-column of the run]"
     parser.add_argument("--prompt-column", metavar="PATH", help=text)
     text = "field of the results by which pairs are made [score]"

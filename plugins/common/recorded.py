@@ -48,8 +48,8 @@ def latest_output(state_dir: str | None) -> str:
     if not found:
         raise sdg.StateError("there is no run below ./output: name its output with --output")
     latest = max(found, key=found.__getitem__)
-    if len(found) > 1:
-        sdg.say(f"this is {latest}, the latest of {len(found)} runs here; --output selects another one")
+    which = f"the latest of {len(found)} runs here" if len(found) > 1 else "the only run below ./output"
+    sdg.say(f"this is {latest}, {which}; --output selects another one")
     return latest
 
 
