@@ -885,9 +885,9 @@ def test_interrupts_while_the_run_ends_print_no_traceback(job: Job, server: Fake
     job.input(documents(300))
     server.behave(lambda payload, n: Delay(0.1))
     for turn in range(8):
+        server.forget()
         started = job.start(output=f"output{turn}", max_concurrent_generations=10)
         wait_until(lambda: len(server.answered) > 5)
-        server.forget()
         for _ in range(3):
             started.send(signal.SIGINT)
             time.sleep(0.02 * turn)
