@@ -51,7 +51,7 @@ def source_of(args: argparse.Namespace) -> Source:
     except sdg.Error as exc:
         message = f"{state} has no run.json, and the files of {sdg.redact(args.output)} cannot be read without it"
         raise sdg.StateError(f"{message}: {str(exc).removeprefix('--input ')}") from exc
-    sdg.say(f"there is no state of {sdg.redact(args.output)} here: its files are taken as they are")
+    sdg.say(f"found no state of {sdg.redact(args.output)} here: its files are exported as they are")
     return found
 
 

@@ -176,10 +176,10 @@ def claim_state(run: sdg.Run, reader: sdg.Reader, changed_rows: Callable[[], str
 
 
 def most_documents(before: int | None, now: int | None) -> int | None:
-    """The --max-documents to record: it never shrinks, because rows that are there stay."""
+    """The --max-documents to record: it never shrinks, because existing rows are kept."""
     most = max(before, now) if before and now else None
     if now and most != now:
-        sdg.say(f"--max-documents {now:,} is less than before ({before or 'all'}): rows that are there stay")
+        sdg.say(f"--max-documents {now:,} is less than before ({before or 'all'}): existing rows are kept")
     return most
 
 
@@ -282,7 +282,7 @@ def revision_of(reader: sdg.Reader) -> str:
 
 
 def goal_of(reader: sdg.Reader, options: argparse.Namespace) -> str:
-    """What a rank has done when it has finished: it is open again if the input grows, or more of it is wanted."""
+    """What a rank has done when it has finished: it is open again if the input grows, or if more of it is requested."""
     return f"{options.max_documents or 'all'} of {revision_of(reader)}"
 
 

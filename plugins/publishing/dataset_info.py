@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import sdg
@@ -80,7 +81,7 @@ def with_features(values: dict[str, Any], name: str, files: str, features: list[
     described = {info.get("config_name"): info for info in kept}
     for config in ours if features else ():
         if config in described:
-            described[config]["features"] = features
+            described[config]["features"] = copy.deepcopy(features)  # one list for several would be an anchor in YAML
         else:
-            kept.append({"config_name": config, "features": features})
+            kept.append({"config_name": config, "features": copy.deepcopy(features)})
     return {**values, "dataset_info": kept} if kept or "dataset_info" in values else values

@@ -36,14 +36,9 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         try:
             self._db = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
-            for table in (
-                "files (path TEXT PRIMARY KEY, run TEXT, signature TEXT, hash TEXT, parts TEXT)",
-                "sent (hash TEXT PRIMARY KEY)",
-                "settings (name TEXT PRIMARY KEY, value TEXT)",
-            ):
-                self._db.execute(f"CREATE TABLE IF NOT EXISTS {table}")
-            if "git_hash" not in {row[1] for row in self._db.execute("PRAGMA table_info(files)")}:
-                self._db.execute("ALTER TABLE files ADD COLUMN git_hash TEXT DEFAULT ''")  # of an earlier sdg
+            if not self._has_git_hashes():
+                with self.transaction():  # ranks that begin at the same time share the file
+                    self._create()
             rows = self._db.execute("SELECT path, run, signature, hash, parts, git_hash FROM files").fetchall()
             self.files = {
                 path: Known(run, signature, hash_, tuple(json.loads(parts)), git_hash)
@@ -55,10 +50,24 @@ class Ledger:
         except sqlite3.DatabaseError as exc:
             raise sdg.StateError(f"{path} is broken: delete it; it is rebuilt from the files on the Hub") from exc
 
+    def _has_git_hashes(self) -> bool:
+        """True if the tables are there, in their newest form."""
+        return "git_hash" in {row[1] for row in self._db.execute("PRAGMA table_info(files)")}
+
+    def _create(self) -> None:
+        for table in (
+            "files (path TEXT PRIMARY KEY, run TEXT, signature TEXT, hash TEXT, parts TEXT, git_hash TEXT DEFAULT '')",
+            "sent (hash TEXT PRIMARY KEY)",
+            "settings (name TEXT PRIMARY KEY, value TEXT)",
+        ):
+            self._db.execute(f"CREATE TABLE IF NOT EXISTS {table}")
+        if not self._has_git_hashes():  # of an earlier sdg
+            self._db.execute("ALTER TABLE files ADD COLUMN git_hash TEXT DEFAULT ''")
+
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """Commit the changes of the body at once: one by one, each would wait for the disk."""
-        self._db.execute("BEGIN")
+        self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
         finally:

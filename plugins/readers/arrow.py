@@ -56,6 +56,8 @@ class ArrowReader:
         while rows and (batch := self._load()) is not None:
             part = batch.slice(self._row - self._batch_start, rows)
             name = self.files.names[self._file]
+            if new := [column for column in part.schema.names if column not in self.schema.names]:
+                raise no_fit(name, ValueError(f"column {new[0]} is not in them"))
             try:
                 found.append(sdg.Block(conformed(part, self.schema), name, self._row - self._start))
             except pa.ArrowException as exc:

@@ -90,6 +90,8 @@ class ParquetReader:
         self._schemas: dict[str, pa.Schema] = {}
         self._restart_at(0, 0)
         self._add_footers(EAGER if files.local else EAGER_REMOTE)
+        if (known := len(self._groups)) < len(files.names):
+            sdg.say(f"--input: the columns are those of the first {known:,} of {len(files.names):,} files")
         self.schema = self._unified()
         self._row = 0
         self._piece: Piece | None = None

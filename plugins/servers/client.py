@@ -220,7 +220,7 @@ class Client:
             self._learn(upstream, exc, sent)
             raise
         if self._doubt:
-            sdg.say(f"{self._doubt}; but it answers")
+            sdg.say(f"{self._doubt}; but it responds")
             self._doubt = ""
         self.pool.succeeded(upstream)
         self.pool.set_aside(upstream, quota_pause(answer.headers), "the quota in its headers is used up")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import sdg
 from sdg_plugins.common.files import codec_of
-from sdg_plugins.common.kinds import array_of, holds, parse_json
+from sdg_plugins.common.kinds import array_of, holds, json_type, parse_json
 from sdg_plugins.common.results import results_type
 from sdg_plugins.common.state import recorded_fields
 from sdg_plugins.common.unify import is_bytes
@@ -73,11 +73,10 @@ class JsonlWriter:
 
 
 def column_of(values: list[Any], kind: pa.DataType | None) -> pa.Array:
-    """JSON values as a column of a type, or of the type that is inferred; as JSON text if they have several types."""
-    import orjson
+    """JSON values as a column of a type, or of the type that is inferred; as JSON if they have several types."""
     import pyarrow as pa
 
     try:
         return pa.array(values) if kind is None else array_of(values, kind)
     except (pa.ArrowException, OverflowError):
-        return pa.array([None if value is None else orjson.dumps(value).decode() for value in values])
+        return array_of(values, json_type())

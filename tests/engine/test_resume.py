@@ -496,7 +496,7 @@ def test_fewer_documents_than_before_and_ids_that_occur_twice_are_said(job: Job,
     assert "1 of 4 ids in data/00000_00000.parquet occur twice: see --id-column" in finished.stderr
     fewer = job(max_documents=2)
     assert fewer.rc == 0
-    assert "--max-documents 2 is less than before (all): rows that are there stay" in fewer.stderr
+    assert "--max-documents 2 is less than before (all): existing rows are kept" in fewer.stderr
     assert len(job.output.rows()) == 4
 
 
@@ -885,9 +885,9 @@ def test_interrupts_while_the_run_ends_print_no_traceback(job: Job, server: Fake
     job.input(documents(300))
     server.behave(lambda payload, n: Delay(0.1))
     for turn in range(8):
+        server.forget()
         started = job.start(output=f"output{turn}", max_concurrent_generations=10)
         wait_until(lambda: len(server.answered) > 5)
-        server.forget()
         for _ in range(3):
             started.send(signal.SIGINT)
             time.sleep(0.02 * turn)

@@ -26,7 +26,8 @@ import sdg
 from sdg_plugins.common import recorded
 from sdg_plugins.common.markdown import short_line, visible
 from sdg_plugins.publishing import card as cards
-from sdg_plugins.publishing.front_matter import BrokenCard, size_category
+from sdg_plugins.publishing.dataset_info import with_features
+from sdg_plugins.publishing.front_matter import BrokenCard, config_entry, size_category
 
 BEGIN, END = "<!-- sdg: begin data -->", "<!-- sdg: end data -->"
 SOURCE = {"dataset": "owner/source", "revision": "0123abcd", "license": "odc-by", "language": ["en", "no"]}
@@ -879,3 +880,16 @@ def test_the_card_of_a_run_that_ended_early_says_so_and_names_no_machine(
     card = (job.output.path / "README.md").read_text()
     assert "**Ended early**" in card
     assert not [word for word in ("gpu-7", "scratch", "10.0.0.7", str(job.folder)) if word in card]
+
+
+def test_features_of_a_config_leave_those_of_others() -> None:
+    theirs = {"config_name": "theirs", "features": [], "splits": []}
+    configs = [config_entry("a", ["a/*"]), config_entry("all", ["a/*", "b/*"])]
+    values = {"configs": configs, "dataset_info": [theirs]}
+    features = [{"name": "text", "dtype": "string"}]
+
+    described = with_features(values, "a", "a/*", features)
+
+    infos = described["dataset_info"]
+    assert infos == [theirs, *({"config_name": name, "features": features} for name in ("a", "all"))]
+    assert with_features(described, "a", "a/*", [])["dataset_info"] == [theirs]

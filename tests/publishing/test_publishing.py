@@ -10,6 +10,7 @@ import json
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import textwrap
@@ -17,6 +18,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -947,6 +949,23 @@ def test_a_card_that_the_hub_refuses_does_not_hold_up_the_files(job: HubJob) -> 
     assert finished.rc == 1
     assert "bad licence" in finished.stderr
     assert job.all_is_there()
+
+
+def test_ranks_that_begin_at_the_same_time_share_one_ledger(tmp_path: Path) -> None:
+    old = "CREATE TABLE files (path TEXT PRIMARY KEY, run TEXT, signature TEXT, hash TEXT, parts TEXT)"
+    for number in range(10):
+        path, start = tmp_path / f"{number}.sqlite3", threading.Barrier(6)
+        if number % 2:  # of an earlier sdg
+            with contextlib.closing(sqlite3.connect(path)) as db:
+                db.execute(old)
+
+        def opened(path: Path = path, start: threading.Barrier = start) -> None:
+            start.wait()
+            Ledger(path).close()
+
+        with ThreadPoolExecutor(6) as threads:
+            for done in [threads.submit(opened) for _ in range(6)]:
+                done.result()
 
 
 @pytest.mark.parametrize(

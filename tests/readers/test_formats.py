@@ -537,6 +537,17 @@ def test_columns_of_any_type_can_be_verified_and_completed_as_jsonl(job: Job, se
     assert [line["text"] for line in lines] == ["a", "b", "reject", "d"]
 
 
+def test_ids_of_several_types_can_be_verified_as_jsonl(job: Job) -> None:
+    ids = [1, "a", 2**70, None, 0.5]
+    lines = [json.dumps({"id": id_, "text": "" if number == 2 else "text"}) for number, id_ in enumerate(ids)]
+    (job.folder / "in.jsonl").write_text("\n".join(lines))
+
+    output = job.succeed(input="in.jsonl", output_filename="${chunk_index}.jsonl", max_failure_rate=1)
+
+    assert job.verify().rc == 0
+    assert [failure["id"] for failure in output.failures()] == [2**70]
+
+
 def test_dates_beyond_pythons_range_do_not_block_failed_documents(job: Job) -> None:
     far = pa.array([2**62, 0, -(2**62)], pa.timestamp("us", tz="Asia/Tokyo"))
     job.input(pa.table({"text": ["a", None, "c"], "when": far, "day": pa.array([2**30, 1, 2], pa.date32())}))

@@ -312,6 +312,24 @@ def test_the_total_of_compressed_lines_is_estimated_without_what_was_only_read_a
     assert reader.total() == pytest.approx(20_000, rel=0.5)
 
 
+@pytest.mark.parametrize("suffix", ["arrow", "parquet"])
+def test_new_columns_of_late_files_are_named(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(f"sdg_plugins.readers.{suffix}.EAGER", 1)
+    for name, columns in {"a": {"text": ["a"]}, "b": {"text": ["b"], "new": [1]}}.items():
+        table = pa.table(columns)
+        if suffix == "parquet":
+            pq.write_table(table, tmp_path / f"{name}.parquet")
+            continue
+        with pa.ipc.new_file(str(tmp_path / f"{name}.arrow"), table.schema) as file:
+            file.write_table(table)
+
+    with pytest.raises(sdg.InputError, match=rf"b\.{suffix} has .* column.*new"):
+        documents(str(tmp_path))
+    assert suffix == "arrow" or "the columns are those of the first 1 of 2 files" in capsys.readouterr().err
+
+
 def test_empty_csv_files_among_others_have_no_rows(tmp_path: Path) -> None:
     for name, content in {"a.csv": b"", "b.csv": b"text\none\n", "c.csv.gz": gzip.compress(b"")}.items():
         (tmp_path / name).write_bytes(content)

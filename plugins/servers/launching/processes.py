@@ -33,7 +33,7 @@ USAGE_STATUSES = {2, 126, 127}  # invalid arguments, as argparse has it; a comma
 # Fatal lines that concern the machine: the options may be right
 MACHINE_FAULTS = (r"Free memory on device .* less than", r"[Aa]ddress already in use", r"invalid device ordinal")
 PORT_TAKEN = re.compile("address already in use", re.IGNORECASE)  # strerror(EADDRINUSE), as all servers log it
-MARK = "SDG_SERVER"  # environment variable of all processes of a server: tells them from all other processes
+MARK = "SDG_SERVER"  # environment variable of all processes of a server: distinguishes them from all others
 GUARD = str(Path(__file__).with_name("guard.py"))
 OUT_OF_MEMORY = "out of memory: a process of the job was killed; give the job more (with Slurm: --mem)"
 
