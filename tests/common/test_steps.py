@@ -51,7 +51,7 @@ def test_steps_run_in_order_and_one_card_tells_of_them_all(chain: Job, server: F
 
     texts = [row["rollout_results"][0]["text"] for row in pq.read_table(output.path / "summarize").to_pylist()]
     for text in texts:
-        assert any(prompt.startswith("Translate") and prompt.endswith(text) for prompt in server.prompts)
+        assert any(prompt.startswith(text) and "\n\nTranslate" in prompt for prompt in server.prompts)
     assert sum(prompt.startswith("Compare: document ") for prompt in server.prompts) == 5
     assert columns(output.path / "prompt") == ["id", "text", "rollout_results", "french", "prompt"]
     card = (output.path / "README.md").read_text()
@@ -89,14 +89,14 @@ def test_all_steps_share_one_display(chain: Job) -> None:
 def test_a_step_is_durable_by_itself_and_the_chain_goes_on_after_a_kill(chain: Job, server: FakeServer) -> None:
     server.behave(lambda payload, n: Delay(0.05))
     started = chain.start(max_concurrent_generations=1)
-    wait_until(lambda: any(prompt.startswith("Translate") for prompt in server.prompts))
+    wait_until(lambda: any("\n\nTranslate" in prompt for prompt in server.prompts))
     started.send(signal.SIGKILL)
     started.finish(bugs=True)
     server.behave(lambda payload, n: None)
 
     output = chain.succeed()
 
-    assert sum(prompt.startswith("Summarize") for prompt in server.prompts) == 5
+    assert sum("\n\nSummarize" in prompt for prompt in server.prompts) == 5
     assert pq.read_table(output.path / "prompt").num_rows == 5
 
 
@@ -106,7 +106,7 @@ def test_a_step_that_fails_ends_the_chain_before_the_next_one(chain: Job, server
     finished = chain(max_failure_rate=0.5)
 
     assert finished.rc == 3
-    assert all(prompt.startswith("Summarize") for prompt in server.prompts)
+    assert all("\n\nSummarize" in prompt for prompt in server.prompts)
 
 
 def test_more_documents_pass_through_all_steps(chain: Job, server: FakeServer) -> None:

@@ -124,7 +124,7 @@ def kill_in_the_middle(job: Real, process: str) -> Finished:
     rows = documents(500)
     rows[100]["text"] = "These are words of a long document. " * 1000
     job.input(rows)
-    started = job.start(records_per_chunk=50)
+    started = job.start(records_per_chunk=50, empty_answers="keep")  # the tiny model sometimes has nothing to say
     data = job.output.path / "data"
     wait_until(lambda: len(list(data.glob("*.parquet"))) >= 2, 200)
 
