@@ -173,7 +173,7 @@ def test_commands_find_the_latest_run(job: Job) -> None:
     for command in ("show", "verify", "status", "card"):
         found = job.sdg(command)
         assert found.rc == 0, found
-        assert found.says("this is output/echo, the only run below ./output")
+        assert found.says("this is output/echo, the only run here")
     job.documents("two")
     job.succeed(output="output/later")
     found = job.sdg("show")
