@@ -185,7 +185,7 @@ def test_without_any_run_the_message_names_the_option(job: Job) -> None:
     for command in ("show", "verify", "status", "card"):
         found = job.sdg(command)
         assert found.rc == 1
-        assert found.stderr == "sdg: there is no run below ./output: name its output with --output\n"
+        assert found.stderr == "sdg: there is no run below ./output or ./.sdg: name its output with --output\n"
 
 
 def test_ten_thousand_chunks_are_not_read_to_show_five_rows(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
