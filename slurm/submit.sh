@@ -145,13 +145,23 @@ if [[ -n $workers ]]; then
 fi
 
 # What Slurm would refuse, or what would go wrong only on the nodes
-given='' flag='' # GPUs of a node, as far as a flag gives them
+given='' flag='' # GPUs of a node, as far as a flag gives them; unknown if they are of several types
+number='([^:,]+:)?([1-9][0-9]*)' # perhaps with a type
 for word in ${flags[@]+"${flags[@]}"}; do
     [[ $word != --*=* ]] || { flag=${word%%=*} && word=${word#*=}; }
     case $flag in
-    --gpus-per-node) given=${word##*:} ;;
-    --gres) [[ $word != *gpu* ]] || { word=${word#*gpu} && word=${word%%,*} && given=${word##*:} && given=${given:-1}; } ;;
-    --gpus | -G) given=$((${word##*:} / nodes)) ;;
+    --gpus-per-node | --gpus | -G)
+        given=''
+        [[ ! $word =~ ^$number$ ]] || given=${BASH_REMATCH[2]}
+        [[ $flag == --gpus-per-node || -z $given ]] || given=$((given / nodes))
+        ;;
+    --gres)
+        if [[ $word == *gpu*gpu* ]]; then
+            given=''
+        elif [[ $word =~ (^|,)gpu(:$number)?(,|$) ]]; then
+            given=${BASH_REMATCH[4]:-1}
+        fi
+        ;;
     esac
     flag=$word
 done

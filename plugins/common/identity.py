@@ -93,19 +93,27 @@ def without_code(identity: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in identity.items() if name not in CODE}
 
 
+class Edit(str):
+    """A line on code that has changed, among lines on options."""
+
+    __slots__ = ()
+
+
 def edits_between(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What code has changed, a line each."""
-    found = ["the plugin's code has changed"] if earlier["plugin_version"] != now["plugin_version"] else []
+    """What code has changed, an `Edit` each."""
+    found: list[str] = []
+    if earlier["plugin_version"] != now["plugin_version"]:
+        found.append(Edit("the plugin's code has changed"))
     for kind, what in (("resources", "the resource"), ("wrappers", "the plugin")):
         before, after = earlier.get(kind, {}), now.get(kind, {})
         names = [name for name in sorted(before | after) if before.get(name) != after.get(name)]
-        found += [f"the code of {what} {name} has changed" for name in names]
+        found += [Edit(f"the code of {what} {name} has changed") for name in names]
     return found
 
 
 def different_run(run: sdg.Run, changes: list[str]) -> sdg.StateError:
     """The error for a state of a different run."""
-    edited = all("code" in change.split() for change in changes)
+    edited = all(isinstance(change, Edit) for change in changes)
     restore = (
         "Restore it, go on with the new code where documents are not finished (--accept-edited-plugin) or have failed "
         "(--retry-failed), choose another --output"

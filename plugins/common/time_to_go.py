@@ -94,7 +94,9 @@ class TimeToGo:
         return seconds and max(0.0, seconds - (now - at))
 
     def look(self, finished: int, now: float | None = None) -> None:
-        """Note how many documents this process has finished."""
+        """Note how many documents this process has finished. The time before the first one says nothing of the rate."""
+        if not finished:
+            self._looks.clear()
         self._looks.append((time.monotonic() if now is None else now, finished))
 
     @property

@@ -134,7 +134,8 @@ class Spool:
     def files(self) -> dict[str, HubFile]:
         """All files that can be made from the spool by now, by path; sets `signatures` and `unknown`."""
         self.unknown = []
-        self._chunks.clear()  # what was read before a file was replaced or removed would contradict the files
+        # What was read before a file was replaced or removed would contradict the files: it is read again, if possible.
+        self._chunks = {rank: (-math.inf, chunks) for rank, (_, chunks) in self._chunks.items()}
         self.signatures = signatures = {}
         data: dict[int, str] = {}
         grouped: list[tuple[str, tuple[str, ...]]] = []

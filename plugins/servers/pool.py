@@ -421,14 +421,18 @@ class Pool:
             self._alarm = aside, self._loop.call_at(aside, self._ring)
 
     def _next(self, now: float) -> int:
-        """Which waiting request is next: one whose document's server is free, if it is near the front."""
-        full = {upstream for upstream in self.upstreams if not self._free(upstream, now)}
-        near = NEAR if len(full) < len(self.upstreams) else 0
+        """Which waiting request is next: one whose document's server is not full, if it is near the front."""
+        full = {upstream for upstream in self.upstreams if self._full(upstream, now)}
+        near = NEAR if any(self._free(upstream, now) for upstream in self.upstreams) else 0
         for position, (document, slot) in enumerate(itertools.islice(self._waiting, near)):
             home = None if document is None else self._homes.get(document)
             if home not in full and not slot.done():
                 return position
         return 0
+
+    def _full(self, upstream: sdg.Upstream, now: float) -> bool:
+        """True if a server is well and soon has a free slot. No request waits for one that is down or set aside."""
+        return upstream.up.is_set() and upstream.until <= now and upstream.active + 1 > upstream.limit.value
 
     def _ring(self) -> None:
         self._alarm = None

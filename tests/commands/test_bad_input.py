@@ -415,7 +415,7 @@ def test_chunks_that_are_complete_when_the_disk_is_full_are_written_by_the_next_
     answered = set(server.prompts)
     echo.write_text(source)
     server.forget()
-    output = job.succeed(records_per_chunk=5, retry_failed=True)
+    output = job.succeed(records_per_chunk=5, accept_edited_plugin=True)
     assert output.ids() == [row["id"] for row in documents(20)]
     assert not answered & set(server.prompts)
 

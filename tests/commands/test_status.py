@@ -436,6 +436,7 @@ def test_the_gpus_of_a_node_are_compared_with_those_that_the_servers_take(job: J
 
     assert "need 4 GPUs on each node" in submit(job, "--dry-run", "--gres=gpu:a100:2").stderr
     assert "need 4 GPUs on each node" in submit(job, "--dry-run", "--gpus-per-node", "3").stderr
+    assert "GPUs on each node" not in submit(job, "--dry-run", "--gpus=a100:2,h100:2").stderr  # of several types
     enough = submit(job, "--dry-run", "--gpus-per-node=8")
     assert enough.returncode == 0
     assert "take 4 of 8 GPUs" in enough.stderr

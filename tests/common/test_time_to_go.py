@@ -61,6 +61,14 @@ def test_while_the_last_documents_run_the_time_to_go_is_that_of_the_slow_ones() 
     assert 45 <= seconds <= 110
 
 
+def test_the_time_that_a_server_loads_does_not_lower_the_rate() -> None:
+    clock = TimeToGo()
+    for moment in (0.0, 300.0, 600.0):
+        clock.look(0, moment)
+    clock.look(60, 660.0)
+    assert clock.rate == 1
+
+
 def test_nothing_is_said_before_anything_has_ended() -> None:
     clock = TimeToGo()
     clock.look(0, 0.0)

@@ -424,6 +424,7 @@ def test_options_and_code_of_a_resource_are_part_of_the_identity(job: Job, serve
     refused = job(style_guide="casual")
     assert refused.rc == 1
     assert refused.says("different run", 'style_guide: "formal" → "casual"')
+    assert "--accept-edited-plugin" not in job(style_guide="write code that runs").stderr  # no code has changed
 
     guide.write_text(guide.read_text().replace("yield ", "yield 'very ' + "))
     edited = job(style_guide="formal")

@@ -34,7 +34,7 @@ import sdg
 from sdg_plugins.common import hub as hub_plugin, recorded
 from sdg_plugins.common.command_line import FILENAME
 from sdg_plugins.common.ending import LAST_RESORT
-from sdg_plugins.common.files import output_place
+from sdg_plugins.common.files import output_place, rank_file
 from sdg_plugins.publishing import quota as quota_plugin, spool as spool_plugin
 from sdg_plugins.publishing.ledger import Ledger
 from sdg_plugins.publishing.publisher import Publisher
@@ -438,6 +438,11 @@ def test_a_record_of_failures_that_is_gone_from_the_spool_holds_up_no_rows(
         content = failed.read_bytes()
         failed.unlink()
         assert spool.is_due(name)
+        database = rank_file(job.state, 0, "sqlite3")
+        database.rename(job.state / "aside")
+        spool.files()
+        assert spool._is_written(0)  # what cannot be read now is as it was
+        (job.state / "aside").rename(database)
         failed.write_bytes(content)
         before = job.there
         job.server.behave(lambda payload, n: None)

@@ -14,7 +14,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from fake_server import FakeServer, Hang, free_port, prompt_of
@@ -608,6 +609,36 @@ def test_crashes_on_one_server_do_not_convict_on_another() -> None:
         return False
 
     asyncio.run(move())
+
+
+@pytest.mark.parametrize("reason", ["down", "set aside", "quarantined"])
+def test_documents_do_not_wait_for_their_server_while_it_takes_no_requests(reason: str) -> None:
+    async def wait() -> None:
+        home, other = (sdg.Upstream(url) for url in ("a", "b"))
+        pool = Pool([home, other], 2)
+        for upstream in pool.upstreams:
+            upstream.rise()
+        assert await pool.acquire(None, request_of(0)) is home
+        assert await pool.acquire(None, request_of(1)) is other
+        waiting = [asyncio.create_task(pool.acquire(None, request_of(document))) for document in (0, 2, 3)]
+        await asyncio.sleep(0)
+        if reason == "down":
+            home.up.clear()
+        elif reason == "set aside":
+            pool.set_aside(home, 60.0)
+        else:
+            home.quarantine.share = 1
+        pool.release(other)
+        await asyncio.sleep(0)
+        assert [task.done() for task in waiting] == [True, False, False]
+        for task in waiting:
+            task.cancel()
+
+    def request_of(document: int) -> sdg.Request:
+        rollout = SimpleNamespace(document=SimpleNamespace(index=document))
+        return cast(sdg.Request, SimpleNamespace(rollout=rollout))
+
+    asyncio.run(wait())
 
 
 def test_server_without_metrics_gets_all_that_the_flag_allows(launch: Launch, server: FakeServer) -> None:
