@@ -20,6 +20,7 @@ from sdg_plugins.common.ranks import ranges
 from sdg_plugins.common.state import (
     check_number_of_files,
     check_state_dir,
+    columns_of,
     documents_in,
     goal_of,
     recorded_size,
@@ -79,7 +80,8 @@ def check_config(config: Config) -> None:
     with reading(options.input, entry.factory):
         reader = entry.factory(run)
     check_reader(reader, f"the reader {options.reader!r} of plugin {entry.plugin}")
-    check_columns(reader.schema, options)
+    with columns_of(run, reader):
+        check_columns(reader.schema, options)
     run.schema = reader.schema
     if (
         "prompt_of" in inspect.signature(plugins.rollouts[options.rollout].factory).parameters

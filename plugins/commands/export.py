@@ -113,11 +113,13 @@ class Exporter:
 
     def prompts(self, rows: pa.Table) -> list[Chat]:
         """What each document asked, as messages: the prompt column."""
-        root, steps = parse_path(self.prompt_column, rows.column_names)
-        if root not in rows.column_names:
+        flat = isinstance(self.shape, Flat)  # columns behind the numbers hold results: their `text` is not the prompt
+        names = rows.column_names[: rows.column_names.index(NUMBERS[0])] if flat else rows.column_names
+        root, steps = parse_path(self.prompt_column, names)
+        if root not in names:
             if "messages" not in self.fields:
-                message = f"--prompt-column {self.prompt_column}: the rows have no such column"
-                raise sdg.UsageError(f"{message}; {sdg.nearest(root, rows.column_names)}")
+                message = f"--prompt-column {self.prompt_column}: the source has no such column"
+                raise sdg.UsageError(f"{message}; {sdg.nearest(root, names)}")
             return [[] for _ in range(rows.num_rows)]
         found: list[Chat] = []
         for value in values_of(rows.column(root)):

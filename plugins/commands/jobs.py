@@ -42,6 +42,7 @@ from sdg_plugins.common.state import (
     check_number_of_files,
     check_state_dir,
     claim_state,
+    columns_of,
     discarded,
     goal_of,
     lock_rank,
@@ -243,7 +244,8 @@ class Job:
         with reading(options.input, entry.factory):
             reader: sdg.Reader = await asyncio.to_thread(created, entry.factory, run)
         check_reader(reader, f"the reader {options.reader!r} of plugin {entry.plugin}")
-        check_columns(reader.schema, options, promised_fields(run) or ())
+        with columns_of(run, reader):
+            check_columns(reader.schema, options, promised_fields(run) or ())
         run.schema = reader.schema
         return reader
 

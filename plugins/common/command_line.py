@@ -444,7 +444,7 @@ def _check_idle(
 def _idle(plugins: sdg.Plugins, plugin: str, used: set[str]) -> str:
     """Who uses a plugin's options, if none of them is in use; "" if the options have an effect."""
     idle = []
-    kinds = {"rollouts": "--plugin ", "servers": "--server ", "readers": "an --input of ", "writers": "--output "}
+    kinds = {"rollouts": "--plugin ", "servers": "--server ", "readers": "an --input of ", "writers": "an --output of "}
     for kind, option in kinds.items():
         entries: dict[str, sdg.Entry] = getattr(plugins, kind)
         users = {name: entry.plugin for name, entry in entries.items() if uses(plugins, entry, plugin)}

@@ -63,7 +63,8 @@ def number(kind: type[int] | type[float], low: float, high: float = 1e9) -> Call
     def convert(value: str) -> float:
         number = kind(value)
         if not low <= number <= high:
-            bounds = f"at least {low:,}" if high == 1e9 else f"between {low:,} and {high:,}"
+            least, most = f"at least {low:,}", f"at most {high:,.0f}"
+            bounds = f"between {low:,} and {high:,}" if high < 1e9 else most if number > high else least
             raise argparse.ArgumentTypeError(f"{value}: must be {bounds}")
         return number
 

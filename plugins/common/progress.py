@@ -183,7 +183,8 @@ def report(engine: sdg.Engine, figures: dict[str, Any], in_files: int) -> str:
         lines.append(f"reused  {share:.0%} of the prompt tokens were in the servers' prefix caches")
     if figures["truncated"]:
         lines.append(
-            f"cut     {figures['truncated']:,} documents did not fit the model's context: --long-documents split"
+            f"cut     {counted(figures['truncated'], 'document')} did not fit the model's context; "
+            "--long-documents split processes all of a document, part by part"
         )
     if unusual := {name: n for name, n in figures["finish_reasons"].items() if name not in USUAL}:
         named = ", ".join(f"{n:,} {name}" for name, n in sorted(unusual.items(), key=lambda item: -item[1]))

@@ -46,9 +46,9 @@ def latest_output(state_dir: str | None) -> str:
         last = max(file.stat().st_mtime for file in [path, *path.parent.glob("*.stats.json")])
         found[name] = max(last, found.get(name, 0.0))
     if not found:
-        raise sdg.StateError("there is no run below ./output: name its output with --output")
+        raise sdg.StateError("there is no run below ./output or ./.sdg: name its output with --output")
     latest = max(found, key=found.__getitem__)
-    which = f"the latest of {len(found)} runs here" if len(found) > 1 else "the only run below ./output"
+    which = f"the latest of {len(found)} runs here" if len(found) > 1 else "the only run here"
     sdg.say(f"this is {latest}, {which}; --output selects another one")
     return latest
 

@@ -38,6 +38,8 @@ def results_of(value: Any, usage: sdg.Usage | None) -> list[dict[str, Any]]:
     value = _fields_of(value)
     if not isinstance(value, dict):
         missing = "await" if inspect.isawaitable(value) else "list(…)" if isinstance(value, Iterable) else ""
+        if inspect.iscoroutine(value):
+            value.close()  # otherwise Python warns on the terminal that it was never awaited
         hint = f"is {missing} missing?" if missing else "expected a str, dict, Reply, list or None"
         raise sdg.BadResult(f"the rollout returned a {type(value).__name__}: {hint}")
     if not all(isinstance(key, str) for key in value):

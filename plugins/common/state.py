@@ -320,6 +320,23 @@ def parse_run(path: Path, content: bytes) -> dict[str, Any]:
     return cast("dict[str, Any]", recorded)
 
 
+@contextlib.contextmanager
+def columns_of(run: sdg.Run, reader: sdg.Reader) -> Iterator[None]:
+    """Raise StateError for columns that are missing only because they are those of a different run's input."""
+    try:
+        yield
+    except sdg.InputError:
+        path = run.state / "run.json"
+        if run.source_schema is not None and path.exists():
+            recorded = parse_run(path, path.read_bytes())
+            before, now = recorded["options"]["input"], recordable_input(run.options)
+            content = recorded["identity"]["input"]
+            if before != now and reader.identity != content and not reader.continues(content):
+                names = [sdg.redact(uri) if uri else "the demo" for uri in (before, now)]
+                raise different_run(run, [f"input {' → '.join(names)}"]) from None
+        raise
+
+
 def remember_source(run: sdg.Run) -> None:
     """Set what the first process of this run recorded of the input, if there was one.
 

@@ -173,7 +173,7 @@ def test_commands_find_the_latest_run(job: Job) -> None:
     for command in ("show", "verify", "status", "card"):
         found = job.sdg(command)
         assert found.rc == 0, found
-        assert found.says("this is output/echo, the only run below ./output")
+        assert found.says("this is output/echo, the only run here")
     job.documents("two")
     job.succeed(output="output/later")
     found = job.sdg("show")
@@ -185,7 +185,7 @@ def test_without_any_run_the_message_names_the_option(job: Job) -> None:
     for command in ("show", "verify", "status", "card"):
         found = job.sdg(command)
         assert found.rc == 1
-        assert found.stderr == "sdg: there is no run below ./output: name its output with --output\n"
+        assert found.stderr == "sdg: there is no run below ./output or ./.sdg: name its output with --output\n"
 
 
 def test_ten_thousand_chunks_are_not_read_to_show_five_rows(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:

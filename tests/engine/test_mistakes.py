@@ -230,7 +230,7 @@ def test_a_result_of_a_wrong_kind_names_the_rollouts_definition(name: str, job: 
     )
     job.documents("one")
 
-    output = job.succeed(plugin=plugin, **({"bugs": True} if name == "no_await" else {}))
+    output = job.succeed(plugin=plugin)
 
     (failed,) = output.failures()
     assert failed["error_type"] == "TypeError"

@@ -572,6 +572,17 @@ def test_a_kill_at_any_step_of_fresh_leaves_what_is_refused_or_starts_clean(tmp_
     assert codes.count(-signal.SIGKILL) >= 15
 
 
+def test_another_input_in_the_same_output_is_a_different_run_and_not_a_missing_column(job: Job) -> None:
+    job.documents("one")
+    job.succeed()
+    job.input([{"id": "two", "question": "What is bread?"}], name="questions.jsonl")
+
+    for command in ((), ("check",)):
+        refused = job.sdg(*command, *job.command_line({"prompt_column": "question"}))
+        assert refused.rc == 1
+        assert refused.says("belongs to a different run", "questions.jsonl", "choose another --output")
+
+
 def test_a_fresh_start_that_was_killed_is_completed(job: Job, server: FakeServer) -> None:
     job.documents("one", "two", "three")
     job.succeed(temperature=0.5, records_per_chunk=1)

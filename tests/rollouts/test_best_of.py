@@ -107,6 +107,20 @@ def test_exports_are_deterministic_and_a_folder_is_completed(job: Job) -> None:
     assert "rollout_results" not in flat[0]
 
 
+def test_flat_rows_are_not_taken_for_the_prompts_of_a_run_whose_template_names_columns(job: Job) -> None:
+    job.input([{"id": "one", "question": "What is bread?"}])
+    output = job.succeed(plugin="prompt", prompt_template="Answer: [[question]]", flat=True)
+
+    refused = job.sdg("export", "--output", output.path, "--format", "messages", "--to", "chats.jsonl")
+    named = [*("--prompt-column", "question"), *("--format", "messages", "--to", "chats.jsonl")]
+    job.sdg("export", "--output", output.path, *named)
+
+    assert refused.rc == 2
+    assert refused.says("--prompt-column text", "available: id, question")
+    (chat,) = map(json.loads, (job.folder / "chats.jsonl").read_text().splitlines())
+    assert [message["content"] for message in chat["messages"]] == ["What is bread?", output.table()["text"][0].as_py()]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

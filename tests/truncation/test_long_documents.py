@@ -316,7 +316,7 @@ def test_a_long_document_is_cut_to_fit_by_the_servers_tokens(long: Job, server: 
     assert sent.prompt.startswith(BEFORE)
     assert sent.prompt.endswith(" of the text." + AFTER)
     assert long.output.stats()["truncated"] == 1
-    assert "1 documents did not fit" in finished.stdout
+    assert "1 document did not fit" in finished.stdout
     assert "512 tokens" in finished.stderr
     assert "/tokenize" in finished.stderr
     assert "| Truncated to the model's context | 1 |" in (long.output.path / "README.md").read_text()
