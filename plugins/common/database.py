@@ -27,7 +27,7 @@ def pragmas_for(path: Path) -> list[str]:
 
 
 def shrink(path: Path) -> None:
-    """Give the space of a database back that nobody uses any more. One that another process reads stays as it is."""
+    """Give the space of a database back that is no longer used. One that another process reads stays as it is."""
     with contextlib.suppress(sqlite3.OperationalError), contextlib.closing(sqlite3.connect(path, timeout=1)) as db:
         ((free,),) = db.execute("PRAGMA freelist_count")
         ((size,),) = db.execute("PRAGMA page_size")

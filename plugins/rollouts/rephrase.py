@@ -13,7 +13,7 @@ import sdg
 
 STYLES = {
     "article": "as an encyclopedia would: in clear, neutral, well ordered prose",
-    "dialogue": "as a talk between somebody who wants to understand it and somebody who explains it step by step",
+    "dialogue": "as a talk between a person who wants to understand it and one who explains it step by step",
     "distill": "in as few words as its facts allow, without losing one of them",
     "faq": "as questions that a reader would have, from the basic to the subtle, each with a full answer of its own",
     "math": "as a mathematical word problem built from its facts and numbers, followed by a solution in small steps",
