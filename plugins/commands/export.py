@@ -33,8 +33,8 @@ def register_commands(register: sdg.RegisterCommands) -> None:
 def export(argv: list[str]) -> int:
     """Write the rows of a run for training: one row a result, lists of messages, or pairs of chosen and rejected.
 
-    A file (.parquet or .jsonl) is written as a whole. A folder gets a file for each chunk, and those that are there
-    already stay: run the command again to go on.
+    A file (.parquet or .jsonl) is written as a whole. A folder gets a file for each chunk, and those that hold
+    the same rows already stay: run the command again to go on.
     """
     example = "example: sdg.py export --output ./summaries --format messages --to chats.jsonl"
     parser = Parser(prog="sdg.py export", description=export.__doc__, epilog=example)
@@ -209,15 +209,30 @@ def write_all(parts: Iterator[tuple[str, pa.Table]], to: Path) -> tuple[int, int
         return 1, total
     to.mkdir(parents=True, exist_ok=True)
     files = total = 0
+    others = {path.name for path in to.glob("*.parquet")}
     for name, table in parts:
         path = to / f"{name}.parquet"
         files, total = files + 1, total + table.num_rows
-        if path.exists() and pq.ParquetFile(path).metadata.num_rows == table.num_rows:
+        others.discard(path.name)
+        if holds(path, table):
             continue
         pq.write_table(table, temporary := to / f".{path.name}.tmp", compression="zstd")
         sync(temporary)
         os.replace(temporary, path)
+    if others:
+        sdg.say(f"{to} also has files that are not of this export: {', '.join(sorted(others)[:3])}")
     return files, total
+
+
+def holds(path: Path, table: pa.Table) -> bool:
+    """True if a file has these rows: an earlier export of the same rows goes on where it was interrupted."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return path.exists() and bool(pq.ParquetFile(path).read().equals(table))
+    except pa.ArrowException:
+        return False  # it is broken
 
 
 def lines_of(table: pa.Table) -> bytes:

@@ -102,7 +102,11 @@ def test_exports_are_deterministic_and_a_folder_is_completed(job: Job) -> None:
     (job.folder / "chats" / "00000_00001.parquet").unlink()
     assert export("chats", "messages") == rows
     assert (job.folder / "chats" / "00000_00001.parquet").read_bytes() == before
+    (job.folder / "chats" / "other.parquet").write_bytes(before)
+    said = job.sdg("export", "--output", output.path, "--format", "flat", "--to", "chats")
+    assert said.says("files that are not of this export: other.parquet")
     flat = export("one.parquet", "flat")
+    assert pq.read_table(job.folder / "chats" / "00000_00001.parquet").column_names == list(flat[0])
     assert [(row["id"], row["sample"]) for row in flat] == [(f"d{i:04}", 0) for i in range(5)]
     assert "rollout_results" not in flat[0]
 
