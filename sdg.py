@@ -1153,11 +1153,6 @@ class Store:
             await self._insert("documents", 3, [(chunk.index << 32 | i, status, body) for i, status, body in outcomes])
             await self._insert("chunks", 12, [_chunk_row(chunk)])
 
-    async def forget_failures(self) -> None:
-        """Make the failed documents of open chunks unfinished."""
-        async with self._transaction():
-            await self._db.execute("DELETE FROM documents WHERE status IN ('failed', 'empty')")
-
     # Queries
 
     def totals(self) -> Counter[str]:
@@ -1591,8 +1586,6 @@ class Engine:
 
     async def work(self) -> None:
         """Process all chunks of this rank. When stopped, save completed responses and write complete chunks."""
-        if self.run.options.retry_failed:
-            await self.store.forget_failures()
         await self._reopen_lost(known := await self.store.chunks())
         self.tally = await self.store.tally()
         self.store.on_durable, self.store.on_failure = self._durable, self.run.stop
@@ -1669,14 +1662,17 @@ class Engine:
 
     async def _open_chunk(self, opened: OpenChunk, earlier: Chunk | None) -> Mapping[int, str] | None:
         """Admit a chunk when there is room. Returns the final documents in it; None if there is nothing to do."""
-        chunk = opened.chunk
+        chunk, retry = opened.chunk, self.run.options.retry_failed
         if earlier and earlier.written and not await self._reopen(opened, earlier):
             opened.close()
             return None
         while self._unwritten and self._unwritten + chunk.count > self._window():
             self._space.clear()
             await self._space.wait()
-        final = await self.store.finished_in(chunk) if earlier else {}
+        known = await self.store.finished_in(chunk) if earlier else {}
+        # Documents are failed until they are finished again: a retry may be interrupted.
+        final = {i: status for i, status in known.items() if not (retry and status in {"failed", "empty"})}
+        self.tally -= Counter(status for i, status in known.items() if i not in final)
         opened.resumed = earlier is not None
         opened.remaining = chunk.count - len(final)
         self._open[chunk.index] = opened
@@ -1699,7 +1695,6 @@ class Engine:
         if opened.chunk.count <= earlier.count and not retry:
             return False
         outcomes = await self._in_writing_thread(self.outlet.outcomes, earlier)
-        self.tally -= Counter(failed=len(earlier.failed) - earlier.empty, empty=earlier.empty) if retry else Counter()
         await self.store.reopen(opened.chunk, outcomes)
         return True
 

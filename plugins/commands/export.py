@@ -17,7 +17,7 @@ from sdg_plugins.common.markdown import counted
 from sdg_plugins.common.options import Parser, number
 from sdg_plugins.common.paths import follow, parse_path
 from sdg_plugins.common.rows import NUMBERS, Flat, Results, shape_of
-from sdg_plugins.common.values import Chat, parse_prompt, plain, rows_of, values_of
+from sdg_plugins.common.values import Chat, in_base64, json_line, parse_prompt, plain, rows_of, values_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -221,7 +221,5 @@ def write_all(parts: Iterator[tuple[str, pa.Table]], to: Path) -> tuple[int, int
 
 
 def lines_of(table: pa.Table) -> bytes:
-    """Rows as JSON lines."""
-    import orjson
-
-    return b"".join(orjson.dumps(row, default=plain) + b"\n" for row in rows_of(table))
+    """Rows as JSON lines, as the writer of outputs has them."""
+    return b"".join(json_line(row, in_base64) for row in rows_of(table))

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 STEP = 256  # documents that are converted to Python at a time
+GONE = {"error": "its record is gone; it was about to be retried", "error_type": "Unknown", "attempts": 0}
 EXTRA = "source_extra"  # the column in which readers of JSON keep what does not fit the others
 
 
@@ -428,9 +429,12 @@ class Outlet:
         kept = [position for position in range(chunk.count) if position not in gone]
         outcomes = [(position, "row", self.stored(results)) for position, results in zip(kept, rows, strict=True)]
         outcomes += [(position, "filtered", b"null") for position in chunk.filtered]
-        if run.options.retry_failed:
-            return outcomes
-        failures = read_failed(run, chunk)
+        try:
+            failures = read_failed(run, chunk)
+        except ValueError:
+            failures = []
+        if len(failures) != len(chunk.failed) and run.options.retry_failed:  # they are replaced soon
+            failures = [dict(GONE) for _ in chunk.failed]
         if len(failures) != len(chunk.failed):
             raise sdg.OutputError(f"{run.output.path(run.failed_path_of(chunk))} is not as it was written")
         for position, record in zip(chunk.failed, failures, strict=True):

@@ -73,7 +73,8 @@ def claim_output(run: sdg.Run, mine: str) -> None:
     """Make the output this run's. A state in the default folder is a claim by itself."""
     default = Path(default_state_dir(run.options.output, run.options.output_config)).absolute()
     if (owner := owner_of(run)) and run.state != default:
-        publish_in(owner.parent, owner.name, json.dumps({"run": mine, "state": str(run.state)}).encode(), mine)
+        content = json.dumps({"run": mine, "state": str(run.state)}).encode()
+        publish_in(owner.parent, owner.name, content, f"{mine}-{run.options.rank:05d}")  # ranks begin at the same time
     refuse_owned(run, mine)  # another process may have claimed it just now
 
 

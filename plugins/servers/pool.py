@@ -8,8 +8,8 @@ import itertools
 import random
 import time
 from collections import deque
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Container, Iterable
+from typing import Any, NamedTuple
 
 import sdg
 from sdg_plugins.servers.limit import Limit, Load
@@ -132,6 +132,14 @@ class Homes(dict[int, sdg.Upstream]):
         self[document] = upstream
         if len(self) > self._most:
             del self[next(iter(self))]
+
+    def next(self, full: Container[sdg.Upstream], waiting: Iterable[tuple[int | None, asyncio.Future[Any]]]) -> int:
+        """The position of the first request whose document's server is not full, if it is near the front; else 0."""
+        for position, (document, slot) in enumerate(itertools.islice(waiting, NEAR)):
+            home = None if document is None else self.get(document)
+            if home not in full and not slot.done():
+                return position
+        return 0
 
 
 class Pool:
@@ -421,18 +429,10 @@ class Pool:
             self._alarm = aside, self._loop.call_at(aside, self._ring)
 
     def _next(self, now: float) -> int:
-        """Which waiting request is next: one whose document's server is not full, if it is near the front."""
-        full = {upstream for upstream in self.upstreams if self._full(upstream, now)}
-        near = NEAR if any(self._free(upstream, now) for upstream in self.upstreams) else 0
-        for position, (document, slot) in enumerate(itertools.islice(self._waiting, near)):
-            home = None if document is None else self._homes.get(document)
-            if home not in full and not slot.done():
-                return position
-        return 0
-
-    def _full(self, upstream: sdg.Upstream, now: float) -> bool:
-        """True if a server is well and soon has a free slot. No request waits for one that is down or set aside."""
-        return upstream.up.is_set() and upstream.until <= now and upstream.active + 1 > upstream.limit.value
+        """Which waiting request is next; none waits for a server that is down or set aside."""
+        well = {upstream for upstream in self.upstreams if upstream.up.is_set() and upstream.until <= now}
+        full = {upstream for upstream in well if upstream.active + 1 > upstream.limit.value}
+        return self._homes.next(full, self._waiting) if any(self._free(upstream, now) for upstream in well) else 0
 
     def _ring(self) -> None:
         self._alarm = None

@@ -179,7 +179,10 @@ def proxy_is_set(url: str) -> bool:
     """True if the environment has a proxy for a URL, by the rules of `urllib`, which aiohttp follows."""
     import urllib.request
 
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # it is not a URL, as the request will say
+        return False
     return parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(parts.hostname or "")
 
 

@@ -489,6 +489,25 @@ def test_an_edited_plugin_runs_only_the_documents_that_it_is_asked_to(job: Job) 
     assert "| Edited versions |" in (job.output.path / "README.md").read_text()
 
 
+def test_a_retry_with_an_edited_plugin_may_be_interrupted(job: Job, server: FakeServer) -> None:
+    job.documents("a", "b", "c", "d")
+    job.options["records_per_chunk"] = 2
+    old = job.plugin("mine", rollout("return 1 / 0 if document.text != 'a' else 'old'"))
+    job.succeed(plugin=old, max_failure_rate=1)
+    job.options["plugin"] = job.plugin("mine", rollout("return await generate(document.text)"))
+    server.behave(lambda payload, n: Hang())
+    started = job.start(retry_failed=True)
+    wait_until(lambda: server.in_flight == 3)
+    started.close()  # kill -9
+    server.release()
+
+    server.behave(lambda payload, n: None)
+    retried = job(retry_failed=True)
+    assert "4 documents: 4 rows, 0 filtered, 0 failed" in retried.stdout
+    assert sorted(job.output.texts()) == ["a", "b", "c", "d"]
+    assert job.verify().rc == 0
+
+
 def test_fewer_documents_than_before_and_ids_that_occur_twice_are_said(job: Job, server: FakeServer) -> None:
     job.input([{"id": name, "text": f"{name} {i}"} for i, name in enumerate(["a", "b", "a", "c"])])
 

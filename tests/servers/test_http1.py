@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from sdg_plugins.servers.http1 import IDLE, Broken, Http1, Received, Take, Unreached
+from sdg_plugins.servers.transport import Transport
 
 Pieces = list[bytes | None]  # None closes the connection, and so does the end of the list if `close`
 
@@ -208,6 +209,19 @@ def test_a_host_that_refuses_or_does_not_exist_is_unreached() -> None:
     for work in (refused, unknown):
         with pytest.raises(Unreached, match=r"cannot connect to (127.0.0.1:9|no-such-host.invalid:80)"):
             run(Server(), work)
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "http://host:99999", "ftp://host"])
+def test_what_is_not_a_url_of_a_server_is_unreached(url: str) -> None:
+    async def ask() -> None:
+        async with Http1({}, 5).working() as lean:
+            transport = Transport({}, 5, lean)
+            with pytest.raises(Unreached):
+                await transport.get(url, "/models", 5)
+            with pytest.raises(Unreached):
+                await transport.post(url, "/completions", b"{}")
+
+    asyncio.run(ask())
 
 
 def test_a_large_body_arrives_whole() -> None:

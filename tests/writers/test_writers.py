@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
+import pyarrow as pa
 import pytest
 from running import Job, documents
+
+from sdg_plugins.commands import export
 
 SHELF = """
     import io
@@ -76,3 +81,10 @@ def test_an_unknown_writer_is_named(job: Job) -> None:
 
     assert finished.rc == 2
     assert finished.says("unknown writer 'parkett'", "did you mean parquet")
+
+
+def test_exported_lines_hold_binary_values_and_large_integers_without_a_loss() -> None:
+    numbers = pa.array(["123456789012345678901"], pa.string()).cast(pa.json_(pa.string()))
+    table = pa.table({"image": [b"\xff\x00"], "number": numbers})
+
+    assert json.loads(export.lines_of(table)) == {"image": "/wA=", "number": 123456789012345678901}
