@@ -232,6 +232,9 @@ last=$(submit CARD --output="$escaped/card-%j.log" --job-name="${name:-sdg}-card
     --dependency="afterany:$job:$watching" ${beside[@]+"${beside[@]}"} \
     "$SDG_SLURM/card.sbatch" "${where[@]}") || cancel "$job" "$watching"
 if ((dry_run)); then
+    for variable in SDG_ENV SDG_CONTAINER SDG_MOUNTS; do
+        [[ -z ${!variable} ]] || echo "submit.sh: the jobs have $variable=${!variable} in their environment" >&2
+    done
     echo "submit.sh: nothing was submitted; RANKS and MONITOR stand for job ids, RANKS_$first for that of the first rank" >&2
     exit
 fi

@@ -135,4 +135,5 @@ def by_scheme_or_suffix(plugins: sdg.Plugins, kind: str, uri: str) -> str:
         found = format_of(path)
     if found in entries:
         return str(found)
-    raise sdg.UsageError(f"{sdg.redact(uri)}: unknown suffix or scheme; known: {', '.join(sorted(entries))}")
+    option = {"readers": "--input ", "writers": "--output-filename "}.get(kind, "")
+    raise sdg.UsageError(f"{option}{sdg.redact(uri)}: unknown suffix or scheme; known: {', '.join(sorted(entries))}")

@@ -115,7 +115,7 @@ def different_run(run: sdg.Run, changes: list[str]) -> sdg.StateError:
     """The error for a state of a different run."""
     edited = all(isinstance(change, Edit) for change in changes)
     restore = (
-        "Restore it, go on with the new code where documents are not finished (--accept-edited-plugin) or have failed "
+        "Restore it, run the unfinished documents with the new code (--accept-edited-plugin) or the failed ones "
         "(--retry-failed), choose another --output"
         if edited
         else "Restore the original options, choose another --output"

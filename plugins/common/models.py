@@ -68,7 +68,8 @@ def namespaces(
     models: dict[str, list[str]] = {}
     for name, key, value in settings:
         if key.replace("-", "_") not in own:
-            raise sdg.UsageError(f"models.{name}.{key}: {sdg.nearest(key, [dest.replace('_', '-') for dest in own])}")
+            near = sdg.nearest(key, [dest.replace("_", "-") for dest in own])
+            raise sdg.UsageError(f"models.{name}.{key}: a model has no such option; {near}")
         flag = own[key.replace("-", "_")]
         if value == "true" or (flag and not value):
             models.setdefault(name, []).append(f"--{key}")
