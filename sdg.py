@@ -972,7 +972,7 @@ class Store:
         self._documents: list[tuple[int, str, bytes]] = []
         self._requests: dict[int, list[tuple[bytes, bytes]]] = {}
         self._handed = self._durable = 0  # how many of these there ever were
-        self._answers: Counter[str] = Counter()  # number and bytes of responses that are not durable
+        self._answers: Counter[str] = Counter()  # number of responses that are not durable; bytes, with outcomes
         self._oldest: float | None = None  # time since which something is not
         self._dirty, self._hurry = asyncio.Event(), asyncio.Event()
         self._committed = asyncio.Condition()
@@ -983,6 +983,7 @@ class Store:
         self.most_answers = 500  # that a crash may lose, beside those in flight
         self.on_durable: Callable[[list[int]], None] = lambda ids: None
         self.on_failure: Callable[[Exception], None] = lambda exc: None
+        self.on_room: Callable[[], None] = lambda: None  # fewer bytes are unsaved than before
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -1040,7 +1041,8 @@ class Store:
 
     def finished(self, document: int, status: str, body: bytes) -> None:
         """A document is final: status row, filtered, failed or empty; body is JSON."""
-        self._requests.pop(document, None)
+        superseded = self._requests.pop(document, ())
+        self._answers["bytes"] += len(body) - sum(len(answer) for _, answer in superseded)
         self._documents.append((document, status, body))
         self._handed_in()
 
@@ -1050,6 +1052,10 @@ class Store:
             self._oldest = now
         self._handed += 1
         self._dirty.set()
+
+    def unsaved(self) -> int:
+        """Bytes of responses and outcomes that are not durable."""
+        return self._answers["bytes"]
 
     @property
     def crowded(self) -> bool:
@@ -1127,6 +1133,7 @@ class Store:
         self._durable = handed
         self._answers.subtract(unsaved)
         self._oldest = began if self._handed > handed else None
+        self.on_room()
         self.on_durable([document for document, _, _ in documents])
 
     async def _insert(self, table: str, width: int, rows: list[tuple[Any, ...]]) -> None:

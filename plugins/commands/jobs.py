@@ -60,6 +60,7 @@ from sdg_plugins.common.statistics import (
     write_statistics,
 )
 from sdg_plugins.common.steps import SCHEME
+from sdg_plugins.servers.brake import watch
 from sdg_plugins.servers.connecting import connect
 from sdg_plugins.servers.models import Connect, Servers, connect_models, start
 
@@ -260,6 +261,7 @@ class Job:
                 check_number_of_files(run, reader)
             path = rank_file(run.state, run.options.rank, "sqlite3")
             store = await stack.enter_async_context(sdg.Store.open(path, run.counts))
+            watch(store, [of.client.transport.brake for of in (run, *run.models.values()) if of.client])
             send = run.plugins.linked(run)
             resources = await self._resources(stack)
             intake, outlet = Intake(run, reader), Outlet(run, self._writer)
@@ -459,7 +461,7 @@ def _tune_allocator() -> None:
         import ctypes
 
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 256 << 10)  # M_MMAP_THRESHOLD, which otherwise grows to 32 MB
+        libc.mallopt(-3, 128 << 10)  # M_MMAP_THRESHOLD, which otherwise grows from there to 32 MB
         libc.mallopt(-8, 2)  # M_ARENA_MAX: each thread could have its own
 
 

@@ -20,6 +20,7 @@ import httptools
 from multidict import CIMultiDict
 
 import sdg
+from sdg_plugins.servers.brake import Brake
 
 if TYPE_CHECKING:
     import ssl
@@ -49,7 +50,13 @@ class Received(NamedTuple):
 
 
 class Take:
-    """Where a streamed body goes: `wanted(status, headers)` decides, `piece(bytes)` takes each piece."""
+    """Where a streamed body goes: `wanted(status, headers)` decides, `piece(bytes)` takes each piece.
+
+    Attributes:
+        kept: bytes that it keeps of the pieces.
+    """
+
+    kept = 0
 
     def wanted(self, status: int, headers: Mapping[str, str]) -> bool:
         """True if the body of this response is to be given in pieces."""
@@ -66,18 +73,19 @@ class Connection(asyncio.Protocol):
     Attributes:
         usable: another request may be sent, once this one is answered.
         idle_since: loop time of its last response.
-        deadline: loop time at which the request in flight has failed.
+        deadline: loop time at which the request in flight has failed; a pause does not count.
         patience: seconds without a piece of a streamed response after which it has; 0 for any other request.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+    def __init__(self, loop: asyncio.AbstractEventLoop, brake: Brake) -> None:
+        self._loop, self._brake = loop, brake
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpResponseParser(self)
         self._waiter: asyncio.Future[Received] | None = None
         self._take: Take | None = None
         self.usable = True
         self.idle_since = self.deadline = self.patience = 0.0
+        self.paused_at: float | None = None
         self._begin()
 
     def _begin(self) -> None:
@@ -111,6 +119,20 @@ class Connection(asyncio.Protocol):
         self.close()
         if waiter and not waiter.done():
             waiter.set_exception(exc)
+
+    def pause(self) -> None:
+        """See `Receiving`."""
+        if self.paused_at is None and self._transport and not self._transport.is_closing():
+            self.paused_at = self._loop.time()
+            self._transport.pause_reading()
+
+    def resume(self) -> None:
+        """See `Receiving`."""
+        if self.paused_at is not None and self._transport:
+            self.deadline += self._loop.time() - self.paused_at
+            self.paused_at = None
+            if not self._transport.is_closing():
+                self._transport.resume_reading()
 
     # asyncio.Protocol
 
@@ -176,9 +198,12 @@ class Connection(asyncio.Protocol):
             piece = self._inflate.decompress(piece)
         if self._streaming:
             assert self._take
+            before = self._take.kept
             self._take.piece(piece)
+            self._brake.grew(self, self._take.kept - before)
         else:
             self._body.append(piece)
+            self._brake.grew(self, len(piece))
 
     def on_message_complete(self) -> None:
         """The response is complete, unless it is an interim one."""
@@ -188,7 +213,7 @@ class Connection(asyncio.Protocol):
         self.usable = self.usable and (self._parser.should_keep_alive() or not self._complete)
 
     def _respond(self) -> None:
-        waiter, self._waiter = self._waiter, None
+        waiter, self._waiter, self._take = self._waiter, None, None
         self.usable = self.usable and self._complete
         self.idle_since = self._loop.time()
         if not self.usable:
@@ -199,7 +224,8 @@ class Connection(asyncio.Protocol):
             waiter.set_exception(Broken("the compressed response is incomplete"))
             return
         assert self._known is not None
-        body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
+        pieces, self._body = self._body, []  # an idle connection must not hold them
+        body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         waiter.set_result(Received(self._parser.get_status_code(), self._reason.decode("latin-1"), self._known, body))
 
 
@@ -236,10 +262,11 @@ class Http1:
     Args:
         headers: of every request, beside Host and Content-Length.
         timeout: seconds for a whole request; of a stream, between two pieces of it.
+        brake: bounds the bytes of responses in memory.
     """
 
-    def __init__(self, headers: Mapping[str, str], timeout: float) -> None:
-        self._loop = asyncio.get_running_loop()
+    def __init__(self, headers: Mapping[str, str], timeout: float, brake: Brake | None = None) -> None:
+        self._loop, self.brake = asyncio.get_running_loop(), brake or Brake()
         defaults = {"Accept": "*/*", "Accept-Encoding": "gzip, deflate", "User-Agent": f"sdg/{sdg.__version__}"}
         lines = [f"{name}: {value}" for name, value in {**defaults, **headers}.items()]
         self._headers, self.timeout = "\r\n".join(lines), timeout
@@ -307,6 +334,7 @@ class Http1:
         patience: float = 0.0,
     ) -> Received:
         self._busy[connection] = None
+        self.brake.begin(connection)
         try:
             received: Received = await connection.send(head, body, now + self.timeout, take, patience)
         except asyncio.CancelledError:
@@ -314,6 +342,7 @@ class Http1:
             raise
         finally:
             del self._busy[connection]
+            self.brake.end(connection)
         if connection.usable:
             origin.idle.append(connection)
         return received
@@ -358,7 +387,7 @@ class Http1:
         for address in addresses:
             try:
                 _, connection = await self._loop.create_connection(
-                    lambda: Connection(self._loop), address[0], address[1], **secure
+                    lambda: Connection(self._loop, self.brake), address[0], address[1], **secure
                 )
                 return connection
             except TimeoutError:
@@ -377,11 +406,13 @@ class Http1:
         return [first, *others]
 
     async def _watch(self) -> None:
-        """Fail the requests whose time is over. They were sent in order, and so they time out, except for streams."""
+        """Fail the requests whose time is over. They were sent in order, and so they time out, but for pauses."""
         while True:
             await asyncio.sleep(min(TICK, self.timeout / 10))
             now, late = self._loop.time(), []
             for connection in self._busy:
+                if connection.paused_at is not None:
+                    continue
                 if connection.deadline <= now:
                     late.append(connection)
                 elif not connection.patience:

@@ -14,6 +14,7 @@ class Assembly:
 
     Attributes:
         complete: True once the stream was ended by the server, or each choice has its reason to finish.
+        size: bytes that are kept, about.
     """
 
     def __init__(self) -> None:
@@ -21,7 +22,9 @@ class Assembly:
         self._event: list[bytes] = []
         self._head: dict[str, Any] = {}
         self._choices: dict[int, dict[str, Any]] = {}
+        self._texts: dict[tuple[int, str], list[str]] = {}  # pieces: to append to a long text copies it each time
         self._done = False
+        self.size = 0
 
     @property
     def complete(self) -> bool:
@@ -41,6 +44,9 @@ class Assembly:
 
     def body(self) -> bytes:
         """The whole response as JSON."""
+        for (index, name), pieces in self._texts.items():
+            choice = self._choices[index]
+            (choice if name == "text" else choice["message"])[name] = "".join(pieces)
         choices = [choice for _, choice in sorted(self._choices.items())]
         return orjson.dumps({**self._head, **({"choices": choices} if choices else {})})
 
@@ -55,17 +61,21 @@ class Assembly:
         for part in event.get("choices") or []:
             index = part.get("index") or 0
             self._add(self._choices.setdefault(index, {"index": index, "finish_reason": None}), part)
+            self.size += len(data) if part.get("logprobs") else 0
+
+    def _append(self, index: int, name: str, text: Any) -> None:
+        if isinstance(text, str):
+            self._texts.setdefault((index, name), []).append(text)
+            self.size += len(text)
 
     def _add(self, choice: dict[str, Any], part: dict[str, Any]) -> None:
         """Continue a choice by a part of it."""
-        if isinstance(part.get("text"), str):
-            choice["text"] = choice.get("text", "") + part["text"]
+        self._append(choice["index"], "text", part.get("text"))
         delta = part.get("delta") or part.get("message")
         if isinstance(delta, dict):
             message = choice.setdefault("message", {"role": "assistant"})
             for name in TEXTS:
-                if isinstance(delta.get(name), str):
-                    message[name] = message.get(name, "") + delta[name]
+                self._append(choice["index"], name, delta.get(name))
             for call in delta.get("tool_calls") or []:
                 continue_call(message.setdefault("tool_calls", []), call)
         if isinstance(logprobs := part.get("logprobs"), dict):

@@ -7,12 +7,14 @@ Redirects are not followed: a POST that is turned into a GET loses its body, and
 
 from __future__ import annotations
 
+import asyncio
 import io
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
 import sdg
+from sdg_plugins.servers.brake import Brake, Turns
 from sdg_plugins.servers.http1 import IDLE, Broken, Http1, Take, Unreached
 from sdg_plugins.servers.streaming import Assembly
 
@@ -39,12 +41,16 @@ class Transport:
         timeout: seconds for a whole request; of a stream, between two pieces of it.
         lean: sends what needs no proxy; None to send everything through aiohttp.
         proxies: use those of the environment.
+
+    Attributes:
+        brake: bounds the bytes of responses in memory.
     """
 
     def __init__(
         self, headers: Mapping[str, str], timeout: float, lean: Http1 | None = None, proxies: bool = True
     ) -> None:
         self._headers, self.timeout, self._lean, self._proxies = headers, timeout, lean, proxies
+        self.brake = lean.brake if lean else Brake()
         self._proxied: dict[str, bool] = {}  # whether a proxy is set for an API
         self._opened: aiohttp.ClientSession | None = None
 
@@ -85,15 +91,14 @@ class Transport:
         import aiohttp
 
         data = body if len(body) < LARGE else io.BytesIO(body)  # aiohttp sends the second kind in pieces
-        limit = aiohttp.ClientTimeout(**({"sock_read": self.timeout} if progressed else {"total": self.timeout}))
+        limit = aiohttp.ClientTimeout(total=None, sock_read=self.timeout if progressed else None)
         try:
-            async with self._session.post(
-                address(url, path), data=data, allow_redirects=False, timeout=limit
-            ) as response:
-                if response.status == 200 and response.content_type == "text/event-stream":
-                    content = await assembled(response.content, progressed)
-                else:
-                    content = await response.read()
+            async with (
+                asyncio.timeout(None if progressed else self.timeout) as until,
+                self._session.post(address(url, path), data=data, allow_redirects=False, timeout=limit) as response,
+            ):
+                events = response.status == 200 and response.content_type == "text/event-stream"
+                content = await self._received(response, Turns(until), Events(progressed) if events else None)
                 return Answer(response.status, response.headers, content, str(response.reason))
         except TimeoutError as exc:
             raise self._late(progressed) from exc
@@ -101,6 +106,23 @@ class Transport:
             raise Unreached(str(exc)) from exc
         except (aiohttp.ClientError, ConnectionError) as exc:
             raise Broken(str(exc) or type(exc).__name__) from exc
+
+    async def _received(self, response: aiohttp.ClientResponse, turns: Turns, events: Events | None) -> bytes:
+        """The body of a response, or what a stream of events amounts to, received as the brake allows."""
+        pieces = []
+        self.brake.begin(turns)
+        try:
+            while await turns.next() and (piece := await response.content.readany()):
+                if events:
+                    before = events.kept
+                    events.piece(piece)
+                    self.brake.grew(turns, events.kept - before)
+                else:
+                    pieces.append(piece)
+                    self.brake.grew(turns, len(piece))
+        finally:
+            self.brake.end(turns)
+        return events.body() if events else b"".join(pieces)
 
     async def _post_lean(self, lean: Http1, url: str, body: bytes, progressed: Callable[[], None] | None) -> Answer:
         events = Events(progressed)
@@ -152,7 +174,7 @@ class Events(Take):
 
     def __init__(self, progressed: Callable[[], None] | None) -> None:
         self._progressed = progressed
-        self.assembly: Assembly | None = None
+        self.assembly: Assembly | None = Assembly()
 
     def wanted(self, status: int, headers: Mapping[str, str]) -> bool:
         """See `Take`."""
@@ -166,6 +188,7 @@ class Events(Take):
         if self._progressed:
             self._progressed()
         self.assembly.feed(piece)
+        self.kept = self.assembly.size
 
     def body(self) -> bytes:
         """The whole response. Raises Broken if the stream ended early."""
@@ -184,18 +207,6 @@ def proxy_is_set(url: str) -> bool:
     except ValueError:  # it is not a URL, as the request will say
         return False
     return parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(parts.hostname or "")
-
-
-async def assembled(content: aiohttp.StreamReader, progressed: Callable[[], None] | None) -> bytes:
-    """The response that a stream of events amounts to. Raises Broken if the stream ends early."""
-    assembly = Assembly()
-    async for piece in content.iter_any():
-        if progressed:
-            progressed()
-        assembly.feed(piece)
-    if not assembly.complete:
-        raise Broken("the stream ended before the completion did")
-    return assembly.body()
 
 
 def address(url: str, path: str) -> str:

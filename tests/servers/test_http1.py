@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from sdg_plugins.servers.brake import Brake
 from sdg_plugins.servers.http1 import IDLE, Broken, Http1, Received, Take, Unreached
 from sdg_plugins.servers.transport import Transport
 
@@ -222,6 +223,72 @@ def test_what_is_not_a_url_of_a_server_is_unreached(url: str) -> None:
                 await transport.post(url, "/completions", b"{}")
 
     asyncio.run(ask())
+
+
+BIG = 300_000
+
+
+@pytest.mark.parametrize("lean", [True, False])
+def test_large_responses_are_received_one_at_a_time(lean: bool) -> None:
+    """Each is larger than the bound; the store is full from the first response on, and is emptied late."""
+    most = 0
+    brake = Brake(most=200_000)
+    stored: list[int] = []
+    brake.unsaved = lambda: sum(stored)
+
+    async def ask(transport: Transport, url: str) -> None:
+        nonlocal most
+        answer = await transport.post(url, "", b"{}")
+        assert answer.body == b"x" * BIG
+        stored.append(BIG)
+        most = max(most, sum(stored))
+
+    async def empty_the_store() -> None:
+        while True:
+            await asyncio.sleep(0.02)
+            stored.clear()
+            brake.look()
+
+    async def work(client: Http1, url: str) -> None:
+        transport = Transport({}, 20, Http1({}, 20, brake) if lean else None, proxies=False)
+        transport.brake = brake
+        emptying = asyncio.create_task(empty_the_store())
+        await asyncio.gather(*[ask(transport, url) for _ in range(20)])
+        emptying.cancel()
+        await transport.aclose()
+
+    run(Server(*[[large(BIG)]] * 20, close=True), work)
+    stored.clear()
+    brake.look()
+    assert not brake.on
+    assert most <= 5 * BIG  # those that had come when the brake was put on, and one
+
+
+@pytest.mark.parametrize("lean", [True, False])
+def test_time_in_which_a_response_is_paused_does_not_count_for_its_timeout(lean: bool) -> None:
+    brake = Brake(most=1)
+    brake.unsaved = lambda: 2
+
+    async def work(client: Http1, url: str) -> bytes:
+        async with Http1({}, 0.3, brake).working() as own:
+            transport = Transport({}, 0.3, own if lean else None, proxies=False)
+            transport.brake = brake
+            asked = asyncio.create_task(transport.post(url, "", b"{}"))
+            while not brake.on:
+                await asyncio.sleep(0)
+            await asyncio.sleep(0.5)
+            brake.unsaved = int
+            brake.look()
+            body = (await asked).body
+            await transport.aclose()
+            return body
+
+    assert run(Server([large(BIG)]), work) == b"x" * BIG
+
+
+def large(size: int) -> bytes:
+    """A response with a body of so many bytes."""
+    return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size + b"x" * size
 
 
 def test_a_large_body_arrives_whole() -> None:
