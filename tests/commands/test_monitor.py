@@ -753,6 +753,7 @@ def record_of(job: Job, rank: int = 0) -> dict[str, Any]:
 
 def test_a_rank_says_that_it_runs_and_how_it_ended(ranks: Job, server: FakeServer) -> None:
     ranks.options["world_size"] = 1
+    server.behave(lambda payload, n: Hang() if prompt_of(payload) == "document 47" else Delay(0.2))
     running = ranks.start()
     wait_until(lambda: (ranks.output.state / "00000.stats.json").exists() and record_of(ranks)["documents_per_second"])
     first = record_of(ranks)
@@ -772,8 +773,10 @@ def test_a_rank_says_that_it_runs_and_how_it_ended(ranks: Job, server: FakeServe
 
 
 @pytest.mark.parametrize("ended", ["finished", "stopped"])
-def test_a_mistyped_rerun_does_not_change_how_a_rank_is_doing(ranks: Job, ended: str) -> None:
+def test_a_mistyped_rerun_does_not_change_how_a_rank_is_doing(ranks: Job, server: FakeServer, ended: str) -> None:
     ranks.options["world_size"] = 1
+    if ended == "stopped":
+        server.behave(lambda payload, n: Hang() if prompt_of(payload) == "document 7" else Delay(0.2))
     first = ranks.start(max_documents=8)
     if ended == "stopped":
         wait_until(
