@@ -975,7 +975,7 @@ class Store:
         self._answers: Counter[str] = Counter()  # number and bytes of responses that are not durable
         self._oldest: float | None = None  # time since which something is not
         self._dirty, self._hurry = asyncio.Event(), asyncio.Event()
-        self._committed = asyncio.Condition()
+        self._committed = asyncio.Event()  # set after the next commit, and replaced
         self._turn = asyncio.Lock()
         self._closing = False
         self._problem: Exception | None = None  # of the last commit
@@ -1036,6 +1036,8 @@ class Store:
         self._requests.setdefault(document, []).append((key, body))
         self._answers["number"] += 1
         self._answers["bytes"] += len(body)
+        if 2 * self._answers["number"] > self.most_answers:  # so that nobody has to wait for `room`
+            self._hurry.set()
         self._handed_in()
 
     def finished(self, document: int, status: str, body: bytes) -> None:
@@ -1061,16 +1063,16 @@ class Store:
     async def room(self) -> None:
         """Wait until the store is no longer crowded, or cannot store anything."""
         self._hurry.set()
-        async with self._committed:
-            await self._committed.wait_for(lambda: not self.crowded or self._problem)
+        while self.crowded and not self._problem:
+            await self._committed.wait()
 
     async def flush(self) -> None:
         """Wait until everything handed in so far is durable. Raises what keeps it from becoming so."""
         handed = self._handed
         self._dirty.set()
         self._hurry.set()
-        async with self._committed:
-            await self._committed.wait_for(lambda: self._durable >= handed or self._problem)
+        while self._durable < handed and not self._problem:
+            await self._committed.wait()
         if self._problem:
             raise self._problem
 
@@ -1088,8 +1090,8 @@ class Store:
                 self._problem = exc
                 self._dirty.set()
                 self.on_failure(exc)
-            async with self._committed:
-                self._committed.notify_all()
+            committed, self._committed = self._committed, asyncio.Event()
+            committed.set()
             if not self._closing:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._hurry.wait(), 0.5 if self._problem else COMMIT_INTERVAL)
