@@ -1377,8 +1377,7 @@ class RolloutRun:
         return Response(reply, self._answers[key])
 
     async def _send(self, request: Request, key: bytes) -> Response:
-        branch = asyncio.current_task()
-        assert branch
+        branch = self._task()
         self._branches.add(branch)
         try:
             if self._engine.store.crowded:
@@ -1406,10 +1405,16 @@ class RolloutRun:
             self.final = True
             for branch in self._branches:  # as `gather` leaves them when one has failed: nothing awaits their responses
                 branch.cancel()
-        await engine.crew.take_back_cancellation()
+        if engine.crew.left_by(self._task()):
+            await engine.crew.take_back_cancellation()
         if engine.crew.cut_off or (self.interrupted and engine.stopping):
             raise asyncio.CancelledError  # the next process runs it again
         return outcome
+
+    def _task(self) -> asyncio.Task[Any]:
+        task = asyncio.current_task(self._engine.loop)  # it would look for the loop with a system call
+        assert task
+        return task
 
     @property
     def _parts_key(self) -> bytes:
@@ -1423,12 +1428,11 @@ class RolloutRun:
         return [RolloutRun(self._engine, part, *same, f"{self._part}.{i}") for i, part in enumerate(documents)]
 
     async def _outcome(self) -> Outcome:
-        from sdg_plugins.common.returned import results_of
-
         engine = self._engine
         try:
             own = {name: make(self.document, self) for name, make in engine.makers.items()}
-            results = results_of(await engine.rollout(self.document, self, **engine.resources, **own), self.usage)
+            returned = await engine.rollout(self.document, self, **engine.resources, **own)
+            results = engine.outlet.results_in(returned, self.usage)
             common: dict[str, Any] = {"truncated": self.truncated}
             if self.reasons:
                 common["finish_reason"] = engine.client.worst(self.reasons)
@@ -1574,7 +1578,7 @@ class Engine:
         self.resources = {name: value for name, value in resources.items() if name not in self.makers}
         self.rollout, self.rollout_file = entry.factory, getattr(sys.modules.get(entry.plugin), "__file__", None)
         self._defaults = {name: sampling(of.options, of.model) for name, of in {"": run, **run.models}.items()}
-        self.stopping = False
+        self.loop, self.stopping = asyncio.get_running_loop(), False
         self.started = self.finished = 0  # documents, in this process
         self.failures = Failures()
         self.tally: Counter[str] = Counter()  # documents, in all processes
