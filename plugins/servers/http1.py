@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import select
 import socket
 import zlib
 from collections import deque
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 CONNECT_TIMEOUT = 30.0  # s for a connection, with TLS
 IDLE = 4.0  # s after which an idle connection is not used again: vLLM closes them after 5 s
+BRISK = 0.01  # s of idleness after which it is worth a system call to see whether a connection still is idle
 NAMES_KEPT = 10.0  # s for which the addresses of a host are remembered
 OTHER_ADDRESS = 5.0  # s for an address of a host that has others
 TICK = 0.25  # s between two looks at the time-outs
@@ -143,6 +145,13 @@ class Connection(asyncio.Protocol):
         self._waiter = None
         if self._transport:
             self._transport.abort()
+
+    def disturbed(self) -> bool:
+        """True if the server has closed an idle connection or sent something, which the loop has not seen yet."""
+        assert self._transport
+        poll = select.poll()
+        poll.register(self._transport.get_extra_info("socket").fileno(), select.POLLIN)
+        return bool(poll.poll(0))
 
     def fail(self, exc: Exception) -> None:
         """End the request in flight, and close the connection."""
@@ -274,7 +283,8 @@ class Origin:
         """An idle connection that may be used; older ones are closed."""
         while self.idle:
             connection = self.idle.pop()
-            if connection.usable and now - connection.idle_since < IDLE:
+            idle = now - connection.idle_since
+            if connection.usable and idle < IDLE and (idle < BRISK or not connection.disturbed()):
                 return connection
             connection.close()
         return None

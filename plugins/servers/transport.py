@@ -65,7 +65,6 @@ class Transport:
 
             self._opened = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE),
-                headers=self._headers,
                 cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=False,  # it does not notice what is missing
             )
@@ -115,7 +114,8 @@ class Transport:
         options: dict[str, Any] = {"timeout": aiohttp.ClientTimeout(sock_connect=connecting, **limit)}
         options |= {"allow_redirects": False, "proxy": proxy or None}
         try:
-            url, options["headers"] = without_credentials(url)
+            url, own = without_credentials(url)
+            options["headers"] = {**self._headers, **own}  # those of a session would be sent to the proxy as well
             async with self._session.request(method, url, data=data, **options) as response:
                 if response.status < 200:
                     raise Broken(f"the server switched to another protocol: {response.status}")
@@ -136,7 +136,12 @@ class Transport:
             raise Unreached(f"no connection within {CONNECT_TIMEOUT:g} s") from exc
         except TimeoutError:
             raise
-        except (aiohttp.ClientConnectorError, aiohttp.InvalidURL, UnicodeError) as exc:
+        except (
+            aiohttp.ClientConnectorError,
+            aiohttp.ClientHttpProxyError,
+            aiohttp.InvalidURL,
+            UnicodeError,
+        ) as exc:
             raise Unreached(sdg.redact(str(exc)) or type(exc).__name__) from exc
         except (aiohttp.ClientError, ConnectionError, ValueError) as exc:
             raise Broken(str(exc) or type(exc).__name__) from exc

@@ -117,6 +117,26 @@ def test_a_request_whose_time_is_over_while_it_connects_is_a_time_out() -> None:
     with_client(RawServer(), ask, timeout=0.2)
 
 
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_request_may_be_canceled_while_it_connects(scheme: str) -> None:
+    async def cancel(client: Http1, url: str) -> None:
+        with full_listener() as port:
+            server = RawServer(deaf=True)
+            async with server.serving():
+                there = f"https://127.0.0.1:{server.port}/v1" if scheme == "https" else f"http://127.0.0.1:{port}/v1"
+                asking = asyncio.ensure_future(client.post(there, b"{}"))
+                while scheme == "https" and not server.connections:
+                    await asyncio.sleep(0.001)
+                await asyncio.sleep(0.01)
+                asking.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await asking
+        assert not client._busy
+        assert (await client.post(url, b"{}")).body == b"hello"
+
+    with_client(RawServer([PLAIN]), cancel)
+
+
 @contextlib.contextmanager
 def full_listener() -> Any:
     """The port of a server that accepts nothing: the kernel drops further attempts to connect."""
