@@ -213,7 +213,13 @@ def _config_of(rollout: Any, input: Any, options: Mapping[str, Any]) -> Config:
     if input is not None:
         given["input"] = str(input)
     with refusing():
-        return parse_with(plugins, named or "summarize", as_arguments({**given, "plugin": specs}, []))
+        config = parse_with(plugins, named or "summarize", as_arguments({**given, "plugin": specs}, []))
+    if config.options.processes:
+        raise sdg.UsageError(
+            "--processes starts the command again in several processes, which a function of this one cannot do: "
+            "write the rollout to a plugin file, and run it with sdg.py --plugin FILE.py --processes N"
+        )
+    return config
 
 
 def _add_function(plugins: sdg.Plugins, function: Any) -> str:

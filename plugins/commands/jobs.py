@@ -14,7 +14,7 @@ import os
 import sqlite3
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -66,6 +66,8 @@ from sdg_plugins.servers.models import Connect, Servers, connect_models, start
 
 Lock = Callable[[sdg.Run], contextlib.AbstractContextManager[None]]
 Present = Callable[[sdg.Engine, "Stop"], contextlib.AbstractAsyncContextManager[None]]  # entered around `Engine.work`
+FirstJob = Callable[[Config, "Stop", str, Present], Awaitable["Job | None"]]
+Starting = Callable[[sdg.Run, contextlib.AsyncExitStack], Awaitable[Mapping[str, Servers]]]
 
 
 class Stop:
@@ -322,9 +324,9 @@ class FreeRank(Job):
     @classmethod
     async def _take(cls, shares: Shares, everything: Stop, name: str, present: Present) -> FreeRank | None:
         if not (share := await shares.take()):
-            sdg.say(f"{name}no rank is free: {shares.summary()}")
+            shares.say(f"{name}no rank is free: {shares.summary()}")
             return None
-        sdg.say(f"{name}rank {share.config.options.rank} of {share.config.options.world_size}")
+        shares.say(f"{name}rank {share.config.options.rank} of {share.config.options.world_size}")
         job = cls(share, shares, everything, name, present)
         await job.prepare()
         return job
@@ -352,8 +354,21 @@ def open_run(config: Config, stop: Stop) -> sdg.Run:
     return run
 
 
+async def first_job(config: Config, everything: Stop, name: str, present: Present) -> Job | None:
+    """The first job of a config; None if there is nothing for this process to do."""
+    if config.options.any_rank:
+        return await FreeRank.first(config, everything, name, present)
+    job = Job(config, everything, name, present)
+    await job.prepare()
+    return job
+
+
 async def run_all(
-    configs: list[Config], present: Present = reported, called: Callable[[Stop], object] | None = None
+    configs: list[Config],
+    present: Present = reported,
+    called: Callable[[Stop], object] | None = None,
+    first: FirstJob = first_job,
+    starting: Starting = start,
 ) -> None:
     """Run the jobs of some configs; raises the worst of their errors.
 
@@ -361,6 +376,8 @@ async def run_all(
         configs: each is a job.
         present: a context manager around each engine's work: shows it.
         called: for calls in Python: given what stops all jobs, instead of signals.
+        first: makes the first job of a config.
+        starting: enters the servers.
     """
     if present is reported:
         course = Course([config.name for config in configs])
@@ -368,7 +385,7 @@ async def run_all(
     jobs: list[Job] = []
     problem: BaseException | None = None
     try:
-        await _run_jobs(configs, jobs, present, called)
+        await _run_jobs(configs, jobs, called, lambda config, stop, name: first(config, stop, name, present), starting)
     except BaseException as exc:
         problem = exc
         raise
@@ -378,7 +395,11 @@ async def run_all(
 
 
 async def _run_jobs(
-    configs: list[Config], jobs: list[Job], present: Present, called: Callable[[Stop], object] | None
+    configs: list[Config],
+    jobs: list[Job],
+    called: Callable[[Stop], object] | None,
+    first: Callable[..., Awaitable[Job | None]],
+    starting: Starting,
 ) -> None:
     """Run the jobs of some configs, and add them to `jobs`; see `run_all`."""
     task = asyncio.current_task()
@@ -388,13 +409,9 @@ async def _run_jobs(
         with signals(stop) if called is None else contextlib.nullcontext(called(stop)):
             for config in configs:
                 name = f"config {config.name}: " if len(configs) > 1 else ""
-                if config.options.any_rank:
-                    jobs += filter(None, [await FreeRank.first(config, stop, name, present)])
-                else:
-                    jobs.append(Job(config, stop, name, present))
-                    await jobs[-1].prepare()
+                jobs += filter(None, [await first(config, stop, name)])
             if jobs:
-                await serve(jobs, stop)
+                await serve(jobs, stop, starting)
             for job in jobs:
                 await job.leave()
     except (asyncio.CancelledError, Exception) as exc:
@@ -409,12 +426,12 @@ async def _run_jobs(
         raise max(problems, key=lambda problem: getattr(problem, "exit_code", 1))
 
 
-async def serve(jobs: list[Job], stop: Stop) -> None:
+async def serve(jobs: list[Job], stop: Stop, starting: Starting = start) -> None:
     """Start the servers, and have each job use it in its turn, until something stops them all."""
     run = dataclasses.replace(jobs[0].run, stop=stop, stopping=stop.stopping)
     try:
         async with contextlib.AsyncExitStack() as stack:
-            servers = await start(run, stack)
+            servers = await starting(run, stack)
             waiting = deque(jobs if servers[""] else [])  # none: our GPUs were lent to a run elsewhere, which has ended
             while waiting and stop.reason is None:
                 job = waiting.popleft()

@@ -36,12 +36,13 @@ class Brake:
         most: bytes above which all other responses are paused.
 
     Attributes:
+        most: as above.
         on: they are paused.
         unsaved: the bytes of responses that are not durable; call `look` when they become fewer.
     """
 
     def __init__(self, most: int = MOST) -> None:
-        self._most = most
+        self.most = most
         self._requests: dict[Receiving, None] = {}
         self._begun: dict[Receiving, int] = {}  # bytes of those that have any
         self._bytes = 0
@@ -62,7 +63,7 @@ class Brake:
             response.pause()
         elif self.on:
             self._lead()
-        elif self._bytes + self.unsaved() > self._most:
+        elif self._bytes + self.unsaved() > self.most:
             self.on = True
             for other in self._requests:
                 other.pause()
@@ -71,7 +72,7 @@ class Brake:
     def _lead(self) -> None:
         """Let the first response go on, or wait for the store."""
         for first in self._begun:
-            (first.pause if self.unsaved() > self._most // 2 else first.resume)()
+            (first.pause if self.unsaved() > self.most // 2 else first.resume)()
             break
 
     def end(self, response: Receiving) -> None:
@@ -86,7 +87,7 @@ class Brake:
         """There may be fewer bytes than before."""
         if not self.on:
             return
-        self.on = self._bytes + self.unsaved() > self._most // 2
+        self.on = self._bytes + self.unsaved() > self.most // 2
         if self.on:
             self._lead()
             return
@@ -94,10 +95,38 @@ class Brake:
             response.resume()
 
 
+class Pausable:
+    """A connection whose response may be paused; that time does not count.
+
+    Attributes:
+        deadline: loop time at which the request in flight has failed.
+        paused_at: loop time; None if it is not.
+    """
+
+    deadline = 0.0
+    paused_at: float | None = None
+    _loop: asyncio.AbstractEventLoop
+    _transport: asyncio.Transport | None = None
+
+    def pause(self) -> None:
+        """See `Receiving`."""
+        if self.paused_at is None and self._transport and not self._transport.is_closing():
+            self.paused_at = self._loop.time()
+            self._transport.pause_reading()
+
+    def resume(self) -> None:
+        """See `Receiving`."""
+        if self.paused_at is not None and self._transport:
+            self.deadline += self._loop.time() - self.paused_at
+            self.paused_at = None
+            if not self._transport.is_closing():
+                self._transport.resume_reading()
+
+
 def watch(store: sdg.Store, brakes: Sequence[Brake]) -> None:
     """Have brakes count what a store has not made durable."""
     for brake in brakes:
-        brake.unsaved = store.unsaved
+        brake.unsaved = lambda: store.unsaved["bytes"]
 
     def look() -> None:
         for brake in brakes:

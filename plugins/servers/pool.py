@@ -8,7 +8,7 @@ import itertools
 import random
 import time
 from collections import deque
-from collections.abc import Container, Iterable
+from collections.abc import Container, Coroutine, Iterable
 from typing import Any, NamedTuple
 
 import sdg
@@ -174,11 +174,18 @@ class Pool:
         self._area = 0.0  # integral of `active` over time
         self._since = self._began = self._loop.time()
 
-    async def acquire(self, suspicion: Suspicion | None = None, request: sdg.Request | None = None) -> sdg.Upstream:
+    def acquire(
+        self, suspicion: Suspicion | None = None, request: sdg.Request | None = None
+    ) -> Coroutine[Any, Any, sdg.Upstream]:
         """Wait for a slot; a suspect waits for the server that it saw crash. Canceled when the run stops."""
         document = request.rollout.document.index if request and request.rollout and len(self.upstreams) > 1 else None
         if not request or not self.pace.limited:
-            return await self._acquire(suspicion, document)
+            return self._acquire(suspicion, document)
+        return self._acquire_paced(request, suspicion, document)
+
+    async def _acquire_paced(
+        self, request: sdg.Request, suspicion: Suspicion | None, document: int | None
+    ) -> sdg.Upstream:
         self.pace.expect(request)
         upstream = await self._acquire(suspicion, document)
         self.pace.note(request)
@@ -421,6 +428,8 @@ class Pool:
                 break
             del self._waiting[position]
             slot.set_result(free)
+        if self.active >= self.limit:  # the next response hands out a slot
+            return
         later = [*(upstream.until for upstream in self.upstreams), self.pace.free_at]
         aside = min((moment for moment in later if moment > now), default=None)
         if (self._waiting or self._suspects) and aside and (not self._alarm or self._alarm[0] > aside):

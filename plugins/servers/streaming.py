@@ -1,12 +1,32 @@
-"""Server-sent events of completions, assembled to the response that the server would have sent at once."""
+"""Bodies that are taken in pieces: events of completions become the response that would have been sent at once."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
 
+LOGPROBS = b'"logprobs":{'  # in an event that has them, which are many times as long as its text
 TEXTS = ("content", "reasoning_content", "reasoning", "refusal")  # fields of a delta that are continued
+
+
+class Take:
+    """Where a streamed body goes: `wanted(status, headers)` decides, `piece(bytes)` takes each piece.
+
+    Attributes:
+        kept: bytes that it keeps of the pieces.
+    """
+
+    kept = 0
+
+    def wanted(self, status: int, headers: Mapping[str, str]) -> bool:
+        """True if the body of this response is to be given in pieces."""
+        raise NotImplementedError
+
+    def piece(self, piece: bytes) -> None:
+        """Take in a piece of the body. What it raises fails the request."""
+        raise NotImplementedError
 
 
 class Assembly:
@@ -15,6 +35,7 @@ class Assembly:
     Attributes:
         complete: True once the stream was ended by the server, or each choice has its reason to finish.
         size: bytes that are kept, about.
+        malformed: the first event that is not a part of a completion: the response is then no JSON.
     """
 
     def __init__(self) -> None:
@@ -25,12 +46,13 @@ class Assembly:
         self._texts: dict[tuple[int, str], list[str]] = {}  # pieces: to append to a long text copies it each time
         self._done = False
         self.size = 0
+        self.malformed = b""
 
     @property
     def complete(self) -> bool:
         """True if nothing is missing."""
         finished = self._choices and all(choice.get("finish_reason") for choice in self._choices.values())
-        return self._done or bool(finished) or "error" in self._head
+        return self._done or bool(finished) or "error" in self._head or bool(self.malformed)
 
     def feed(self, piece: bytes) -> None:
         """Take in some bytes."""
@@ -44,6 +66,8 @@ class Assembly:
 
     def body(self) -> bytes:
         """The whole response as JSON."""
+        if self.malformed:
+            return b"an event of the stream is malformed: " + self.malformed
         for (index, name), pieces in self._texts.items():
             choice = self._choices[index]
             (choice if name == "text" else choice["message"])[name] = "".join(pieces)
@@ -54,14 +78,19 @@ class Assembly:
         if data.strip() == b"[DONE]":
             self._done = True
             return
-        event = orjson.loads(data) if data.strip() else {}
-        if not isinstance(event, dict):
-            return
+        try:
+            event = orjson.loads(data) if data.strip() else {}
+            if isinstance(event, dict):
+                self._add_event(event)
+                self.size += len(data) if LOGPROBS in data else 0
+        except (AttributeError, LookupError, TypeError, ValueError):
+            self.malformed = self.malformed or data
+
+    def _add_event(self, event: dict[str, Any]) -> None:
         self._head |= {name: value for name, value in event.items() if name not in {"choices", "object"} and value}
         for part in event.get("choices") or []:
-            index = part.get("index") or 0
+            index = int(part.get("index") or 0)
             self._add(self._choices.setdefault(index, {"index": index, "finish_reason": None}), part)
-            self.size += len(data) if part.get("logprobs") else 0
 
     def _append(self, index: int, name: str, text: Any) -> None:
         if isinstance(text, str):
@@ -90,6 +119,8 @@ class Assembly:
 def continue_call(calls: list[dict[str, Any]], part: dict[str, Any]) -> None:
     """Add a part of a tool call to those that are there: its arguments come in pieces."""
     index = part.get("index", len(calls))
+    if not 0 <= index <= len(calls) + 100:
+        raise ValueError(f"index {index}")
     while len(calls) <= index:
         calls.append({"type": "function", "function": {"name": "", "arguments": ""}})
     call, function = calls[index], part.get("function") or {}

@@ -81,7 +81,9 @@ def watch(job: Job, *arguments: object, **env: str) -> Started:
     return job.sdg.start("monitor", "--output", job.options["output"], "--interval", "0.3", *arguments, **env)
 
 
-def test_the_card_in_a_folder_shows_the_progress_until_all_ranks_have_finished(ranks: Job) -> None:
+def test_the_card_in_a_folder_shows_the_progress_until_all_ranks_have_finished(ranks: Job, server: FakeServer) -> None:
+    of_the_last_chunks = {f"document {number}" for number in range(36, 48)}
+    server.behave(lambda payload, n: Hang() if prompt_of(payload) in of_the_last_chunks else Delay(0.2))
     monitor = watch(ranks)
     time.sleep(2)
     assert monitor.running
@@ -89,12 +91,13 @@ def test_the_card_in_a_folder_shows_the_progress_until_all_ranks_have_finished(r
 
     wait_until(lambda: re.search(r"[1-9]\d* of 48", card_of(ranks)) and "to go" in card_of(ranks))
     during = progress_of(card_of(ranks))
+    server.release()
     ends = [process.finish() for process in processes]
     monitored = monitor.finish()
 
     assert [end.rc for end in ends] == [0, 0, 0]
     assert "of 48" in during["documents"]
-    assert re.fullmatch(r"\d+\.\d documents/s, [\d,]+ tokens/s, \d+ s to go", during["speed"]), during
+    assert re.fullmatch(r"\d+\.\d documents/s, [\d,]+ tokens/s, \d+ (s|min) to go", during["speed"]), during
     assert during["bar"]
     assert re.search(r"[1-3] running", during["ranks"])
     assert monitored.rc == 0, monitored
@@ -750,6 +753,7 @@ def record_of(job: Job, rank: int = 0) -> dict[str, Any]:
 
 def test_a_rank_says_that_it_runs_and_how_it_ended(ranks: Job, server: FakeServer) -> None:
     ranks.options["world_size"] = 1
+    server.behave(lambda payload, n: Hang() if prompt_of(payload) == "document 47" else Delay(0.2))
     running = ranks.start()
     wait_until(lambda: (ranks.output.state / "00000.stats.json").exists() and record_of(ranks)["documents_per_second"])
     first = record_of(ranks)
@@ -769,8 +773,10 @@ def test_a_rank_says_that_it_runs_and_how_it_ended(ranks: Job, server: FakeServe
 
 
 @pytest.mark.parametrize("ended", ["finished", "stopped"])
-def test_a_mistyped_rerun_does_not_change_how_a_rank_is_doing(ranks: Job, ended: str) -> None:
+def test_a_mistyped_rerun_does_not_change_how_a_rank_is_doing(ranks: Job, server: FakeServer, ended: str) -> None:
     ranks.options["world_size"] = 1
+    if ended == "stopped":
+        server.behave(lambda payload, n: Hang() if prompt_of(payload) == "document 7" else Delay(0.2))
     first = ranks.start(max_documents=8)
     if ended == "stopped":
         wait_until(
