@@ -1043,8 +1043,7 @@ class Store:
 
     def finished(self, document: int, status: str, body: bytes) -> None:
         """A document is final: status row, filtered, failed or empty; body is JSON."""
-        superseded = self._requests.pop(document, ())
-        self.unsaved["bytes"] += len(body) - sum(len(answer) for _, answer in superseded)
+        self.unsaved["bytes"] += len(body) - sum(len(answer) for _, answer in self._requests.pop(document, ()))
         self._documents.append((document, status, body))
         self._handed_in()
 
@@ -1589,6 +1588,7 @@ class Engine:
         self._deferred: dict[int, OpenChunk] = {}  # final, but the fields of results are not settled
         self._untried: list[int] = []  # a heap of those that may settle them
         self._unwritten = 0
+        self._window = max(WINDOW * run.options.max_concurrent_documents, 4 * run.options.records_per_chunk)
         self._space = asyncio.Event()
         self._writing = ThreadPoolExecutor(2, "sdg-writer")
         self._settling, self._two_write, self._one_large = asyncio.Lock(), asyncio.Semaphore(2), asyncio.Lock()
@@ -1675,28 +1675,21 @@ class Engine:
         if earlier and earlier.written and not await self._reopen(opened, earlier):
             opened.close()
             return None
-        while self._unwritten and self._unwritten + chunk.count > self._window():
+        while self._unwritten and self._unwritten + chunk.count > self._window:
             self._space.clear()
             await self._space.wait()
         known = await self.store.finished_in(chunk) if earlier else {}
         # Documents are failed until they are finished again: a retry may be interrupted.
         final = {i: status for i, status in known.items() if not (retry and status in {"failed", "empty"})}
         self.tally -= Counter(status for i, status in known.items() if i not in final)
-        opened.resumed = earlier is not None
-        opened.remaining = chunk.count - len(final)
+        opened.expect(final, resumed=earlier is not None)
         self._open[chunk.index] = opened
-        self._unwritten += chunk.count
+        self._unwritten += opened.weight
         if not earlier or earlier.count != chunk.count or earlier.digest != chunk.digest:
             self.store.opened(chunk)
         if not opened.remaining:
-            self._write_tasks.create_task(self._write_chunk(opened))
-        return final
-
-    def _window(self) -> int:
-        options = self.run.options
-        if self.intake.chosen is not None:  # none of its chunks will be complete
-            return sys.maxsize
-        return int(max(WINDOW * options.max_concurrent_documents, 4 * options.records_per_chunk))
+            self._ended(opened)
+        return final if opened.remaining or opened.whole else None
 
     async def _reopen(self, opened: OpenChunk, earlier: Chunk) -> bool:
         """Resume a written chunk if it has grown, or has failures to retry. Returns False if it is complete."""
@@ -1796,14 +1789,22 @@ class Engine:
             opened = self._open[document >> 32]
             opened.remaining -= 1
             if not opened.remaining:
-                self._write_tasks.create_task(self._write_chunk(opened))
+                self._ended(opened)
+
+    def _ended(self, opened: OpenChunk) -> None:
+        """What is run of a chunk here is final. Write it, unless other documents are left to a later process."""
+        if opened.whole:
+            self._write_tasks.create_task(self._write_chunk(opened))
+        else:
+            self._open.pop(opened.chunk.index).close()
+            self._written(opened)
 
     async def _settle(self, opened: OpenChunk) -> None:
         """Learn the fields of results from the first chunk that has any; chunks without results wait for it."""
         async with self._settling:
             self._deferred[opened.chunk.index] = self._open.pop(opened.chunk.index)
             heapq.heappush(self._untried, opened.chunk.index)
-            self._written(opened.chunk)
+            self._written(opened)
             # In the order of the input, so that equal responses give equal files, whichever chunk is complete first.
             incomplete = min(self._open, default=sys.maxsize)
             while self.outlet.fields is None and self._untried and self._untried[0] < incomplete:
@@ -1816,7 +1817,7 @@ class Engine:
     def _write_deferred(self) -> None:
         self._open |= self._deferred
         for opened in self._deferred.values():
-            self._unwritten += opened.chunk.count
+            self._unwritten += opened.weight
             self._write_tasks.create_task(self._write_chunk(opened))
         self._deferred.clear()
 
@@ -1836,13 +1837,13 @@ class Engine:
                 self._open.pop(chunk.index)
                 opened.close()
                 await self._in_writing_thread(announce, self.run, chunk)
-            self._written(chunk)
+            self._written(opened)
         except Exception as exc:  # noqa: BLE001 - what is in flight is worth the wait
             self.run.stop(exc)
 
-    def _written(self, chunk: Chunk) -> None:
+    def _written(self, opened: OpenChunk) -> None:
         """Move the window on."""
-        self._unwritten -= chunk.count
+        self._unwritten -= opened.weight
         self._space.set()
 
     async def _in_writing_thread(self, work: Callable[..., Any], *arguments: Any) -> Any:
