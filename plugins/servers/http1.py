@@ -271,8 +271,8 @@ class Http1:
     def __init__(self, headers: Mapping[str, str], timeout: float) -> None:
         self._loop, self.brake = asyncio.get_running_loop(), Brake()
         self._headers, self.timeout = {**DEFAULTS, **headers}, timeout
-        self._origins: dict[tuple[bool, str, int], Origin] = {}
-        self._heads: dict[str, tuple[Origin, bytes]] = {}  # of URLs, what follows the method
+        self._origins: dict[tuple[bool, str, int], Origin[Connection]] = {}
+        self._heads: dict[str, tuple[Origin[Connection], bytes]] = {}  # of URLs, what follows the method
         self._busy: dict[Connection, None] = {}  # in the order in which their requests were sent
         self._secure: asyncio.Future[ssl.SSLContext] | None = None
 
@@ -327,7 +327,7 @@ class Http1:
 
     async def _exchange(
         self,
-        origin: Origin,
+        origin: Origin[Connection],
         connection: Connection,
         head: bytes,
         body: bytes,
@@ -349,7 +349,7 @@ class Http1:
             origin.idle.append(connection)
         return received
 
-    def _parse(self, url: str) -> tuple[Origin, bytes]:
+    def _parse(self, url: str) -> tuple[Origin[Connection], bytes]:
         parts, host, port = parsed(url)
         secure = parts.scheme == "https"
         key = (secure, host, port)
@@ -362,13 +362,13 @@ class Http1:
         self._heads[url] = known = (origin, "\r\n".join(lines).encode("latin-1"))
         return known
 
-    async def _connect_in_turn(self, origin: Origin) -> Connection:
+    async def _connect_in_turn(self, origin: Origin[Connection]) -> Connection:
         """A new connection, or one that has become idle meanwhile: thousands of requests may begin at once."""
         async with self._connecting(origin), origin.connecting:
             return origin.ready(self._loop.time()) or await self._connect_to_any(origin)
 
     @contextlib.asynccontextmanager
-    async def _connecting(self, origin: Origin) -> AsyncIterator[None]:
+    async def _connecting(self, origin: Origin[Connection]) -> AsyncIterator[None]:
         """Raises Unreached if there is no connection or, if the request's own time is over, TimeoutError."""
         where = f"{origin.host}:{origin.port}"
         try:
@@ -381,7 +381,7 @@ class Http1:
                 raise Unreached(f"no connection to {where} within {CONNECT_TIMEOUT:g} s") from exc
             raise Unreached(f"cannot connect to {where}: {getattr(exc, 'strerror', '') or exc}") from exc
 
-    async def _connect_to_any(self, origin: Origin) -> Connection:
+    async def _connect_to_any(self, origin: Origin[Connection]) -> Connection:
         """A connection to the first address that accepts one. Raises OSError of the last one."""
         secure: dict[str, Any] = {"ssl": await self._tls(), "server_hostname": origin.host} if origin.secure else {}
         *others, last = await origin.addresses()
@@ -392,7 +392,7 @@ class Http1:
             origin.avoid(address)
         return await self._connect_to(origin, last, secure)
 
-    async def _connect_to(self, origin: Origin, address: str, secure: Mapping[str, Any]) -> Connection:
+    async def _connect_to(self, origin: Origin[Connection], address: str, secure: Mapping[str, Any]) -> Connection:
         _, connection = await self._loop.create_connection(
             lambda: Connection(self._loop, self.brake), address, origin.port, **secure
         )

@@ -5,10 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections import deque
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from sdg_plugins.servers.http1 import Connection
+from typing import Generic, Protocol, TypeVar
 
 CONNECTING = 512  # connections to a server that are made at once: it drops what it cannot accept soon
 IDLE = 4.0  # s after which an idle connection is not used for a while: vLLM closes them after 5 s
@@ -18,18 +15,39 @@ BRISK = 0.01  # s of idleness after which it is worth a system call to see wheth
 NAMES_KEPT = 10.0  # s for which the addresses of a host are remembered
 
 
-class Origin:
+class Kept(Protocol):
+    """A connection that is kept for further requests.
+
+    Attributes:
+        usable: another request may be sent.
+        idle_since: loop time of its last response.
+    """
+
+    usable: bool
+    idle_since: float
+
+    def disturbed(self) -> bool:
+        """True if it is no longer idle."""
+
+    def close(self) -> None:
+        """Close it at once."""
+
+
+C = TypeVar("C", bound=Kept)
+
+
+class Origin(Generic[C]):
     """A scheme, host and port, its idle connections, and its addresses."""
 
     def __init__(self, secure: bool, host: str, port: int) -> None:
         self.secure, self.host, self.port = secure, host, port
-        self.idle: deque[Connection] = deque()  # the last one used is on the right
+        self.idle: deque[C] = deque()  # the last one used is on the right
         self.connecting = asyncio.Semaphore(CONNECTING)
         self._addresses: list[str] = []
         self._lookup: asyncio.Task[None] | None = None  # one for all connections that wait for it
         self._looked_up_at = 0.0
 
-    def ready(self, now: float) -> Connection | None:
+    def ready(self, now: float) -> C | None:
         """An idle connection that may be used; those that may not are closed."""
         while self.idle:
             connection = self.idle.pop()
