@@ -200,6 +200,7 @@ def report_of(engine: sdg.Engine) -> dict[str, Any]:
         "weight": weight,
         "ended": list(engine.crew.ended)[-SAMPLE:],
         "active": {name: pool.active for name, pool in pools.items()},
+        "seconds": engine.client.pool.seconds,
         "waiting": engine.client.pool.waiting(),
         "servers": {name: [state_of(upstream) for upstream in pool.upstreams] for name, pool in pools.items()},
     }
