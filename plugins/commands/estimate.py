@@ -168,11 +168,11 @@ class Meter:
         tokens = tokens_of(run.counts, run.models)
         for name, of in {"": run, **run.models}.items():
             assert of.client
-            pool, requests = of.client.pool, of.counts["requests"]
+            lane, requests = of.client.lane, of.counts["requests"]
             if not name:  # its counts are those of all models
                 requests -= sum(model.counts["requests"] for model in run.models.values())
             completion = float(tokens[name].completion)
-            found[name] = Look(float(requests), completion, pool.seconds, pool.mean_in_flight * pool.seconds)
+            found[name] = Look(float(requests), completion, lane.seconds, lane.mean_in_flight * lane.seconds)
         return found
 
     async def forecast(self, engine: sdg.Engine) -> Forecast:
