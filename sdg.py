@@ -975,7 +975,7 @@ class Store:
         self._answers: Counter[str] = Counter()  # number and bytes of responses that are not durable
         self._oldest: float | None = None  # time since which something is not
         self._dirty, self._hurry = asyncio.Event(), asyncio.Event()
-        self._committed = asyncio.Condition()
+        self._committed = asyncio.Event()  # set after the next commit, and replaced
         self._turn = asyncio.Lock()
         self._closing = False
         self._problem: Exception | None = None  # of the last commit
@@ -1036,6 +1036,8 @@ class Store:
         self._requests.setdefault(document, []).append((key, body))
         self._answers["number"] += 1
         self._answers["bytes"] += len(body)
+        if 2 * self._answers["number"] > self.most_answers:  # so that nobody has to wait for `room`
+            self._hurry.set()
         self._handed_in()
 
     def finished(self, document: int, status: str, body: bytes) -> None:
@@ -1061,16 +1063,16 @@ class Store:
     async def room(self) -> None:
         """Wait until the store is no longer crowded, or cannot store anything."""
         self._hurry.set()
-        async with self._committed:
-            await self._committed.wait_for(lambda: not self.crowded or self._problem)
+        while self.crowded and not self._problem:
+            await self._committed.wait()
 
     async def flush(self) -> None:
         """Wait until everything handed in so far is durable. Raises what keeps it from becoming so."""
         handed = self._handed
         self._dirty.set()
         self._hurry.set()
-        async with self._committed:
-            await self._committed.wait_for(lambda: self._durable >= handed or self._problem)
+        while self._durable < handed and not self._problem:
+            await self._committed.wait()
         if self._problem:
             raise self._problem
 
@@ -1088,8 +1090,8 @@ class Store:
                 self._problem = exc
                 self._dirty.set()
                 self.on_failure(exc)
-            async with self._committed:
-                self._committed.notify_all()
+            committed, self._committed = self._committed, asyncio.Event()
+            committed.set()
             if not self._closing:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._hurry.wait(), 0.5 if self._problem else COMMIT_INTERVAL)
@@ -1375,8 +1377,7 @@ class RolloutRun:
         return Response(reply, self._answers[key])
 
     async def _send(self, request: Request, key: bytes) -> Response:
-        branch = asyncio.current_task()
-        assert branch
+        branch = self._task()
         self._branches.add(branch)
         try:
             if self._engine.store.crowded:
@@ -1404,10 +1405,16 @@ class RolloutRun:
             self.final = True
             for branch in self._branches:  # as `gather` leaves them when one has failed: nothing awaits their responses
                 branch.cancel()
-        await engine.crew.take_back_cancellation()
+        if engine.crew.left_by(self._task()):
+            await engine.crew.take_back_cancellation()
         if engine.crew.cut_off or (self.interrupted and engine.stopping):
             raise asyncio.CancelledError  # the next process runs it again
         return outcome
+
+    def _task(self) -> asyncio.Task[Any]:
+        task = asyncio.current_task(self._engine.loop)  # it would look for the loop with a system call
+        assert task
+        return task
 
     @property
     def _parts_key(self) -> bytes:
@@ -1421,12 +1428,11 @@ class RolloutRun:
         return [RolloutRun(self._engine, part, *same, f"{self._part}.{i}") for i, part in enumerate(documents)]
 
     async def _outcome(self) -> Outcome:
-        from sdg_plugins.common.returned import results_of
-
         engine = self._engine
         try:
             own = {name: make(self.document, self) for name, make in engine.makers.items()}
-            results = results_of(await engine.rollout(self.document, self, **engine.resources, **own), self.usage)
+            returned = await engine.rollout(self.document, self, **engine.resources, **own)
+            results = engine.outlet.results_in(returned, self.usage)
             common: dict[str, Any] = {"truncated": self.truncated}
             if self.reasons:
                 common["finish_reason"] = engine.client.worst(self.reasons)
@@ -1572,7 +1578,7 @@ class Engine:
         self.resources = {name: value for name, value in resources.items() if name not in self.makers}
         self.rollout, self.rollout_file = entry.factory, getattr(sys.modules.get(entry.plugin), "__file__", None)
         self._defaults = {name: sampling(of.options, of.model) for name, of in {"": run, **run.models}.items()}
-        self.stopping = False
+        self.loop, self.stopping = asyncio.get_running_loop(), False
         self.started = self.finished = 0  # documents, in this process
         self.failures = Failures()
         self.tally: Counter[str] = Counter()  # documents, in all processes

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, cast
 import xxhash
 
 import sdg
-from sdg_plugins.commands.jobs import Present, Stop, record_end, run_all
+from sdg_plugins.commands.jobs import Present, record_end, run_all
+from sdg_plugins.commands.stop import Stop
 from sdg_plugins.common.command_line import Config, as_arguments, parse_with
 from sdg_plugins.common.ending import run_to_the_end
 from sdg_plugins.common.options import refusing
@@ -214,7 +215,13 @@ def _config_of(rollout: Any, input: Any, options: Mapping[str, Any]) -> Config:
     if input is not None:
         given["input"] = str(input)
     with refusing():
-        return parse_with(plugins, named or "summarize", as_arguments({**given, "plugin": specs}, []))
+        config = parse_with(plugins, named or "summarize", as_arguments({**given, "plugin": specs}, []))
+    if config.options.processes:
+        raise sdg.UsageError(
+            "--processes starts the command again in several processes, which a function of this one cannot do: "
+            "write the rollout to a plugin file, and run it with sdg.py --plugin FILE.py --processes N"
+        )
+    return config
 
 
 def _add_function(plugins: sdg.Plugins, function: Any) -> str:

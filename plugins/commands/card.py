@@ -23,8 +23,8 @@ def register_commands(register: sdg.RegisterCommands) -> None:
 
 
 @sdg.hookimpl
-def observe(run: sdg.Run) -> contextlib.AbstractAsyncContextManager[None]:
-    return writing_at_end(run)
+def observe(run: sdg.Run) -> contextlib.AbstractAsyncContextManager[None] | None:
+    return None if run.options.part else writing_at_end(run)
 
 
 def card(argv: list[str]) -> int:

@@ -29,7 +29,7 @@ from sdg_plugins.common.progress import progress
 from sdg_plugins.common.state import documents_in, replace_file
 
 if TYPE_CHECKING:
-    from sdg_plugins.commands.jobs import Stop
+    from sdg_plugins.commands.stop import Stop
 
 CHUNKS = 40  # that a sample is taken from, at most: each is read as a whole
 NARROW = 40  # requests that are sent with few others in flight

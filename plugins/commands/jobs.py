@@ -12,13 +12,13 @@ import dataclasses
 import functools
 import os
 import sqlite3
-import threading
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import sdg
 from sdg_plugins.commands.relay import Relay
+from sdg_plugins.commands.stop import Stop
 from sdg_plugins.common.attempts import begin_attempt, end_attempt
 from sdg_plugins.common.checks import (
     check_columns,
@@ -30,7 +30,7 @@ from sdg_plugins.common.checks import (
 )
 from sdg_plugins.common.chunks import Intake, Outlet
 from sdg_plugins.common.command_line import Config
-from sdg_plugins.common.crew import GRACE, Crew, Places
+from sdg_plugins.common.crew import Crew, Places
 from sdg_plugins.common.database import shrink
 from sdg_plugins.common.ending import same_folder, signals
 from sdg_plugins.common.files import output_place, rank_file
@@ -65,62 +65,9 @@ from sdg_plugins.servers.connecting import Connections, connect, limits_of
 from sdg_plugins.servers.models import Connect, Servers, connect_models, start
 
 Lock = Callable[[sdg.Run], contextlib.AbstractContextManager[None]]
-Present = Callable[[sdg.Engine, "Stop"], contextlib.AbstractAsyncContextManager[None]]  # entered around `Engine.work`
-
-
-class Stop:
-    """Ends a run for a reason; the first reason counts. A second signal does not wait for requests in flight.
-
-    Args:
-        cancel: ends it when no engine is working.
-        everything: for one of several jobs: ends all of them, if the server fails that they share.
-        name: of the job, printed before its reason.
-        quiet: the reason is raised to a caller in Python, who decides what to do with it: it is not printed, and the
-            process goes on.
-
-    Attributes:
-        stopping: set when it ends early, for threads.
-        cancel: ends it when no engine is working.
-        gently: how to end it while an engine is working.
-        parts: of the jobs that work, if it stops all of them.
-        explain: returns the exception to report for one that is the reason.
-    """
-
-    def __init__(
-        self, cancel: Callable[[], object], everything: Stop | None = None, name: str = "", quiet: bool = False
-    ) -> None:
-        self.reason: BaseException | None = None
-        self.stopping = threading.Event()
-        self.cancel = cancel
-        self.gently: Callable[[], None] | None = None
-        self.parts: set[Stop] = set()
-        self.explain: Callable[[BaseException], BaseException] = sdg.first_cause
-        self._everything, self._name = everything, name
-        self.quiet: bool = everything.quiet if everything else quiet
-
-    def __call__(self, reason: BaseException) -> None:
-        reason = self.explain(reason)
-        first, self.reason = self.reason is None, self.reason or reason
-        if first:
-            self.stopping.set()
-            self._say(reason)
-        shared = isinstance(reason, sdg.ServerError | sdg.Interrupted)
-        if self._everything and self._everything.reason is None and shared:
-            self._everything(reason)
-        if first and self.parts:
-            for part in self.parts.copy():
-                part(reason)
-        elif first:
-            (self.gently or self.cancel)()
-        elif isinstance(reason, sdg.Interrupted) and not self._everything:
-            self.cancel()
-
-    def _say(self, reason: BaseException) -> None:
-        if isinstance(reason, sdg.Error) and not reason.said and not self.quiet:
-            working = isinstance(reason, sdg.Interrupted) and any(part.gently for part in (self, *self.parts))
-            hint = f" (what is in flight has {GRACE:.0f} s to end; interrupt again to cut it off)" if working else ""
-            sdg.say(f"{self._name}{reason}{hint}")
-            reason.said = True
+Present = Callable[[sdg.Engine, Stop], contextlib.AbstractAsyncContextManager[None]]  # entered around `Engine.work`
+FirstJob = Callable[..., Awaitable["Job | None"]]  # takes a config, what stops all jobs, a name, and more of a `Job`
+Starting = Callable[[sdg.Run, contextlib.AsyncExitStack], Awaitable[Mapping[str, Servers]]]
 
 
 @contextlib.asynccontextmanager
@@ -354,9 +301,9 @@ class FreeRank(Job):
     ) -> FreeRank | None:
         if not (share := await shares.take()):
             if at_the_end:
-                sdg.say(f"{name}no rank is free: {shares.summary()}")
+                shares.say(f"{name}no rank is free: {shares.summary()}")
             return None
-        sdg.say(f"{name}rank {share.config.options.rank} of {share.config.options.world_size}")
+        shares.say(f"{name}rank {share.config.options.rank} of {share.config.options.world_size}")
         job = cls(share, shares, everything, name, **setting)
         await job.prepare()
         return job
@@ -388,8 +335,21 @@ def open_run(config: Config, stop: Stop) -> sdg.Run:
     return run
 
 
+async def first_job(config: Config, everything: Stop, name: str, **setting: Any) -> Job | None:
+    """The first job of a config; None if there is nothing for this process to do."""
+    if config.options.any_rank:
+        return await FreeRank.first(config, everything, name, **setting)
+    job = Job(config, everything, name, **setting)
+    await job.prepare()
+    return job
+
+
 async def run_all(
-    configs: list[Config], present: Present = reported, called: Callable[[Stop], object] | None = None
+    configs: list[Config],
+    present: Present = reported,
+    called: Callable[[Stop], object] | None = None,
+    first: FirstJob = first_job,
+    starting: Starting = start,
 ) -> None:
     """Run the jobs of some configs; raises the worst of their errors.
 
@@ -397,6 +357,8 @@ async def run_all(
         configs: each is a job.
         present: a context manager around each engine's work: shows it.
         called: for calls in Python: given what stops all jobs, instead of signals.
+        first: makes the first job of a config.
+        starting: enters the servers.
     """
     if present is reported:
         course = Course([config.name for config in configs])
@@ -404,7 +366,7 @@ async def run_all(
     jobs: list[Job] = []
     problem: BaseException | None = None
     try:
-        await _run_jobs(configs, jobs, present, called)
+        await _run_jobs(configs, jobs, present, called, first, starting)
     except BaseException as exc:
         problem = exc
         raise
@@ -414,7 +376,12 @@ async def run_all(
 
 
 async def _run_jobs(
-    configs: list[Config], jobs: list[Job], present: Present, called: Callable[[Stop], object] | None
+    configs: list[Config],
+    jobs: list[Job],
+    present: Present,
+    called: Callable[[Stop], object] | None,
+    first: FirstJob,
+    starting: Starting,
 ) -> None:
     """Run the jobs of some configs, and add them to `jobs`; see `run_all`."""
     task = asyncio.current_task()
@@ -425,13 +392,9 @@ async def _run_jobs(
         with signals(stop) if called is None else contextlib.nullcontext(called(stop)):
             for config in configs:
                 name = f"config {config.name}: " if len(configs) > 1 else ""
-                if config.options.any_rank:
-                    jobs += filter(None, [await FreeRank.first(config, stop, name, **setting)])
-                else:
-                    jobs.append(Job(config, stop, name, **setting))
-                    await jobs[-1].prepare()
+                jobs += filter(None, [await first(config, stop, name, **setting)])
             if jobs:
-                await serve(jobs, stop, connections)
+                await serve(jobs, stop, connections, starting)
             for job in jobs:
                 await job.leave()
     except (asyncio.CancelledError, Exception) as exc:
@@ -446,19 +409,20 @@ async def _run_jobs(
         raise max(problems, key=lambda problem: getattr(problem, "exit_code", 1))
 
 
-async def serve(jobs: list[Job], stop: Stop, connections: Connections) -> None:
+async def serve(jobs: list[Job], stop: Stop, connections: Connections, starting: Starting = start) -> None:
     """Start the servers, and have the jobs use them in their turn, until something stops them all.
 
     Args:
         jobs: those that follow are added.
         stop: ends all of them.
         connections: of the jobs with the servers.
+        starting: enters the servers.
     """
     run = dataclasses.replace(jobs[0].run, stop=stop, stopping=stop.stopping)
     try:
         with same_folder():
             async with contextlib.AsyncExitStack() as stack:
-                servers = await start(run, stack)
+                servers = await starting(run, stack)
                 await stack.enter_async_context(connections)
                 if servers[""]:  # otherwise our GPUs were lent to a run elsewhere, which has ended
                     await Relay(jobs, servers, lambda: stop.reason).run()

@@ -16,6 +16,7 @@ from sdg_plugins.common import models
 from sdg_plugins.common.checks import check_rollout
 from sdg_plugins.common.defaults import check_uris, derive, derive_server, rank_or_any
 from sdg_plugins.common.files import default_state_dir
+from sdg_plugins.common.idle_options import check_idle, uses
 from sdg_plugins.common.loading import contributing
 from sdg_plugins.common.options import (
     BriefHelp,
@@ -215,6 +216,14 @@ OPTIONS = {
             shared=True,
         ),
         setting("--state-dir", "D", "default: <output>/.sdg for a folder, else ./.sdg/<output name>", shared=True),
+        setting(
+            "--processes",
+            "N",
+            "number of processes on this machine that share the ranks and the servers; may differ between runs; "
+            "--world-size is then 4 × N unless given, or as the run was begun",
+            type=_count,
+            shared=True,
+        ),
         setting("--fresh", None, "delete state and output, and start over", action="store_true", shared=True),
         setting("--no-progress", None, "show no progress bar or lines", action="store_true", shared=True),
     ],
@@ -391,7 +400,7 @@ def parse_with(plugins: sdg.Plugins, rollout: str, argv: list[str], own: Iterabl
         derive(options, plugins)
         serving = {plugins.rollouts[rollout].plugin, plugins.find("readers", options.reader).plugin}
         serving |= contributing(plugins, rollout) & added.keys()
-        _check_idle(options, plugins, added, argv, serving)
+        check_idle(options, plugins, added, argv, serving)
         _derive_models(options, plugins, parser, added)
         plugged = set().union(*(group.identity for group in added.values()))
         used = {dest: identity for plugin in serving for dest, identity in added[plugin].identity.items()}
@@ -412,7 +421,7 @@ def _derive_models(
     def derive(model: argparse.Namespace, words: list[str]) -> None:
         derive_server(model, plugins)
         check_uris(model)
-        _check_idle(model, plugins, added, words, set())
+        check_idle(model, plugins, added, words, set())
 
     own = {option.dest: option.action == "store_true" for option in OPTIONS["server"] + OPTIONS["sampling"]}
     for plugin, group in added.items():
@@ -426,41 +435,6 @@ def _check_shared(own: Iterable[str], shared: set[str]) -> None:
     for key in own:
         if key.replace("-", "_") in shared:
             raise sdg.UsageError(f"--{key} is the same for all configs: write {key} above the tables")
-
-
-def _check_idle(
-    options: argparse.Namespace, plugins: sdg.Plugins, added: dict[str, Options], argv: list[str], serving: set[str]
-) -> None:
-    """Raise UsageError if an option of a plugin is given that is not in use."""
-    given = {word.partition("=")[0] for word in argv}
-    in_use = {plugins.servers[options.server].plugin, plugins.find("writers", options.writer).plugin}
-    for plugin, group in added.items():
-        if owners := _idle(plugins, plugin, serving | in_use):
-            for dest in sorted(group.identity):
-                if (flag := f"--{dest.replace('_', '-')}") in given:
-                    raise sdg.UsageError(f"{flag} requires {owners}")
-
-
-def _idle(plugins: sdg.Plugins, plugin: str, used: set[str]) -> str:
-    """Who uses a plugin's options, if none of them is in use; "" if the options have an effect."""
-    idle = []
-    kinds = {"rollouts": "--plugin ", "servers": "--server ", "readers": "an --input of ", "writers": "an --output of "}
-    for kind, option in kinds.items():
-        entries: dict[str, sdg.Entry] = getattr(plugins, kind)
-        users = {name: entry.plugin for name, entry in entries.items() if uses(plugins, entry, plugin)}
-        if used & {*users.values(), plugin}:
-            return ""
-        if users:
-            idle.append(f"{option}{' or '.join(sorted(users))}, which is not in use")
-    return "; ".join(idle)
-
-
-def uses(plugins: sdg.Plugins, entry: sdg.Entry, plugin: str) -> bool:
-    """True if a plugin's options concern an entry: those of a module that several plugins import belong to them all."""
-    module = plugins.manager.get_plugin(plugin)
-    return entry.plugin == plugin or any(
-        value is module for value in vars(plugins.manager.get_plugin(entry.plugin)).values()
-    )
 
 
 def _read_toml(path: str) -> dict[str, Any]:

@@ -115,10 +115,17 @@ class Crew:
         self._places.changed.set()
         self._over.set()
 
-    async def take_back_cancellation(self) -> None:
-        """A rollout has ended. Undo a cancellation of its own task that it has asked for: the task has more to do."""
-        if os.getpid() != self._pid:  # a child that the rollout has forked, and that must not go on with the run
+    def left_by(self, task: asyncio.Task[Any]) -> bool:
+        """A rollout has ended in a task. True if the task is to be canceled, perhaps because the rollout asked for it.
+
+        A child that the rollout has forked ends here: it must not go on with the run.
+        """
+        if os.getpid() != self._pid:
             os._exit(0)
+        return task.cancelling() > 0
+
+    async def take_back_cancellation(self) -> None:
+        """Undo a cancellation of its own task that a rollout has asked for: the task has more to do."""
         task = asyncio.current_task()
         while task and task.cancelling() and not self.cut_off:
             with contextlib.suppress(asyncio.CancelledError):

@@ -11,6 +11,7 @@ import sdg
 from sdg_plugins.common.files import default_state_dir, expanded, format_of, split_uri
 from sdg_plugins.common.inputs import input_format
 from sdg_plugins.common.options import number
+from sdg_plugins.common.processes import derive_processes
 
 DEMO_OUTPUT = "output/demo"  # so that a demonstration does not stand in the way of the first real run
 ANY = "any"  # instead of a rank: whichever is free
@@ -96,6 +97,8 @@ def _derive_rank(options: argparse.Namespace) -> None:
     options.any_rank = options.rank == ANY
     if options.any_rank:
         _check_any_rank(options)
+    if derive_processes(options, options.output == DEMO_OUTPUT and options.server == "demo"):
+        return
     first, last, task = (os.environ.get(f"SLURM_ARRAY_TASK_{key}") for key in ("MIN", "MAX", "ID"))
     if options.rank is None:
         options.rank = int(task) - int(first or 0) if task else 0

@@ -52,6 +52,11 @@ class Shares:
         self.closed = False
         self._goal: str | None = None
 
+    def say(self, message: str) -> None:
+        """Report which rank this process has, unless it is one of --processes: people see them as a whole."""
+        if not self.config.options.part:
+            sdg.say(message)
+
     async def take(self) -> Share | None:
         """The next rank that is neither finished nor taken; None if there is none."""
         return await asyncio.to_thread(self._take)
@@ -80,6 +85,14 @@ class Shares:
             f", {others} are in the hands of other processes, or ended early in this one" if others else ""
         )
 
+    def free(self) -> list[int]:
+        """The ranks that have not finished, and that no process has taken just now."""
+        found = []
+        for rank in self._candidates(self._run.state):
+            with contextlib.suppress(sdg.StateError), locked(self._run.state, rank):
+                found.append(rank)
+        return found
+
     def _candidates(self, state: Path) -> list[int]:
         """Ranks that have not finished, those last that have failed: their documents may fail again."""
         ranks = {
@@ -93,8 +106,10 @@ class Shares:
         figures = statistics_of(rank_file(state, rank, "stats.json"))
         record = figures.get("rank", {})
         status = str(record.get("status", ""))
+        part = self.config.options.part
         if status == "finished":
-            retry = self.config.options.retry_failed and figures.get("failed")
+            retried = part and record.get("updated", 0.0) > part.began  # by another of these processes
+            retry = self.config.options.retry_failed and figures.get("failed") and not retried
             return "finished" if record.get("goal") == self.goal and not retry else "open"
         return status
 

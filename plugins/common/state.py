@@ -23,6 +23,7 @@ from sdg_plugins.common.files import default_state_dir, expanded, rank_file, spl
 from sdg_plugins.common.identity import EDITED, changes_since, different_run, identity_of, with_edits
 from sdg_plugins.common.models import recordable
 from sdg_plugins.common.outputs import chunk_files, output_files, refuse_others
+from sdg_plugins.common.processes import asked_for
 from sdg_plugins.common.results import annotated_fields, base_fields
 from sdg_plugins.common.rows import messages_type
 
@@ -168,6 +169,8 @@ def claim_state(run: sdg.Run, reader: sdg.Reader, changed_rows: Callable[[], str
         raise different_run(run, changes)
     claim_output(run, recorded["run"])
     mine["options"]["max_documents"] = most_documents(recorded["options"]["max_documents"], run.options.max_documents)
+    # Later processes find the ranks by it, also if one of them was called for a single rank.
+    mine["options"]["processes"] = mine["options"]["processes"] or recorded["options"].get("processes")
     now = with_edits(run, recorded | {name: mine[name] for name in ("identity", "options", "stamp")}, recorded)
     now["estimate"] = recorded.get("estimate", False) and mine["estimate"]
     if now != recorded:
@@ -294,7 +297,7 @@ def recordable_input(options: argparse.Namespace) -> str | None:
 
 def recordable_options(run: sdg.Run) -> dict[str, Any]:
     """The options as JSON, without secrets, and such that other commands can use them in another folder."""
-    every = {**vars(run.options), "models": recordable(run.options.models)}
+    every = {**asked_for(run.options), "models": recordable(run.options.models)}
     options: dict[str, Any] = json.loads(json.dumps(every, default=str))
     options["base_url"] = [sdg.redact(url) for url in run.options.base_url or []]
     options["input"] = recordable_input(run.options)

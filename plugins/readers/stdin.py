@@ -21,10 +21,10 @@ def register_readers(register: sdg.RegisterReaders) -> None:
 
 def open_stdin(run: sdg.Run) -> Any:
     """Read JSON lines from standard input, which are kept in the state."""
-    if run.options.world_size > 1:
+    if run.options.world_size > 1 and (run.options.processes is None or run.options.any_rank) and not run.options.part:
         raise sdg.UsageError("--input -: several ranks cannot share standard input: write it to a file")
     path = run.state / NAME
-    if not sys.stdin.isatty():
+    if not sys.stdin.isatty() and not run.options.part:
         keep(path, claimed=(run.state / "run.json").exists())
     if not path.exists():
         raise sdg.InputError("--input -: standard input is empty")

@@ -240,7 +240,8 @@ class Client:
             upstream.progressed = self._time()
 
         answer = await self.transport.post(upstream.url, request.path, body, progressed if stream else None)
-        return answer._replace(body=self.secrets.hidden(answer.body))
+        hidden = self.secrets.hidden(answer.body)
+        return answer if hidden is answer.body else answer._replace(body=hidden)
 
     def understood(self, upstream: sdg.Upstream, answer: Answer, path: str) -> sdg.Response:
         """The response in an answer of an endpoint. Raises RequestFailed."""
@@ -252,7 +253,8 @@ class Client:
             raise sdg.RequestFailed("body", f"the response is not JSON: {exc}: {error_text(answer.body)}") from exc
         if isinstance(content, dict) and content.get("error") and not content.get("choices"):
             raise error_inside(answer, upstream.url, self.secrets)
-        self.counts.update(tokens_in(content))
+        for name, number in tokens_in(content).items():
+            self.counts[name] += number
         reply = self._reply_in(content, path)
         for choice in reply.choices:
             self.counts[f"finish_reasons.{choice.finish_reason}"] += 1

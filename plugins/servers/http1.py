@@ -8,13 +8,15 @@ responses, streams. Proxies are left to aiohttp; see `Transport`. Protocol: RFC 
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
+import select
 import socket
 import zlib
 from collections import deque
 from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
-from urllib.parse import quote, urlsplit
+from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 import httptools
 from multidict import CIMultiDict
@@ -26,9 +28,15 @@ if TYPE_CHECKING:
 
 CONNECT_TIMEOUT = 30.0  # s for a connection, with TLS
 IDLE = 4.0  # s after which an idle connection is not used again: vLLM closes them after 5 s
+BRISK = 0.01  # s of idleness after which it is worth a system call to see whether a connection still is idle
 NAMES_KEPT = 10.0  # s for which the addresses of a host are remembered
+OTHER_ADDRESS = 5.0  # s for an address of a host that has others
 TICK = 0.25  # s between two looks at the time-outs
+MOST_HEAD = 1 << 18  # bytes of headers, those of interim responses included
+MOST = 1 << 30  # bytes of a response, as sent and as decompressed
 ENCODINGS = {"gzip", "x-gzip", "deflate"}  # those that are asked for
+SAFE = "/%:@!$&'()*+,;=~-._?"  # characters of a URL that need no quoting
+DEFAULTS = {"Accept": "*/*", "Accept-Encoding": "gzip, deflate", "User-Agent": f"sdg/{sdg.__version__}"}
 
 
 class Unreached(Exception):
@@ -60,6 +68,38 @@ class Take:
         raise NotImplementedError
 
 
+class Decoder:
+    """Decompresses a body piece by piece, if its Content-Encoding is one of those that are asked for."""
+
+    def __init__(self, encoding: str) -> None:
+        self._encoding, self._size = encoding.strip().lower(), 0
+        self._inflate: Any = None
+
+    def feed(self, piece: bytes) -> bytes:
+        """What a piece holds. Raises Broken."""
+        if self._encoding not in ENCODINGS:
+            return piece
+        pieces = []
+        while piece:
+            if self._inflate is None or self._inflate.eof:  # the first member of a gzip file, or another one
+                bare = self._encoding == "deflate" and piece[0] & 15 != 8  # without the header of zlib
+                self._inflate = zlib.decompressobj(wbits=-15 if bare else 47)
+            try:
+                pieces.append(self._inflate.decompress(piece, MOST))
+            except zlib.error as exc:
+                raise Broken(f"the compressed response is invalid: {exc}") from exc
+            self._size += len(pieces[-1])
+            if self._inflate.unconsumed_tail or self._size > MOST:
+                raise Broken(f"the response has more than {MOST >> 20} MiB")
+            piece = self._inflate.unused_data
+        return b"".join(pieces)
+
+    def end(self) -> None:
+        """Raise Broken if something is missing."""
+        if self._inflate and not self._inflate.eof:
+            raise Broken("the compressed response is incomplete")
+
+
 class Connection(asyncio.Protocol):
     """One connection: one request at a time.
 
@@ -77,13 +117,14 @@ class Connection(asyncio.Protocol):
         self._waiter: asyncio.Future[Received] | None = None
         self._take: Take | None = None
         self.usable = True
+        self._received, self._ended = 0, False
         self.idle_since = self.deadline = self.patience = 0.0
         self._begin()
 
     def _begin(self) -> None:
         self._reason, self._headers, self._body = b"", [], []  # type: tuple[bytes, list[tuple[str, str]], list[bytes]]
         self._known: CIMultiDict[str] | None = None
-        self._inflate: Any = None
+        self._decoder: Decoder | None = None
         self._streaming = self._complete = self._framed = False
 
     def send(self, head: bytes, body: bytes, deadline: float, take: Take | None, patience: float) -> Any:
@@ -93,7 +134,7 @@ class Connection(asyncio.Protocol):
         """
         assert self._transport
         self._begin()
-        self._take, self.deadline, self.patience = take, deadline, patience
+        self._take, self.deadline, self.patience, self._received = take, deadline, patience, 0
         self._waiter = self._loop.create_future()
         self._transport.writelines([head, body])
         return self._waiter
@@ -104,6 +145,13 @@ class Connection(asyncio.Protocol):
         self._waiter = None
         if self._transport:
             self._transport.abort()
+
+    def disturbed(self) -> bool:
+        """True if the server has closed an idle connection or sent something, which the loop has not seen yet."""
+        assert self._transport
+        poll = select.poll()
+        poll.register(self._transport.get_extra_info("socket").fileno(), select.POLLIN)
+        return bool(poll.poll(0))
 
     def fail(self, exc: Exception) -> None:
         """End the request in flight, and close the connection."""
@@ -134,13 +182,22 @@ class Connection(asyncio.Protocol):
             self.usable = False
         if self._complete:
             self._respond()
+            return
+        self._received += len(data)
+        if self._received > (MOST_HEAD if self._known is None else MOST):
+            self.fail(Broken(f"the response has more than {self._received >> 10:,} KiB"))
+
+    def eof_received(self) -> None:
+        """See `asyncio.Protocol`. With TLS it is called only if the server said so, and nothing was cut off."""
+        self._ended = True
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See `asyncio.Protocol`."""
         self.usable = False
         if self._waiter is None or self._waiter.done():
             return
-        if exc is None and self._known is not None and not self._framed:  # its body ends with the connection
+        whole = self._ended and exc is None and self._known is not None
+        if whole and not self._framed:  # its body ends with the connection
             self._respond()
         else:
             self.fail(Broken(f"the server closed the connection{f': {exc}' if exc else ''}"))
@@ -166,14 +223,14 @@ class Connection(asyncio.Protocol):
         headers = self._known = CIMultiDict(self._headers)
         status = self._parser.get_status_code()
         self._framed = "Content-Length" in headers or "Transfer-Encoding" in headers or status in {204, 304}
-        if headers.get("Content-Encoding", "").strip().lower() in ENCODINGS:
-            self._inflate = zlib.decompressobj(wbits=47)  # gzip or zlib
+        if encoding := headers.get("Content-Encoding"):
+            self._decoder = Decoder(encoding)
         self._streaming = bool(self._take and self._take.wanted(status, headers))
 
     def on_body(self, piece: bytes) -> None:
         """A piece of the body."""
-        if self._inflate:
-            piece = self._inflate.decompress(piece)
+        if self._decoder:
+            piece = self._decoder.feed(piece)
         if self._streaming:
             assert self._take
             self._take.piece(piece)
@@ -188,17 +245,20 @@ class Connection(asyncio.Protocol):
         self.usable = self.usable and (self._parser.should_keep_alive() or not self._complete)
 
     def _respond(self) -> None:
+        assert self._known is not None
+        assert self._transport
+        if self._decoder:
+            try:
+                self._decoder.end()
+            except Broken as exc:
+                self.fail(exc)
+                return
         waiter, self._waiter = self._waiter, None
-        self.usable = self.usable and self._complete
         self.idle_since = self._loop.time()
-        if not self.usable:
+        if not (self.usable and self._complete) or self._transport.get_write_buffer_size():  # the request was not read
             self.close()
         if waiter is None or waiter.done():
             return
-        if self._inflate and not self._inflate.eof and (self._body or self._streaming):
-            waiter.set_exception(Broken("the compressed response is incomplete"))
-            return
-        assert self._known is not None
         body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
         waiter.set_result(Received(self._parser.get_status_code(), self._reason.decode("latin-1"), self._known, body))
 
@@ -206,9 +266,7 @@ class Connection(asyncio.Protocol):
 def problem_of(exc: httptools.HttpParserError) -> Exception:
     """What is raised for a response that cannot be parsed: the parser wraps the exceptions of its callbacks."""
     cause = exc.__context__ if isinstance(exc, httptools.HttpParserCallbackError) else None
-    if isinstance(cause, Exception) and not isinstance(cause, zlib.error):
-        return cause
-    return Broken(f"the response is not HTTP: {cause or exc}")
+    return cause if isinstance(cause, Exception) else Broken(f"the response is not HTTP: {exc}")
 
 
 class Origin:
@@ -217,17 +275,48 @@ class Origin:
     def __init__(self, secure: bool, host: str, port: int) -> None:
         self.secure, self.host, self.port = secure, host, port
         self.idle: deque[Connection] = deque()  # the last one used is on the right
-        self.addresses: list[Any] = []
-        self.resolved_at = -NAMES_KEPT
+        self._addresses: list[str] = []
+        self._lookup: asyncio.Task[None] | None = None  # one for all connections that wait for it
+        self._looked_up_at = 0.0
 
     def ready(self, now: float) -> Connection | None:
         """An idle connection that may be used; older ones are closed."""
         while self.idle:
             connection = self.idle.pop()
-            if connection.usable and now - connection.idle_since < IDLE:
+            idle = now - connection.idle_since
+            if connection.usable and idle < IDLE and (idle < BRISK or not connection.disturbed()):
                 return connection
             connection.close()
         return None
+
+    def tidy(self, now: float) -> None:
+        """Close the connections that have been idle for too long."""
+        while self.idle and now - self.idle[0].idle_since >= IDLE:
+            self.idle.popleft().close()
+
+    async def addresses(self) -> list[str]:
+        """The addresses of the host; each connection begins with another one. Raises OSError."""
+        loop = asyncio.get_running_loop()
+        lookup = self._lookup
+        known = lookup and lookup.done() and self._addresses and loop.time() - self._looked_up_at < NAMES_KEPT
+        if lookup is None or (lookup.done() and not known):
+            lookup = self._lookup = loop.create_task(self._look_up(loop))
+            lookup.add_done_callback(lambda task: task.cancelled() or task.exception())
+        if not lookup.done():
+            await asyncio.shield(lookup)
+        first, *others = self._addresses
+        self._addresses = [*others, first]
+        return [first, *others]
+
+    async def _look_up(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._addresses = []
+        found = await loop.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+        self._addresses, self._looked_up_at = [str(address[0]) for *_, address in found], loop.time()
+
+    def avoid(self, address: str) -> None:
+        """Forget an address that does not respond, until the name is looked up again, if there are others."""
+        if len(self._addresses) > 1 and address in self._addresses:
+            self._addresses.remove(address)
 
 
 class Http1:
@@ -240,13 +329,11 @@ class Http1:
 
     def __init__(self, headers: Mapping[str, str], timeout: float) -> None:
         self._loop = asyncio.get_running_loop()
-        defaults = {"Accept": "*/*", "Accept-Encoding": "gzip, deflate", "User-Agent": f"sdg/{sdg.__version__}"}
-        lines = [f"{name}: {value}" for name, value in {**defaults, **headers}.items()]
-        self._headers, self.timeout = "\r\n".join(lines), timeout
+        self._headers, self.timeout = {**DEFAULTS, **headers}, timeout
         self._origins: dict[tuple[bool, str, int], Origin] = {}
         self._heads: dict[str, tuple[Origin, bytes]] = {}  # of URLs, what follows the method
         self._busy: dict[Connection, None] = {}  # in the order in which their requests were sent
-        self._secure: ssl.SSLContext | None = None
+        self._secure: asyncio.Future[ssl.SSLContext] | None = None
 
     @contextlib.asynccontextmanager
     async def working(self) -> AsyncIterator[Http1]:
@@ -274,13 +361,13 @@ class Http1:
             streamed: a stream was asked for: the time-out is that between two pieces.
 
         Raises:
-            ValueError: the URL is invalid.
-            Unreached, Broken: there is no response.
+            Unreached: there is no connection, nor could there be one if the URL is invalid.
+            Broken: there is no response.
             TimeoutError: none came in time.
         """
         origin, head = self._heads.get(url) or self._parse(url)
         now = self._loop.time()
-        connection = origin.ready(now) or await self._connect(origin, now)
+        connection = origin.ready(now) or await self._connect(origin)
         head = b"POST %b\r\nContent-Length: %d\r\n\r\n" % (head, len(body))
         return await self._exchange(origin, connection, head, body, now, take, self.timeout * streamed)
 
@@ -293,7 +380,7 @@ class Http1:
             if kept := origin.ready(now):
                 with contextlib.suppress(Broken):  # the server has closed it: nothing is lost but the attempt
                     return await self._exchange(origin, kept, head, b"", now)
-            connection = await self._connect(origin, now)
+            connection = await self._connect(origin)
             return await self._exchange(origin, connection, head, b"", now)
 
     async def _exchange(
@@ -319,72 +406,91 @@ class Http1:
         return received
 
     def _parse(self, url: str) -> tuple[Origin, bytes]:
-        parts = urlsplit(url)
+        parts, host, port = parsed(url)
         secure = parts.scheme == "https"
-        if parts.scheme not in {"http", "https"} or not parts.hostname:
-            raise ValueError(f"{url} is not a URL of HTTP")
-        port = parts.port or (443 if secure else 80)
-        host = parts.hostname if parts.hostname.isascii() else parts.hostname.encode("idna").decode()
         key = (secure, host, port)
         origin = self._origins.setdefault(key, Origin(*key))
         name = f"[{host}]" if ":" in host else host
         where = name if port == (443 if secure else 80) else f"{name}:{port}"
-        path = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._") + (f"?{parts.query}" if parts.query else "")
-        head = f"{path} HTTP/1.1\r\nHost: {where}\r\n{self._headers}"
-        self._heads[url] = known = (origin, head.encode("latin-1"))
+        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        headers = {"Host": where, **self._headers, **credentials(parts)}
+        lines = [f"{quote(target, safe=SAFE)} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
+        self._heads[url] = known = (origin, "\r\n".join(lines).encode("latin-1"))
         return known
 
-    async def _connect(self, origin: Origin, now: float) -> Connection:
+    async def _connect(self, origin: Origin) -> Connection:
         """A new connection. Raises Unreached or, if the request's own time is over, TimeoutError."""
         where = f"{origin.host}:{origin.port}"
         try:
-            async with asyncio.timeout(min(self.timeout, CONNECT_TIMEOUT)):
-                return await self._connect_to_any(origin, await self._resolve(origin, now))
-        except TimeoutError as exc:
-            if self.timeout <= CONNECT_TIMEOUT:
-                raise
-            raise Unreached(f"no connection to {where} within {CONNECT_TIMEOUT:g} s") from exc
-        except OSError as exc:
-            raise Unreached(f"cannot connect to {where}: {exc.strerror or exc}") from exc
+            async with asyncio.timeout(min(self.timeout, CONNECT_TIMEOUT)) as limit:
+                return await self._connect_to_any(origin)
+        except (OSError, UnicodeError) as exc:  # such as a TimeoutError, and a name that no host can have
+            if limit.expired() and self.timeout <= CONNECT_TIMEOUT:
+                raise TimeoutError from exc
+            if limit.expired():
+                raise Unreached(f"no connection to {where} within {CONNECT_TIMEOUT:g} s") from exc
+            raise Unreached(f"cannot connect to {where}: {getattr(exc, 'strerror', '') or exc}") from exc
 
-    async def _connect_to_any(self, origin: Origin, addresses: list[Any]) -> Connection:
+    async def _connect_to_any(self, origin: Origin) -> Connection:
         """A connection to the first address that accepts one. Raises OSError of the last one."""
-        if origin.secure and self._secure is None:
+        secure: dict[str, Any] = {"ssl": await self._tls(), "server_hostname": origin.host} if origin.secure else {}
+        *others, last = await origin.addresses()
+        for address in others:
+            with contextlib.suppress(OSError):
+                async with asyncio.timeout(OTHER_ADDRESS):
+                    return await self._connect_to(origin, address, secure)
+            origin.avoid(address)
+        return await self._connect_to(origin, last, secure)
+
+    async def _connect_to(self, origin: Origin, address: str, secure: Mapping[str, Any]) -> Connection:
+        _, connection = await self._loop.create_connection(
+            lambda: Connection(self._loop), address, origin.port, **secure
+        )
+        return connection
+
+    async def _tls(self) -> ssl.SSLContext:
+        """What TLS needs: made once, which takes some hundredths of a second of CPU."""
+        if self._secure is None:
             import ssl
 
-            self._secure = await asyncio.to_thread(ssl.create_default_context)
-        secure: dict[str, Any] = {"ssl": self._secure, "server_hostname": origin.host} if origin.secure else {}
-        problem = OSError("it has no address")
-        for address in addresses:
-            try:
-                _, connection = await self._loop.create_connection(
-                    lambda: Connection(self._loop), address[0], address[1], **secure
-                )
-                return connection
-            except TimeoutError:
-                raise
-            except OSError as exc:
-                problem = exc
-        raise problem
-
-    async def _resolve(self, origin: Origin, now: float) -> list[Any]:
-        """The addresses of a host; each connection begins with another one. Raises OSError."""
-        if now - origin.resolved_at > NAMES_KEPT:
-            found = await self._loop.getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM)
-            origin.addresses, origin.resolved_at = [address for *_, address in found], now
-        first, *others = origin.addresses
-        origin.addresses = [*others, first]
-        return [first, *others]
+            self._secure = asyncio.ensure_future(asyncio.to_thread(ssl.create_default_context))
+        return await asyncio.shield(self._secure)
 
     async def _watch(self) -> None:
-        """Fail the requests whose time is over. They were sent in order, and so they time out, except for streams."""
+        """Fail the requests whose time is over, and close idle connections.
+
+        Requests were sent in order, and so they time out, except for streams, and for the time that connecting took.
+        """
+        disorder = min(self.timeout, CONNECT_TIMEOUT)
         while True:
             await asyncio.sleep(min(TICK, self.timeout / 10))
             now, late = self._loop.time(), []
             for connection in self._busy:
                 if connection.deadline <= now:
                     late.append(connection)
-                elif not connection.patience:
+                elif not connection.patience and connection.deadline - disorder > now:
                     break
             for connection in late:
                 connection.fail(TimeoutError())
+            for origin in self._origins.values():
+                origin.tidy(now)
+
+
+def parsed(url: str) -> tuple[SplitResult, str, int]:
+    """A URL, its host and port. Raises Unreached."""
+    try:
+        parts = urlsplit(url)
+        if parts.scheme not in {"http", "https"} or not parts.hostname:
+            raise ValueError("it must begin with http:// or https:// and a host")
+        host = parts.hostname if parts.hostname.isascii() else parts.hostname.encode("idna").decode()
+        return parts, host, parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError as exc:
+        raise Unreached(f"{sdg.redact(url)} is not a URL of a server: {exc}") from exc
+
+
+def credentials(parts: SplitResult) -> dict[str, str]:
+    """The header that a URL's user and password amount to; it takes precedence over an API key."""
+    if parts.username is None:
+        return {}
+    pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+    return {"Authorization": f"Basic {base64.b64encode(pair.encode()).decode()}"}

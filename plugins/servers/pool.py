@@ -8,7 +8,7 @@ import itertools
 import random
 import time
 from collections import deque
-from collections.abc import Container, Iterable
+from collections.abc import Container, Coroutine, Iterable
 from typing import Any, NamedTuple
 
 import sdg
@@ -171,12 +171,12 @@ class Pool:
         self._alarm: tuple[float, asyncio.Handle] | None = None  # uvloop's handles of short delays have no `when`
         self._loop = asyncio.get_running_loop()
 
-    async def acquire(
+    def acquire(
         self,
         suspicion: Suspicion | None = None,
         request: sdg.Request | None = None,
         waiting: set[asyncio.Future[Any]] | None = None,
-    ) -> sdg.Upstream:
+    ) -> Coroutine[Any, Any, sdg.Upstream]:
         """Wait for a slot; a suspect waits for the server that it saw crash.
 
         Args:
@@ -186,7 +186,16 @@ class Pool:
         """
         document = request.rollout.document.index if request and request.rollout and len(self.upstreams) > 1 else None
         if not request or not self.pace.limited:
-            return await self._acquire(suspicion, document, waiting)
+            return self._acquire(suspicion, document, waiting)
+        return self._acquire_paced(request, suspicion, document, waiting)
+
+    async def _acquire_paced(
+        self,
+        request: sdg.Request,
+        suspicion: Suspicion | None,
+        document: int | None,
+        waiting: set[asyncio.Future[Any]] | None,
+    ) -> sdg.Upstream:
         self.pace.expect(request)
         upstream = await self._acquire(suspicion, document, waiting)
         self.pace.note(request)
@@ -390,6 +399,8 @@ class Pool:
                 break
             del self._waiting[position]
             slot.set_result(free)
+        if self.active >= self.limit:  # the next response hands out a slot
+            return
         later = [*(upstream.until for upstream in self.upstreams), self.pace.free_at]
         aside = min((moment for moment in later if moment > now), default=None)
         if (self._waiting or self._suspects) and aside and (not self._alarm or self._alarm[0] > aside):

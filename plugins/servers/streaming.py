@@ -14,6 +14,7 @@ class Assembly:
 
     Attributes:
         complete: True once the stream was ended by the server, or each choice has its reason to finish.
+        malformed: the first event that is not a part of a completion: the response is then no JSON.
     """
 
     def __init__(self) -> None:
@@ -22,12 +23,13 @@ class Assembly:
         self._head: dict[str, Any] = {}
         self._choices: dict[int, dict[str, Any]] = {}
         self._done = False
+        self.malformed = b""
 
     @property
     def complete(self) -> bool:
         """True if nothing is missing."""
         finished = self._choices and all(choice.get("finish_reason") for choice in self._choices.values())
-        return self._done or bool(finished) or "error" in self._head
+        return self._done or bool(finished) or "error" in self._head or bool(self.malformed)
 
     def feed(self, piece: bytes) -> None:
         """Take in some bytes."""
@@ -41,6 +43,8 @@ class Assembly:
 
     def body(self) -> bytes:
         """The whole response as JSON."""
+        if self.malformed:
+            return b"an event of the stream is malformed: " + self.malformed
         choices = [choice for _, choice in sorted(self._choices.items())]
         return orjson.dumps({**self._head, **({"choices": choices} if choices else {})})
 
@@ -48,12 +52,17 @@ class Assembly:
         if data.strip() == b"[DONE]":
             self._done = True
             return
-        event = orjson.loads(data) if data.strip() else {}
-        if not isinstance(event, dict):
-            return
+        try:
+            event = orjson.loads(data) if data.strip() else {}
+            if isinstance(event, dict):
+                self._add_event(event)
+        except (AttributeError, LookupError, TypeError, ValueError):
+            self.malformed = self.malformed or data
+
+    def _add_event(self, event: dict[str, Any]) -> None:
         self._head |= {name: value for name, value in event.items() if name not in {"choices", "object"} and value}
         for part in event.get("choices") or []:
-            index = part.get("index") or 0
+            index = int(part.get("index") or 0)
             self._add(self._choices.setdefault(index, {"index": index, "finish_reason": None}), part)
 
     def _add(self, choice: dict[str, Any], part: dict[str, Any]) -> None:
@@ -80,6 +89,8 @@ class Assembly:
 def continue_call(calls: list[dict[str, Any]], part: dict[str, Any]) -> None:
     """Add a part of a tool call to those that are there: its arguments come in pieces."""
     index = part.get("index", len(calls))
+    if not 0 <= index <= len(calls) + 100:
+        raise ValueError(f"index {index}")
     while len(calls) <= index:
         calls.append({"type": "function", "function": {"name": "", "arguments": ""}})
     call, function = calls[index], part.get("function") or {}

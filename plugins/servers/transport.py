@@ -9,11 +9,21 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import sdg
-from sdg_plugins.servers.http1 import IDLE, Broken, Http1, Take, Unreached
+from sdg_plugins.servers.http1 import (
+    CONNECT_TIMEOUT,
+    DEFAULTS,
+    IDLE,
+    Broken,
+    Decoder,
+    Http1,
+    Take,
+    Unreached,
+    credentials,
+    parsed,
+)
 from sdg_plugins.servers.streaming import Assembly
 
 if TYPE_CHECKING:
@@ -44,8 +54,8 @@ class Transport:
     def __init__(
         self, headers: Mapping[str, str], timeout: float, lean: Http1 | None = None, proxies: bool = True
     ) -> None:
-        self._headers, self.timeout, self._lean, self._proxies = headers, timeout, lean, proxies
-        self._proxied: dict[str, bool] = {}  # whether a proxy is set for an API
+        self._headers, self.timeout, self._lean, self._proxies = {**DEFAULTS, **headers}, timeout, lean, proxies
+        self._proxied: dict[str, str] = {}  # the proxy for an API; "" if there is none
         self._opened: aiohttp.ClientSession | None = None
 
     @property
@@ -55,10 +65,8 @@ class Transport:
 
             self._opened = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE),
-                timeout=aiohttp.ClientTimeout(total=self.timeout),
-                headers=self._headers,
                 cookie_jar=aiohttp.DummyCookieJar(),
-                trust_env=self._proxies,
+                auto_decompress=False,  # it does not notice what is missing
             )
         return self._opened
 
@@ -80,26 +88,62 @@ class Transport:
             Unreached, Broken: there is no answer.
             TimeoutError: none came in time.
         """
-        if self._lean and not self._needs_proxy(url):
+        proxy = self._proxy(url)
+        if self._lean and not proxy:
             return await self._post_lean(self._lean, address(url, path), body, progressed)
-        import aiohttp
-
         data = body if len(body) < LARGE else io.BytesIO(body)  # aiohttp sends the second kind in pieces
-        limit = aiohttp.ClientTimeout(**({"sock_read": self.timeout} if progressed else {"total": self.timeout}))
+        limit = {"sock_read": self.timeout} if progressed else {"total": self.timeout}
         try:
-            async with self._session.post(
-                address(url, path), data=data, allow_redirects=False, timeout=limit
-            ) as response:
-                if response.status == 200 and response.content_type == "text/event-stream":
-                    content = await assembled(response.content, progressed)
-                else:
-                    content = await response.read()
-                return Answer(response.status, response.headers, content, str(response.reason))
+            return await self._ask("POST", address(url, path), proxy, limit, data, progressed)
         except TimeoutError as exc:
             raise self._late(progressed) from exc
-        except (aiohttp.ClientConnectorError, aiohttp.InvalidURL) as exc:
-            raise Unreached(str(exc)) from exc
-        except (aiohttp.ClientError, ConnectionError) as exc:
+
+    async def _ask(
+        self,
+        method: str,
+        url: str,
+        proxy: str,
+        limit: Mapping[str, float],
+        data: bytes | io.BytesIO | None = None,
+        progressed: Callable[[], None] | None = None,
+    ) -> Answer:
+        """Ask through aiohttp. Raises as `post`."""
+        import aiohttp
+
+        connecting = min(self.timeout, CONNECT_TIMEOUT)
+        options: dict[str, Any] = {"timeout": aiohttp.ClientTimeout(sock_connect=connecting, **limit)}
+        options |= {"allow_redirects": False, "proxy": proxy or None}
+        try:
+            url, own = without_credentials(url)
+            options["headers"] = {**self._headers, **own}  # those of a session would be sent to the proxy as well
+            async with self._session.request(method, url, data=data, **options) as response:
+                if response.status < 200:
+                    raise Broken(f"the server switched to another protocol: {response.status}")
+                decoder = Decoder(response.headers.get("Content-Encoding", ""))
+                streamed = method == "POST" and response.status == 200 and is_stream(response.headers)
+                assembly, pieces = Assembly() if streamed else None, []
+                async for piece in response.content.iter_any():
+                    content = decoder.feed(piece)
+                    if progressed and assembly:
+                        progressed()
+                    assembly.feed(content) if assembly else pieces.append(content)
+                decoder.end()
+                body = whole(assembly) if assembly else b"".join(pieces)
+                return Answer(response.status, response.headers, body, str(response.reason))
+        except aiohttp.ConnectionTimeoutError as exc:
+            if self.timeout <= CONNECT_TIMEOUT:
+                raise TimeoutError from exc
+            raise Unreached(f"no connection within {CONNECT_TIMEOUT:g} s") from exc
+        except TimeoutError:
+            raise
+        except (
+            aiohttp.ClientConnectorError,
+            aiohttp.ClientHttpProxyError,
+            aiohttp.InvalidURL,
+            UnicodeError,
+        ) as exc:
+            raise Unreached(sdg.redact(str(exc)) or type(exc).__name__) from exc
+        except (aiohttp.ClientError, ConnectionError, ValueError) as exc:
             raise Broken(str(exc) or type(exc).__name__) from exc
 
     async def _post_lean(self, lean: Http1, url: str, body: bytes, progressed: Callable[[], None] | None) -> Answer:
@@ -108,8 +152,6 @@ class Transport:
             status, reason, headers, content = await lean.post(url, body, events, progressed is not None)
         except TimeoutError as exc:
             raise self._late(progressed) from exc
-        except ValueError as exc:
-            raise Unreached(str(exc)) from exc
         return Answer(status, headers, events.body() if events.assembly else content, reason)
 
     def _late(self, progressed: Callable[[], None] | None) -> TimeoutError:
@@ -117,34 +159,22 @@ class Transport:
             return TimeoutError(f"no piece of a stream for {self.timeout:g} s")
         return TimeoutError(f"no response within {self.timeout:g} s")
 
-    def _needs_proxy(self, url: str) -> bool:
-        """True if the environment has a proxy for an API that is not on this machine."""
+    def _proxy(self, url: str) -> str:
+        """The proxy that the environment has for an API that is not on this machine; "" if none. Raises Unreached."""
         if url not in self._proxied:
-            self._proxied[url] = self._proxies and proxy_is_set(url)
+            self._proxied[url] = proxy_of(url) if self._proxies else ""
         return self._proxied[url]
 
     async def get(self, url: str, path: str, seconds: float) -> Answer:
         """Get something in some seconds. Raises as `post`."""
-        if self._lean and not self._needs_proxy(url):
-            try:
-                status, reason, headers, content = await self._lean.get(address(url, path), seconds)
-            except TimeoutError as exc:
-                raise TimeoutError(f"no response within {seconds:g} s") from exc
-            except ValueError as exc:
-                raise Unreached(str(exc)) from exc
-            return Answer(status, headers, content, reason)
-        import aiohttp
-
-        limit = aiohttp.ClientTimeout(total=seconds)
+        proxy = self._proxy(url)
         try:
-            async with self._session.get(address(url, path), timeout=limit, allow_redirects=False) as response:
-                return Answer(response.status, response.headers, await response.read(), str(response.reason))
+            if proxy or not self._lean:
+                return await self._ask("GET", address(url, path), proxy, {"total": seconds})
+            status, reason, headers, content = await self._lean.get(address(url, path), seconds)
         except TimeoutError as exc:
             raise TimeoutError(f"no response within {seconds:g} s") from exc
-        except (aiohttp.ClientConnectorError, aiohttp.InvalidURL) as exc:
-            raise Unreached(str(exc) or type(exc).__name__) from exc
-        except (aiohttp.ClientError, ConnectionError, ValueError) as exc:
-            raise Broken(str(exc) or type(exc).__name__) from exc
+        return Answer(status, headers, content, reason)
 
 
 class Events(Take):
@@ -156,8 +186,7 @@ class Events(Take):
 
     def wanted(self, status: int, headers: Mapping[str, str]) -> bool:
         """See `Take`."""
-        kind = headers.get("Content-Type", "").partition(";")[0].strip().lower()
-        self.assembly = Assembly() if status == 200 and kind == "text/event-stream" else None
+        self.assembly = Assembly() if status == 200 and is_stream(headers) else None
         return self.assembly is not None
 
     def piece(self, piece: bytes) -> None:
@@ -170,32 +199,41 @@ class Events(Take):
     def body(self) -> bytes:
         """The whole response. Raises Broken if the stream ended early."""
         assert self.assembly
-        if not self.assembly.complete:
-            raise Broken("the stream ended before the completion did")
-        return self.assembly.body()
+        return whole(self.assembly)
 
 
-def proxy_is_set(url: str) -> bool:
-    """True if the environment has a proxy for a URL, by the rules of `urllib`, which aiohttp follows."""
-    import urllib.request
-
-    try:
-        parts = urlsplit(url)
-    except ValueError:  # it is not a URL, as the request will say
-        return False
-    return parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(parts.hostname or "")
+def is_stream(headers: Mapping[str, str]) -> bool:
+    """True if a body is a stream of events."""
+    return headers.get("Content-Type", "").partition(";")[0].strip().lower() == "text/event-stream"
 
 
-async def assembled(content: aiohttp.StreamReader, progressed: Callable[[], None] | None) -> bytes:
-    """The response that a stream of events amounts to. Raises Broken if the stream ends early."""
-    assembly = Assembly()
-    async for piece in content.iter_any():
-        if progressed:
-            progressed()
-        assembly.feed(piece)
+def whole(assembly: Assembly) -> bytes:
+    """The response that a stream of events amounts to. Raises Broken if the stream ended early."""
     if not assembly.complete:
         raise Broken("the stream ended before the completion did")
     return assembly.body()
+
+
+def proxy_of(url: str) -> str:
+    """The proxy that the environment has for a URL, by the rules of `urllib`; "" if none. Raises Unreached."""
+    import urllib.request
+
+    parts, host, _ = parsed(url)
+    proxy = urllib.request.getproxies().get(parts.scheme, "")
+    if not proxy or urllib.request.proxy_bypass(host):
+        return ""
+    if "://" not in proxy:
+        proxy = f"http://{proxy}"
+    if not proxy.startswith(("http://", "https://")):
+        name = f"{parts.scheme.upper()}_PROXY"
+        raise Unreached(f"{name} is {sdg.redact(proxy)}: only HTTP proxies are supported; set it to an http:// URL")
+    return proxy
+
+
+def without_credentials(url: str) -> tuple[str, dict[str, str]]:
+    """A URL without its user and password, and the header that they amount to. Raises Unreached."""
+    parts, *_ = parsed(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl(), credentials(parts)
 
 
 def address(url: str, path: str) -> str:

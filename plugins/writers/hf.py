@@ -73,7 +73,7 @@ def register_writers(register: sdg.RegisterWriters) -> None:
 
 @sdg.hookimpl
 def observe(run: sdg.Run) -> contextlib.AbstractAsyncContextManager[None] | None:
-    return publish_during(run) if run.options.writer == "hf" else None
+    return publish_during(run) if run.options.writer == "hf" and not run.options.part else None
 
 
 def open_output(run: sdg.Run) -> sdg.Writer:
@@ -98,8 +98,10 @@ def open_output(run: sdg.Run) -> sdg.Writer:
 
 
 def publishes_itself(run: sdg.Run) -> bool:
-    """True if this process publishes its files, rather than a monitor."""
-    return bool(run.options.world_size == 1 and not run.options.no_publish)
+    """True if this process publishes its files, rather than a monitor or its parent."""
+    options = run.options
+    parent = options.processes and not options.part and not options.any_rank
+    return bool((options.world_size == 1 or parent) and not options.no_publish)
 
 
 @contextlib.asynccontextmanager

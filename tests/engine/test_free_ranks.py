@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
+import sqlite3
 from collections import Counter
 
 import pytest
@@ -118,6 +120,7 @@ def test_a_signal_stops_all_ranks_that_overlap_and_nothing_is_sent_again(
     server.behave(lambda payload, n: Hang() if prompt_of(payload) in held else None)
     process = shared.start(max_concurrent_generations=8)
     wait_until(lambda: len(set(server.prompts)) == 120)
+    wait_until(lambda: durable(shared) == 120 - len(held))
     process.send(signal.SIGTERM)
     if hurried:
         process.send(signal.SIGINT)
@@ -147,6 +150,16 @@ def test_a_rank_that_fails_lets_the_ranks_beside_it_end_and_no_other_begin(share
 
     assert finished.rc == 3
     assert status_of(shared, 0) == "finished"
+
+
+def durable(job: Job) -> int:
+    """Documents that are final in the states of all ranks."""
+    total = 0
+    for path in job.output.state.glob("0*.sqlite3"):
+        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=30)) as state:
+            open_, written = "SELECT count(*) FROM documents", "SELECT total(count) FROM chunks WHERE written"
+            total += sum(int(state.execute(query).fetchone()[0]) for query in (open_, written))
+    return total
 
 
 def status_of(job: Job, rank: int) -> str:

@@ -502,6 +502,7 @@ def test_lists_of_models_are_read_in_each_form() -> None:
     assert models_in(b'{"data": null}') is None
 
 
+@pytest.mark.usefixtures("each_client")
 def test_a_redirect_is_named_and_not_followed(job: Job, server: FakeServer) -> None:
     job.documents("a")
     server.redirect = "https://elsewhere.example/v1"
@@ -598,6 +599,7 @@ def test_a_key_is_hidden_in_each_form(key: str, before: str, after: str) -> None
 # ── Streams ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.usefixtures("each_client")
 def test_a_stream_gives_the_same_rows_and_tokens(job: Job, server: FakeServer) -> None:
     job.input(documents(10))
     server.behave(lambda payload, n: f"It says: {prompt_of(payload)}.")
@@ -612,6 +614,7 @@ def test_a_stream_gives_the_same_rows_and_tokens(job: Job, server: FakeServer) -
         assert streamed.stats()[name] == at_once.stats()[name]
 
 
+@pytest.mark.usefixtures("each_client")
 def test_a_server_that_only_streams_is_used_by_streaming(job: Job, server: FakeServer) -> None:
     job.input(documents(10))
     server.only_streams = True
@@ -623,6 +626,7 @@ def test_a_server_that_only_streams_is_used_by_streaming(job: Job, server: FakeS
     assert "--stream is on" in finished.stderr
 
 
+@pytest.mark.usefixtures("each_client")
 def test_a_stream_that_breaks_off_is_requested_again(job: Job, server: FakeServer) -> None:
     job.documents("a")
     server.break_streams = 2
@@ -633,6 +637,7 @@ def test_a_stream_that_breaks_off_is_requested_again(job: Job, server: FakeServe
     assert output.stats()["retries"] == {"connection": 2}
 
 
+@pytest.mark.usefixtures("each_client")
 def test_a_stream_that_stalls_times_out_between_two_tokens(job: Job, server: FakeServer) -> None:
     job.documents("a")
     server.stall_streams = 1

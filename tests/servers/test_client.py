@@ -22,6 +22,7 @@ KEY = "sk-test-0123456789abcdefghijklmnop"
 # ── Retries ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.usefixtures("each_client")
 def test_transient_statuses_are_retried_and_counted_by_cause(job: Job, server: FakeServer) -> None:
     statuses = ["408", "409", "425", "429", "500", "502", "503", "504"]
     job.documents(*statuses)
@@ -221,6 +222,7 @@ def test_retry_after_in_milliseconds_is_preferred() -> None:
     assert retry_after({"retry-after-ms": "soon", "Retry-After": "1"}) is None
 
 
+@pytest.mark.usefixtures("each_client")
 def test_a_request_that_takes_too_long_is_sent_again(job: Job, server: FakeServer) -> None:
     job.documents("once", "always", "fine")
 
@@ -261,6 +263,7 @@ BROKEN = {
 COMPLETE = {"text is a number", "empty text", "null text"}  # an answer, if not one of any use
 
 
+@pytest.mark.usefixtures("each_client")
 def test_a_broken_response_is_retried_then_recorded(job: Job, server: FakeServer) -> None:
     job.documents("fine", *[f"{fault}, {times}" for fault in BROKEN for times in ("once", "always")])
 
@@ -299,6 +302,7 @@ def test_an_empty_completion_is_not_retried_if_it_reached_max_tokens(job: Job, s
 # ── Load ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.usefixtures("each_client")
 def test_requests_in_flight_reach_the_limit_and_no_more_over_kept_connections(job: Job, server: FakeServer) -> None:
     job.input(documents(60))
 
@@ -403,6 +407,7 @@ def test_requests_go_to_the_least_loaded_server(
     assert len(fast.requests) == 60 - len(slow.requests)
 
 
+@pytest.mark.usefixtures("each_client")
 def test_a_dead_server_is_set_aside_and_comes_back(
     job: Job, server: FakeServer, servers: Callable[[], FakeServer]
 ) -> None:
@@ -426,6 +431,7 @@ def test_a_dead_server_is_set_aside_and_comes_back(
     assert not job.output.failures()
 
 
+@pytest.mark.usefixtures("each_client")
 def test_requests_wait_for_the_only_server_to_come_back(job: Job, server: FakeServer) -> None:
     job.input(documents(40))
     server.behave(lambda payload, n: Hang())
@@ -442,6 +448,7 @@ def test_requests_wait_for_the_only_server_to_come_back(job: Job, server: FakeSe
     assert not job.output.failures()
 
 
+@pytest.mark.usefixtures("each_client")
 def test_a_server_that_does_not_come_back_ends_the_run_and_nothing_is_lost(job: Job, server: FakeServer) -> None:
     job.input(documents(40))
     server.behave(lambda payload, n: None if len(server.requests) <= 20 else Hang())
@@ -497,6 +504,7 @@ def test_the_address_may_come_from_the_environment(job: Job, server: FakeServer)
     assert server.prompts == ["fine"]
 
 
+@pytest.mark.usefixtures("each_client")
 def test_the_key_is_sent_but_written_nowhere(job: Job, server: FakeServer) -> None:
     server.api_key = KEY
     job.documents("fine", "echoed", "once")

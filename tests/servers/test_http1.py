@@ -1,236 +1,194 @@
-"""The lean HTTP client, against a server that sends exactly the bytes of a test."""
+"""What only the lean HTTP client has: its parser's boundary, its watchdog, its connections."""
 
 from __future__ import annotations
 
 import asyncio
-import gzip
-import zlib
+import contextlib
+import socket
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from raw_server import RawServer, Then
+from test_http import OK, PLAIN, WHOLE
 
-from sdg_plugins.servers.http1 import IDLE, Broken, Http1, Received, Take, Unreached
-from sdg_plugins.servers.transport import Transport
-
-Pieces = list[bytes | None]  # None closes the connection, and so does the end of the list if `close`
-
-PLAIN = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nX-One: 1\r\n\r\nhello"
-CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhe\r\n3;x=y\r\nllo\r\n0\r\nTrailer: t\r\n\r\n"
-ZIPPED = gzip.compress(b"hello")
-GZIP = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(ZIPPED) + ZIPPED
-DEFLATED = zlib.compress(b"hello")
-DEFLATE = b"HTTP/1.1 200 OK\r\nContent-Encoding: deflate\r\nContent-Length: %d\r\n\r\n" % len(DEFLATED) + DEFLATED
-INTERIM = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + PLAIN
-WHOLE = {"plain": PLAIN, "chunked": CHUNKED, "gzip": GZIP, "deflate": DEFLATE, "interim": INTERIM}
+from sdg_plugins.servers.http1 import Broken, Http1, Take, Unreached
 
 
-class Server:
-    """Answers each request of a connection with the next of its scripts; keeps what it received."""
-
-    def __init__(self, *scripts: list[bytes], close: bool = False, silent: bool = False) -> None:
-        self.scripts, self.close, self.silent = [*scripts], close, silent
-        self.requests: list[bytes] = []
-        self.connections = 0
-        self.handlers: set[asyncio.Task[Any]] = set()
-
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.connections += 1
-        try:
-            while head := await reader.readuntil(b"\r\n\r\n"):
-                length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
-                self.requests.append(head + await reader.readexactly(length))
-                for piece in self.scripts.pop(0) if self.scripts else []:
-                    writer.write(piece)
-                    await writer.drain()
-                    await asyncio.sleep(0)
-                if self.silent:
-                    await asyncio.sleep(3600)
-                if self.close:
-                    break
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass
-
-
-def run(server: Server, work: Callable[[Http1, str], Awaitable[Any]], timeout: float = 20.0) -> Any:
-    """What `work(client, url)` returns."""
+def with_client(server: RawServer, work: Callable[[Http1, str], Awaitable[Any]], timeout: float = 20.0) -> Any:
+    """What `work(client, url)` returns, in an event loop of asyncio itself, as in a notebook."""
 
     async def both() -> Any:
-        async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            handler = asyncio.current_task()
-            assert handler
-            server.handlers.add(handler)
-            try:
-                await server.serve(reader, writer)
-            finally:
-                writer.close()
-
-        listening = await asyncio.start_server(handle, "127.0.0.1", 0)
-        port = listening.sockets[0].getsockname()[1]
-        try:
-            async with Http1({"Authorization": "Bearer k"}, timeout).working() as client:
-                return await work(client, f"http://127.0.0.1:{port}/v1/x?q=1")
-        finally:
-            listening.close()
-            for handler in server.handlers:
-                handler.cancel()
-            await asyncio.gather(*server.handlers, return_exceptions=True)
+        async with server.serving(), Http1({"Authorization": "Bearer k"}, timeout).working() as client:
+            return await work(client, server.url)
 
     return asyncio.run(both())
 
 
-def post(server: Server, body: bytes = b"{}", timeout: float = 20.0, take: Take | None = None) -> Received:
-    result = run(server, lambda client, url: client.post(url, body, take, take is not None), timeout)
-    assert isinstance(result, Received)
-    return result
-
-
-def test_a_request_is_sent_as_the_protocol_has_it() -> None:
-    server = Server([PLAIN])
-
-    response = post(server, b'{"a":1}')
-
-    head, _, body = server.requests[0].partition(b"\r\n\r\n")
-    assert head.startswith(b"POST /v1/x?q=1 HTTP/1.1\r\nHost: 127.0.0.1:")
-    assert b"\r\nAuthorization: Bearer k\r\n" in head
-    assert body == b'{"a":1}'
-    assert (response.status, response.reason, response.body) == (200, "OK", b"hello")
-    assert response.headers["x-one"] == "1"
-
-
 @pytest.mark.parametrize("name", WHOLE)
 def test_a_response_may_be_split_at_every_byte(name: str) -> None:
-    raw = WHOLE[name]
-    server = Server(*[[raw[:i], raw[i:]] for i in range(1, len(raw))], [raw[i : i + 1] for i in range(len(raw))])
+    raw = b"".join(step for step in WHOLE[name] if isinstance(step, bytes))
+    end = [step for step in WHOLE[name] if isinstance(step, Then)]
+    scripts = [[raw[:i], raw[i:], *end] for i in range(1, len(raw))]
+    server = RawServer(*scripts, [*[raw[i : i + 1] for i in range(len(raw))], *end])
 
     async def all_splits(client: Http1, url: str) -> list[bytes]:
         return [(await client.post(url, b"{}")).body for _ in range(len(raw))]
 
-    assert set(run(server, all_splits)) == {b"hello"}
-    assert server.connections == 1
+    assert set(with_client(server, all_splits)) == {b"hello"}
+    assert server.connections == 1 or end or name == "HTTP/1.0"
 
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_a_response_that_ends_early_is_broken(name: str) -> None:
-    raw = WHOLE[name]
-    for end in range(0, len(raw), 5):
-        with pytest.raises(Broken):
-            post(Server([raw[:end]], close=True))
+    raw = b"".join(step for step in WHOLE[name] if isinstance(step, bytes))
+    until_the_end = Then.CLOSE in WHOLE[name] and b"gzip" not in raw
+    ends = range(0, raw.index(b"\r\n\r\n") + 4 if until_the_end else len(raw), 3)
+    server = RawServer(*[[raw[:end], Then.CLOSE] for end in ends])
+
+    async def all_ends(client: Http1, url: str) -> None:
+        for _ in ends:
+            with pytest.raises(Broken):
+                await client.post(url, b"{}")
+
+    with_client(server, all_ends)
 
 
-def test_a_body_without_a_length_ends_with_the_connection() -> None:
-    assert post(Server([b"HTTP/1.1 200 OK\r\n\r\nhel", b"lo"], close=True)).body == b"hello"
+def test_the_rest_of_a_response_that_was_more_is_dropped_with_its_connection() -> None:
+    server = RawServer([PLAIN + b"garbage"], [PLAIN])
 
+    async def twice(client: Http1, url: str) -> list[bytes]:
+        return [(await client.post(url, b"{}")).body for _ in range(2)]
 
-@pytest.mark.parametrize(
-    "raw",
-    [
-        b"SSH-2.0-OpenSSH_9\r\n",
-        b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n",
-        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n",
-        b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 5\r\n\r\nhello",
-        b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n",
-    ],
-)
-def test_what_is_not_http_is_broken(raw: bytes) -> None:
-    with pytest.raises(Broken):
-        post(Server([raw], close=True))
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.binary(min_size=1, max_size=200))
-def test_no_garbage_is_taken_for_a_complete_response(garbage: bytes) -> None:
-    with pytest.raises(Broken):
-        post(Server([b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n" + garbage], close=True))
-
-
-def test_a_connection_is_kept_unless_the_server_says_otherwise() -> None:
-    async def twice(client: Http1, url: str) -> None:
-        await client.post(url, b"{}")
-        await client.post(url, b"{}")
-
-    kept = Server([PLAIN], [PLAIN])
-    run(kept, twice)
-    assert kept.connections == 1
-
-    closing = Server(*[[PLAIN.replace(b"X-One: 1", b"Connection: close")]] * 2)
-    run(closing, twice)
-    assert closing.connections == 2
-
-    talkative = Server([PLAIN + PLAIN], [PLAIN])
-    run(talkative, twice)
-    assert talkative.connections == 2
-
-
-def test_a_connection_that_was_idle_for_long_is_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sdg_plugins.servers.http1.IDLE", -1.0)
-    assert IDLE > 0
-    server = Server([PLAIN], [PLAIN])
-
-    async def twice(client: Http1, url: str) -> None:
-        await client.post(url, b"{}")
-        await client.post(url, b"{}")
-
-    run(server, twice)
-
+    assert with_client(server, twice) == [b"hello", b"hello"]
     assert server.connections == 2
 
 
-def test_no_response_in_time_is_a_time_out() -> None:
-    with pytest.raises(TimeoutError):
-        post(Server([PLAIN[:30]], silent=True), timeout=0.3)
+def test_connections_that_have_been_idle_for_long_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sdg_plugins.servers.http1.IDLE", 0.01)
+    server = RawServer([PLAIN], [PLAIN])
 
+    async def twice(client: Http1, url: str) -> bytes:
+        await client.post(url, b"{}")
+        await asyncio.wait_for(server.lost.wait(), 20)
+        return (await client.post(url, b"{}")).body
 
-def test_a_canceled_request_leaves_no_connection_that_another_would_use() -> None:
-    server = Server([PLAIN[:30]], [PLAIN])
-
-    async def cancel_one(client: Http1, url: str) -> bytes:
-        first = asyncio.ensure_future(client.post(url, b"{}"))
-        while not server.requests:
-            await asyncio.sleep(0.01)
-        first.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await first
-        body: bytes = (await client.post(url, b"{}")).body
-        return body
-
-    assert run(server, cancel_one) == b"hello"
+    assert with_client(server, twice, timeout=1) == b"hello"
     assert server.connections == 2
 
 
-def test_a_host_that_refuses_or_does_not_exist_is_unreached() -> None:
-    async def refused(client: Http1, url: str) -> None:
-        await client.post("http://127.0.0.1:9/v1", b"{}")
+def test_time_outs_come_in_the_order_of_their_deadlines_whatever_came_first() -> None:
+    """Connecting takes part of a request's time: one that was sent later may be over earlier."""
 
-    async def unknown(client: Http1, url: str) -> None:
-        await client.post("http://no-such-host.invalid/v1", b"{}")
+    async def all_late(client: Http1, url: str) -> None:
+        waiting = [asyncio.ensure_future(client.post(url, b"{}")) for _ in range(3)]
+        while len(client._busy) < 3:
+            await asyncio.sleep(0.001)
+        last = [*client._busy][-1]
+        last.deadline = 0.0
+        done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        assert [type(each.exception()) for each in done] == [TimeoutError]
+        assert len(client._busy) == 2
+        for each in waiting:
+            each.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
 
-    for work in (refused, unknown):
-        with pytest.raises(Unreached, match=r"cannot connect to (127.0.0.1:9|no-such-host.invalid:80)"):
-            run(Server(), work)
-
-
-@pytest.mark.parametrize("url", ["http://[::1", "http://host:99999", "ftp://host"])
-def test_what_is_not_a_url_of_a_server_is_unreached(url: str) -> None:
-    async def ask() -> None:
-        async with Http1({}, 5).working() as lean:
-            transport = Transport({}, 5, lean)
-            with pytest.raises(Unreached):
-                await transport.get(url, "/models", 5)
-            with pytest.raises(Unreached):
-                await transport.post(url, "/completions", b"{}")
-
-    asyncio.run(ask())
+    with_client(RawServer(), all_late)
 
 
-def test_a_large_body_arrives_whole() -> None:
-    server = Server([PLAIN])
-    body = bytes(range(256)) * 20_000
+def test_a_connection_that_is_not_accepted_in_time_is_unreached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sdg_plugins.servers.http1.CONNECT_TIMEOUT", 0.2)
 
-    post(server, body)
+    async def ask(client: Http1, url: str) -> None:
+        with (
+            full_listener() as port,
+            pytest.raises(Unreached, match=r"no connection to 127\.0\.0\.1:\d+ within 0\.2 s"),
+        ):
+            await client.post(f"http://127.0.0.1:{port}/v1", b"{}")
 
-    assert server.requests[0].partition(b"\r\n\r\n")[2] == body
+    with_client(RawServer(), ask)
+
+
+def test_a_request_whose_time_is_over_while_it_connects_is_a_time_out() -> None:
+    async def ask(client: Http1, url: str) -> None:
+        with full_listener() as port, pytest.raises(TimeoutError):
+            await client.post(f"http://127.0.0.1:{port}/v1", b"{}")
+
+    with_client(RawServer(), ask, timeout=0.2)
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_request_may_be_canceled_while_it_connects(scheme: str) -> None:
+    async def cancel(client: Http1, url: str) -> None:
+        with full_listener() as port:
+            server = RawServer(deaf=True)
+            async with server.serving():
+                there = f"https://127.0.0.1:{server.port}/v1" if scheme == "https" else f"http://127.0.0.1:{port}/v1"
+                asking = asyncio.ensure_future(client.post(there, b"{}"))
+                while scheme == "https" and not server.connections:
+                    await asyncio.sleep(0.001)
+                await asyncio.sleep(0.01)
+                asking.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await asking
+        assert not client._busy
+        assert (await client.post(url, b"{}")).body == b"hello"
+
+    with_client(RawServer([PLAIN]), cancel)
+
+
+@contextlib.contextmanager
+def full_listener() -> Any:
+    """The port of a server that accepts nothing: the kernel drops further attempts to connect."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listener, contextlib.ExitStack() as stack:
+        for _ in range(4):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(listener.getsockname())
+        yield listener.getsockname()[1]
+
+
+def resolving_to(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> list[str]:
+    """Let every name stand for some addresses; returns a list that gets each name that is looked up."""
+    asked: list[str] = []
+
+    async def getaddrinfo(self: Any, host: str, port: int, **_: Any) -> list[Any]:
+        asked.append(host)
+        await asyncio.sleep(0)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in addresses]
+
+    monkeypatch.setattr("asyncio.base_events.BaseEventLoop.getaddrinfo", getaddrinfo)
+    return asked
+
+
+def test_connections_are_spread_over_the_addresses_of_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = RawServer(*[[PLAIN.replace(b"X-One: 1", b"Connection: close")]] * 4)
+    second = RawServer(*first.scripts, host="127.0.0.2")
+
+    async def ask(client: Http1, url: str) -> None:
+        second.port = first.port
+        asked = resolving_to(monkeypatch, "127.0.0.1", "127.0.0.2")
+        async with second.serving():
+            await asyncio.gather(*(client.post(url.replace("127.0.0.1", "name"), b"{}") for _ in range(4)))
+        assert asked == ["name"]
+
+    with_client(first, ask)
+
+    assert (first.connections, second.connections) == (2, 2)
+
+
+def test_an_address_that_refuses_is_left_out_while_others_accept(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = RawServer(*[[PLAIN.replace(b"X-One: 1", b"Connection: close")]] * 4)
+    tried: list[str] = []
+
+    async def ask(client: Http1, url: str) -> list[bytes]:
+        resolving_to(monkeypatch, "127.0.0.3", "127.0.0.1")
+        connect = client._connect_to
+        client._connect_to = lambda origin, address, secure: tried.append(address) or connect(origin, address, secure)  # type: ignore[method-assign, func-returns-value]
+        return [(await client.post(url.replace("127.0.0.1", "name"), b"{}")).body for _ in range(4)]
+
+    assert with_client(server, ask) == [b"hello"] * 4
+    assert tried == ["127.0.0.3", *["127.0.0.1"] * 4]
 
 
 class Collected(Take):
@@ -250,18 +208,18 @@ class Collected(Take):
 
 
 def test_a_stream_is_given_in_pieces_and_may_take_longer_than_the_timeout() -> None:
-    class Slow(Server):
-        async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    class Slow(RawServer):
+        async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await reader.readuntil(b"\r\n\r\n")
-            writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+            writer.write(OK + b"Transfer-Encoding: chunked\r\n\r\n")
             for _ in range(8):
                 writer.write(b"1\r\nx\r\n")
-                await asyncio.sleep(0.3)
+                await asyncio.sleep(0.1)
             writer.write(b"0\r\n\r\n")
 
     take = Collected()
 
-    post(Slow(), timeout=1.5, take=take)
+    with_client(Slow(), lambda client, url: client.post(url, b"{}", take, streamed=True), timeout=0.7)
 
     assert b"".join(take.pieces) == b"x" * 8
     assert len(take.pieces) > 1
@@ -269,4 +227,4 @@ def test_a_stream_is_given_in_pieces_and_may_take_longer_than_the_timeout() -> N
 
 def test_what_the_taker_of_a_stream_raises_is_raised() -> None:
     with pytest.raises(KeyError, match="of the taker"):
-        post(Server([PLAIN]), take=Collected(fail=True))
+        with_client(RawServer([PLAIN]), lambda client, url: client.post(url, b"{}", Collected(fail=True)))

@@ -1,0 +1,152 @@
+"""`--processes N`: several processes of one machine work on a run like one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from fake_server import FakeServer, Hang, Status
+from running import Job, Started, documents, wait_until
+
+TEXTS = [row["text"] for row in documents(120)]
+
+
+@pytest.fixture
+def several(job: Job) -> Job:
+    """A run of 120 documents in 24 chunks by two processes, which share 6 ranks."""
+    job.input(documents(120))
+    job.options |= {"processes": 2, "world_size": 6, "records_per_chunk": 5}
+    return job
+
+
+def children_of(started: Started) -> list[int]:
+    """The processes that a run has started."""
+    text = Path(f"/proc/{started.process.pid}/task/{started.process.pid}/children").read_text()
+    return [int(pid) for pid in text.split()]
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and is not waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_several_processes_make_one_run_which_any_number_continues(several: Job, server: FakeServer) -> None:
+    finished = several(max_documents=60)
+
+    assert finished.rc == 0, finished
+    assert finished.stdout.count("60 documents: 60 rows, 0 filtered, 0 failed (60 of them now") == 1
+    assert not finished.stderr
+    assert several.output.stats()["documents"] == 60
+    assert len(json.loads((several.output.state / "run.json").read_text())["options"]["input"]) > 0
+    assert "60 rows" in (several.output.path / "README.md").read_text()
+
+    again = several(processes=None, world_size=None)  # as one would call a run of one process
+
+    assert again.rc == 0, again
+    assert "120 documents: 120 rows" in again.stdout
+    assert sorted(several.output.ids()) == [row["id"] for row in documents(120)]
+    assert Counter(server.prompts) == dict.fromkeys(TEXTS, 1)
+    assert several.verify().rc == 0
+    recorded = json.loads((several.output.state / "run.json").read_text())["options"]
+    assert (recorded["max_concurrent_generations"], recorded["max_failure_rate"]) == (500, 1)
+
+
+def test_a_process_that_is_killed_is_started_again_and_its_answers_are_used(several: Job, server: FakeServer) -> None:
+    held = TEXTS[119]
+    server.behave(lambda payload, n: Hang() if held in str(payload) else None)
+    started = several.start()
+    wait_until(lambda: len(server.requests) == 120 and len(several.output.written()) == 23)
+    before = children_of(started)
+    for pid in before:
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: set(children_of(started)) - set(before))
+    server.behave(lambda payload, n: None)
+    server.release()
+    finished = started.finish()
+
+    assert finished.rc == 0, finished
+    assert "was killed by SIGKILL" in finished.stderr
+    assert Counter(server.prompts) == {**dict.fromkeys(TEXTS, 1), held: 2}
+    assert sorted(several.output.ids()) == [row["id"] for row in documents(120)]
+    assert several.verify().rc == 0
+
+
+def test_processes_do_not_outlive_their_parent_and_the_rerun_buys_nothing_twice(
+    several: Job, server: FakeServer
+) -> None:
+    held = TEXTS[119]
+    server.behave(lambda payload, n: Hang() if held in str(payload) else None)
+    started = several.start()
+    wait_until(lambda: len(server.requests) == 120 and len(several.output.written()) == 23)
+    children = children_of(started)
+    started.send(signal.SIGKILL)
+    started.finish()
+    server.behave(lambda payload, n: None)
+    server.release()
+
+    finished = several(processes=3)
+
+    assert len(children) == 2
+    assert not any(map(is_alive, children))
+    assert finished.rc == 0, finished
+    assert Counter(server.prompts) == {**dict.fromkeys(TEXTS, 1), held: 2}
+    assert several.verify().rc == 0
+
+
+def test_a_signal_to_the_parent_ends_the_whole_run_gently(several: Job, server: FakeServer) -> None:
+    server.behave(lambda payload, n: Hang() if n >= 40 else None)
+    started = several.start(max_concurrent_generations=8)
+    wait_until(lambda: len(server.requests) >= 48)
+    children = children_of(started)
+    started.send(signal.SIGTERM)
+    server.release()  # what is in flight is still answered
+    server.hold()
+    finished = started.finish()
+
+    assert finished.rc == 143
+    assert finished.stderr.count("interrupted by SIGTERM") == 1
+    assert not any(map(is_alive, children))
+    server.behave(lambda payload, n: None)
+    server.release()
+    server.forget()
+    done = several.output.stats()["documents"]
+    several.succeed()
+    assert len(server.requests) == 120 - done
+
+
+def test_failures_are_judged_over_all_processes(several: Job, server: FakeServer) -> None:
+    bad = {*TEXTS[:5], *TEXTS[30:35]}  # chunks 0 and 6, both of rank 0: half of its documents
+    server.behave(lambda payload, n: Status(400) if payload["messages"][0]["content"] in bad else None)
+
+    assert several(max_failure_rate=0.1).rc == 0
+
+    too_many = several(max_failure_rate=0.08)
+    assert too_many.rc == 3
+    assert too_many.stderr.count("10 of 120 documents failed") == 1
+    server.forget()
+    server.behave(lambda payload, n: Status(400) if payload["messages"][0]["content"] == TEXTS[0] else None)
+    assert several(retry_failed=True, max_failure_rate=0.1).rc == 0
+    assert Counter(server.prompts) == dict.fromkeys(bad, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"rank": 1, "world_size": 4}, ["--processes 2", "--rank 1"]),
+        ({"plugin": "nowhere"}, ["nowhere"]),
+        ({"prompt_column": "body"}, ["--prompt-column body", "text"]),
+        ({"base_url": "http://127.0.0.1:9"}, ["127.0.0.1:9"]),
+    ],
+)
+def test_what_is_wrong_is_said_once(options: dict[str, object], words: list[str], several: Job) -> None:
+    finished = several(**options)
+
+    assert finished.rc in {1, 2}
+    assert finished.says(*words)
