@@ -61,6 +61,7 @@ from sdg_plugins.common.statistics import (
     write_statistics,
 )
 from sdg_plugins.common.steps import SCHEME
+from sdg_plugins.servers.brake import watching
 from sdg_plugins.servers.connecting import Connections, connect, limits_of
 from sdg_plugins.servers.models import Connect, Servers, connect_models, start
 
@@ -223,6 +224,8 @@ class Job:
                 check_number_of_files(run, reader)
             path = rank_file(run.state, run.options.rank, "sqlite3")
             store = await stack.enter_async_context(sdg.Store.open(path, run.counts))
+            brakes = [of.client.transport.brake for of in (run, *run.models.values()) if of.client]
+            stack.enter_context(watching(store, brakes))
             send = run.plugins.linked(run)
             resources = await self._resources(stack)
             intake, outlet = Intake(run, reader), Outlet(run, self._writer)

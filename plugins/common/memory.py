@@ -20,7 +20,7 @@ def _tune_allocator() -> None:
         import ctypes
 
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 256 << 10)  # M_MMAP_THRESHOLD, which otherwise grows to 32 MB
+        libc.mallopt(-3, 128 << 10)  # M_MMAP_THRESHOLD, which otherwise grows from there to 32 MB
         libc.mallopt(-8, 2)  # M_ARENA_MAX: each thread could have its own
 
 

@@ -12,7 +12,8 @@ import pytest
 from raw_server import RawServer, Then
 from test_http import OK, PLAIN, WHOLE
 
-from sdg_plugins.servers.http1 import Broken, Http1, Take, Unreached
+from sdg_plugins.servers.http1 import Broken, Http1, Unreached
+from sdg_plugins.servers.streaming import Take
 
 
 def with_client(server: RawServer, work: Callable[[Http1, str], Awaitable[Any]], timeout: float = 20.0) -> Any:
