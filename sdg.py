@@ -97,7 +97,7 @@ if TYPE_CHECKING:
     from sdg_plugins.common.values import plain as plain, rows_of as rows_of
     from sdg_plugins.python import run as run
     from sdg_plugins.servers.client import Client
-    from sdg_plugins.servers.pool import Pool
+    from sdg_plugins.servers.lane import Lane
     from sdg_plugins.servers.upstream import Upstream as Upstream
     from sdg_plugins.truncation.fitting import Fitter
 
@@ -972,10 +972,10 @@ class Store:
         self._documents: list[tuple[int, str, bytes]] = []
         self._requests: dict[int, list[tuple[bytes, bytes]]] = {}
         self._handed = self._durable = 0  # how many of these there ever were
-        self._answers: Counter[str] = Counter()  # number and bytes of responses that are not durable
+        self.unsaved: Counter[str] = Counter()  # number of responses that are not durable; bytes, with outcomes
         self._oldest: float | None = None  # time since which something is not
         self._dirty, self._hurry = asyncio.Event(), asyncio.Event()
-        self._committed = asyncio.Condition()
+        self._committed = asyncio.Event()  # set after the next commit, and replaced
         self._turn = asyncio.Lock()
         self._closing = False
         self._problem: Exception | None = None  # of the last commit
@@ -983,6 +983,7 @@ class Store:
         self.most_answers = 500  # that a crash may lose, beside those in flight
         self.on_durable: Callable[[list[int]], None] = lambda ids: None
         self.on_failure: Callable[[Exception], None] = lambda exc: None
+        self.on_room: Callable[[], None] = lambda: None  # fewer bytes are unsaved than before
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -1034,13 +1035,16 @@ class Store:
     def answered(self, document: int, key: bytes, body: bytes) -> None:
         """A request of a document has its response."""
         self._requests.setdefault(document, []).append((key, body))
-        self._answers["number"] += 1
-        self._answers["bytes"] += len(body)
+        self.unsaved["number"] += 1
+        self.unsaved["bytes"] += len(body)
+        if 2 * self.unsaved["number"] > self.most_answers:  # so that nobody has to wait for `room`
+            self._hurry.set()
         self._handed_in()
 
     def finished(self, document: int, status: str, body: bytes) -> None:
         """A document is final: status row, filtered, failed or empty; body is JSON."""
-        self._requests.pop(document, None)
+        superseded = self._requests.pop(document, ())
+        self.unsaved["bytes"] += len(body) - sum(len(answer) for _, answer in superseded)
         self._documents.append((document, status, body))
         self._handed_in()
 
@@ -1054,23 +1058,23 @@ class Store:
     @property
     def crowded(self) -> bool:
         """True if more is handed in than the disk accepts: a crash must not cost too many responses."""
-        answers, age = self._answers, self._worked_until - (self._oldest or self._worked_until)
+        answers, age = self.unsaved, self._worked_until - (self._oldest or self._worked_until)
         few = answers["number"] < self.most_answers and answers["bytes"] < MOST_UNSAVED and age < LONGEST_UNSAVED
         return not few or len(self._documents) > 20_000
 
     async def room(self) -> None:
         """Wait until the store is no longer crowded, or cannot store anything."""
         self._hurry.set()
-        async with self._committed:
-            await self._committed.wait_for(lambda: not self.crowded or self._problem)
+        while self.crowded and not self._problem:
+            await self._committed.wait()
 
     async def flush(self) -> None:
         """Wait until everything handed in so far is durable. Raises what keeps it from becoming so."""
         handed = self._handed
         self._dirty.set()
         self._hurry.set()
-        async with self._committed:
-            await self._committed.wait_for(lambda: self._durable >= handed or self._problem)
+        while self._durable < handed and not self._problem:
+            await self._committed.wait()
         if self._problem:
             raise self._problem
 
@@ -1088,8 +1092,8 @@ class Store:
                 self._problem = exc
                 self._dirty.set()
                 self.on_failure(exc)
-            async with self._committed:
-                self._committed.notify_all()
+            committed, self._committed = self._committed, asyncio.Event()
+            committed.set()
             if not self._closing:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._hurry.wait(), 0.5 if self._problem else COMMIT_INTERVAL)
@@ -1114,7 +1118,7 @@ class Store:
                 chunks, documents, requests = self._chunks, self._documents, self._requests
                 self._chunks, self._documents, self._requests = [], [], {}
                 totals, handed = list(self.totals().items()), self._handed
-                unsaved, began = self._answers.copy(), time.monotonic()
+                taken, began = self.unsaved.copy(), time.monotonic()
                 await self._insert("chunks", 12, [_chunk_row(chunk) for chunk in chunks])
                 await self._insert("documents", 3, documents)
                 await self._insert("requests", 3, [(i, *answer) for i, own in requests.items() for answer in own])
@@ -1125,8 +1129,9 @@ class Store:
                 self._requests = {i: requests.get(i, []) + self._requests.get(i, []) for i in requests | self._requests}
             raise
         self._durable = handed
-        self._answers.subtract(unsaved)
+        self.unsaved.subtract(taken)
         self._oldest = began if self._handed > handed else None
+        self.on_room()
         self.on_durable([document for document, _, _ in documents])
 
     async def _insert(self, table: str, width: int, rows: list[tuple[Any, ...]]) -> None:
@@ -1375,8 +1380,7 @@ class RolloutRun:
         return Response(reply, self._answers[key])
 
     async def _send(self, request: Request, key: bytes) -> Response:
-        branch = asyncio.current_task()
-        assert branch
+        branch = self._task()
         self._branches.add(branch)
         try:
             if self._engine.store.crowded:
@@ -1404,10 +1408,16 @@ class RolloutRun:
             self.final = True
             for branch in self._branches:  # as `gather` leaves them when one has failed: nothing awaits their responses
                 branch.cancel()
-        await engine.crew.take_back_cancellation()
+        if engine.crew.left_by(self._task()):
+            await engine.crew.take_back_cancellation()
         if engine.crew.cut_off or (self.interrupted and engine.stopping):
             raise asyncio.CancelledError  # the next process runs it again
         return outcome
+
+    def _task(self) -> asyncio.Task[Any]:
+        task = asyncio.current_task(self._engine.loop)  # it would look for the loop with a system call
+        assert task
+        return task
 
     @property
     def _parts_key(self) -> bytes:
@@ -1421,12 +1431,11 @@ class RolloutRun:
         return [RolloutRun(self._engine, part, *same, f"{self._part}.{i}") for i, part in enumerate(documents)]
 
     async def _outcome(self) -> Outcome:
-        from sdg_plugins.common.returned import results_of
-
         engine = self._engine
         try:
             own = {name: make(self.document, self) for name, make in engine.makers.items()}
-            results = results_of(await engine.rollout(self.document, self, **engine.resources, **own), self.usage)
+            returned = await engine.rollout(self.document, self, **engine.resources, **own)
+            results = engine.outlet.results_in(returned, self.usage)
             common: dict[str, Any] = {"truncated": self.truncated}
             if self.reasons:
                 common["finish_reason"] = engine.client.worst(self.reasons)
@@ -1572,7 +1581,7 @@ class Engine:
         self.resources = {name: value for name, value in resources.items() if name not in self.makers}
         self.rollout, self.rollout_file = entry.factory, getattr(sys.modules.get(entry.plugin), "__file__", None)
         self._defaults = {name: sampling(of.options, of.model) for name, of in {"": run, **run.models}.items()}
-        self.stopping = False
+        self.loop, self.stopping = asyncio.get_running_loop(), False
         self.started = self.finished = 0  # documents, in this process
         self.failures = Failures()
         self.tally: Counter[str] = Counter()  # documents, in all processes
@@ -1618,8 +1627,8 @@ class Engine:
     def stop(self) -> None:
         """Start nothing new, give documents in flight a moment, then cancel them."""
         self.stopping = True
-        for pool in self._pools:
-            pool.stop()
+        for lane in self._lanes:
+            lane.stop()
         self.crew.end()
 
     async def _work(self, feed: Feed) -> None:
@@ -1708,8 +1717,8 @@ class Engine:
     # Rollouts
 
     @property
-    def _pools(self) -> list[Pool]:
-        return [of.client.pool for of in (self.run, *self.run.models.values()) if of.client]
+    def _lanes(self) -> list[Lane]:
+        return [of.client.lane for of in (self.run, *self.run.models.values()) if of.client]
 
     def model(self, name: str) -> Run:
         """The run of a further model, or this one for ""."""

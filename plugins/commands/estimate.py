@@ -29,7 +29,7 @@ from sdg_plugins.common.progress import progress
 from sdg_plugins.common.state import documents_in, replace_file
 
 if TYPE_CHECKING:
-    from sdg_plugins.commands.jobs import Stop
+    from sdg_plugins.commands.stop import Stop
 
 CHUNKS = 40  # that a sample is taken from, at most: each is read as a whole
 NARROW = 40  # requests that are sent with few others in flight
@@ -168,11 +168,11 @@ class Meter:
         tokens = tokens_of(run.counts, run.models)
         for name, of in {"": run, **run.models}.items():
             assert of.client
-            pool, requests = of.client.pool, of.counts["requests"]
+            lane, requests = of.client.lane, of.counts["requests"]
             if not name:  # its counts are those of all models
                 requests -= sum(model.counts["requests"] for model in run.models.values())
             completion = float(tokens[name].completion)
-            found[name] = Look(float(requests), completion, pool.seconds, pool.mean_in_flight * pool.seconds)
+            found[name] = Look(float(requests), completion, lane.seconds, lane.mean_in_flight * lane.seconds)
         return found
 
     async def forecast(self, engine: sdg.Engine) -> Forecast:

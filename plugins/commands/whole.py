@@ -38,6 +38,11 @@ class Together:
         return self
 
     @property
+    def lane(self) -> Together:
+        """This one."""
+        return self
+
+    @property
     def seconds(self) -> float:
         """Since the first request."""
         return time.monotonic() - self._began if self._began else 0.0

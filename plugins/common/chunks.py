@@ -26,7 +26,7 @@ from sdg_plugins.common.outputs import output_files
 from sdg_plugins.common.paths import follow, parse_path, prompt_column_of
 from sdg_plugins.common.recorded import chunks_in
 from sdg_plugins.common.results import infer_fields
-from sdg_plugins.common.returned import no_prompt, status_of
+from sdg_plugins.common.returned import no_prompt, results_of, status_of
 from sdg_plugins.common.rows import NUMBER, empty_rows, numbered, shape_of, with_messages
 from sdg_plugins.common.state import fixed_fields, promised_fields, recorded_fields, settle_fields
 from sdg_plugins.common.unify import conformed
@@ -277,7 +277,7 @@ class Outlet:
         fields: Arrow types of the fields of results; None until they are settled for all ranks of the run.
     """
 
-    status_of = staticmethod(status_of)
+    status_of, results_in = staticmethod(status_of), staticmethod(results_of)
 
     def __init__(self, run: sdg.Run, writer: sdg.Writer) -> None:
         self._run, self.writer, self._shape = run, writer, shape_of(run.options)

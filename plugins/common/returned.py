@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterable
+import operator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import sdg
+
+# What a reply has beside its choices. `dataclasses.replace` takes three times as long, for each response.
+NAMES = [field.name for field in dataclasses.fields(sdg.Reply) if field.name != "choices"]
+FIELDS: Callable[[sdg.Reply], tuple[Any, ...]] = operator.attrgetter(*NAMES)
 
 
 def results_of(value: Any, usage: sdg.Usage | None) -> list[dict[str, Any]]:
@@ -33,7 +38,7 @@ def results_of(value: Any, usage: sdg.Usage | None) -> list[dict[str, Any]]:
             results[0] = {**results[0], "usage": usage}
         return results
     if isinstance(value, sdg.Reply):
-        untouched = value.choices and dataclasses.replace(value, choices=()) == value.choices[0]
+        untouched = value.choices and FIELDS(value) == FIELDS(value.choices[0])
         return [_reply_result(choice) for choice in (value.choices if untouched else (value,))]
     value = _fields_of(value)
     if not isinstance(value, dict):

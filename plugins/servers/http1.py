@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import select
 import socket
 import zlib
 from collections import deque
@@ -21,12 +22,15 @@ import httptools
 from multidict import CIMultiDict
 
 import sdg
+from sdg_plugins.servers.brake import Brake, Pausable
+from sdg_plugins.servers.streaming import Take
 
 if TYPE_CHECKING:
     import ssl
 
 CONNECT_TIMEOUT = 30.0  # s for a connection, with TLS
 IDLE = 4.0  # s after which an idle connection is not used again: vLLM closes them after 5 s
+BRISK = 0.01  # s of idleness after which it is worth a system call to see whether a connection still is idle
 NAMES_KEPT = 10.0  # s for which the addresses of a host are remembered
 OTHER_ADDRESS = 5.0  # s for an address of a host that has others
 TICK = 0.25  # s between two looks at the time-outs
@@ -52,18 +56,6 @@ class Received(NamedTuple):
     reason: str
     headers: Mapping[str, str]  # names in any case
     body: bytes
-
-
-class Take:
-    """Where a streamed body goes: `wanted(status, headers)` decides, `piece(bytes)` takes each piece."""
-
-    def wanted(self, status: int, headers: Mapping[str, str]) -> bool:
-        """True if the body of this response is to be given in pieces."""
-        raise NotImplementedError
-
-    def piece(self, piece: bytes) -> None:
-        """Take in a piece of the body. What it raises fails the request."""
-        raise NotImplementedError
 
 
 class Decoder:
@@ -98,25 +90,23 @@ class Decoder:
             raise Broken("the compressed response is incomplete")
 
 
-class Connection(asyncio.Protocol):
+class Connection(Pausable, asyncio.Protocol):
     """One connection: one request at a time.
 
     Attributes:
         usable: another request may be sent, once this one is answered.
         idle_since: loop time of its last response.
-        deadline: loop time at which the request in flight has failed.
         patience: seconds without a piece of a streamed response after which it has; 0 for any other request.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._transport: asyncio.Transport | None = None
+    def __init__(self, loop: asyncio.AbstractEventLoop, brake: Brake) -> None:
+        self._loop, self._brake = loop, brake
         self._parser = httptools.HttpResponseParser(self)
         self._waiter: asyncio.Future[Received] | None = None
         self._take: Take | None = None
         self.usable = True
         self._received, self._ended = 0, False
-        self.idle_since = self.deadline = self.patience = 0.0
+        self.idle_since = self.patience = 0.0
         self._begin()
 
     def _begin(self) -> None:
@@ -143,6 +133,13 @@ class Connection(asyncio.Protocol):
         self._waiter = None
         if self._transport:
             self._transport.abort()
+
+    def disturbed(self) -> bool:
+        """True if the server has closed an idle connection or sent something, which the loop has not seen yet."""
+        assert self._transport
+        poll = select.poll()
+        poll.register(self._transport.get_extra_info("socket").fileno(), select.POLLIN)
+        return bool(poll.poll(0))
 
     def fail(self, exc: Exception) -> None:
         """End the request in flight, and close the connection."""
@@ -224,9 +221,12 @@ class Connection(asyncio.Protocol):
             piece = self._decoder.feed(piece)
         if self._streaming:
             assert self._take
+            before = self._take.kept
             self._take.piece(piece)
+            self._brake.grew(self, self._take.kept - before)
         else:
             self._body.append(piece)
+            self._brake.grew(self, len(piece))
 
     def on_message_complete(self) -> None:
         """The response is complete, unless it is an interim one."""
@@ -244,13 +244,14 @@ class Connection(asyncio.Protocol):
             except Broken as exc:
                 self.fail(exc)
                 return
-        waiter, self._waiter = self._waiter, None
+        waiter, self._waiter, self._take = self._waiter, None, None
         self.idle_since = self._loop.time()
         if not (self.usable and self._complete) or self._transport.get_write_buffer_size():  # the request was not read
             self.close()
         if waiter is None or waiter.done():
             return
-        body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
+        pieces, self._body = self._body, []  # an idle connection must not hold them
+        body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         waiter.set_result(Received(self._parser.get_status_code(), self._reason.decode("latin-1"), self._known, body))
 
 
@@ -274,7 +275,8 @@ class Origin:
         """An idle connection that may be used; older ones are closed."""
         while self.idle:
             connection = self.idle.pop()
-            if connection.usable and now - connection.idle_since < IDLE:
+            idle = now - connection.idle_since
+            if connection.usable and idle < IDLE and (idle < BRISK or not connection.disturbed()):
                 return connection
             connection.close()
         return None
@@ -315,10 +317,13 @@ class Http1:
     Args:
         headers: of every request, beside Host and Content-Length.
         timeout: seconds for a whole request; of a stream, between two pieces of it.
+
+    Attributes:
+        brake: bounds the bytes of responses in memory.
     """
 
     def __init__(self, headers: Mapping[str, str], timeout: float) -> None:
-        self._loop = asyncio.get_running_loop()
+        self._loop, self.brake = asyncio.get_running_loop(), Brake()
         self._headers, self.timeout = {**DEFAULTS, **headers}, timeout
         self._origins: dict[tuple[bool, str, int], Origin] = {}
         self._heads: dict[str, tuple[Origin, bytes]] = {}  # of URLs, what follows the method
@@ -384,6 +389,7 @@ class Http1:
         patience: float = 0.0,
     ) -> Received:
         self._busy[connection] = None
+        self.brake.begin(connection)
         try:
             received: Received = await connection.send(head, body, now + self.timeout, take, patience)
         except asyncio.CancelledError:
@@ -391,6 +397,7 @@ class Http1:
             raise
         finally:
             del self._busy[connection]
+            self.brake.end(connection)
         if connection.usable:
             origin.idle.append(connection)
         return received
@@ -434,7 +441,7 @@ class Http1:
 
     async def _connect_to(self, origin: Origin, address: str, secure: Mapping[str, Any]) -> Connection:
         _, connection = await self._loop.create_connection(
-            lambda: Connection(self._loop), address, origin.port, **secure
+            lambda: Connection(self._loop, self.brake), address, origin.port, **secure
         )
         return connection
 
@@ -449,7 +456,7 @@ class Http1:
     async def _watch(self) -> None:
         """Fail the requests whose time is over, and close idle connections.
 
-        Requests were sent in order, and so they time out, except for streams, and for the time that connecting took.
+        Requests were sent in order, and so they time out, but for streams, pauses, and the time that connecting took.
         """
         disorder = min(self.timeout, CONNECT_TIMEOUT)
         while True:
@@ -457,7 +464,7 @@ class Http1:
             now, late = self._loop.time(), []
             for connection in self._busy:
                 if connection.deadline <= now:
-                    late.append(connection)
+                    late += [connection] if connection.paused_at is None else []
                 elif not connection.patience and connection.deadline - disorder > now:
                     break
             for connection in late:

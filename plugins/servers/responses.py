@@ -16,6 +16,7 @@ from typing import Any
 import orjson
 
 import sdg
+from sdg_plugins.common.returned import FIELDS
 
 # Reasons to finish by which a server says that it gave up: vLLM and SGLang abort, OpenRouter, GLM and DeepSeek fail.
 GAVE_UP = {
@@ -31,6 +32,7 @@ GAVE_UP = {
 GAVE_UP |= {"internal_error", "internal_server_error", "network_error", "server_error", "timeout", "unavailable"}
 # How much a reason to finish spoils a result that several replies made: the last one here most.
 SEVERITY = ("stop", "tool_calls", "function_call", "", "repetition", "length", "content_filter")
+RANK = {reason: number for number, reason in enumerate(SEVERITY)}
 UNCODED_ATTEMPTS = 2  # at a request whose 200 holds an error without a code
 EMPTY_ATTEMPTS = 2  # at a request whose completion is empty though the model stopped by itself
 
@@ -109,7 +111,7 @@ def parse_reply(answer: Any, keep_empty: bool = False) -> sdg.Reply:
     kept = kept or replies[:1]
     if usage and not kept[0].usage:
         kept[0] = dataclasses.replace(kept[0], usage=usage)
-    return dataclasses.replace(kept[0], choices=tuple(kept))
+    return sdg.Reply(*FIELDS(kept[0]), *[tuple(kept)])
 
 
 def _parse_choice(choice: dict[str, Any], usage: sdg.Usage | None, truncated: bool) -> sdg.Reply:
@@ -173,8 +175,10 @@ def tokens_in(answer: Any) -> dict[str, int]:
     if not isinstance(usage, dict):
         return {}
     details = usage.get("prompt_tokens_details")
-    counts = {**usage, "cached_tokens": details.get("cached_tokens") if isinstance(details, dict) else None}
-    return {name: counts[name] for name in (*sdg.TOKENS[:2], "cached_tokens") if is_count(counts.get(name))}
+    counts = {name: usage[name] for name in sdg.TOKENS[:2] if is_count(usage.get(name))}
+    if isinstance(details, dict) and is_count(details.get("cached_tokens")):
+        counts["cached_tokens"] = details["cached_tokens"]
+    return counts
 
 
 def count_choices(body: bytes) -> int:
@@ -195,9 +199,7 @@ def merged(bodies: list[bytes]) -> bytes:
 
 def worst(reasons: list[str | None]) -> str | None:
     """The reason to finish that says most about a result made of several replies; None if there is none."""
-    known = [reason for reason in reasons if reason]
-    rank = {reason: number for number, reason in enumerate(SEVERITY)}
-    return max(known, key=lambda reason: rank.get(reason, rank[""]), default=None)
+    return max(filter(None, reasons), key=lambda reason: RANK.get(reason, RANK[""]), default=None)
 
 
 # ── Errors ───────────────────────────────────────────────────────────────────────────────────────────────────────────

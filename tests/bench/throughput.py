@@ -98,7 +98,8 @@ class Contest:
 
     def sdg(self, output: Path) -> Finished:
         """Run sdg."""
-        options = ["--output-filename", f"${{rank}}_${{chunk_index}}.{self.options.format}"]
+        options = ["--records-per-chunk", 1000]  # as the peer; by itself it would make a hundred files
+        options += ["--output-filename", f"${{rank}}_${{chunk_index}}.{self.options.format}"]
         source = self.inputs[self.options.documents]
         return run_sdg(self.folder, source, output.name, self.server, self.options.concurrency, *options)
 

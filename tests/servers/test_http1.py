@@ -12,7 +12,8 @@ import pytest
 from raw_server import RawServer, Then
 from test_http import OK, PLAIN, WHOLE
 
-from sdg_plugins.servers.http1 import Broken, Http1, Take, Unreached
+from sdg_plugins.servers.http1 import Broken, Http1, Unreached
+from sdg_plugins.servers.streaming import Take
 
 
 def with_client(server: RawServer, work: Callable[[Http1, str], Awaitable[Any]], timeout: float = 20.0) -> Any:
@@ -115,6 +116,26 @@ def test_a_request_whose_time_is_over_while_it_connects_is_a_time_out() -> None:
             await client.post(f"http://127.0.0.1:{port}/v1", b"{}")
 
     with_client(RawServer(), ask, timeout=0.2)
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_request_may_be_canceled_while_it_connects(scheme: str) -> None:
+    async def cancel(client: Http1, url: str) -> None:
+        with full_listener() as port:
+            server = RawServer(deaf=True)
+            async with server.serving():
+                there = f"https://127.0.0.1:{server.port}/v1" if scheme == "https" else f"http://127.0.0.1:{port}/v1"
+                asking = asyncio.ensure_future(client.post(there, b"{}"))
+                while scheme == "https" and not server.connections:
+                    await asyncio.sleep(0.001)
+                await asyncio.sleep(0.01)
+                asking.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await asking
+        assert not client._busy
+        assert (await client.post(url, b"{}")).body == b"hello"
+
+    with_client(RawServer([PLAIN]), cancel)
 
 
 @contextlib.contextmanager

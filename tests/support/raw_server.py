@@ -29,6 +29,7 @@ class Then(enum.Enum):
 
     CLOSE = "close the connection in order"
     RESET = "reset it"
+    CUT = "close it without a word of TLS"
     WAIT = "say nothing more"
 
 
@@ -107,6 +108,9 @@ class RawServer:
                     await reader.read()
                     return
                 elif step is Then.CLOSE:
+                    return
+                elif step is Then.CUT:
+                    writer.transport.abort()
                     return
                 else:
                     reset(writer)
