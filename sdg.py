@@ -97,7 +97,7 @@ if TYPE_CHECKING:
     from sdg_plugins.common.values import plain as plain, rows_of as rows_of
     from sdg_plugins.python import run as run
     from sdg_plugins.servers.client import Client
-    from sdg_plugins.servers.pool import Pool
+    from sdg_plugins.servers.lane import Lane
     from sdg_plugins.servers.upstream import Upstream as Upstream
     from sdg_plugins.truncation.fitting import Fitter
 
@@ -1628,8 +1628,8 @@ class Engine:
     def stop(self) -> None:
         """Start nothing new, give documents in flight a moment, then cancel them."""
         self.stopping = True
-        for pool in self._pools:
-            pool.stop()
+        for lane in self._lanes:
+            lane.stop()
         self.crew.end()
 
     async def _work(self, feed: Feed) -> None:
@@ -1718,8 +1718,8 @@ class Engine:
     # Rollouts
 
     @property
-    def _pools(self) -> list[Pool]:
-        return [of.client.pool for of in (self.run, *self.run.models.values()) if of.client]
+    def _lanes(self) -> list[Lane]:
+        return [of.client.lane for of in (self.run, *self.run.models.values()) if of.client]
 
     def model(self, name: str) -> Run:
         """The run of a further model, or this one for ""."""
