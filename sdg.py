@@ -97,7 +97,7 @@ if TYPE_CHECKING:
     from sdg_plugins.common.values import plain as plain, rows_of as rows_of
     from sdg_plugins.python import run as run
     from sdg_plugins.servers.client import Client
-    from sdg_plugins.servers.pool import Pool
+    from sdg_plugins.servers.lane import Lane
     from sdg_plugins.servers.upstream import Upstream as Upstream
     from sdg_plugins.truncation.fitting import Fitter
 
@@ -964,8 +964,7 @@ class Store:
     """
 
     def __init__(self, db: aiosqlite.Connection, counts: Counter[str]) -> None:
-        self._db = db
-        self._counts = counts
+        self._db, self._counts = db, counts
         # Advances only with work: a process that finds everything done must not change the figures on the card.
         self._started = self._worked_until = time.monotonic()
         self._chunks: list[Chunk] = []
@@ -1118,10 +1117,9 @@ class Store:
                 self._chunks, self._documents, self._requests = [], [], {}
                 totals, handed = list(self.totals().items()), self._handed
                 taken, began = self.unsaved.copy(), time.monotonic()
-                await self._insert("chunks", 12, [_chunk_row(chunk) for chunk in chunks])
-                await self._insert("documents", 3, documents)
-                await self._insert("requests", 3, [(i, *answer) for i, own in requests.items() for answer in own])
-                await self._insert("totals", 2, totals)
+                answers = [(i, *answer) for i, own in requests.items() for answer in own]
+                read = [_chunk_row(chunk) for chunk in chunks]
+                await self._insert(chunks=read, documents=documents, requests=answers, totals=totals)
         except BaseException:
             if requests is not self._requests:  # they wait for the next attempt
                 self._chunks, self._documents = chunks + self._chunks, documents + self._documents
@@ -1133,29 +1131,32 @@ class Store:
         self.on_room()
         self.on_durable([document for document, _, _ in documents])
 
-    async def _insert(self, table: str, width: int, rows: list[tuple[Any, ...]]) -> None:
-        """Insert with one statement for many rows: `executemany` reacquires the GIL for each row, up to 5 ms each."""
-        size = sum(len(row[-1]) for row in rows if isinstance(row[-1], bytes))  # sqlite3 copies what it binds
-        step = max(1, min(1000, PIECE_BYTES * len(rows) // max(1, size)))
-        for i in range(0, len(rows), step):
-            some = rows[i : i + step]
-            marks = ",".join([f"({','.join('?' * width)})"] * len(some))
-            values = [value for row in some for value in row]
-            await self._db.execute(f"INSERT OR REPLACE INTO {table} VALUES {marks}", values)
+    async def _insert(self, **tables: Sequence[tuple[Any, ...]]) -> None:
+        """Insert rows with one statement for many: `executemany` reacquires the GIL for each row, up to 5 ms each."""
+        statements = []  # queued at once: each would wait for a turn of the loop, which thousands of requests make long
+        for table, rows in tables.items():
+            size = sum(len(row[-1]) for row in rows if isinstance(row[-1], bytes))  # sqlite3 copies what it binds
+            step = max(1, min(1000, PIECE_BYTES * len(rows) // max(1, size)))
+            for i in range(0, len(rows), step):
+                some = rows[i : i + step]
+                marks = ",".join([f"({','.join('?' * len(rows[0]))})"] * len(some))
+                values = [value for row in some for value in row]
+                statements.append(self._db.execute(f"INSERT OR REPLACE INTO {table} VALUES {marks}", values))
+        await asyncio.gather(*statements)
 
     async def written(self, chunk: Chunk) -> None:
         """The chunk's file is durable: record that, and drop the documents and responses it was made of."""
         span = (chunk.index << 32, (chunk.index + 1) << 32)
         async with self._transaction():
-            await self._insert("chunks", 12, [_chunk_row(chunk)])
+            await self._insert(chunks=[_chunk_row(chunk)])
             await self._db.execute("DELETE FROM documents WHERE id >= ? AND id < ?", span)
             await self._db.execute("DELETE FROM requests WHERE document >= ? AND document < ?", span)
 
     async def reopen(self, chunk: Chunk, outcomes: Iterable[tuple[int, str, bytes]]) -> None:
         """Make a written chunk open again, with the documents that stay as they are."""
         async with self._transaction():
-            await self._insert("documents", 3, [(chunk.index << 32 | i, status, body) for i, status, body in outcomes])
-            await self._insert("chunks", 12, [_chunk_row(chunk)])
+            documents = [(chunk.index << 32 | i, status, body) for i, status, body in outcomes]
+            await self._insert(documents=documents, chunks=[_chunk_row(chunk)])
 
     # Queries
 
@@ -1587,9 +1588,8 @@ class Engine:
         self._open: dict[int, OpenChunk] = {}
         self._deferred: dict[int, OpenChunk] = {}  # final, but the fields of results are not settled
         self._untried: list[int] = []  # a heap of those that may settle them
-        self._unwritten = 0
+        self._unwritten, self._space = 0, asyncio.Event()
         self._window = max(WINDOW * run.options.max_concurrent_documents, 4 * run.options.records_per_chunk)
-        self._space = asyncio.Event()
         self._writing = ThreadPoolExecutor(2, "sdg-writer")
         self._settling, self._two_write, self._one_large = asyncio.Lock(), asyncio.Semaphore(2), asyncio.Lock()
 
@@ -1627,8 +1627,8 @@ class Engine:
     def stop(self) -> None:
         """Start nothing new, give documents in flight a moment, then cancel them."""
         self.stopping = True
-        for pool in self._pools:
-            pool.stop()
+        for lane in self._lanes:
+            lane.stop()
         self.crew.end()
 
     async def _work(self, feed: Feed) -> None:
@@ -1710,8 +1710,8 @@ class Engine:
     # Rollouts
 
     @property
-    def _pools(self) -> list[Pool]:
-        return [of.client.pool for of in (self.run, *self.run.models.values()) if of.client]
+    def _lanes(self) -> list[Lane]:
+        return [of.client.lane for of in (self.run, *self.run.models.values()) if of.client]
 
     def model(self, name: str) -> Run:
         """The run of a further model, or this one for ""."""

@@ -7,7 +7,8 @@ Requests in flight cannot be taken back, so 500 responses of a megabyte may come
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Brake:
     Attributes:
         most: as above.
         on: they are paused.
-        unsaved: the bytes of responses that are not durable; call `look` when they become fewer.
+        stores: each returns the bytes of responses that are not durable; call `look` when they become fewer.
     """
 
     def __init__(self, most: int = MOST) -> None:
@@ -47,7 +48,11 @@ class Brake:
         self._begun: dict[Receiving, int] = {}  # bytes of those that have any
         self._bytes = 0
         self.on = False
-        self.unsaved: Callable[[], int] = int
+        self.stores: list[Callable[[], int]] = []
+
+    def unsaved(self) -> int:
+        """The bytes of responses that are not durable."""
+        return sum(store() for store in self.stores)
 
     def begin(self, response: Receiving) -> None:
         """A request is sent, or its response begins."""
@@ -123,16 +128,26 @@ class Pausable:
                 self._transport.resume_reading()
 
 
-def watch(store: sdg.Store, brakes: Sequence[Brake]) -> None:
-    """Have brakes count what a store has not made durable."""
-    for brake in brakes:
-        brake.unsaved = lambda: store.unsaved["bytes"]
+@contextlib.contextmanager
+def watching(store: sdg.Store, brakes: Sequence[Brake]) -> Iterator[None]:
+    """Have brakes count what a store has not made durable. Those of clients that jobs share count several stores."""
+
+    def unsaved() -> int:
+        return store.unsaved["bytes"]
 
     def look() -> None:
         for brake in brakes:
             brake.look()
 
     store.on_room = look
+    for brake in brakes:
+        brake.stores.append(unsaved)
+    try:
+        yield
+    finally:
+        for brake in brakes:
+            brake.stores.remove(unsaved)
+            brake.look()
 
 
 class Turns:
