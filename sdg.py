@@ -976,7 +976,6 @@ class Store:
         self._oldest: float | None = None  # time since which something is not
         self._dirty, self._hurry = asyncio.Event(), asyncio.Event()
         self._committed = asyncio.Event()  # set after the next commit, and replaced
-        self._turn = asyncio.Lock()
         self._closing = False
         self._problem: Exception | None = None  # of the last commit
         self.base: Counter[str] = Counter()  # totals of earlier processes
@@ -1036,7 +1035,7 @@ class Store:
         self._requests.setdefault(document, []).append((key, body))
         self._answers["number"] += 1
         self._answers["bytes"] += len(body)
-        if 2 * self._answers["number"] > self.most_answers:  # so that nobody has to wait for `room`
+        if 4 * self._answers["number"] > self.most_answers:  # so that nobody has to wait for `room`
             self._hurry.set()
         self._handed_in()
 
@@ -1097,63 +1096,44 @@ class Store:
                     await asyncio.wait_for(self._hurry.wait(), 0.5 if self._problem else COMMIT_INTERVAL)
         await self._commit()
 
-    @contextlib.asynccontextmanager
-    async def _transaction(self) -> AsyncIterator[None]:
-        """All or nothing, and one at a time, because all tasks share the connection."""
-        async with self._turn:
-            try:
-                yield
-            except BaseException:
-                await self._db.rollback()
-                raise
-            await self._db.commit()
-
     async def _commit(self) -> None:
+        # There is no await between these lines: the totals belong to exactly these rows.
         chunks, documents, requests = self._chunks, self._documents, self._requests
+        self._chunks, self._documents, self._requests = [], [], {}
+        totals, handed = list(self.totals().items()), self._handed
+        unsaved, began = self._answers.copy(), time.monotonic()
+        answers = [(document, *answer) for document, own in requests.items() for answer in own]
+        rows = {"chunks": [_chunk_row(chunk) for chunk in chunks], "documents": documents, "requests": answers}
         try:
-            async with self._transaction():
-                # There is no await between these lines: the totals belong to exactly these rows.
-                chunks, documents, requests = self._chunks, self._documents, self._requests
-                self._chunks, self._documents, self._requests = [], [], {}
-                totals, handed = list(self.totals().items()), self._handed
-                unsaved, began = self._answers.copy(), time.monotonic()
-                await self._insert("chunks", 12, [_chunk_row(chunk) for chunk in chunks])
-                await self._insert("documents", 3, documents)
-                await self._insert("requests", 3, [(i, *answer) for i, own in requests.items() for answer in own])
-                await self._insert("totals", 2, totals)
-        except BaseException:
-            if requests is not self._requests:  # they wait for the next attempt
-                self._chunks, self._documents = chunks + self._chunks, documents + self._documents
-                self._requests = {i: requests.get(i, []) + self._requests.get(i, []) for i in requests | self._requests}
+            await self._save({**rows, "totals": totals})
+        except BaseException:  # they wait for the next attempt
+            self._chunks, self._documents = chunks + self._chunks, documents + self._documents
+            self._requests = {i: requests.get(i, []) + self._requests.get(i, []) for i in requests | self._requests}
             raise
         self._durable = handed
         self._answers.subtract(unsaved)
         self._oldest = began if self._handed > handed else None
         self.on_durable([document for document, _, _ in documents])
 
-    async def _insert(self, table: str, width: int, rows: list[tuple[Any, ...]]) -> None:
-        """Insert with one statement for many rows: `executemany` reacquires the GIL for each row, up to 5 ms each."""
-        size = sum(len(row[-1]) for row in rows if isinstance(row[-1], bytes))  # sqlite3 copies what it binds
-        step = max(1, min(1000, PIECE_BYTES * len(rows) // max(1, size)))
-        for i in range(0, len(rows), step):
-            some = rows[i : i + step]
-            marks = ",".join([f"({','.join('?' * width)})"] * len(some))
-            values = [value for row in some for value in row]
-            await self._db.execute(f"INSERT OR REPLACE INTO {table} VALUES {marks}", values)
+    async def _save(self, rows: Mapping[str, list[tuple[Any, ...]]], *statements: tuple[str, Sequence[Any]]) -> None:
+        """Insert rows by table, then execute statements: all or nothing."""
+        from sdg_plugins.common.database import transact
+
+        await transact(self._db, rows, statements)
 
     async def written(self, chunk: Chunk) -> None:
         """The chunk's file is durable: record that, and drop the documents and responses it was made of."""
         span = (chunk.index << 32, (chunk.index + 1) << 32)
-        async with self._transaction():
-            await self._insert("chunks", 12, [_chunk_row(chunk)])
-            await self._db.execute("DELETE FROM documents WHERE id >= ? AND id < ?", span)
-            await self._db.execute("DELETE FROM requests WHERE document >= ? AND document < ?", span)
+        drop = (
+            "DELETE FROM documents WHERE id >= ? AND id < ?",
+            "DELETE FROM requests WHERE document >= ? AND document < ?",
+        )
+        await self._save({"chunks": [_chunk_row(chunk)]}, *((statement, span) for statement in drop))
 
     async def reopen(self, chunk: Chunk, outcomes: Iterable[tuple[int, str, bytes]]) -> None:
         """Make a written chunk open again, with the documents that stay as they are."""
-        async with self._transaction():
-            await self._insert("documents", 3, [(chunk.index << 32 | i, status, body) for i, status, body in outcomes])
-            await self._insert("chunks", 12, [_chunk_row(chunk)])
+        documents = [(chunk.index << 32 | i, status, body) for i, status, body in outcomes]
+        await self._save({"documents": documents, "chunks": [_chunk_row(chunk)]})
 
     # Queries
 
@@ -1595,7 +1575,8 @@ class Engine:
         await self._reopen_lost(known := await self.store.chunks())
         self.tally = await self.store.tally()
         self.store.on_durable, self.store.on_failure = self._durable, self.run.stop
-        self.store.most_answers = max(100, self.run.options.max_concurrent_generations)
+        in_flight = self.run.options.max_concurrent_generations
+        self.store.most_answers = max(1000 - in_flight, in_flight)
         with self.intake, self._writing:
             async with asyncio.TaskGroup() as self._write_tasks, contextlib.aclosing(self._batches(known)) as batches:
                 try:

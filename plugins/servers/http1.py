@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 CONNECT_TIMEOUT = 30.0  # s for a connection, with TLS
 IDLE = 4.0  # s after which an idle connection is not used again: vLLM closes them after 5 s
-BRISK = 0.01  # s of idleness after which it is worth a system call to see whether a connection still is idle
+BRISK = 0.25  # s of idleness after which it is worth a system call to see whether a connection still is idle
 NAMES_KEPT = 10.0  # s for which the addresses of a host are remembered
 OTHER_ADDRESS = 5.0  # s for an address of a host that has others
 TICK = 0.25  # s between two looks at the time-outs
