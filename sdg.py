@@ -1124,11 +1124,9 @@ class Store:
     async def written(self, chunk: Chunk) -> None:
         """The chunk's file is durable: record that, and drop the documents and responses it was made of."""
         span = (chunk.index << 32, (chunk.index + 1) << 32)
-        drop = (
-            "DELETE FROM documents WHERE id >= ? AND id < ?",
-            "DELETE FROM requests WHERE document >= ? AND document < ?",
-        )
-        await self._save({"chunks": [_chunk_row(chunk)]}, *((statement, span) for statement in drop))
+        documents = ("DELETE FROM documents WHERE id >= ? AND id < ?", span)
+        requests = ("DELETE FROM requests WHERE document >= ? AND document < ?", span)
+        await self._save({"chunks": [_chunk_row(chunk)]}, documents, requests)
 
     async def reopen(self, chunk: Chunk, outcomes: Iterable[tuple[int, str, bytes]]) -> None:
         """Make a written chunk open again, with the documents that stay as they are."""

@@ -142,6 +142,9 @@ class Homes(dict[int, sdg.Upstream]):
         return 0
 
 
+Slot = Coroutine[Any, Any, sdg.Upstream]
+
+
 class Pool:
     """Slots for requests: at most `limit` in flight in all, each on the least loaded server that is well.
 
@@ -174,20 +177,16 @@ class Pool:
         self._area = 0.0  # integral of `active` over time
         self._since = self._began = self._loop.time()
 
-    def acquire(
-        self, suspicion: Suspicion | None = None, request: sdg.Request | None = None
-    ) -> Coroutine[Any, Any, sdg.Upstream]:
+    def acquire(self, suspicion: Suspicion | None = None, request: sdg.Request | None = None) -> Slot:
         """Wait for a slot; a suspect waits for the server that it saw crash. Canceled when the run stops."""
         document = request.rollout.document.index if request and request.rollout and len(self.upstreams) > 1 else None
-        if not request or not self.pace.limited:
-            return self._acquire(suspicion, document)
-        return self._acquire_paced(request, suspicion, document)
+        if request and self.pace.limited:
+            return self._acquire_paced(request, suspicion, document)
+        return self._acquire(suspicion, document)
 
-    async def _acquire_paced(
-        self, request: sdg.Request, suspicion: Suspicion | None, document: int | None
-    ) -> sdg.Upstream:
+    async def _acquire_paced(self, request: sdg.Request, *wish: Any) -> sdg.Upstream:
         self.pace.expect(request)
-        upstream = await self._acquire(suspicion, document)
+        upstream = await self._acquire(*wish)
         self.pace.note(request)
         return upstream
 
@@ -428,11 +427,11 @@ class Pool:
                 break
             del self._waiting[position]
             slot.set_result(free)
-        if self.active >= self.limit:  # the next response hands out a slot
+        if not (self._waiting or self._suspects) or self.active >= self.limit:  # the next response hands out a slot
             return
         later = [*(upstream.until for upstream in self.upstreams), self.pace.free_at]
         aside = min((moment for moment in later if moment > now), default=None)
-        if (self._waiting or self._suspects) and aside and (not self._alarm or self._alarm[0] > aside):
+        if aside and (not self._alarm or self._alarm[0] > aside):
             if self._alarm:
                 self._alarm[1].cancel()
             self._alarm = aside, self._loop.call_at(aside, self._ring)
