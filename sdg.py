@@ -97,7 +97,7 @@ if TYPE_CHECKING:
     from sdg_plugins.common.values import plain as plain, rows_of as rows_of
     from sdg_plugins.python import run as run
     from sdg_plugins.servers.client import Client
-    from sdg_plugins.servers.pool import Pool
+    from sdg_plugins.servers.lane import Lane
     from sdg_plugins.servers.upstream import Upstream as Upstream
     from sdg_plugins.truncation.fitting import Fitter
 
@@ -964,15 +964,14 @@ class Store:
     """
 
     def __init__(self, db: aiosqlite.Connection, counts: Counter[str]) -> None:
-        self._db = db
-        self._counts = counts
+        self._db, self._counts = db, counts
         # Advances only with work: a process that finds everything done must not change the figures on the card.
         self._started = self._worked_until = time.monotonic()
         self._chunks: list[Chunk] = []
         self._documents: list[tuple[int, str, bytes]] = []
         self._requests: dict[int, list[tuple[bytes, bytes]]] = {}
         self._handed = self._durable = 0  # how many of these there ever were
-        self._answers: Counter[str] = Counter()  # number and bytes of responses that are not durable
+        self.unsaved: Counter[str] = Counter()  # number of responses that are not durable; bytes, with outcomes
         self._oldest: float | None = None  # time since which something is not
         self._dirty, self._hurry = asyncio.Event(), asyncio.Event()
         self._committed = asyncio.Event()  # set after the next commit, and replaced
@@ -982,6 +981,7 @@ class Store:
         self.most_answers = 500  # that a crash may lose, beside those in flight
         self.on_durable: Callable[[list[int]], None] = lambda ids: None
         self.on_failure: Callable[[Exception], None] = lambda exc: None
+        self.on_room: Callable[[], None] = lambda: None  # fewer bytes are unsaved than before
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -1033,15 +1033,16 @@ class Store:
     def answered(self, document: int, key: bytes, body: bytes) -> None:
         """A request of a document has its response."""
         self._requests.setdefault(document, []).append((key, body))
-        self._answers["number"] += 1
-        self._answers["bytes"] += len(body)
-        if 4 * self._answers["number"] > self.most_answers:  # so that nobody has to wait for `room`
+        self.unsaved["number"] += 1
+        self.unsaved["bytes"] += len(body)
+        if 4 * self.unsaved["number"] > self.most_answers:  # so that nobody has to wait for `room`
             self._hurry.set()
         self._handed_in()
 
     def finished(self, document: int, status: str, body: bytes) -> None:
         """A document is final: status row, filtered, failed or empty; body is JSON."""
-        self._requests.pop(document, None)
+        superseded = self._requests.pop(document, ())
+        self.unsaved["bytes"] += len(body) - sum(len(answer) for _, answer in superseded)
         self._documents.append((document, status, body))
         self._handed_in()
 
@@ -1055,7 +1056,7 @@ class Store:
     @property
     def crowded(self) -> bool:
         """True if more is handed in than the disk accepts: a crash must not cost too many responses."""
-        answers, age = self._answers, self._worked_until - (self._oldest or self._worked_until)
+        answers, age = self.unsaved, self._worked_until - (self._oldest or self._worked_until)
         few = answers["number"] < self.most_answers and answers["bytes"] < MOST_UNSAVED and age < LONGEST_UNSAVED
         return not few or len(self._documents) > 20_000
 
@@ -1101,7 +1102,7 @@ class Store:
         chunks, documents, requests = self._chunks, self._documents, self._requests
         self._chunks, self._documents, self._requests = [], [], {}
         totals, handed = list(self.totals().items()), self._handed
-        unsaved, began = self._answers.copy(), time.monotonic()
+        taken, began = self.unsaved.copy(), time.monotonic()
         answers = [(document, *answer) for document, own in requests.items() for answer in own]
         rows = {"chunks": [_chunk_row(chunk) for chunk in chunks], "documents": documents, "requests": answers}
         try:
@@ -1111,8 +1112,9 @@ class Store:
             self._requests = {i: requests.get(i, []) + self._requests.get(i, []) for i in requests | self._requests}
             raise
         self._durable = handed
-        self._answers.subtract(unsaved)
+        self.unsaved.subtract(taken)
         self._oldest = began if self._handed > handed else None
+        self.on_room()
         self.on_durable([document for document, _, _ in documents])
 
     async def _save(self, rows: Mapping[str, list[tuple[Any, ...]]], *statements: tuple[str, Sequence[Any]]) -> None:
@@ -1603,8 +1605,8 @@ class Engine:
     def stop(self) -> None:
         """Start nothing new, give documents in flight a moment, then cancel them."""
         self.stopping = True
-        for pool in self._pools:
-            pool.stop()
+        for lane in self._lanes:
+            lane.stop()
         self.crew.end()
 
     async def _work(self, feed: Feed) -> None:
@@ -1693,8 +1695,8 @@ class Engine:
     # Rollouts
 
     @property
-    def _pools(self) -> list[Pool]:
-        return [of.client.pool for of in (self.run, *self.run.models.values()) if of.client]
+    def _lanes(self) -> list[Lane]:
+        return [of.client.lane for of in (self.run, *self.run.models.values()) if of.client]
 
     def model(self, name: str) -> Run:
         """The run of a further model, or this one for ""."""

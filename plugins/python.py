@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any, cast
 import xxhash
 
 import sdg
-from sdg_plugins.commands.jobs import Present, Stop, record_end, run_all
+from sdg_plugins.commands.jobs import Present, record_end, run_all
+from sdg_plugins.commands.stop import Stop
 from sdg_plugins.common.command_line import Config, as_arguments, parse_with
 from sdg_plugins.common.ending import run_to_the_end
 from sdg_plugins.common.options import refusing
-from sdg_plugins.common.progress import progress
+from sdg_plugins.common.progress import Course, progress
 from sdg_plugins.common.recorded import MEMORY
 from sdg_plugins.common.records import Records
 from sdg_plugins.common.statistics import heartbeat, rank_statistics, rows_in, sum_statistics
@@ -137,10 +138,11 @@ def _in_thread(config: Config, ended: list[sdg.Run]) -> None:
     problems: list[BaseException] = []
     over = threading.Event()  # a thread's own `join` breaks when it is interrupted
     stops: list[tuple[asyncio.AbstractEventLoop, Stop]] = []
+    course = Course([config.name])
 
     @contextlib.asynccontextmanager
     async def shown(engine: sdg.Engine, stop: Stop) -> AsyncIterator[None]:
-        async with progress(engine), heartbeat(engine):
+        async with progress(engine, course), heartbeat(engine):
             yield
         await record_end(engine, stop)
         ended.append(engine.run)

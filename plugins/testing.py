@@ -27,7 +27,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import sdg
-from sdg_plugins.commands.jobs import Job, Stop, open_run
+from sdg_plugins.commands.jobs import Job, open_run
+from sdg_plugins.commands.stop import Stop
 from sdg_plugins.common import checks
 from sdg_plugins.common.chunks import OpenChunk
 from sdg_plugins.common.command_line import Config, as_arguments, parse_with

@@ -1,7 +1,7 @@
 """Jobs: a config's run, from the lock of its rank to the report at its end.
 
-All jobs of a process run one after the other beside one server, each as far as it gets: what ends one of them leaves
-the others alone, except signals and failures of the server that they share.
+All jobs of a process run beside one server, each as far as it gets: what ends one of them leaves the others alone,
+except signals and failures of the server that they share. In which order they run is in `relay.py`.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import dataclasses
 import functools
 import os
 import sqlite3
-import threading
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import sdg
+from sdg_plugins.commands.relay import Relay
+from sdg_plugins.commands.stop import Stop
 from sdg_plugins.common.attempts import begin_attempt, end_attempt
 from sdg_plugins.common.checks import (
     check_columns,
@@ -30,11 +30,12 @@ from sdg_plugins.common.checks import (
 )
 from sdg_plugins.common.chunks import Intake, Outlet
 from sdg_plugins.common.command_line import Config
-from sdg_plugins.common.crew import GRACE, Crew
+from sdg_plugins.common.crew import Crew, Places
 from sdg_plugins.common.database import shrink
 from sdg_plugins.common.ending import same_folder, signals
 from sdg_plugins.common.files import output_place, rank_file
-from sdg_plugins.common.progress import Course, progress, report
+from sdg_plugins.common.memory import tune_memory
+from sdg_plugins.common.progress import Course, progress, put, report
 from sdg_plugins.common.rereading import changed_rows
 from sdg_plugins.common.secrets import hide_secrets
 from sdg_plugins.common.shares import Share, Shares
@@ -60,61 +61,14 @@ from sdg_plugins.common.statistics import (
     write_statistics,
 )
 from sdg_plugins.common.steps import SCHEME
-from sdg_plugins.servers.connecting import connect
+from sdg_plugins.servers.brake import watching
+from sdg_plugins.servers.connecting import Connections, connect, limits_of
 from sdg_plugins.servers.models import Connect, Servers, connect_models, start
 
 Lock = Callable[[sdg.Run], contextlib.AbstractContextManager[None]]
-Present = Callable[[sdg.Engine, "Stop"], contextlib.AbstractAsyncContextManager[None]]  # entered around `Engine.work`
-FirstJob = Callable[[Config, "Stop", str, Present], Awaitable["Job | None"]]
+Present = Callable[[sdg.Engine, Stop], contextlib.AbstractAsyncContextManager[None]]  # entered around `Engine.work`
+FirstJob = Callable[..., Awaitable["Job | None"]]  # takes a config, what stops all jobs, a name, and more of a `Job`
 Starting = Callable[[sdg.Run, contextlib.AsyncExitStack], Awaitable[Mapping[str, Servers]]]
-
-
-class Stop:
-    """Ends a run for a reason; the first reason counts. A second signal does not wait for requests in flight.
-
-    Args:
-        cancel: ends it when no engine is working.
-        everything: for one of several jobs: ends all of them, if the server fails that they share.
-        name: of the job, printed before its reason.
-        quiet: the reason is raised to a caller in Python, who decides what to do with it: it is not printed, and the
-            process goes on.
-
-    Attributes:
-        stopping: set when it ends early, for threads.
-        gently: how to end it while an engine is working.
-        explain: returns the exception to report for one that is the reason.
-    """
-
-    def __init__(
-        self, cancel: Callable[[], object], everything: Stop | None = None, name: str = "", quiet: bool = False
-    ) -> None:
-        self.reason: BaseException | None = None
-        self.stopping = threading.Event()
-        self.gently: Callable[[], None] | None = None
-        self.explain: Callable[[BaseException], BaseException] = sdg.first_cause
-        self._cancel, self._everything, self._name = cancel, everything, name
-        self.quiet: bool = everything.quiet if everything else quiet
-
-    def __call__(self, reason: BaseException) -> None:
-        reason = self.explain(reason)
-        first, self.reason = self.reason is None, self.reason or reason
-        if first:
-            self.stopping.set()
-            self._say(reason)
-        shared = isinstance(reason, sdg.ServerError | sdg.Interrupted)
-        if self._everything and self._everything.reason is None and shared:
-            self._everything(reason)
-        if first:
-            (self.gently or self._cancel)()
-        elif isinstance(reason, sdg.Interrupted) and not self._everything:
-            self._cancel()
-
-    def _say(self, reason: BaseException) -> None:
-        if isinstance(reason, sdg.Error) and not reason.said and not self.quiet:
-            working = isinstance(reason, sdg.Interrupted) and self.gently is not None
-            hint = f" (what is in flight has {GRACE:.0f} s to end; interrupt again to cut it off)" if working else ""
-            sdg.say(f"{self._name}{reason}{hint}")
-            reason.said = True
 
 
 @contextlib.asynccontextmanager
@@ -124,8 +78,7 @@ async def reported(engine: sdg.Engine, stop: Stop, course: Course | None = None)
         yield
     figures, (in_files, *_) = await record_end(engine, stop), await engine.store.in_files()
     if figures["documents"] or not stop.reason:
-        with contextlib.suppress(OSError, ValueError):  # no one reads it: the run is as good as before
-            print(sdg.hide(report(engine, figures, in_files)), flush=True)
+        put(sdg.hide(report(engine, figures, in_files)))
 
 
 async def record_end(engine: sdg.Engine, stop: Stop) -> dict[str, Any]:
@@ -164,10 +117,12 @@ class Job:
         present: a context manager around the engine's work: shows it.
         connecting: yields the client for the servers.
         lock: keeps other processes of the same rank out.
+        places: of documents in flight, in all jobs.
 
     Attributes:
         problem: what ended it early.
         finished: its work is done.
+        begun_all: set when all of its documents have begun: another job may begin beside it.
     """
 
     def __init__(
@@ -178,6 +133,7 @@ class Job:
         present: Present = reported,
         connecting: Connect = connect,
         lock: Lock = lock_rank,
+        places: Places | None = None,
     ) -> None:
         task = asyncio.current_task()
         assert task
@@ -186,7 +142,9 @@ class Job:
         self.stop.explain = functools.partial(explained, run=self.run)
         self.problem: BaseException | None = None
         self.finished = False
-        self._task, self._everything, self._name = task, everything, name
+        self.begun_all = asyncio.Event()
+        self._places = places or Places()
+        self._everything, self._name = everything, name
         self._present, self._connecting, self._lock = present, connecting, lock
         self._observers = contextlib.AsyncExitStack()
         self._writer: sdg.Writer
@@ -203,7 +161,9 @@ class Job:
 
     async def work(self, servers: Mapping[str, Servers]) -> None:
         """Run to the end, or as far as it gets."""
-        self._everything.gently = lambda: self.stop(cast("BaseException", self._everything.reason))
+        task, before = cast("asyncio.Task[Any]", asyncio.current_task()), self.stop.cancel
+        self.stop.cancel = task.cancel
+        self._everything.parts.add(self.stop)
         try:
             with self._lock(self.run), recording_the_end(self.run, lambda: self.stop.reason):
                 begin_attempt(self.run)
@@ -214,13 +174,14 @@ class Job:
         except asyncio.CancelledError:
             if self.stop.reason is None:
                 raise
-            self._task.uncancel()
+            task.uncancel()
         except Exception as exc:  # noqa: BLE001 - it is raised when all jobs have run that can
             self.problem = self.stop.reason or explained(exc, self.run)
             if isinstance(self.problem, sdg.ServerError):  # the other jobs would ask the same server
                 self._everything.reason = self._everything.reason or self.problem
         finally:
-            self._everything.gently = None
+            self._everything.parts.discard(self.stop)
+            self.stop.cancel = before
         self.problem = self.problem or self.stop.reason
 
     async def _work(self, servers: Mapping[str, Servers]) -> None:
@@ -230,7 +191,8 @@ class Job:
         remember_source(self.run)
         async with self._engine(await self._reader(), servers) as engine:
             await self._observe()
-            _tune_memory(self.run.options.max_concurrent_generations)
+            if len(self._everything.parts) == 1:  # it takes a while, in which requests of others would wait
+                tune_memory(self.run.options.max_concurrent_generations)
             async with self._present(engine, self.stop):
                 self.stop.gently = engine.stop
                 try:
@@ -262,13 +224,16 @@ class Job:
                 check_number_of_files(run, reader)
             path = rank_file(run.state, run.options.rank, "sqlite3")
             store = await stack.enter_async_context(sdg.Store.open(path, run.counts))
+            brakes = [of.client.transport.brake for of in (run, *run.models.values()) if of.client]
+            stack.enter_context(watching(store, brakes))
             send = run.plugins.linked(run)
             resources = await self._resources(stack)
             intake, outlet = Intake(run, reader), Outlet(run, self._writer)
             outlet.check(reader.schema)
             if retrying:
                 intake.chosen, intake.retrying = await failed_documents(store), True
-            yield sdg.Engine(run, store, Crew(), intake, outlet, send, resources)
+            crew = Crew(run.options.max_concurrent_documents, self._places, self.begun_all)
+            yield sdg.Engine(run, store, crew, intake, outlet, send, resources)
 
     async def _resources(self, stack: contextlib.AsyncExitStack) -> dict[str, Any]:
         """Enter the resources that the rollout has parameters for."""
@@ -287,9 +252,23 @@ class Job:
                 if (observer := call()) is not None:
                     await self._observers.enter_async_context(observer)
 
-    async def following(self) -> Job | None:
-        """The job to do next with the same config, if there is one."""
+    async def following(self, at_the_end: bool) -> Job | None:
+        """The job to do next with the same config, if there is one; asked before this one has ended, and then again."""
         return None
+
+    def may_overlap(self, before: Job) -> bool:
+        """True if it may begin while the job before it still has documents in flight."""
+        options, others = self.run.options, before.run.options
+        whole = options.sample is None and not options.preview
+        return whole and options.reader != SCHEME and limits_of(options) == limits_of(others)
+
+    @property
+    def is_step(self) -> bool:
+        """True if it works on what the job before it has written."""
+        return bool(self.run.options.reader == SCHEME)
+
+    async def end(self) -> None:
+        """Called when its work has ended, while the server goes on."""
 
     async def leave(self) -> None:
         """Leave the observers; with several configs, say how this one ended."""
@@ -310,31 +289,38 @@ class Job:
 class FreeRank(Job):
     """One of the ranks that a process with `--rank any` takes, one after the other."""
 
-    def __init__(self, share: Share, shares: Shares, everything: Stop, name: str, present: Present) -> None:
-        super().__init__(share.config, everything, name, present, lock=share.held)
-        self._shares = shares
+    def __init__(self, share: Share, shares: Shares, everything: Stop, name: str, **setting: Any) -> None:
+        super().__init__(share.config, everything, name, lock=share.held, **setting)
+        self._shares, self._setting = shares, setting
 
     @classmethod
-    async def first(cls, config: Config, everything: Stop, name: str, present: Present) -> FreeRank | None:
+    async def first(cls, config: Config, everything: Stop, name: str, **setting: Any) -> FreeRank | None:
         """A job for a rank of this config; None if none is free, which is said."""
-        return await cls._take(Shares(config, open_run(config, everything)), everything, name, present)
+        return await cls._take(Shares(config, open_run(config, everything)), True, everything, name, **setting)
 
     @classmethod
-    async def _take(cls, shares: Shares, everything: Stop, name: str, present: Present) -> FreeRank | None:
+    async def _take(
+        cls, shares: Shares, at_the_end: bool, everything: Stop, name: str, **setting: Any
+    ) -> FreeRank | None:
         if not (share := await shares.take()):
-            shares.say(f"{name}no rank is free: {shares.summary()}")
+            if at_the_end:
+                shares.say(f"{name}no rank is free: {shares.summary()}")
             return None
         shares.say(f"{name}rank {share.config.options.rank} of {share.config.options.world_size}")
-        job = cls(share, shares, everything, name, present)
+        job = cls(share, shares, everything, name, **setting)
         await job.prepare()
         return job
 
-    async def following(self) -> FreeRank | None:
-        """Leave this rank's observers, while the server goes on, and take the next rank."""
-        await self.leave()
-        if self.problem or self._everything.reason:
+    async def following(self, at_the_end: bool) -> FreeRank | None:
+        """Take the next rank, unless one of this process has ended early."""
+        if self._shares.closed or self._everything.reason:
             return None
-        return await self._take(self._shares, self._everything, self._name, self._present)
+        return await self._take(self._shares, at_the_end, self._everything, self._name, **self._setting)
+
+    async def end(self) -> None:
+        """Leave this rank's observers."""
+        await self.leave()
+        self._shares.closed = self._shares.closed or self.problem is not None
 
 
 def open_run(config: Config, stop: Stop) -> sdg.Run:
@@ -352,11 +338,11 @@ def open_run(config: Config, stop: Stop) -> sdg.Run:
     return run
 
 
-async def first_job(config: Config, everything: Stop, name: str, present: Present) -> Job | None:
+async def first_job(config: Config, everything: Stop, name: str, **setting: Any) -> Job | None:
     """The first job of a config; None if there is nothing for this process to do."""
     if config.options.any_rank:
-        return await FreeRank.first(config, everything, name, present)
-    job = Job(config, everything, name, present)
+        return await FreeRank.first(config, everything, name, **setting)
+    job = Job(config, everything, name, **setting)
     await job.prepare()
     return job
 
@@ -383,7 +369,7 @@ async def run_all(
     jobs: list[Job] = []
     problem: BaseException | None = None
     try:
-        await _run_jobs(configs, jobs, called, lambda config, stop, name: first(config, stop, name, present), starting)
+        await _run_jobs(configs, jobs, present, called, first, starting)
     except BaseException as exc:
         problem = exc
         raise
@@ -395,21 +381,23 @@ async def run_all(
 async def _run_jobs(
     configs: list[Config],
     jobs: list[Job],
+    present: Present,
     called: Callable[[Stop], object] | None,
-    first: Callable[..., Awaitable[Job | None]],
+    first: FirstJob,
     starting: Starting,
 ) -> None:
     """Run the jobs of some configs, and add them to `jobs`; see `run_all`."""
     task = asyncio.current_task()
     assert task
-    stop = Stop(task.cancel, quiet=called is not None)
+    stop, connections = Stop(task.cancel, quiet=called is not None), Connections()
+    setting: dict[str, Any] = {"present": present, "connecting": connections.connect, "places": Places()}
     try:
         with signals(stop) if called is None else contextlib.nullcontext(called(stop)):
             for config in configs:
                 name = f"config {config.name}: " if len(configs) > 1 else ""
-                jobs += filter(None, [await first(config, stop, name)])
+                jobs += filter(None, [await first(config, stop, name, **setting)])
             if jobs:
-                await serve(jobs, stop, starting)
+                await serve(jobs, stop, connections, starting)
             for job in jobs:
                 await job.leave()
     except (asyncio.CancelledError, Exception) as exc:
@@ -424,21 +412,23 @@ async def _run_jobs(
         raise max(problems, key=lambda problem: getattr(problem, "exit_code", 1))
 
 
-async def serve(jobs: list[Job], stop: Stop, starting: Starting = start) -> None:
-    """Start the servers, and have each job use it in its turn, until something stops them all."""
+async def serve(jobs: list[Job], stop: Stop, connections: Connections, starting: Starting = start) -> None:
+    """Start the servers, and have the jobs use them in their turn, until something stops them all.
+
+    Args:
+        jobs: those that follow are added.
+        stop: ends all of them.
+        connections: of the jobs with the servers.
+        starting: enters the servers.
+    """
     run = dataclasses.replace(jobs[0].run, stop=stop, stopping=stop.stopping)
     try:
-        async with contextlib.AsyncExitStack() as stack:
-            servers = await starting(run, stack)
-            waiting = deque(jobs if servers[""] else [])  # none: our GPUs were lent to a run elsewhere, which has ended
-            while waiting and stop.reason is None:
-                job = waiting.popleft()
-                await job.work(servers)
-                if job.problem and waiting and waiting[0].run.options.reader == SCHEME:
-                    break  # the following steps would work on a part of the rows
-                if following := await job.following():
-                    jobs.append(following)
-                    waiting.appendleft(following)
+        with same_folder():
+            async with contextlib.AsyncExitStack() as stack:
+                servers = await starting(run, stack)
+                await stack.enter_async_context(connections)
+                if servers[""]:  # otherwise our GPUs were lent to a run elsewhere, which has ended
+                    await Relay(jobs, servers, lambda: stop.reason).run()
     except (asyncio.CancelledError, Exception) as exc:  # noqa: BLE001 - raised when all observers are left
         for job in jobs:
             job.problem = job.problem or stop.reason or explained(exc, run)
@@ -459,34 +449,3 @@ def explained(exc: BaseException, run: sdg.Run) -> BaseException:
         return exc
     error.__cause__ = exc
     return error
-
-
-def _tune_memory(in_flight: int) -> None:
-    """Give memory back early, and collect garbage rarely."""
-    _tune_allocator()
-    _tune_collector(in_flight)
-
-
-def _tune_allocator() -> None:
-    """Have glibc return the memory of large responses at once.
-
-    It keeps what it believes to need again: 400 responses of a megabyte at once took 1,550 MB instead of 980.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        import ctypes
-
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 256 << 10)  # M_MMAP_THRESHOLD, which otherwise grows to 32 MB
-        libc.mallopt(-8, 2)  # M_ARENA_MAX: each thread could have its own
-
-
-def _tune_collector(in_flight: int) -> None:
-    """Make garbage collection rare: 10,000 requests in flight are a million objects, and full passes half the time."""
-    import gc
-
-    import pyarrow as pa
-
-    pa.array(["if pandas is installed, Arrow imports it here rather than in the middle of the run"])
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(max(10_000, 50 * in_flight), 50, 50)

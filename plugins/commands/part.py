@@ -20,11 +20,13 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import sdg
-from sdg_plugins.commands.jobs import Stop, record_end, run_all
+from sdg_plugins.commands.jobs import record_end, run_all
+from sdg_plugins.commands.stop import Stop
 from sdg_plugins.common.command_line import parse_configs
 from sdg_plugins.common.ending import HANDLED, run_to_the_end
 from sdg_plugins.common.processes import PART, Part, shared
 from sdg_plugins.common.statistics import heartbeat
+from sdg_plugins.servers.client import Client
 from sdg_plugins.servers.launching.guard import PR_SET_PDEATHSIG, prctl
 from sdg_plugins.servers.models import Servers
 
@@ -126,6 +128,7 @@ class Line:
     def _obey(self, message: dict[str, Any]) -> None:
         if "stop" in message and self._stop:
             self._stop(as_problem(message["stop"]))
+        self.order["servers"] = message.get("servers", self.order["servers"])  # for jobs that have not begun
         for name, states in message.get("servers", {}).items():
             for server, state in zip(self._servers.get(name, []), states, strict=False):
                 if isinstance(server, sdg.Upstream):
@@ -182,7 +185,7 @@ class Line:
 
 def report_of(engine: sdg.Engine) -> dict[str, Any]:
     """Where an engine is, for its parent. Times are of the clock that all processes of a machine share."""
-    begun, pools = sorted(engine.crew.begun.values()), pools_of(engine)
+    begun, clients = sorted(engine.crew.begun.values()), clients_of(engine)
     weight = -(-len(begun) // SAMPLE) or 1
     failures = engine.failures
     return {
@@ -198,24 +201,24 @@ def report_of(engine: sdg.Engine) -> dict[str, Any]:
         "begun": begun[::weight],
         "weight": weight,
         "ended": list(engine.crew.ended)[-SAMPLE:],
-        "active": {name: pool.active for name, pool in pools.items()},
+        "active": {name: client.lane.active for name, client in clients.items()},
+        "seconds": engine.client.lane.seconds,
         "waiting": engine.client.pool.waiting(),
-        "servers": {name: [state_of(upstream) for upstream in pool.upstreams] for name, pool in pools.items()},
+        "servers": {name: list(map(state_of, client.pool.upstreams)) for name, client in clients.items()},
     }
 
 
-def pools_of(engine: sdg.Engine) -> dict[str, Any]:
-    """The pools of an engine by the names of its models; "" is the run's own."""
+def clients_of(engine: sdg.Engine) -> dict[str, Client]:
+    """The clients of an engine by the names of its models; "" is the run's own."""
     runs = {"": engine.run, **engine.run.models}
-    return {name: run.client.pool for name, run in runs.items() if run.client}
+    return {name: run.client for name, run in runs.items() if run.client}
 
 
 def state_of(upstream: sdg.Upstream) -> dict[str, Any]:
     """What the parent must know of one server to watch it."""
-    return {
-        **{name: getattr(upstream, name) for name in ("active", "answers", "failures", "convicted", "progressed")},
-        "load": upstream.limit.load,
-    }
+    quarantine, names = upstream.quarantine, ("active", "answers", "failures", "convicted", "progressed", "crashes")
+    suspects = len(quarantine.waiting) + bool(quarantine.share) + quarantine.doubts
+    return {**{name: getattr(upstream, name) for name in names}, "load": upstream.limit.load, "suspects": suspects}
 
 
 def follow(upstream: sdg.Upstream, state: Mapping[str, Any]) -> None:

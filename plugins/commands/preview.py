@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import sdg
-from sdg_plugins.commands.jobs import Stop, run_all
+from sdg_plugins.commands.jobs import run_all
+from sdg_plugins.commands.stop import Stop
 from sdg_plugins.common.command_line import Config
 from sdg_plugins.common.ending import run_to_the_end
 from sdg_plugins.common.files import file_writer, uses_spool

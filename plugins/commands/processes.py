@@ -15,11 +15,12 @@ import sqlite3
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import sdg
 from sdg_plugins.commands import jobs
-from sdg_plugins.commands.jobs import Job, Present, Stop
+from sdg_plugins.commands.jobs import Job
+from sdg_plugins.commands.stop import Stop
 from sdg_plugins.commands.team import Team
 from sdg_plugins.commands.whole import Whole
 from sdg_plugins.common.command_line import Config
@@ -50,9 +51,9 @@ async def run_all(configs: list[Config]) -> None:
     """Run the jobs of some configs, those with --processes by several processes; raises the worst of their errors."""
     course = Course([config.name for config in configs])
 
-    async def first(config: Config, everything: Stop, name: str, present: Present) -> Job | None:
+    async def first(config: Config, everything: Stop, name: str, **setting: Any) -> Job | None:
         if config.options.processes is None:
-            return await jobs.first_job(config, everything, name, present)
+            return await jobs.first_job(config, everything, name, **setting)
         job = WholeJob(config, everything, name, course)
         await job.prepare()
         return job
@@ -77,6 +78,10 @@ class WholeJob(Job):
         told = argparse.Namespace(**{**vars(options), "part": self._part})
         self._shares = Shares(Config(told, config.plugins), self.run)
         self._team: Team | None = None
+
+    def may_overlap(self, before: Job) -> bool:
+        """See `Job`: its processes have all of the limits."""
+        return False
 
     async def _work(self, servers: Mapping[str, Servers]) -> None:
         with contextlib.ExitStack() as held:

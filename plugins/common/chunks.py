@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import json
 import os
@@ -29,6 +28,7 @@ from sdg_plugins.common.results import infer_fields
 from sdg_plugins.common.returned import no_prompt, results_of, status_of
 from sdg_plugins.common.rows import NUMBER, empty_rows, numbered, shape_of, with_messages
 from sdg_plugins.common.state import fixed_fields, promised_fields, recorded_fields, settle_fields
+from sdg_plugins.common.tasks import read_ahead
 from sdg_plugins.common.unify import conformed
 from sdg_plugins.common.values import (
     EmptyDocument,
@@ -218,21 +218,15 @@ class Intake:
         mine = len(range(options.rank, full, options.world_size)) * options.records_per_chunk
         return int(mine + (rest if full % options.world_size == options.rank else 0))
 
-    async def chunks(self, known: dict[int, sdg.Chunk]) -> AsyncGenerator[OpenChunk, None]:
+    def chunks(self, known: dict[int, sdg.Chunk]) -> AsyncGenerator[OpenChunk, None]:
         """This rank's chunks that are not written, and those that may have to be reopened.
 
         Args:
             known: the chunks that earlier processes have read, by index.
         """
-        loop = asyncio.get_running_loop()
-        chunks = self._read(known)
-        ahead = loop.run_in_executor(self._thread, next, chunks, None)
-        try:
-            while opened := await ahead:
-                ahead = loop.run_in_executor(self._thread, next, chunks, None)
-                yield opened
-        finally:
-            ahead.add_done_callback(lambda done: done.cancelled() or done.exception())
+        options = self._run.options
+        number = 1 + min(7, options.max_concurrent_generations // options.records_per_chunk // 2)
+        return read_ahead(self._thread, self._read(known), number)
 
     def _read(self, known: dict[int, sdg.Chunk]) -> Iterator[OpenChunk]:
         options = self._run.options

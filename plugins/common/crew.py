@@ -7,7 +7,7 @@ import contextlib
 import os
 import time
 from collections import deque
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine, Iterable, Iterator
 from typing import Any
 
 GRACE = 10.0  # s that rollouts have to end after SIGTERM: schedulers kill after 30
@@ -15,8 +15,26 @@ REMEMBERED = 1000  # documents that have ended
 CUT_OFF = 3.0  # s that they have to end once they were canceled; those that ignore that are left behind
 
 
+class Places:
+    """The places of workers, which the jobs of a process share: as many as documents may be in flight.
+
+    Attributes:
+        taken: by workers.
+        changed: set when a place is free again, or a crew looks for no more.
+    """
+
+    def __init__(self) -> None:
+        self.taken = 0
+        self.changed = asyncio.Event()
+
+
 class Crew:
     """As many tasks as documents may be in flight, and their end. A task for each document would cost a tenth more.
+
+    Args:
+        most: documents in flight.
+        places: those of all jobs of the process.
+        begun_all: set when all documents have begun, or no further one begins.
 
     Attributes:
         begun: when each document in rollouts has begun, by its index; a monotonic time in s.
@@ -24,7 +42,8 @@ class Crew:
         cut_off: the rollouts were canceled: whatever they return from now on is void.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int, places: Places, begun_all: asyncio.Event) -> None:
+        self._most, self._places, self._begun_all = most, places, begun_all
         self.begun: dict[int, float] = {}
         self.ended: deque[tuple[float, float]] = deque(maxlen=REMEMBERED)
         self.cut_off = False
@@ -35,14 +54,26 @@ class Crew:
 
     async def work(self, workers: Iterable[Coroutine[Any, Any, None]]) -> None:
         """Run workers until all of them have ended, or were cut off."""
-        self._tasks = {asyncio.create_task(worker) for worker in workers}
-        for task in self._tasks.copy():
-            task.add_done_callback(self._ended)
         try:
+            await self._begin(iter(workers))
             await self._over.wait()
         except asyncio.CancelledError:
             await self._cut_off()
             raise
+
+    async def _begin(self, workers: Iterator[Coroutine[Any, Any, None]]) -> None:
+        """Begin workers while there are places, until one of them finds no further document."""
+        places = self._places
+        while not self._begun_all.is_set():
+            if places.taken >= self._most:
+                places.changed.clear()
+                await places.changed.wait()
+            elif worker := next(workers, None):
+                places.taken += 1
+                self._tasks.add(task := asyncio.create_task(worker))
+                task.add_done_callback(self._ended)
+            else:
+                return
 
     def at(self, index: int) -> Shift:
         """A context manager around the rollouts of a document."""
@@ -50,11 +81,19 @@ class Crew:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
+        self._places.taken -= 1
+        self._leave_places()
         if not self._tasks:
             self._over.set()
 
+    def _leave_places(self) -> None:
+        """Look for no further places."""
+        self._begun_all.set()
+        self._places.changed.set()
+
     def end(self) -> None:
         """Give rollouts a moment to end, then cancel them."""
+        self._leave_places()
         self._ending = self._ending or asyncio.create_task(self._end())
 
     async def _end(self) -> None:
@@ -69,6 +108,11 @@ class Crew:
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=CUT_OFF)
+        for stubborn in self._tasks:  # they are left behind, but other jobs go on
+            stubborn.remove_done_callback(self._ended)
+            self._places.taken -= 1
+        self._tasks.clear()
+        self._places.changed.set()
         self._over.set()
 
     def left_by(self, task: asyncio.Task[Any]) -> bool:

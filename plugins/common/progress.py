@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import heapq
 import os
 import shlex
 import sys
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -28,36 +30,93 @@ AGAIN = "run the same command again to go on"
 
 
 class Course:
-    """The configs, or steps, that a process runs one after the other: they share one display.
+    """The configs, steps or ranks that a process runs, which may overlap: they share one display.
 
     Args:
         names: of the configs, in order.
+
+    Attributes:
+        engines: those at work, in the order in which they began.
+        showing: the task that shows them, and what ends it; None if there is none.
+        ahead: estimates the time to go.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = list(names)
-        self._done: dict[str, int] = {}  # documents of each config that has been begun
+        self.engines: list[sdg.Engine] = []
+        self._ended: Counter[str] = Counter()  # figures of engines that have ended
+        self.showing: tuple[asyncio.Task[None], asyncio.Event] | None = None
+        self.ahead = TimeToGo()
+        self.ahead.look(0)
+        self._began: float | None = None  # of the first request, on the monotonic clock
 
-    def place_of(self, engine: sdg.Engine) -> str:
+    def leave(self, engine: sdg.Engine) -> None:
+        """An engine has ended."""
+        self._began = time.monotonic() - self.seconds
+        self._ended += self._figures_of(engine)
+        self.engines.remove(engine)
+
+    @staticmethod
+    def _figures_of(engine: sdg.Engine) -> Counter[str]:
+        done, expected = sum(engine.tally.values()), engine.intake.expected()
+        own = {"done": done, "expected": done if expected is None else expected, "finished": engine.finished}
+        return Counter(own) + engine.run.counts + Counter({name: engine.tally[name] for name in ("failed", "empty")})
+
+    @property
+    def figures(self) -> Counter[str]:
+        """The counts of all engines so far."""
+        return sum(map(self._figures_of, self.engines), self._ended)
+
+    @property
+    def seconds(self) -> float:
+        """Since the first request."""
+        if self._began is None:
+            return max(1e-9, *(engine.client.lane.seconds for engine in self.engines))
+        return time.monotonic() - self._began
+
+    @property
+    def place(self) -> str:
         """Which of the configs is at work, such as `french (2 of 3)`; "" if there is only one."""
-        name, of = engine.run.options.output_config, len(self._names)
+        name, of = self._name, len(self._names)
         return f"{name} ({self._names.index(name) + 1} of {of})" if of > 1 else ""
 
-    def is_last(self, engine: sdg.Engine) -> bool:
+    @property
+    def is_last(self) -> bool:
         """True if no other config follows."""
-        return bool(engine.run.options.output_config == self._names[-1])
+        return self._name == self._names[-1]
 
-    def done(self, engine: sdg.Engine) -> int:
-        """Finished documents of this config and of those before it."""
-        self._done[engine.run.options.output_config] = sum(engine.tally.values())
-        return sum(self._done.values())
+    @property
+    def _name(self) -> str:
+        return str(self.engines[-1].run.options.output_config)
 
-    def total(self, engine: sdg.Engine) -> int | None:
-        """Documents of all configs; those to come are taken to have as many as this one. None if unknown."""
-        expected, done = engine.intake.expected(), self.done(engine)
-        later = len(self._names) - 1 - self._names.index(engine.run.options.output_config)
-        here = self._done[engine.run.options.output_config]
-        return None if expected is None else done - here + expected * (1 + later)
+    @property
+    def done(self) -> int:
+        """Finished documents of the engines at work and of those before them."""
+        return self.figures["done"]
+
+    @property
+    def total(self) -> int | None:
+        """Documents of all configs; those to come are taken to have as many as the last one. None if unknown."""
+        expected = [engine.intake.expected() for engine in self.engines]
+        later = len(self._names) - 1 - self._names.index(self._name)
+        return None if expected[-1] is None or None in expected else self.figures["expected"] + expected[-1] * later
+
+    # What `TimeToGo` asks for
+
+    @property
+    def finished(self) -> int:
+        """Documents that this process has finished."""
+        return self.figures["finished"]
+
+    @property
+    def begun(self) -> list[float]:
+        """When each document in flight has begun."""
+        return [began for engine in self.engines for began in engine.crew.begun.values()]
+
+    @property
+    def ended(self) -> list[tuple[float, float]]:
+        """When each of the last documents has ended, and how long it took."""
+        return list(heapq.merge(*(engine.crew.ended for engine in self.engines)))
 
 
 @contextlib.asynccontextmanager
@@ -66,53 +125,74 @@ async def progress(engine: sdg.Engine, course: Course | None = None) -> AsyncIte
 
     Args:
         engine: that is at work.
-        course: of the configs that this one is one of.
+        course: of the configs that this one is one of; the first engine at work shows them all.
     """
     if engine.run.options.no_progress:
         yield
         return
+    course = course or Course([engine.run.options.output_config])
+    course.engines.append(engine)
+    if course.showing is None:
+        over = asyncio.Event()
+        course.showing = asyncio.create_task(display(course, over)), over
+    try:
+        yield
+    finally:
+        if course.engines == [engine] and course.showing:
+            (task, over), course.showing = course.showing, None
+            over.set()
+            await asyncio.wait([task])
+        course.leave(engine)
+
+
+async def display(course: Course, over: asyncio.Event) -> None:
+    """Show the engines at work until that is over."""
     from tqdm import tqdm
 
-    course = course or Course([engine.run.options.output_config])
     terminal = sys.stderr.isatty()
     columns, lines = os.get_terminal_size(sys.stderr.fileno()) if terminal else (0, 0)
     terminal = terminal or "ipykernel" in sys.modules  # a notebook shows a bar as well
     shape = "{n_fmt}/{total_fmt} {percentage:3.0f}%|{bar}| {desc}"
     columns, lines = columns or 80, lines or 24  # some terminals report no size
-    began, place = course.done(engine), course.place_of(engine)
-    bar = tqdm(initial=began, disable=not terminal, bar_format=shape, ncols=columns, nrows=lines)
-    bar.leave = course.is_last(engine)
-
-    ahead = TimeToGo()
-    ahead.look(0)
+    bar = tqdm(initial=course.done, disable=not terminal, bar_format=shape, ncols=columns, nrows=lines)
+    ahead = course.ahead
 
     def show() -> None:
-        bar.total, done = course.total(engine), course.done(engine)
+        bar.total, done, bar.leave = course.total, course.done, course.is_last
         counts = 2 * len(f"{bar.total or 0}")  # the bar and they need the rest
-        total, seconds = bar.total, ahead.of(engine, None if bar.total is None else bar.total - done)
+        total, seconds = bar.total, ahead.of(course, None if bar.total is None else bar.total - done)
         shown = None if seconds is None else bar.format_interval(int(seconds))
         speed = [f"ETA {shown}", f"{ahead.rate:,.1f} documents/s"] if shown and total != done else []
-        words = fitted(", ".join(filter(None, [place, figures_of(engine, speed)])), max(20, columns - counts - 18))
-        bar.set_description_str(words, refresh=False)
+        words = ", ".join(filter(None, [course.place, figures_of(course, speed)]))
+        bar.set_description_str(fitted(words, max(20, columns - counts - 18)), refresh=False)
         bar.update(done - bar.n)
         bar.refresh()
 
-    async def repeat() -> None:
-        while True:
-            await asyncio.sleep(BAR_INTERVAL if terminal else LINE_INTERVAL)
-            show() if terminal else sdg.say(": ".join(filter(None, [place, progress_line(engine, ahead)])))
-
     try:
-        async with sdg.background(repeat()):
-            yield
+        while not over.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(over.wait(), BAR_INTERVAL if terminal else LINE_INTERVAL)
+                break
+            show() if terminal else sdg.say(": ".join(filter(None, [course.place, progress_line(course, ahead)])))
     finally:
         show()
         bar.close()
 
 
+def put(text: str) -> None:
+    """Print on standard output, without tearing the bar of what still runs."""
+    with contextlib.suppress(OSError, ValueError):  # no one reads it: the run is as good as before
+        bar = sys.modules.get("tqdm")
+        if bar and getattr(bar.tqdm, "_instances", None):
+            bar.tqdm.write(text, file=sys.stdout)
+        else:
+            print(text)
+        sys.stdout.flush()
+
+
 def rate_of(engine: sdg.Engine) -> float:
     """Documents per second in this process, from its first request on."""
-    return engine.finished / max(engine.client.pool.seconds, 1e-9)
+    return engine.finished / max(engine.client.lane.seconds, 1e-9)
 
 
 def fitted(words: str, room: int) -> str:
@@ -120,9 +200,10 @@ def fitted(words: str, room: int) -> str:
     return words if len(words) <= room else words[: room + 1].rpartition(", ")[0] or words[:room]
 
 
-def figures_of(engine: sdg.Engine, speed: Iterable[str] = ()) -> str:
+def figures_of(course: Course, speed: Iterable[str] = ()) -> str:
     """The figures beside the bar: first what someone may have to act on, because a terminal may be narrow."""
-    counts, pool = engine.run.counts, engine.client.pool
+    engine, figures = course.engines[-1], course.figures
+    pool = engine.client.pool  # what overlaps shares it
     pools = {name: model.client.pool for name, model in engine.run.models.items() if model.client}
     every = [upstream for each in (pool, *pools.values()) for upstream in each.upstreams]
     down = [upstream.status for upstream in every if not upstream.up.is_set()]
@@ -135,25 +216,24 @@ def figures_of(engine: sdg.Engine, speed: Iterable[str] = ()) -> str:
     loads = [upstream.limit.load for upstream in pool.upstreams if upstream.limit.load and upstream.up.is_set()]
     queue = f" ({sum(load.waiting for load in loads):.0f} queued)" if loads else ""
     rare = {
-        "failed": engine.tally["failed"],
-        "empty": engine.tally["empty"],
-        "retries": retries_in(counts),
-        "cached": counts["cache_hits"],
+        "failed": figures["failed"],
+        "empty": figures["empty"],
+        "retries": retries_in(figures),
+        "cached": figures["cache_hits"],
     }
-    figures = [*unpublished, *(f"{number:,} {name}" for name, number in rare.items() if number), *speed]
-    tokens = counts["completion_tokens"] / max(pool.seconds, 1e-9)
-    figures += [f"{tokens:,.0f} tokens/s", f"{pool.active} in flight{queue}"]
-    figures += [f"{each.active} at {name}" for name, each in pools.items()]
-    return ", ".join(figures) + "".join(f"; {status}" for status in down[:2])
+    words = [*unpublished, *(f"{number:,} {name}" for name, number in rare.items() if number), *speed]
+    words += [f"{figures['completion_tokens'] / course.seconds:,.0f} tokens/s", f"{pool.active} in flight{queue}"]
+    words += [f"{each.active} at {name}" for name, each in pools.items()]
+    return ", ".join(words) + "".join(f"; {status}" for status in down[:2])
 
 
-def progress_line(engine: sdg.Engine, ahead: TimeToGo) -> str:
+def progress_line(course: Course, ahead: TimeToGo) -> str:
     """The bar as a line for a log file."""
-    done, total = sum(engine.tally.values()), engine.intake.expected()
-    seconds = ahead.of(engine, None if total is None else total - done)
+    done, total = course.done, course.total
+    seconds = ahead.of(course, None if total is None else total - done)
     of = f" of {total:,}" if total else ""
     left = f", {seconds:,.0f} s to go" if seconds is not None else ""
-    return f"{done:,}{of} documents, {ahead.rate:,.1f} documents/s{left}, {figures_of(engine)}"
+    return f"{done:,}{of} documents, {ahead.rate:,.1f} documents/s{left}, {figures_of(course)}"
 
 
 def report(engine: sdg.Engine, figures: dict[str, Any], in_files: int) -> str:

@@ -43,11 +43,13 @@ class Shares:
 
     Attributes:
         tried: ranks that this process has had.
+        closed: one of them has ended early: no other is taken.
     """
 
     def __init__(self, config: Config, run: sdg.Run) -> None:
         self.config, self._run = config, run
         self.tried: set[int] = set()
+        self.closed = False
         self._goal: str | None = None
 
     def say(self, message: str) -> None:

@@ -386,16 +386,17 @@ def replaceable(run: sdg.Run, recorded: Mapping[str, Any]) -> str:
 
 
 def untouched(run: sdg.Run) -> bool:
-    """True if the state holds nothing that was paid for, and no other rank has begun."""
-    mine = rank_file(run.state, run.options.rank, "sqlite3")
+    """True if the state holds nothing that was paid for, and no other rank has begun, unless it was this run's, too."""
+    mine = {rank_file(run.state, run.options.rank, "sqlite3").stem}
     ranks = {path.stem for pattern in ("*.lock", "*.sqlite3") for path in run.state.glob(f"[0-9]{pattern}")}
-    if ranks != {mine.stem} or output_files(run):
+    if (ranks != mine and not run.options.processes) or output_files(run):
         return False
-    if not mine.exists():
-        return True
-    with contextlib.closing(sqlite3.connect(f"file:{mine}?mode=ro", uri=True)) as db:
-        tables = ("documents", "requests", "chunks WHERE written")
-        return not any(db.execute(f"SELECT EXISTS (SELECT 1 FROM {table})").fetchone()[0] for table in tables)
+    for path in run.state.glob("[0-9]*.sqlite3"):
+        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:
+            tables = ("documents", "requests", "chunks WHERE written")
+            if any(db.execute(f"SELECT EXISTS (SELECT 1 FROM {table})").fetchone()[0] for table in tables):
+                return False
+    return True
 
 
 # ── Files of the output ──────────────────────────────────────────────────────────────────────────────────────────────

@@ -49,7 +49,7 @@ async def statistics(engine: sdg.Engine, tally: Counter[str]) -> dict[str, Any]:
         figures["cost"] = round(cost, 6)
     figures["seconds"] = round(totals["seconds"], 3)
     figures["tokens_per_second"] = round(totals["completion_tokens"] / max(totals["seconds"], 1e-9), 1)
-    figures["mean_in_flight"] = round(engine.client.pool.mean_in_flight, 1)
+    figures["mean_in_flight"] = round(engine.client.lane.mean_in_flight, 1)
     if run.models:
         figures["models"] = {
             name: figures_of_model(model, f"models.{name}.", totals) for name, model in run.models.items()
@@ -62,7 +62,7 @@ def figures_of_model(model: sdg.Run, prefix: str, totals: Mapping[str, float]) -
     counts = {name.removeprefix(prefix): number for name, number in totals.items() if name.startswith(prefix)}
     names = ("requests", "prompt_tokens", "completion_tokens")
     figures: dict[str, Any] = {"model": model.model, **{name: int(counts.get(name, 0)) for name in names}}
-    in_flight = model.client.pool.mean_in_flight if model.client else 0.0
+    in_flight = model.client.lane.mean_in_flight if model.client else 0.0
     return {**figures, "retries": retries_in(counts), "mean_in_flight": round(in_flight, 1)}
 
 

@@ -8,9 +8,7 @@ from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import NamedTuple
-
-import sdg
+from typing import NamedTuple, Protocol
 
 SHARE = 0.3  # of the time so far, over which the rate is taken
 LONGEST = 600.0  # s over which it is taken at the most
@@ -71,6 +69,22 @@ class Survival:
         return sum(width * longer for width, longer in zip(widths, [1.0, *self._longer], strict=True))
 
 
+class Work(Protocol):
+    """What is being done."""
+
+    @property
+    def finished(self) -> int:
+        """Documents that this process has finished."""
+
+    @property
+    def begun(self) -> list[float]:
+        """When each document in flight has begun, on the monotonic clock."""
+
+    @property
+    def ended(self) -> list[tuple[float, float]]:
+        """When each of the last documents has ended, and how long it took, in s."""
+
+
 class TimeToGo:
     """The remaining time of a run, from what has ended and what is in flight."""
 
@@ -78,18 +92,17 @@ class TimeToGo:
         self._looks: deque[tuple[float, int]] = deque(maxlen=1000)
         self._told: tuple[float, float | None] | None = None  # when, and what
 
-    def of(self, engine: sdg.Engine, remaining: int | None) -> float | None:
-        """The remaining time of an engine that works, in s; None if it is not known.
+    def of(self, work: Work, remaining: int | None) -> float | None:
+        """The remaining time of what is at work, in s; None if it is not known.
 
         Args:
-            engine: that works.
+            work: that is done.
             remaining: documents that are not final, also those that follow in other configs; None if not known.
         """
         now = time.monotonic()
         if not self._told or now - self._told[0] >= PAUSE:
-            self.look(engine.finished)
-            begun, ended = list(engine.crew.begun.values()), list(engine.crew.ended)
-            self._told = now, None if remaining is None else self.seconds(max(0, remaining), begun, ended)
+            self.look(work.finished)
+            self._told = now, None if remaining is None else self.seconds(max(0, remaining), work.begun, work.ended)
         at, seconds = self._told
         return seconds and max(0.0, seconds - (now - at))
 

@@ -7,7 +7,7 @@ import io
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import sdg
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SAMPLES, COLUMNS = 2, 20  # rows, and columns of each
-MEASURED = 1000  # rows whose results are measured
+MEASURED, MEASURED_BYTES, STEP = 1000, 16 << 20, 10  # rows whose results are measured; rows read at a time
 SAMPLE_LIMITS = (600, 120, 30)  # characters of a string: the first limit with which the samples are short enough
 LONGEST_SAMPLE = 20_000  # characters of all samples
 FILES_TRIED = 100  # files searched for sample rows: all documents of a chunk may be filtered
@@ -139,12 +139,27 @@ def first_rows_of(run: sdg.Run, file: str) -> list[dict[str, Any]]:
         if format_of(file) == "parquet":
             parquet = pq.ParquetFile(source)
             columns = [field.name for field in parquet.schema_arrow if not has_binary(field.type)]
-            batch = next(parquet.iter_batches(MEASURED, columns=columns[:COLUMNS]), None)
-            return rows_of(pa.Table.from_batches([batch])) if batch is not None else []
+            batches = parquet.iter_batches(STEP, columns=columns[:COLUMNS])
+            some = within((batch, batch.num_rows, batch.nbytes) for batch in batches)
+            return [row for batch in some for row in rows_of(pa.Table.from_batches([batch]))]
         codec = codec_of(file)
         stream = io.BufferedReader(pa.CompressedInputStream(source, codec) if codec else source)
-        rows = [json.loads(line) for line in itertools.islice(stream, MEASURED)]
+        rows = [json.loads(line) for line in within((line, 1, len(line)) for line in stream)]
     return [dict(itertools.islice(row.items(), COLUMNS)) for row in rows]
+
+
+def within(parts: Iterable[tuple[Any, int, int]]) -> Iterator[Any]:
+    """The first parts of a file, until there are enough rows or bytes.
+
+    Args:
+        parts: each with its rows and bytes.
+    """
+    rows = size = 0
+    for part, count, length in parts:
+        yield part
+        rows, size = rows + count, size + length
+        if rows >= MEASURED or size >= MEASURED_BYTES:
+            return
 
 
 def has_binary(kind: pa.DataType) -> bool:

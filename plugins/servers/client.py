@@ -12,6 +12,7 @@ import sdg
 from sdg_plugins.common.secrets import secrets_of
 from sdg_plugins.common.waiting import quota_pause
 from sdg_plugins.servers.http1 import Broken, Unreached
+from sdg_plugins.servers.lane import Lane
 from sdg_plugins.servers.refusals import WHATEVER_IS_ASKED, error_inside, refused, smallest, way_out
 from sdg_plugins.servers.responses import (
     count_choices,
@@ -97,6 +98,7 @@ class Client:
 
     def __init__(self, transport: Transport, pool: Pool, run: sdg.Run, doubt: str = "") -> None:
         self.transport, self.pool, self.counts, self._stop = transport, pool, run.counts, run.stop
+        self.lane = Lane(pool)
         self.secrets = secrets_of(run.options)
         self.stream: bool = run.options.stream
         self.max_retries: int = run.options.max_retries
@@ -134,7 +136,7 @@ class Client:
         """
         tries = Tries(self.max_retries, self.pool.successes)
         while True:
-            upstream = await self.pool.acquire(tries.suspicion, request)
+            upstream = await self.lane.acquire(tries.suspicion, request)
             if tries.suspicion and upstream is not tries.suspicion.upstream:
                 tries.suspicion = None
             crashes, streamed = upstream.crashes, self.stream
@@ -148,11 +150,11 @@ class Client:
                 upstream.quarantine.doubts += doubtful
                 self.pool.pace.correct(request, None)
             finally:
-                self.pool.release(upstream)
+                self.lane.release(upstream)
             died = doubtful and await self.pool.examine(upstream, crashes)
-            if not self.pool.stopped and await self._refuses_everything(upstream, request, failure, streamed):
+            if not self.lane.stopped and await self._refuses_everything(upstream, request, failure, streamed):
                 self._stop(sdg.ServerError(f"{failure}; {way_out(failure, self._options, self._doubt)}"))
-            if self.pool.stopped and (failure.retry or failure.account or failure.status in WHATEVER_IS_ASKED):
+            if self.lane.stopped and (failure.retry or failure.account or failure.status in WHATEVER_IS_ASKED):
                 raise asyncio.CancelledError  # the run's fault, not the document's
             if failure.unreached:
                 continue  # the server is set aside or down: waiting for a slot is the pause
@@ -163,7 +165,7 @@ class Client:
                 self.counts[f"given_up.{failure.cause}"] += 1
                 raise failure
             self.counts[f"retries.{failure.cause}"] += 1
-            await self.pool.pause(tries.pause)
+            await self.lane.pause(tries.pause)
 
     async def _try(self, upstream: sdg.Upstream, request: sdg.Request, tries: Tries) -> sdg.Response:
         """One attempt, after a smallest request if a server has had no capacity for this one again and again."""

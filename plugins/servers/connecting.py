@@ -6,11 +6,14 @@ names than they serve, or have none. The first requests say what is wrong, in th
 
 from __future__ import annotations
 
+import argparse
+import asyncio
 import contextlib
 import difflib
 import functools
 import os
 import re
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from typing import NamedTuple
 
@@ -29,6 +32,65 @@ LIST_TIMEOUT = 60.0  # s for a list of models
 MISSING = {301, 302, 303, 307, 308, 404, 405, 410}  # statuses of a root that is another one
 
 
+class Link:
+    """The way to some servers: connections, and a pool of slots for requests.
+
+    Args:
+        transport: sends bytes over HTTP.
+        pool: the servers.
+        run: that has connected.
+        doubt: what speaks against the model, before anything was asked.
+    """
+
+    def __init__(self, transport: Transport, pool: Pool, run: sdg.Run, doubt: str) -> None:
+        self._transport, self._pool, self._run, self._doubt = transport, pool, run, doubt
+
+    def client(self, run: sdg.Run) -> Client:
+        """A client for a run; settles `run.model`."""
+        run.model, self._run = self._run.model, run
+        return Client(self._transport, self._pool, run, self._doubt)
+
+    def counts(self) -> Counter[str]:
+        """The counts of the run that has come last."""
+        return self._run.counts
+
+
+class Connections:
+    """Connects the jobs of a process: those with the same servers and limits share connections and slots.
+
+    As many requests are in flight as if there was one job, and quotas are kept by all of them together.
+    """
+
+    def __init__(self) -> None:
+        self._links: dict[object, Link] = {}
+        self._stack, self._turn = contextlib.AsyncExitStack(), asyncio.Lock()
+
+    async def __aenter__(self) -> Connections:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._links.clear()
+        await self._stack.aclose()
+
+    @contextlib.asynccontextmanager
+    async def connect(self, run: sdg.Run, servers: Sequence[str | sdg.Upstream]) -> AsyncIterator[Client]:
+        """See the function `connect`."""
+        key = (id(servers), *limits_of(run.options))
+        async with self._turn:
+            if key not in self._links:
+                self._links[key] = await self._stack.enter_async_context(linked(run, servers))
+        yield self._links[key].client(run)
+
+
+def limits_of(options: argparse.Namespace) -> tuple[object, ...]:
+    """What jobs have in common that share the slots of a pool, beside the servers."""
+    return (
+        *(options.model, options.max_concurrent_generations, options.request_timeout),
+        *(options.requests_per_minute, options.tokens_per_minute),
+        *(options.api_key_env, str(options.header_env)),
+    )
+
+
 @contextlib.asynccontextmanager
 async def connect(run: sdg.Run, servers: Sequence[str | sdg.Upstream]) -> AsyncIterator[Client]:
     """A client of the servers that a plugin yielded; settles `run.model`.
@@ -38,6 +100,13 @@ async def connect(run: sdg.Run, servers: Sequence[str | sdg.Upstream]) -> AsyncI
     Raises:
         ServerError: a server cannot be reached, rejects the key, or does not serve the model.
     """
+    async with linked(run, servers) as link:
+        yield link.client(run)
+
+
+@contextlib.asynccontextmanager
+async def linked(run: sdg.Run, servers: Sequence[str | sdg.Upstream]) -> AsyncIterator[Link]:
+    """The way to the servers that a plugin yielded; see `connect`."""
     options = run.options
     limit = limit_of_files(options.max_concurrent_generations)
     urls = [server if isinstance(server, str) else server.url for server in servers]
@@ -53,8 +122,9 @@ async def connect(run: sdg.Run, servers: Sequence[str | sdg.Upstream]) -> AsyncI
         pool = Pool(upstreams, limit, Pace(options.requests_per_minute, options.tokens_per_minute))
         for upstream in pool.upstreams:
             upstream.model = run.model
-        async with watch_load(transport, pool, run.counts):
-            yield Client(transport, pool, run, doubt)
+        link = Link(transport, pool, run, doubt)
+        async with watch_load(transport, pool, link.counts):
+            yield link
 
 
 def headers_of(run: sdg.Run) -> dict[str, str]:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import re
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING
 
 import sdg
@@ -61,7 +61,9 @@ def parse_load(text: str) -> Load | None:
     return Load(sum(values["running"]), sum(waiting), tokens, sought, hits)
 
 
-async def look_at_load(transport: Transport, pool: Pool, upstream: sdg.Upstream, counts: Counter[str]) -> None:
+async def look_at_load(
+    transport: Transport, pool: Pool, upstream: sdg.Upstream, counts: Callable[[], Counter[str]]
+) -> None:
     """Ask a server for its load, and let the pool adapt to it. What its prefix cache has saved is counted."""
     load = None
     try:
@@ -75,13 +77,19 @@ async def look_at_load(transport: Transport, pool: Pool, upstream: sdg.Upstream,
         if load and (known := upstream.limit.load):
             for name, now, before in (("queries", load.sought, known.sought), ("hits", load.hits, known.hits)):
                 if now is not None and before is not None:
-                    counts[f"prefix_cache.{name}"] += int(max(0.0, now - before))
+                    counts()[f"prefix_cache.{name}"] += int(max(0.0, now - before))
         pool.adapt(upstream, load)
 
 
 @contextlib.asynccontextmanager
-async def watch_load(transport: Transport, pool: Pool, counts: Counter[str]) -> AsyncIterator[None]:
-    """Ask the servers that are up for their load, now and then regularly; one without metrics is asked only once."""
+async def watch_load(transport: Transport, pool: Pool, counts: Callable[[], Counter[str]]) -> AsyncIterator[None]:
+    """Ask the servers that are up for their load, now and then regularly; one without metrics is asked only once.
+
+    Args:
+        transport: reaches them.
+        pool: of the servers.
+        counts: returns those of the job at work.
+    """
 
     async def look_at_all() -> None:
         async with asyncio.TaskGroup() as group:

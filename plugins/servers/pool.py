@@ -142,11 +142,10 @@ class Homes(dict[int, sdg.Upstream]):
         return 0
 
 
-Slot = Coroutine[Any, Any, sdg.Upstream]
-
-
 class Pool:
     """Slots for requests: at most `limit` in flight in all, each on the least loaded server that is well.
+
+    Jobs of a process that overlap share a pool: each has a `Lane` in it.
 
     A document's requests prefer the server that its last one was sent to, which has the document in its prefix cache,
     unless that has a few more in flight than the least loaded one.
@@ -157,7 +156,6 @@ class Pool:
     Attributes:
         successes: responses so far.
         lost: loop time since which no server could be reached; None if one can.
-        stopped: no further request begins.
     """
 
     def __init__(self, upstreams: Iterable[sdg.Upstream], limit: int, pace: Pace | None = None) -> None:
@@ -167,32 +165,45 @@ class Pool:
             upstream.limit, upstream.quarantine = Limit(limit), Quarantine()
             upstream.changed = functools.partial(self._changed, upstream)
         self.active = self.successes = 0
-        self.stopped = False
         self.lost: float | None = None
         self._waiting: deque[tuple[int | None, asyncio.Future[sdg.Upstream]]] = deque()
         self._homes = Homes(4 * limit + 1000)
-        self._pausing: set[asyncio.Future[bool]] = set()
         self._alarm: tuple[float, asyncio.Handle] | None = None  # uvloop's handles of short delays have no `when`
         self._loop = asyncio.get_running_loop()
-        self._area = 0.0  # integral of `active` over time
-        self._since = self._began = self._loop.time()
 
-    def acquire(self, suspicion: Suspicion | None = None, request: sdg.Request | None = None) -> Slot:
-        """Wait for a slot; a suspect waits for the server that it saw crash. Canceled when the run stops."""
+    def acquire(
+        self,
+        suspicion: Suspicion | None = None,
+        request: sdg.Request | None = None,
+        waiting: set[asyncio.Future[Any]] | None = None,
+    ) -> Coroutine[Any, Any, sdg.Upstream]:
+        """Wait for a slot; a suspect waits for the server that it saw crash.
+
+        Args:
+            suspicion: that the request has crashed its server.
+            request: the one that is sent.
+            waiting: what is waited for is in this set meanwhile; when it is canceled, so is the request.
+        """
         document = request.rollout.document.index if request and request.rollout and len(self.upstreams) > 1 else None
-        if request and self.pace.limited:
-            return self._acquire_paced(request, suspicion, document)
-        return self._acquire(suspicion, document)
+        if not request or not self.pace.limited:
+            return self._acquire(suspicion, document, waiting)
+        return self._acquire_paced(request, suspicion, document, waiting)
 
-    async def _acquire_paced(self, request: sdg.Request, *wish: Any) -> sdg.Upstream:
+    async def _acquire_paced(
+        self,
+        request: sdg.Request,
+        suspicion: Suspicion | None,
+        document: int | None,
+        waiting: set[asyncio.Future[Any]] | None,
+    ) -> sdg.Upstream:
         self.pace.expect(request)
-        upstream = await self._acquire(*wish)
+        upstream = await self._acquire(suspicion, document, waiting)
         self.pace.note(request)
         return upstream
 
-    async def _acquire(self, suspicion: Suspicion | None, document: int | None) -> sdg.Upstream:
-        if self.stopped:
-            raise asyncio.CancelledError
+    async def _acquire(
+        self, suspicion: Suspicion | None, document: int | None, waiting: set[asyncio.Future[Any]] | None
+    ) -> sdg.Upstream:
         if not suspicion and not self._waiting and (upstream := self._take(self._loop.time(), document)):
             return upstream
         slot: asyncio.Future[sdg.Upstream] = self._loop.create_future()
@@ -200,6 +211,8 @@ class Pool:
             suspicion.upstream.quarantine.enqueue(suspicion, slot)
         else:
             self._waiting.append((document, slot))
+        if waiting is not None:
+            waiting.add(slot)
         self._wake()
         try:
             return await slot
@@ -208,23 +221,12 @@ class Pool:
                 self.release(slot.result())
             self._wake()
             raise
-
-    async def pause(self, seconds: float) -> None:
-        """Sleep; canceled when the run stops."""
-        if self.stopped:
-            raise asyncio.CancelledError
-        over: asyncio.Future[bool] = self._loop.create_future()
-        alarm = self._loop.call_later(seconds, lambda: None if over.done() else over.set_result(True))
-        self._pausing.add(over)
-        try:
-            await over
         finally:
-            alarm.cancel()
-            self._pausing.discard(over)
+            if waiting is not None:
+                waiting.discard(slot)
 
     def release(self, upstream: sdg.Upstream) -> None:
         """Give a slot back."""
-        self._measure()
         self.active -= 1
         upstream.active -= 1
         if not upstream.active:
@@ -306,17 +308,6 @@ class Pool:
         upstream.limit.adapt(load, upstream.active)
         self._wake()
 
-    def stop(self) -> None:
-        """Let no further request begin."""
-        self.stopped = True
-        for upstream in self.upstreams:
-            self._waiting.extend((None, slot) for _, slot in upstream.quarantine.waiting)
-            upstream.quarantine.waiting.clear()
-        while self._waiting:
-            self._waiting.popleft()[1].cancel()
-        for pause in self._pausing:
-            pause.cancel()
-
     # Figures
 
     def waiting(self) -> tuple[float, str] | None:
@@ -327,22 +318,6 @@ class Pool:
             return None
         first = min(up, key=lambda upstream: upstream.until)
         return first.until - now, first.reason
-
-    @property
-    def seconds(self) -> float:
-        """Since the first request: a launched server may load for a long time before that."""
-        return self._loop.time() - self._began
-
-    @property
-    def mean_in_flight(self) -> float:
-        """Requests in flight, averaged over the time since the first one."""
-        self._measure()
-        return self._area / max(self._since - self._began, 1e-9)
-
-    def _measure(self) -> None:
-        now = self._loop.time()
-        self._area += self.active * (now - self._since)
-        self._since = now
 
     # Slots
 
@@ -377,9 +352,6 @@ class Pool:
         return upstream.active + 1 <= allowed
 
     def _occupy(self, upstream: sdg.Upstream, now: float) -> None:
-        if not self._area and not self.active:
-            self._began = self._since = now
-        self._measure()
         if self.pace.limited:
             self.pace.charge(now)
         if not upstream.active and not upstream.failures:

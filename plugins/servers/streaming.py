@@ -1,12 +1,32 @@
-"""Server-sent events of completions, assembled to the response that the server would have sent at once."""
+"""Bodies that are taken in pieces: events of completions become the response that would have been sent at once."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
 
+LOGPROBS = b'"logprobs":{'  # in an event that has them, which are many times as long as its text
 TEXTS = ("content", "reasoning_content", "reasoning", "refusal")  # fields of a delta that are continued
+
+
+class Take:
+    """Where a streamed body goes: `wanted(status, headers)` decides, `piece(bytes)` takes each piece.
+
+    Attributes:
+        kept: bytes that it keeps of the pieces.
+    """
+
+    kept = 0
+
+    def wanted(self, status: int, headers: Mapping[str, str]) -> bool:
+        """True if the body of this response is to be given in pieces."""
+        raise NotImplementedError
+
+    def piece(self, piece: bytes) -> None:
+        """Take in a piece of the body. What it raises fails the request."""
+        raise NotImplementedError
 
 
 class Assembly:
@@ -14,6 +34,7 @@ class Assembly:
 
     Attributes:
         complete: True once the stream was ended by the server, or each choice has its reason to finish.
+        size: bytes that are kept, about.
         malformed: the first event that is not a part of a completion: the response is then no JSON.
     """
 
@@ -22,7 +43,9 @@ class Assembly:
         self._event: list[bytes] = []
         self._head: dict[str, Any] = {}
         self._choices: dict[int, dict[str, Any]] = {}
+        self._texts: dict[tuple[int, str], list[str]] = {}  # pieces: to append to a long text copies it each time
         self._done = False
+        self.size = 0
         self.malformed = b""
 
     @property
@@ -45,6 +68,9 @@ class Assembly:
         """The whole response as JSON."""
         if self.malformed:
             return b"an event of the stream is malformed: " + self.malformed
+        for (index, name), pieces in self._texts.items():
+            choice = self._choices[index]
+            (choice if name == "text" else choice["message"])[name] = "".join(pieces)
         choices = [choice for _, choice in sorted(self._choices.items())]
         return orjson.dumps({**self._head, **({"choices": choices} if choices else {})})
 
@@ -56,6 +82,7 @@ class Assembly:
             event = orjson.loads(data) if data.strip() else {}
             if isinstance(event, dict):
                 self._add_event(event)
+                self.size += len(data) if LOGPROBS in data else 0
         except (AttributeError, LookupError, TypeError, ValueError):
             self.malformed = self.malformed or data
 
@@ -65,16 +92,19 @@ class Assembly:
             index = int(part.get("index") or 0)
             self._add(self._choices.setdefault(index, {"index": index, "finish_reason": None}), part)
 
+    def _append(self, index: int, name: str, text: Any) -> None:
+        if isinstance(text, str):
+            self._texts.setdefault((index, name), []).append(text)
+            self.size += len(text)
+
     def _add(self, choice: dict[str, Any], part: dict[str, Any]) -> None:
         """Continue a choice by a part of it."""
-        if isinstance(part.get("text"), str):
-            choice["text"] = choice.get("text", "") + part["text"]
+        self._append(choice["index"], "text", part.get("text"))
         delta = part.get("delta") or part.get("message")
         if isinstance(delta, dict):
             message = choice.setdefault("message", {"role": "assistant"})
             for name in TEXTS:
-                if isinstance(delta.get(name), str):
-                    message[name] = message.get(name, "") + delta[name]
+                self._append(choice["index"], name, delta.get(name))
             for call in delta.get("tool_calls") or []:
                 continue_call(message.setdefault("tool_calls", []), call)
         if isinstance(logprobs := part.get("logprobs"), dict):

@@ -7,24 +7,25 @@ Redirects are not followed: a POST that is turned into a GET loses its body, and
 
 from __future__ import annotations
 
+import asyncio
 import io
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import sdg
+from sdg_plugins.servers.brake import Brake, Turns
 from sdg_plugins.servers.http1 import (
     CONNECT_TIMEOUT,
     DEFAULTS,
-    IDLE,
     Broken,
     Decoder,
     Http1,
-    Take,
     Unreached,
     credentials,
     parsed,
 )
-from sdg_plugins.servers.streaming import Assembly
+from sdg_plugins.servers.origins import IDLE
+from sdg_plugins.servers.streaming import Assembly, Take
 
 if TYPE_CHECKING:
     import aiohttp
@@ -49,12 +50,16 @@ class Transport:
         timeout: seconds for a whole request; of a stream, between two pieces of it.
         lean: sends what needs no proxy; None to send everything through aiohttp.
         proxies: use those of the environment.
+
+    Attributes:
+        brake: bounds the bytes of responses in memory.
     """
 
     def __init__(
         self, headers: Mapping[str, str], timeout: float, lean: Http1 | None = None, proxies: bool = True
     ) -> None:
         self._headers, self.timeout, self._lean, self._proxies = {**DEFAULTS, **headers}, timeout, lean, proxies
+        self.brake = lean.brake if lean else Brake()
         self._proxied: dict[str, str] = {}  # the proxy for an API; "" if there is none
         self._opened: aiohttp.ClientSession | None = None
 
@@ -111,24 +116,19 @@ class Transport:
         import aiohttp
 
         connecting = min(self.timeout, CONNECT_TIMEOUT)
-        options: dict[str, Any] = {"timeout": aiohttp.ClientTimeout(sock_connect=connecting, **limit)}
+        silence = aiohttp.ClientTimeout(None, sock_connect=connecting, sock_read=limit.get("sock_read"))
+        options: dict[str, Any] = {"timeout": silence}
         options |= {"allow_redirects": False, "proxy": proxy or None}
         try:
             url, own = without_credentials(url)
             options["headers"] = {**self._headers, **own}  # those of a session would be sent to the proxy as well
-            async with self._session.request(method, url, data=data, **options) as response:
+            async with (
+                asyncio.timeout(limit.get("total")) as until,
+                self._session.request(method, url, data=data, **options) as response,
+            ):
                 if response.status < 200:
                     raise Broken(f"the server switched to another protocol: {response.status}")
-                decoder = Decoder(response.headers.get("Content-Encoding", ""))
-                streamed = method == "POST" and response.status == 200 and is_stream(response.headers)
-                assembly, pieces = Assembly() if streamed else None, []
-                async for piece in response.content.iter_any():
-                    content = decoder.feed(piece)
-                    if progressed and assembly:
-                        progressed()
-                    assembly.feed(content) if assembly else pieces.append(content)
-                decoder.end()
-                body = whole(assembly) if assembly else b"".join(pieces)
+                body = await self._received(response, Turns(until), Events(progressed) if method == "POST" else None)
                 return Answer(response.status, response.headers, body, str(response.reason))
         except aiohttp.ConnectionTimeoutError as exc:
             if self.timeout <= CONNECT_TIMEOUT:
@@ -145,6 +145,26 @@ class Transport:
             raise Unreached(sdg.redact(str(exc)) or type(exc).__name__) from exc
         except (aiohttp.ClientError, ConnectionError, ValueError) as exc:
             raise Broken(str(exc) or type(exc).__name__) from exc
+
+    async def _received(self, response: aiohttp.ClientResponse, turns: Turns, events: Events | None) -> bytes:
+        """The body of a response, or what a stream of events amounts to; its pieces come as the brake allows."""
+        decoder, pieces = Decoder(response.headers.get("Content-Encoding", "")), []
+        streamed = events is not None and events.wanted(response.status, response.headers)
+        self.brake.begin(turns)
+        try:
+            while await turns.next() and (piece := await response.content.readany()):
+                content = decoder.feed(piece)
+                if events and streamed:
+                    before = events.kept
+                    events.piece(content)
+                    self.brake.grew(turns, events.kept - before)
+                else:
+                    pieces.append(content)
+                    self.brake.grew(turns, len(content))
+        finally:
+            self.brake.end(turns)
+        decoder.end()
+        return events.body() if events and streamed else b"".join(pieces)
 
     async def _post_lean(self, lean: Http1, url: str, body: bytes, progressed: Callable[[], None] | None) -> Answer:
         events = Events(progressed)
@@ -195,6 +215,7 @@ class Events(Take):
         if self._progressed:
             self._progressed()
         self.assembly.feed(piece)
+        self.kept = self.assembly.size
 
     def body(self) -> bytes:
         """The whole response. Raises Broken if the stream ended early."""

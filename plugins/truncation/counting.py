@@ -20,7 +20,6 @@ import orjson
 import sdg
 from sdg_plugins.servers.client import LONGEST_PAUSE, Client
 from sdg_plugins.servers.http1 import Broken, Unreached
-from sdg_plugins.servers.pool import Pool
 from sdg_plugins.servers.transport import root_of
 from sdg_plugins.truncation.cutting import texts_of
 from sdg_plugins.truncation.model_files import FILES, Unusable, chat_template, model_files, template_arguments
@@ -39,16 +38,16 @@ T = TypeVar("T")
 # ── Asking servers ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def available_server(pool: Pool) -> sdg.Upstream:
+async def available_server(client: Client) -> sdg.Upstream:
     """A server that is up, without waiting for a slot if there is one. Canceled when the run stops, as requests are."""
-    if pool.stopped:
+    if client.lane.stopped:
         raise asyncio.CancelledError
     now = asyncio.get_running_loop().time()
-    ready = [upstream for upstream in pool.upstreams if upstream.up.is_set() and upstream.until <= now]
+    ready = [upstream for upstream in client.pool.upstreams if upstream.up.is_set() and upstream.until <= now]
     if ready:
         return min(ready, key=lambda upstream: upstream.active)
-    upstream = await pool.acquire()
-    pool.release(upstream)
+    upstream = await client.lane.acquire()
+    client.lane.release(upstream)
     return upstream
 
 
@@ -71,7 +70,7 @@ async def fetch_json(
     for attempt in range(attempts):
         if attempt:
             await asyncio.sleep(random.uniform(0, min(LONGEST_PAUSE, 2.0**attempt)))
-        upstream = server or await available_server(client.pool)
+        upstream = server or await available_server(client)
         root = upstream.url if path == "/models" else root_of(upstream.url)
         sent, where = asyncio.get_running_loop().time(), sdg.redact(root + path)
         try:

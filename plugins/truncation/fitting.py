@@ -233,7 +233,7 @@ class Fitter:
 
     async def _ask_servers(self) -> None:
         if self._none_asked:  # the first one may still be loading
-            await available_server(self.client.pool)
+            await available_server(self.client)
         ready = {upstream for upstream in self._unasked if upstream.up.is_set()}
         for limit in await asyncio.gather(*map(self._context_of, ready)):
             self._learn(limit)

@@ -15,13 +15,14 @@ import sys
 
 import hub
 import in_flight
+import ranks
 import scale
 import served
 import startup
 import throughput
 from harness import BenchError, defaults, heading, interrupt, say, table
 
-BENCHES = {module.__name__: module for module in (throughput, in_flight, hub, scale, startup, served)}
+BENCHES = {module.__name__: module for module in (throughput, in_flight, ranks, hub, scale, startup, served)}
 
 
 def main() -> int:

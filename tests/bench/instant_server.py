@@ -19,6 +19,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import random
 import re
 import resource
 import sys
@@ -117,7 +118,8 @@ class Server:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.ledger = Ledger()
-        self.delay, self.slow_delay = options.delay, options.slow_delay
+        self.delay, self.spread, self.slow_delay = options.delay, options.spread, options.slow_delay
+        self.chance = random.Random(0)
         self.slow_every = round(1 / options.slow_share) if options.slow_share else 0
         card = {"id": MODEL, "object": "model", "created": 1, "owned_by": "bench", "max_model_len": 32768}
         self.models = response(json.dumps({"object": "list", "data": [card]}).encode())
@@ -129,7 +131,9 @@ class Server:
     def next_delay(self) -> float:
         """Return how long the request that has just arrived takes."""
         slow = self.slow_every and self.ledger.requests % self.slow_every == 0
-        return self.slow_delay if slow else self.delay
+        if slow:
+            return self.slow_delay
+        return self.delay * self.chance.lognormvariate(0.0, self.spread) if self.spread else self.delay
 
     def other(self, method: bytes, target: bytes) -> bytes:
         """Answer a request that is not for a completion."""
@@ -218,6 +222,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one and prints it")
     parser.add_argument("--delay", type=float, default=0.0, help="seconds until an answer")
     parser.add_argument("--slow-share", type=float, default=0.0, help="share of the requests that are slow: 0.01")
+    parser.add_argument("--spread", type=float, default=0.0, help="sigma of lognormal delays around --delay")
     parser.add_argument("--slow-delay", type=float, default=0.0, help="seconds until a slow answer")
     parser.add_argument("--tokens", type=int, default=60, help="words in an answer")
     parser.add_argument("--until-eof", action="store_true", help="end with standard input: no server outlives a bench")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import signal
+import sqlite3
 from collections import Counter
 
 import pytest
-from fake_server import FakeServer, Hang, Status
+from fake_server import FakeServer, Hang, Status, prompt_of
 from running import Job, documents, wait_until
 
 
@@ -64,7 +67,7 @@ def test_the_rank_of_a_killed_process_is_taken_by_another(shared: Job, server: F
 def test_a_rank_in_the_hands_of_another_process_is_left_alone(shared: Job, server: FakeServer) -> None:
     held = documents(120)[0]["text"]
     server.behave(lambda payload, n: Hang() if held in str(payload) else None)
-    first = shared.start()
+    first = shared.start(max_concurrent_documents=1)  # otherwise it takes further ranks meanwhile
     wait_until(lambda: held in server.prompts)
 
     second = shared()
@@ -85,6 +88,83 @@ def test_a_failed_rank_ends_its_process_and_is_open_for_the_next_one(shared: Job
     server.behave(lambda payload, n: None)
     shared.succeed(retry_failed=True, max_documents=30)
     assert sorted(shared.output.ids()) == [row["id"] for row in documents(30)]
+
+
+def test_the_next_rank_begins_when_the_last_document_of_the_present_one_has_begun(
+    shared: Job, server: FakeServer
+) -> None:
+    """With as many requests in flight as before, and each rank's files and figures its own."""
+    held = documents(120)[2]["text"]
+    server.behave(lambda payload, n: Hang() if prompt_of(payload) == held else None)
+    process = shared.start(max_concurrent_generations=2)
+    wait_until(lambda: set(server.prompts) == {row["text"] for row in documents(120)})
+    assert held not in [request.prompt for request in server.answered]
+    server.release()
+
+    finished = process.finish()
+
+    assert finished.rc == 0
+    assert finished.stdout.count("20 documents: 20 rows") == 6
+    assert server.max_in_flight == 2
+    assert len(server.prompts) == len(documents(120))
+    figures = [json.loads(path.read_bytes()) for path in shared.output.state.glob("0*.stats.json")]
+    assert [(rank["rows"], rank["requests"], rank["rank"]["status"]) for rank in figures] == [(20, 20, "finished")] * 6
+    assert shared.verify().rc == 0
+
+
+@pytest.mark.parametrize("hurried", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_signal_stops_all_ranks_that_overlap_and_nothing_is_sent_again(
+    hurried: bool, shared: Job, server: FakeServer
+) -> None:
+    held = {documents(120)[position]["text"] for position in (2, 7, 12)}  # of ranks 0, 1 and 2
+    server.behave(lambda payload, n: Hang() if prompt_of(payload) in held else None)
+    process = shared.start(max_concurrent_generations=8)
+    wait_until(lambda: len(set(server.prompts)) == 120)
+    wait_until(lambda: durable(shared) == 120 - len(held))
+    process.send(signal.SIGTERM)
+    if hurried:
+        process.send(signal.SIGINT)
+
+    finished = process.finish()
+
+    assert finished.rc in {130, 143}
+    assert hurried or finished.stderr.count("interrupted by SIGTERM") == 1
+    answered = {request.prompt for request in server.answered}
+    server.release()
+    server.forget()
+    shared.succeed()
+    assert not answered & set(server.prompts)
+    assert sorted(shared.output.ids()) == [row["id"] for row in documents(120)]
+
+
+def test_a_rank_that_fails_lets_the_ranks_beside_it_end_and_no_other_begin(shared: Job, server: FakeServer) -> None:
+    held, bad = documents(120)[2]["text"], {row["text"] for row in documents(120)[5:10]}  # of ranks 0 and 1
+    server.behave(
+        lambda payload, n: Hang() if prompt_of(payload) == held else Status(400) if prompt_of(payload) in bad else None
+    )
+    process = shared.start(max_failure_rate=0.1)
+    wait_until(lambda: shared.output.state.joinpath("00001.stats.json").exists() and "failed" in status_of(shared, 1))
+    server.release()
+
+    finished = process.finish()
+
+    assert finished.rc == 3
+    assert status_of(shared, 0) == "finished"
+
+
+def durable(job: Job) -> int:
+    """Documents that are final in the states of all ranks."""
+    total = 0
+    for path in job.output.state.glob("0*.sqlite3"):
+        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=30)) as state:
+            open_, written = "SELECT count(*) FROM documents", "SELECT total(count) FROM chunks WHERE written"
+            total += sum(int(state.execute(query).fetchone()[0]) for query in (open_, written))
+    return total
+
+
+def status_of(job: Job, rank: int) -> str:
+    figures = json.loads(job.output.state.joinpath(f"{rank:05d}.stats.json").read_bytes())
+    return str(figures["rank"]["status"])
 
 
 @pytest.mark.parametrize(

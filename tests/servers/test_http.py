@@ -391,3 +391,51 @@ def test_user_and_password_of_a_url_are_sent_instead_of_the_key(client: str) -> 
         assert request.lower().count(b"authorization:") == 1
         assert b"Authorization: Basic bWU6cEBzcw==\r\n" in request
         assert f"Host: 127.0.0.1:{server.port}\r\n".encode() in request
+
+
+BIG = b"x" * 300_000
+
+
+def test_large_responses_are_received_one_at_a_time(client: str) -> None:
+    """Each is larger than the bound. The store is full from the first response on, and is emptied late."""
+    most = 0
+    stored: list[int] = []
+    server = RawServer(*[[sized(BIG)]] * 20)
+
+    async def post(transport: Transport) -> None:
+        nonlocal most
+        answer = await transport.post(server.url, "/x", b"{}")
+        assert answer.body == BIG
+        stored.append(len(BIG))
+        most = max(most, sum(stored))
+
+    async def work(transport: Transport) -> None:
+        transport.brake.most, transport.brake.unsaved = 200_000, lambda: sum(stored)
+        posting = asyncio.gather(*[post(transport) for _ in range(20)])
+        while not posting.done():
+            await asyncio.sleep(0.02)
+            stored.clear()
+            transport.brake.look()
+        await posting
+        assert not transport.brake.on
+
+    run(client, server, work)
+    assert most <= 5 * len(BIG)  # those that had come when the brake was put on, and one
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_time_in_which_a_response_is_paused_does_not_count_for_its_time_out(client: str, streamed: bool) -> None:
+    server = RawServer([sized(BIG)])
+
+    async def work(transport: Transport) -> bytes:
+        transport.brake.most, transport.brake.unsaved = 1, lambda: 2
+        progressed = (lambda: None) if streamed else None
+        posting = asyncio.create_task(transport.post(server.url, "/x", b"{}", progressed))
+        while not transport.brake.on:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.5)
+        transport.brake.unsaved = int
+        transport.brake.look()
+        return (await posting).body
+
+    assert run(client, server, work, timeout=0.3) == BIG

@@ -12,7 +12,8 @@ import pytest
 from raw_server import RawServer, Then
 from test_http import OK, PLAIN, WHOLE
 
-from sdg_plugins.servers.http1 import Broken, Http1, Take, Unreached
+from sdg_plugins.servers.http1 import Broken, Http1, Unreached
+from sdg_plugins.servers.streaming import Take
 
 
 def with_client(server: RawServer, work: Callable[[Http1, str], Awaitable[Any]], timeout: float = 20.0) -> Any:
@@ -65,7 +66,7 @@ def test_the_rest_of_a_response_that_was_more_is_dropped_with_its_connection() -
 
 
 def test_connections_that_have_been_idle_for_long_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sdg_plugins.servers.http1.IDLE", 0.01)
+    monkeypatch.setattr("sdg_plugins.servers.origins.KEPT", 0.01)
     server = RawServer([PLAIN], [PLAIN])
 
     async def twice(client: Http1, url: str) -> bytes:
