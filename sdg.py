@@ -975,7 +975,6 @@ class Store:
         self._oldest: float | None = None  # time since which something is not
         self._dirty, self._hurry = asyncio.Event(), asyncio.Event()
         self._committed = asyncio.Event()  # set after the next commit, and replaced
-        self._turn = asyncio.Lock()
         self._closing = False
         self._problem: Exception | None = None  # of the last commit
         self.base: Counter[str] = Counter()  # totals of earlier processes
@@ -1036,7 +1035,7 @@ class Store:
         self._requests.setdefault(document, []).append((key, body))
         self.unsaved["number"] += 1
         self.unsaved["bytes"] += len(body)
-        if 2 * self.unsaved["number"] > self.most_answers:  # so that nobody has to wait for `room`
+        if 4 * self.unsaved["number"] > self.most_answers:  # so that nobody has to wait for `room`
             self._hurry.set()
         self._handed_in()
 
@@ -1097,33 +1096,19 @@ class Store:
                     await asyncio.wait_for(self._hurry.wait(), 0.5 if self._problem else COMMIT_INTERVAL)
         await self._commit()
 
-    @contextlib.asynccontextmanager
-    async def _transaction(self) -> AsyncIterator[None]:
-        """All or nothing, and one at a time, because all tasks share the connection."""
-        async with self._turn:
-            try:
-                yield
-            except BaseException:
-                await self._db.rollback()
-                raise
-            await self._db.commit()
-
     async def _commit(self) -> None:
+        # There is no await between these lines: the totals belong to exactly these rows.
         chunks, documents, requests = self._chunks, self._documents, self._requests
+        self._chunks, self._documents, self._requests = [], [], {}
+        totals, handed = list(self.totals().items()), self._handed
+        taken, began = self.unsaved.copy(), time.monotonic()
+        answers = [(document, *answer) for document, own in requests.items() for answer in own]
+        rows = {"chunks": [_chunk_row(chunk) for chunk in chunks], "documents": documents, "requests": answers}
         try:
-            async with self._transaction():
-                # There is no await between these lines: the totals belong to exactly these rows.
-                chunks, documents, requests = self._chunks, self._documents, self._requests
-                self._chunks, self._documents, self._requests = [], [], {}
-                totals, handed = list(self.totals().items()), self._handed
-                taken, began = self.unsaved.copy(), time.monotonic()
-                answers = [(i, *answer) for i, own in requests.items() for answer in own]
-                read = [_chunk_row(chunk) for chunk in chunks]
-                await self._insert(chunks=read, documents=documents, requests=answers, totals=totals)
-        except BaseException:
-            if requests is not self._requests:  # they wait for the next attempt
-                self._chunks, self._documents = chunks + self._chunks, documents + self._documents
-                self._requests = {i: requests.get(i, []) + self._requests.get(i, []) for i in requests | self._requests}
+            await self._save({**rows, "totals": totals})
+        except BaseException:  # they wait for the next attempt
+            self._chunks, self._documents = chunks + self._chunks, documents + self._documents
+            self._requests = {i: requests.get(i, []) + self._requests.get(i, []) for i in requests | self._requests}
             raise
         self._durable = handed
         self.unsaved.subtract(taken)
@@ -1131,32 +1116,23 @@ class Store:
         self.on_room()
         self.on_durable([document for document, _, _ in documents])
 
-    async def _insert(self, **tables: Sequence[tuple[Any, ...]]) -> None:
-        """Insert rows with one statement for many: `executemany` reacquires the GIL for each row, up to 5 ms each."""
-        statements = []  # queued at once: each would wait for a turn of the loop, which thousands of requests make long
-        for table, rows in tables.items():
-            size = sum(len(row[-1]) for row in rows if isinstance(row[-1], bytes))  # sqlite3 copies what it binds
-            step = max(1, min(1000, PIECE_BYTES * len(rows) // max(1, size)))
-            for i in range(0, len(rows), step):
-                some = rows[i : i + step]
-                marks = ",".join([f"({','.join('?' * len(rows[0]))})"] * len(some))
-                values = [value for row in some for value in row]
-                statements.append(self._db.execute(f"INSERT OR REPLACE INTO {table} VALUES {marks}", values))
-        await asyncio.gather(*statements)
+    async def _save(self, rows: Mapping[str, list[tuple[Any, ...]]], *statements: tuple[str, Sequence[Any]]) -> None:
+        """Insert rows by table, then execute statements: all or nothing."""
+        from sdg_plugins.common.database import transact
+
+        await transact(self._db, rows, statements)
 
     async def written(self, chunk: Chunk) -> None:
         """The chunk's file is durable: record that, and drop the documents and responses it was made of."""
         span = (chunk.index << 32, (chunk.index + 1) << 32)
-        async with self._transaction():
-            await self._insert(chunks=[_chunk_row(chunk)])
-            await self._db.execute("DELETE FROM documents WHERE id >= ? AND id < ?", span)
-            await self._db.execute("DELETE FROM requests WHERE document >= ? AND document < ?", span)
+        documents = ("DELETE FROM documents WHERE id >= ? AND id < ?", span)
+        requests = ("DELETE FROM requests WHERE document >= ? AND document < ?", span)
+        await self._save({"chunks": [_chunk_row(chunk)]}, documents, requests)
 
     async def reopen(self, chunk: Chunk, outcomes: Iterable[tuple[int, str, bytes]]) -> None:
         """Make a written chunk open again, with the documents that stay as they are."""
-        async with self._transaction():
-            documents = [(chunk.index << 32 | i, status, body) for i, status, body in outcomes]
-            await self._insert(documents=documents, chunks=[_chunk_row(chunk)])
+        documents = [(chunk.index << 32 | i, status, body) for i, status, body in outcomes]
+        await self._save({"documents": documents, "chunks": [_chunk_row(chunk)]})
 
     # Queries
 
@@ -1598,7 +1574,8 @@ class Engine:
         await self._reopen_lost(known := await self.store.chunks())
         self.tally = await self.store.tally()
         self.store.on_durable, self.store.on_failure = self._durable, self.run.stop
-        self.store.most_answers = max(100, self.run.options.max_concurrent_generations)
+        in_flight = self.run.options.max_concurrent_generations
+        self.store.most_answers = max(1000 - in_flight, in_flight)
         with self.intake, self._writing:
             async with asyncio.TaskGroup() as self._write_tasks, contextlib.aclosing(self._batches(known)) as batches:
                 try:
