@@ -508,6 +508,7 @@ def test_a_retry_with_an_edited_plugin_may_be_interrupted(job: Job, server: Fake
     assert job.verify().rc == 0
 
 
+@pytest.mark.slow
 def test_a_retry_with_an_edited_plugin_does_not_keep_chunks_open_that_it_cannot_complete(
     job: Job, server: FakeServer
 ) -> None:
