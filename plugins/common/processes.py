@@ -91,7 +91,7 @@ def _is_whole(options: argparse.Namespace, asked: int | None) -> bool:
         return False
     if getattr(options, "nodes", 1) > 1 and (asked or 1) > 1:
         raise sdg.UsageError(f"--processes {asked} requires a server on one machine: leave out --nodes")
-    return bool(asked) or not (options.any_rank or options.world_size or options.rank is not None)
+    return bool(asked) or not (options.any_rank or options.rank is not None)
 
 
 def _recorded(options: argparse.Namespace) -> dict[str, Any]:

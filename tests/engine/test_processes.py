@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import signal
+import sqlite3
+import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from fake_server import FakeServer, Hang, Status
-from running import Job, Started, documents, wait_until
+from fake_server import Delay, FakeServer, Hang, Status
+from running import Job, Output, Started, documents, wait_until
 
 TEXTS = [row["text"] for row in documents(120)]
 
@@ -47,7 +51,7 @@ def test_several_processes_make_one_run_which_any_number_continues(several: Job,
     assert len(json.loads((several.output.state / "run.json").read_text())["options"]["input"]) > 0
     assert "60 rows" in (several.output.path / "README.md").read_text()
 
-    again = several(processes=None, world_size=None)  # as one would call a run of one process
+    again = several(processes=None)  # all ranks, because it is no run of one process
 
     assert again.rc == 0, again
     assert "120 documents: 120 rows" in again.stdout
@@ -94,7 +98,7 @@ def test_processes_do_not_outlive_their_parent_and_the_rerun_buys_nothing_twice(
     finished = several(processes=3)
 
     assert len(children) == 2
-    assert not any(map(is_alive, children))
+    wait_until(lambda: not any(map(is_alive, children)), 5)
     assert finished.rc == 0, finished
     assert Counter(server.prompts) == {**dict.fromkeys(TEXTS, 1), held: 2}
     assert several.verify().rc == 0
@@ -150,3 +154,49 @@ def test_what_is_wrong_is_said_once(options: dict[str, object], words: list[str]
 
     assert finished.rc in {1, 2}
     assert finished.says(*words)
+
+
+def all_durable(output: Output) -> set[str]:
+    """Texts of the documents that no crash can undo, in whatever rank."""
+    found: set[int] = set()
+    for path in output.state.glob("[0-9]*.sqlite3"):
+        with contextlib.suppress(sqlite3.OperationalError):  # it has no tables yet
+            found |= output.durable(int(path.name[:5]))
+    return {row["text"] for row in documents(1000) if int(row["id"][1:]) in found}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(12))
+def test_random_kills_of_processes_and_of_their_parent_lose_and_repeat_nothing(
+    seed: int, job: Job, server: FakeServer
+) -> None:
+    chance = random.Random(seed)
+    rows = documents(400)
+    job.input(rows, name=chance.choice(["input.parquet", "input.jsonl"]))
+    job.options |= {"records_per_chunk": 7, "max_concurrent_generations": chance.choice([3, 20, 100])}
+    job.options["world_size"] = chance.choice([None, 5, 12])
+    server.behave(lambda payload, n: Delay(chance.random() * 0.15))
+
+    seen: list[tuple[set[str], int]] = []  # what was durable, and how many requests there had been by then
+    for _ in range(chance.randrange(2, 6)):
+        first = not (job.output.state / "run.json").exists()
+        started = job.start(processes=chance.choice([2, 3, 4] if first else [None, 1, 2, 3, 4]))
+        for _ in range(chance.randrange(1, 5)):
+            time.sleep(chance.random() * 1.2)
+            victims = children_of(started) if started.running else []
+            seen.append((all_durable(job.output), len(server.requests)))
+            if not victims or chance.random() < 0.4:
+                break
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(chance.choice(victims), signal.SIGKILL)
+        if started.running:
+            started.send(chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
+        started.finish()
+        wait_until(lambda: not any(map(is_alive, victims)), 5)  # noqa: B023 - called at once
+        seen.append((all_durable(job.output), len(server.requests)))
+    job.succeed(processes=chance.choice([None, 2]))
+
+    for kept, sent in seen:
+        assert kept.isdisjoint(server.prompts[sent:])
+    assert sorted(job.output.ids()) == [row["id"] for row in rows]
+    assert job.verify().rc == 0
