@@ -181,7 +181,7 @@ class Job:
                 self._everything.reason = self._everything.reason or self.problem
         finally:
             self._everything.parts.discard(self.stop)
-            self.stop.cancel = before
+            self.stop.cancel, self.stop.gently = before, None
         self.problem = self.problem or self.stop.reason
 
     async def _work(self, servers: Mapping[str, Servers]) -> None:
@@ -199,7 +199,7 @@ class Job:
                     with same_folder():
                         await engine.work()
                 finally:
-                    self.stop.gently = None
+                    self.stop.gently = lambda: None  # what is left is to record the end
 
     async def _reader(self) -> sdg.Reader:
         """Open the input; sets `run.schema`."""
