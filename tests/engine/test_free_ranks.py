@@ -73,11 +73,11 @@ def test_a_rank_in_the_hands_of_another_process_is_left_alone(shared: Job, serve
 
     second = shared()
 
-    status = json.loads(shared.sdg("status", "--output", "out", "--json").stdout)
+    status = json.loads(shared.sdg("status", "--output", shared.output.path, "--json").stdout)
     assert status["parts"] == {"done": 5, "taken": 1, "free": 0}
     assert status["ranks"][0]["holder"]["pid"] == first.process.pid
     assert status["ranks"][1]["holder"] is None
-    words = shared.sdg("status", "--output", "out")
+    words = shared.sdg("status", "--output", shared.output.path)
     assert "parts: 5 done, 1 taken, 0 free" in words.stdout
     assert f"taken     rank 0: process {first.process.pid} on" in words.stdout
     server.release()
