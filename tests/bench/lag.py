@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import sdg
@@ -40,17 +40,3 @@ async def measuring(path: Path) -> AsyncIterator[None]:
     finally:
         looking.cancel()
         path.write_text(json.dumps(samples))
-
-
-def percentile(samples: Sequence[tuple[float, float]], share: float) -> float:
-    """The lateness that what becomes due at any time meets in this share of the cases.
-
-    A turn of a second meets a hundred times as much as one of a hundredth, though each is one sample.
-    """
-    ordered = sorted(late for _, late in samples)
-    left = share * sum(late + PERIOD for late in ordered)
-    for late in ordered:
-        left -= late + PERIOD
-        if left <= 0:
-            return late
-    return 0.0
