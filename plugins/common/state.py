@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 HUB_FILES = 100_000  # in a repository
 LOOK = 1000  # rows that are read to estimate the number of all
+# Files of the state that belong to the data.
+OWN = re.compile(r"(schema|stats|\d{5,}\.(stats|attempt|meeting))\.json|\d{5,}\.(retry|sqlite3(-wal|-shm|-journal)?)")
 DEMO_MODEL = "demo-extractive"  # of the server `demo`
 
 
@@ -434,9 +436,8 @@ def start_over(run: sdg.Run) -> None:
         replace_file(run, "run.json", json.dumps({**record, "discarded": True}).encode())
         for file in sorted(doomed):
             run.output.delete(file)
-        own = re.compile(r"(schema|stats|\d{5,}\.(stats|attempt|meeting))\.json|\d{5,}\.sqlite3(-wal|-shm|-journal)?")
         for path in sorted(run.state.iterdir()):
-            if own.fullmatch(path.name) and path.name != f"{run.options.rank:05d}.attempt.json":  # this one
+            if OWN.fullmatch(path.name) and path.name != f"{run.options.rank:05d}.attempt.json":  # this one
                 path.unlink()
         release_output(run)
         sync(run.state)

@@ -11,7 +11,7 @@ CONNECTING = 512  # connections to a server that are made at once: it drops what
 IDLE = 4.0  # s after which an idle connection is not used for a while: vLLM closes them after 5 s
 LASTING = 6.0  # s after which it is used again, since the server has kept it
 KEPT = 60.0  # s for which an idle connection is kept
-BRISK = 0.01  # s of idleness after which it is worth a system call to see whether a connection still is idle
+BRISK = 0.25  # s of idleness after which it is worth a system call to see whether a connection still is idle
 NAMES_KEPT = 10.0  # s for which the addresses of a host are remembered
 
 
