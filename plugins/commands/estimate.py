@@ -304,12 +304,17 @@ class Forecast:
         self.shares = {name: forecast.share_of(found, self.sample, population) for name, found in shares.items()}
         self.seconds = self._seconds(paces, takes)
 
+    @property
+    def _ranks(self) -> int:
+        """Ranks that have servers of their own: those of --processes share them."""
+        return 1 if self.options.processes else int(self.options.world_size)
+
     def _seconds(self, paces: Mapping[str, tuple[Pace, Pace]], takes: Mapping[str, Takes]) -> Range:
         """How long the run takes if each rank has servers like this one's: as long as its slowest model needs."""
         longest = Range(0.0, 0.0, 0.0)
         for name, (narrow, wide) in paces.items():
             options = self.options.models.get(name, self.options)
-            documents = self.population / self.options.world_size
+            documents = self.population / self._ranks
             prompt, completion, requests = self.models[name]
             each = Range(*(takes[name].work(*both) for both in zip(requests, completion, strict=True)))
             alone = (narrow if narrow.work else wide).each * each.value
@@ -362,7 +367,7 @@ class Forecast:
         else:
             yield "cost    unknown: give --price-input and --price-output, for a million tokens"
         time = [forecast.in_words(seconds) for seconds in self.seconds]
-        ranks = f" on each of {self.options.world_size} ranks" if self.options.world_size > 1 else ""
+        ranks = f" on each of {self._ranks} ranks" if self._ranks > 1 else ""
         flight = counted(self.options.max_concurrent_generations, "request")
         yield f"time    {time[0]} ({time[1]} to {time[2]}) with up to {flight} in flight{ranks}, once the server is up"
         for name, share in self.shares.items():

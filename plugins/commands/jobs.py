@@ -19,6 +19,7 @@ from typing import Any, cast
 import sdg
 from sdg_plugins.commands.relay import Relay
 from sdg_plugins.commands.stop import Stop
+from sdg_plugins.common import retrying
 from sdg_plugins.common.attempts import begin_attempt, end_attempt
 from sdg_plugins.common.checks import (
     check_columns,
@@ -95,17 +96,6 @@ async def record_end(engine: sdg.Engine, stop: Stop) -> dict[str, Any]:
     return figures
 
 
-async def failed_documents(store: sdg.Store) -> dict[int, frozenset[int]]:
-    """Positions of the failed documents of each chunk."""
-    found = {}
-    for index, chunk in (await store.chunks()).items():
-        final = {} if chunk.written else await store.finished_in(chunk)
-        open_ = (position for position, status in final.items() if status in {"failed", "empty"})
-        if failed := frozenset([*chunk.failed, *open_]):
-            found[index] = failed
-    return found
-
-
 class Job:
     """One config's run, from the first look at its output until its observers are left.
 
@@ -172,6 +162,7 @@ class Job:
                 await self._work(servers)
                 self.finished = self.stop.reason is None
                 if self.finished:
+                    retrying.end(self.run)
                     await asyncio.to_thread(shrink, rank_file(self.run.state, self.run.options.rank, "sqlite3"))
         except asyncio.CancelledError:
             if self.stop.reason is None:
@@ -232,7 +223,7 @@ class Job:
         async with contextlib.AsyncExitStack() as stack:
             async with recording_the_start(run, servers.get("", [])):
                 await connect_models(run, servers, self._connecting, stack)
-                retrying = claim_state(run, reader, functools.partial(changed_rows, run, reader))
+                only_failed = claim_state(run, reader, functools.partial(changed_rows, run, reader))
                 check_number_of_files(run, reader)
             path = rank_file(run.state, run.options.rank, "sqlite3")
             store = await stack.enter_async_context(sdg.Store.open(path, run.counts))
@@ -242,8 +233,9 @@ class Job:
             resources = await self._resources(stack)
             intake, outlet = Intake(run, reader), Outlet(run, self._writer)
             outlet.check(reader.schema)
-            if retrying:
-                intake.chosen, intake.retrying = await failed_documents(store), True
+            await retrying.begin(run, store)
+            if only_failed:
+                intake.chosen, intake.retrying = await retrying.failed_documents(store), True
             crew = Crew(run.options.max_concurrent_documents, self._places, self.begun_all)
             yield sdg.Engine(run, store, crew, intake, outlet, send, resources)
 

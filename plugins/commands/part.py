@@ -128,6 +128,7 @@ class Line:
     def _obey(self, message: dict[str, Any]) -> None:
         if "stop" in message and self._stop:
             self._stop(as_problem(message["stop"]))
+        self.order["servers"] = message.get("servers", self.order["servers"])  # for jobs that have not begun
         for name, states in message.get("servers", {}).items():
             for server, state in zip(self._servers.get(name, []), states, strict=False):
                 if isinstance(server, sdg.Upstream):
@@ -201,6 +202,7 @@ def report_of(engine: sdg.Engine) -> dict[str, Any]:
         "weight": weight,
         "ended": list(engine.crew.ended)[-SAMPLE:],
         "active": {name: client.lane.active for name, client in clients.items()},
+        "seconds": engine.client.lane.seconds,
         "waiting": engine.client.pool.waiting(),
         "servers": {name: list(map(state_of, client.pool.upstreams)) for name, client in clients.items()},
     }
@@ -214,10 +216,9 @@ def clients_of(engine: sdg.Engine) -> dict[str, Client]:
 
 def state_of(upstream: sdg.Upstream) -> dict[str, Any]:
     """What the parent must know of one server to watch it."""
-    return {
-        **{name: getattr(upstream, name) for name in ("active", "answers", "failures", "convicted", "progressed")},
-        "load": upstream.limit.load,
-    }
+    quarantine, names = upstream.quarantine, ("active", "answers", "failures", "convicted", "progressed", "crashes")
+    suspects = len(quarantine.waiting) + bool(quarantine.share) + quarantine.doubts
+    return {**{name: getattr(upstream, name) for name in names}, "load": upstream.limit.load, "suspects": suspects}
 
 
 def follow(upstream: sdg.Upstream, state: Mapping[str, Any]) -> None:

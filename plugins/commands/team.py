@@ -15,6 +15,7 @@ from typing import Any
 
 import sdg
 from sdg_plugins.commands.part import as_message, as_problem
+from sdg_plugins.commands.turns import Turns
 from sdg_plugins.commands.whole import Whole
 from sdg_plugins.common.processes import PART, Part
 from sdg_plugins.servers.models import Servers
@@ -31,12 +32,21 @@ class Process:
 
     Attributes:
         ended: what it said at its end: None if all went well; missing if it has said nothing.
-        code: its exit status, once it has ended.
+        told: where the servers are, as it was told at last.
+        ranks: on which it works.
     """
 
     def __init__(self, popen: asyncio.subprocess.Process, writer: asyncio.StreamWriter) -> None:
         self.pid, self.popen, self._writer = popen.pid, popen, writer
         self.ended: list[dict[str, Any] | None] = []
+        self.told: dict[str, list[Any]] = {}
+        self.ranks: set[int] = set()
+
+    def tell(self, servers: dict[str, list[Any]], **more: Any) -> None:
+        """Tell it where the servers are, unless it knows and there is nothing more to tell."""
+        if servers != self.told or more:
+            self.told = servers
+            self.send({"servers": servers, **more})
 
     def send(self, message: Mapping[str, Any]) -> None:
         """Send it a message, unless it has ended."""
@@ -85,6 +95,9 @@ class Team:
         self._said: dict[str, int] = {}  # lines on standard error, and the process that was first
         self._questions: set[asyncio.Task[None]] = set()
         self._reason: BaseException | None = None
+        self._turns: dict[sdg.Upstream, Turns[Process]] = {
+            server: Turns(server) for some in servers.values() for server in some if isinstance(server, sdg.Upstream)
+        }
         self.spent: sdg.Error | None = None
 
     async def work(self) -> None:
@@ -150,7 +163,7 @@ class Team:
         process = Process(popen, writer)
         self._processes.add(process)
         try:
-            process.send({"part": self._part._replace(number=number)._asdict(), "servers": self._states()})
+            process.tell(self._states(process), part=self._part._replace(number=number)._asdict())
             if self._reason:  # it came while the process was started
                 self._end(process)
             async with asyncio.TaskGroup() as group:
@@ -172,15 +185,24 @@ class Team:
             while raw := await reader.readline():
                 message = json.loads(raw)
                 if "rank" in message:
-                    self._whole.take(process.pid, message)
-                    if not self._whole.stopping and (problem := self._whole.too_many_failures()):
-                        self._stop(problem)
+                    self._take_report(process, message)
                 elif "ended" in message:
                     process.ended.append(message["ended"])
                 elif "examine" in message:
                     task = asyncio.create_task(self._examine(process, message))
                     self._questions.add(task)
                     task.add_done_callback(self._questions.discard)
+
+    def _take_report(self, process: Process, report: dict[str, Any]) -> None:
+        """Take in where a process is with a rank."""
+        (process.ranks.discard if report["last"] else process.ranks.add)(report["rank"])
+        for name, states in report["servers"].items():
+            for server, state in zip(self._servers[name], states, strict=False):
+                if isinstance(server, sdg.Upstream):
+                    self._turns[server].note(process, state)
+        self._whole.take(process.pid, report)
+        if not self._whole.stopping and (problem := self._whole.too_many_failures()):
+            self._stop(problem)
 
     async def _relay(self, process: Process) -> None:
         """Print what a process says on standard error, once if several say the same."""
@@ -193,19 +215,29 @@ class Team:
 
     # Servers
 
-    def _states(self) -> dict[str, list[Any]]:
-        """Where the servers are, as processes are told."""
-        return {name: [state_of(server) for server in servers] for name, servers in self._servers.items()}
+    def _states(self, process: Process) -> dict[str, list[Any]]:
+        """Where the servers are, as a process is told."""
+        return {name: [self._state(server, process) for server in some] for name, some in self._servers.items()}
+
+    def _state(self, server: str | sdg.Upstream, process: Process) -> str | dict[str, Any]:
+        """What a process must know of a server: its URL, or the state of one that was launched."""
+        if isinstance(server, str):
+            return server
+        known = {name: getattr(server, name) for name in ("url", "model", "status", "crashes", "gone")}
+        up = server.up.is_set() and self._turns[server].admits(process)
+        return {**known, "up": up, "launched": server.examine is not None}
 
     async def _watch_servers(self) -> None:
         """Tell all processes when a launched server rises or falls."""
-        known = self._states()
-        while any(not isinstance(state, str) for states in known.values() for state in states):
+        while self._turns:
             await asyncio.sleep(LOOK)
-            if (states := self._states()) != known:
-                known = states
-                for process in self._processes:
-                    process.send({"servers": states})
+            for turns in self._turns.values():
+                turns.look(self._processes, self._is_at_work)
+            for process in self._processes:
+                process.tell(self._states(process))
+
+    def _is_at_work(self, process: Process) -> bool:
+        return process in self._processes and bool(process.ranks)
 
     async def _examine(self, process: Process, message: Mapping[str, Any]) -> None:
         """Answer whether a process's request failed because the server crashed."""
@@ -214,15 +246,8 @@ class Team:
         assert isinstance(server, sdg.Upstream)
         assert server.examine
         crashed = await server.examine(crashes)
-        process.send({"servers": self._states(), "examined": message["question"], "crashed": crashed})
-
-
-def state_of(server: str | sdg.Upstream) -> str | dict[str, Any]:
-    """What a process must know of a server: its URL, or the state of one that was launched."""
-    if isinstance(server, str):
-        return server
-    known = {name: getattr(server, name) for name in ("url", "model", "status", "crashes", "gone")}
-    return {**known, "up": server.up.is_set(), "launched": server.examine is not None}
+        self._turns[server].look(self._processes, self._is_at_work)
+        process.tell(self._states(process), examined=message["question"], crashed=crashed)
 
 
 def how_it_ended(code: int) -> str:

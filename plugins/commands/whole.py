@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -43,8 +44,13 @@ class Together:
 
     @property
     def seconds(self) -> float:
-        """Since the first request was in flight."""
+        """Since the first request."""
         return time.monotonic() - self._began if self._began else 0.0
+
+    def begin(self, report: Mapping[str, Any]) -> None:
+        """Take in how long a process has sent requests."""
+        if report["counts"].get("requests"):
+            self._began = min(self._began or math.inf, time.monotonic() - report["seconds"])
 
     def waiting(self) -> tuple[float, str] | None:
         """If one of the processes waits for a server: for how many seconds, and why."""
@@ -54,8 +60,6 @@ class Together:
         """Take in the last report of each process, as far as the model `name` is concerned."""
         self.active = sum(report["active"].get(name, 0) for report in reports)
         self._waiting = next((report["waiting"] for report in reports if report["waiting"]), None)
-        if self._began is None and any(report["counts"].get("requests") or report["begun"] for report in reports):
-            self._began = time.monotonic()
         states = [report["servers"].get(name, []) for report in reports]
         for number, upstream in enumerate(self.upstreams):
             every = [servers[number] for servers in states if number < len(servers)]
@@ -138,6 +142,7 @@ class Whole:
         self._now[process, rank] = report
         for name, pool in {"": self.client, **self.models}.items():
             self._note_answers(process, name, pool, report)
+            pool.begin(report)
         if report["last"]:
             self._fold(process, rank)
         self._sum()

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 HUB_FILES = 100_000  # in a repository
 LOOK = 1000  # rows that are read to estimate the number of all
+# Files of the state that belong to the data.
+OWN = re.compile(r"(schema|stats|\d{5,}\.(stats|attempt|meeting))\.json|\d{5,}\.(retry|sqlite3(-wal|-shm|-journal)?)")
 DEMO_MODEL = "demo-extractive"  # of the server `demo`
 
 
@@ -423,16 +425,17 @@ def replaceable(run: sdg.Run, recorded: Mapping[str, Any]) -> str:
 
 
 def untouched(run: sdg.Run) -> bool:
-    """True if the state holds nothing that was paid for, and no other rank has begun."""
-    mine = rank_file(run.state, run.options.rank, "sqlite3")
+    """True if the state holds nothing that was paid for, and no other rank has begun, unless it was this run's, too."""
+    mine = {rank_file(run.state, run.options.rank, "sqlite3").stem}
     ranks = {path.stem for pattern in ("*.lock", "*.sqlite3") for path in run.state.glob(f"[0-9]{pattern}")}
-    if ranks != {mine.stem} or output_files(run):
+    if (ranks != mine and not run.options.processes) or output_files(run):
         return False
-    if not mine.exists():
-        return True
-    with contextlib.closing(sqlite3.connect(f"file:{mine}?mode=ro", uri=True)) as db:
-        tables = ("documents", "requests", "chunks WHERE written")
-        return not any(db.execute(f"SELECT EXISTS (SELECT 1 FROM {table})").fetchone()[0] for table in tables)
+    for path in run.state.glob("[0-9]*.sqlite3"):
+        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:
+            tables = ("documents", "requests", "chunks WHERE written")
+            if any(db.execute(f"SELECT EXISTS (SELECT 1 FROM {table})").fetchone()[0] for table in tables):
+                return False
+    return True
 
 
 # ── Files of the output ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -470,9 +473,8 @@ def start_over(run: sdg.Run) -> None:
         replace_file(run, "run.json", json.dumps({**record, "discarded": True}).encode())
         for file in sorted(doomed):
             run.output.delete(file)
-        own = re.compile(r"(schema|stats|\d{5,}\.(stats|attempt|meeting))\.json|\d{5,}\.sqlite3(-wal|-shm|-journal)?")
         for path in sorted(run.state.iterdir()):
-            if own.fullmatch(path.name) and path.name != f"{run.options.rank:05d}.attempt.json":  # this one
+            if OWN.fullmatch(path.name) and path.name != f"{run.options.rank:05d}.attempt.json":  # this one
                 path.unlink()
         for path in run.state.glob("ranks/*/*.sqlite3*"):
             path.unlink()
