@@ -964,8 +964,7 @@ class Store:
     """
 
     def __init__(self, db: aiosqlite.Connection, counts: Counter[str]) -> None:
-        self._db = db
-        self._counts = counts
+        self._db, self._counts = db, counts
         # Advances only with work: a process that finds everything done must not change the figures on the card.
         self._started = self._worked_until = time.monotonic()
         self._chunks: list[Chunk] = []
@@ -976,7 +975,6 @@ class Store:
         self._oldest: float | None = None  # time since which something is not
         self._dirty, self._hurry = asyncio.Event(), asyncio.Event()
         self._committed = asyncio.Event()  # set after the next commit, and replaced
-        self._turn = asyncio.Lock()
         self._closing = False
         self._problem: Exception | None = None  # of the last commit
         self.base: Counter[str] = Counter()  # totals of earlier processes
@@ -1037,14 +1035,13 @@ class Store:
         self._requests.setdefault(document, []).append((key, body))
         self.unsaved["number"] += 1
         self.unsaved["bytes"] += len(body)
-        if 2 * self.unsaved["number"] > self.most_answers:  # so that nobody has to wait for `room`
+        if 4 * self.unsaved["number"] > self.most_answers:  # so that nobody has to wait for `room`
             self._hurry.set()
         self._handed_in()
 
     def finished(self, document: int, status: str, body: bytes) -> None:
         """A document is final: status row, filtered, failed or empty; body is JSON."""
-        superseded = self._requests.pop(document, ())
-        self.unsaved["bytes"] += len(body) - sum(len(answer) for _, answer in superseded)
+        self.unsaved["bytes"] += len(body) - sum(len(answer) for _, answer in self._requests.pop(document, ()))
         self._documents.append((document, status, body))
         self._handed_in()
 
@@ -1099,34 +1096,19 @@ class Store:
                     await asyncio.wait_for(self._hurry.wait(), 0.5 if self._problem else COMMIT_INTERVAL)
         await self._commit()
 
-    @contextlib.asynccontextmanager
-    async def _transaction(self) -> AsyncIterator[None]:
-        """All or nothing, and one at a time, because all tasks share the connection."""
-        async with self._turn:
-            try:
-                yield
-            except BaseException:
-                await self._db.rollback()
-                raise
-            await self._db.commit()
-
     async def _commit(self) -> None:
+        # There is no await between these lines: the totals belong to exactly these rows.
         chunks, documents, requests = self._chunks, self._documents, self._requests
+        self._chunks, self._documents, self._requests = [], [], {}
+        totals, handed = list(self.totals().items()), self._handed
+        taken, began = self.unsaved.copy(), time.monotonic()
+        answers = [(document, *answer) for document, own in requests.items() for answer in own]
+        rows = {"chunks": [_chunk_row(chunk) for chunk in chunks], "documents": documents, "requests": answers}
         try:
-            async with self._transaction():
-                # There is no await between these lines: the totals belong to exactly these rows.
-                chunks, documents, requests = self._chunks, self._documents, self._requests
-                self._chunks, self._documents, self._requests = [], [], {}
-                totals, handed = list(self.totals().items()), self._handed
-                taken, began = self.unsaved.copy(), time.monotonic()
-                await self._insert("chunks", 12, [_chunk_row(chunk) for chunk in chunks])
-                await self._insert("documents", 3, documents)
-                await self._insert("requests", 3, [(i, *answer) for i, own in requests.items() for answer in own])
-                await self._insert("totals", 2, totals)
-        except BaseException:
-            if requests is not self._requests:  # they wait for the next attempt
-                self._chunks, self._documents = chunks + self._chunks, documents + self._documents
-                self._requests = {i: requests.get(i, []) + self._requests.get(i, []) for i in requests | self._requests}
+            await self._save({**rows, "totals": totals})
+        except BaseException:  # they wait for the next attempt
+            self._chunks, self._documents = chunks + self._chunks, documents + self._documents
+            self._requests = {i: requests.get(i, []) + self._requests.get(i, []) for i in requests | self._requests}
             raise
         self._durable = handed
         self.unsaved.subtract(taken)
@@ -1134,29 +1116,23 @@ class Store:
         self.on_room()
         self.on_durable([document for document, _, _ in documents])
 
-    async def _insert(self, table: str, width: int, rows: list[tuple[Any, ...]]) -> None:
-        """Insert with one statement for many rows: `executemany` reacquires the GIL for each row, up to 5 ms each."""
-        size = sum(len(row[-1]) for row in rows if isinstance(row[-1], bytes))  # sqlite3 copies what it binds
-        step = max(1, min(1000, PIECE_BYTES * len(rows) // max(1, size)))
-        for i in range(0, len(rows), step):
-            some = rows[i : i + step]
-            marks = ",".join([f"({','.join('?' * width)})"] * len(some))
-            values = [value for row in some for value in row]
-            await self._db.execute(f"INSERT OR REPLACE INTO {table} VALUES {marks}", values)
+    async def _save(self, rows: Mapping[str, list[tuple[Any, ...]]], *statements: tuple[str, Sequence[Any]]) -> None:
+        """Insert rows by table, then execute statements: all or nothing."""
+        from sdg_plugins.common.database import transact
+
+        await transact(self._db, rows, statements)
 
     async def written(self, chunk: Chunk) -> None:
         """The chunk's file is durable: record that, and drop the documents and responses it was made of."""
         span = (chunk.index << 32, (chunk.index + 1) << 32)
-        async with self._transaction():
-            await self._insert("chunks", 12, [_chunk_row(chunk)])
-            await self._db.execute("DELETE FROM documents WHERE id >= ? AND id < ?", span)
-            await self._db.execute("DELETE FROM requests WHERE document >= ? AND document < ?", span)
+        documents = ("DELETE FROM documents WHERE id >= ? AND id < ?", span)
+        requests = ("DELETE FROM requests WHERE document >= ? AND document < ?", span)
+        await self._save({"chunks": [_chunk_row(chunk)]}, documents, requests)
 
     async def reopen(self, chunk: Chunk, outcomes: Iterable[tuple[int, str, bytes]]) -> None:
         """Make a written chunk open again, with the documents that stay as they are."""
-        async with self._transaction():
-            await self._insert("documents", 3, [(chunk.index << 32 | i, status, body) for i, status, body in outcomes])
-            await self._insert("chunks", 12, [_chunk_row(chunk)])
+        documents = [(chunk.index << 32 | i, status, body) for i, status, body in outcomes]
+        await self._save({"documents": documents, "chunks": [_chunk_row(chunk)]})
 
     # Queries
 
@@ -1588,8 +1564,8 @@ class Engine:
         self._open: dict[int, OpenChunk] = {}
         self._deferred: dict[int, OpenChunk] = {}  # final, but the fields of results are not settled
         self._untried: list[int] = []  # a heap of those that may settle them
-        self._unwritten = 0
-        self._space = asyncio.Event()
+        self._unwritten, self._space = 0, asyncio.Event()
+        self._window = max(WINDOW * run.options.max_concurrent_documents, 4 * run.options.records_per_chunk)
         self._writing = ThreadPoolExecutor(2, "sdg-writer")
         self._settling, self._two_write, self._one_large = asyncio.Lock(), asyncio.Semaphore(2), asyncio.Lock()
 
@@ -1598,7 +1574,8 @@ class Engine:
         await self._reopen_lost(known := await self.store.chunks())
         self.tally = await self.store.tally()
         self.store.on_durable, self.store.on_failure = self._durable, self.run.stop
-        self.store.most_answers = max(100, self.run.options.max_concurrent_generations)
+        in_flight = self.run.options.max_concurrent_generations
+        self.store.most_answers = max(1000 - in_flight, in_flight)
         with self.intake, self._writing:
             async with asyncio.TaskGroup() as self._write_tasks, contextlib.aclosing(self._batches(known)) as batches:
                 try:
@@ -1675,28 +1652,21 @@ class Engine:
         if earlier and earlier.written and not await self._reopen(opened, earlier):
             opened.close()
             return None
-        while self._unwritten and self._unwritten + chunk.count > self._window():
+        while self._unwritten and self._unwritten + chunk.count > self._window:
             self._space.clear()
             await self._space.wait()
         known = await self.store.finished_in(chunk) if earlier else {}
         # Documents are failed until they are finished again: a retry may be interrupted.
         final = {i: status for i, status in known.items() if not (retry and status in {"failed", "empty"})}
         self.tally -= Counter(status for i, status in known.items() if i not in final)
-        opened.resumed = earlier is not None
-        opened.remaining = chunk.count - len(final)
+        opened.expect(final, resumed=earlier is not None)
         self._open[chunk.index] = opened
-        self._unwritten += chunk.count
+        self._unwritten += opened.weight
         if not earlier or earlier.count != chunk.count or earlier.digest != chunk.digest:
             self.store.opened(chunk)
         if not opened.remaining:
-            self._write_tasks.create_task(self._write_chunk(opened))
-        return final
-
-    def _window(self) -> int:
-        options = self.run.options
-        if self.intake.chosen is not None:  # none of its chunks will be complete
-            return sys.maxsize
-        return int(max(WINDOW * options.max_concurrent_documents, 4 * options.records_per_chunk))
+            self._ended(opened)
+        return final if opened.remaining or opened.whole else None
 
     async def _reopen(self, opened: OpenChunk, earlier: Chunk) -> bool:
         """Resume a written chunk if it has grown, or has failures to retry. Returns False if it is complete."""
@@ -1796,14 +1766,22 @@ class Engine:
             opened = self._open[document >> 32]
             opened.remaining -= 1
             if not opened.remaining:
-                self._write_tasks.create_task(self._write_chunk(opened))
+                self._ended(opened)
+
+    def _ended(self, opened: OpenChunk) -> None:
+        """What is run of a chunk here is final. Write it, unless other documents are left to a later process."""
+        if opened.whole:
+            self._write_tasks.create_task(self._write_chunk(opened))
+        else:
+            self._open.pop(opened.chunk.index).close()
+            self._written(opened)
 
     async def _settle(self, opened: OpenChunk) -> None:
         """Learn the fields of results from the first chunk that has any; chunks without results wait for it."""
         async with self._settling:
             self._deferred[opened.chunk.index] = self._open.pop(opened.chunk.index)
             heapq.heappush(self._untried, opened.chunk.index)
-            self._written(opened.chunk)
+            self._written(opened)
             # In the order of the input, so that equal responses give equal files, whichever chunk is complete first.
             incomplete = min(self._open, default=sys.maxsize)
             while self.outlet.fields is None and self._untried and self._untried[0] < incomplete:
@@ -1816,7 +1794,7 @@ class Engine:
     def _write_deferred(self) -> None:
         self._open |= self._deferred
         for opened in self._deferred.values():
-            self._unwritten += opened.chunk.count
+            self._unwritten += opened.weight
             self._write_tasks.create_task(self._write_chunk(opened))
         self._deferred.clear()
 
@@ -1836,13 +1814,13 @@ class Engine:
                 self._open.pop(chunk.index)
                 opened.close()
                 await self._in_writing_thread(announce, self.run, chunk)
-            self._written(chunk)
+            self._written(opened)
         except Exception as exc:  # noqa: BLE001 - what is in flight is worth the wait
             self.run.stop(exc)
 
-    def _written(self, chunk: Chunk) -> None:
+    def _written(self, opened: OpenChunk) -> None:
         """Move the window on."""
-        self._unwritten -= chunk.count
+        self._unwritten -= opened.weight
         self._space.set()
 
     async def _in_writing_thread(self, work: Callable[..., Any], *arguments: Any) -> Any:

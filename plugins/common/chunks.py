@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import json
 import os
@@ -19,7 +18,7 @@ from sdg_plugins.common.checks import check_blocks, reading
 from sdg_plugins.common.digests import digest_of, same_rows
 from sdg_plugins.common.features import described
 from sdg_plugins.common.files import split_uri
-from sdg_plugins.common.identity import edited
+from sdg_plugins.common.identity import edited, provenance
 from sdg_plugins.common.ids import SeenIds
 from sdg_plugins.common.kinds import decoder, has_nan, parse_json, relaxed
 from sdg_plugins.common.outputs import output_files
@@ -28,7 +27,8 @@ from sdg_plugins.common.recorded import chunks_in
 from sdg_plugins.common.results import infer_fields
 from sdg_plugins.common.returned import no_prompt, results_of, status_of
 from sdg_plugins.common.rows import NUMBER, empty_rows, numbered, shape_of, with_messages
-from sdg_plugins.common.state import fixed_fields, promised_fields, recorded_fields, settle_fields
+from sdg_plugins.common.state import fixed_fields, promised_fields, recorded_fields, settle_fields, spool_folder
+from sdg_plugins.common.tasks import read_ahead
 from sdg_plugins.common.unify import conformed
 from sdg_plugins.common.values import (
     EmptyDocument,
@@ -57,7 +57,9 @@ class OpenChunk:
 
     Attributes:
         bad: the rows that could not be read, by position.
-        remaining: documents that are not final.
+        remaining: documents that this process has to finish.
+        whole: the chunk is then complete, because no others are left.
+        weight: documents that count for the engine's window.
         resumed: an earlier process has begun it.
         only: positions of the documents that are run; None for all.
     """
@@ -69,7 +71,8 @@ class OpenChunk:
 
         self.chunk = chunk
         self.bad: dict[int, sdg.BadRow] = {}
-        self.remaining = 0
+        self.remaining = self.weight = 0
+        self.whole = True
         self.resumed = False
         self.only: frozenset[int] | None = None
         self._origins: list[tuple[int, str, int]] = []  # (position, file, row there)
@@ -88,6 +91,14 @@ class OpenChunk:
             with pa.OSFile(str(spool), "wb") as sink, pa.ipc.new_file(sink, schema) as file:
                 file.write_table(self.table)
             self.table = pa.ipc.open_file(pa.memory_map(str(spool))).read_all()
+
+    def expect(self, final: Mapping[int, str], resumed: bool) -> None:
+        """Learn which documents are final already."""
+        self.resumed = resumed
+        left = self.chunk.count - len(final)
+        self.remaining = left if self.only is None else len(self.only - final.keys())
+        self.whole = self.remaining == left
+        self.weight = self.chunk.count if self.whole else self.remaining
 
     @property
     def files(self) -> list[str]:
@@ -218,21 +229,15 @@ class Intake:
         mine = len(range(options.rank, full, options.world_size)) * options.records_per_chunk
         return int(mine + (rest if full % options.world_size == options.rank else 0))
 
-    async def chunks(self, known: dict[int, sdg.Chunk]) -> AsyncGenerator[OpenChunk, None]:
+    def chunks(self, known: dict[int, sdg.Chunk]) -> AsyncGenerator[OpenChunk, None]:
         """This rank's chunks that are not written, and those that may have to be reopened.
 
         Args:
             known: the chunks that earlier processes have read, by index.
         """
-        loop = asyncio.get_running_loop()
-        chunks = self._read(known)
-        ahead = loop.run_in_executor(self._thread, next, chunks, None)
-        try:
-            while opened := await ahead:
-                ahead = loop.run_in_executor(self._thread, next, chunks, None)
-                yield opened
-        finally:
-            ahead.add_done_callback(lambda done: done.cancelled() or done.exception())
+        options = self._run.options
+        number = 1 + min(7, options.max_concurrent_generations // options.records_per_chunk // 2)
+        return read_ahead(self._thread, self._read(known), number)
 
     def _read(self, known: dict[int, sdg.Chunk]) -> Iterator[OpenChunk]:
         options = self._run.options
@@ -257,7 +262,7 @@ class Intake:
                 check_blocks(parts, count, self.reader)
             if not parts:
                 return
-            spool = self._run.state / "open" / f"{options.rank:05d}_{index:05d}.arrow"
+            spool = spool_folder(self._run) / f"{options.rank:05d}_{index:05d}.arrow"
             opened = OpenChunk(sdg.Chunk(index, start, bookmark=bookmark), parts, self.reader.schema, spool)
             if chunk and not same_rows(opened, chunk):
                 raise sdg.InputError(
@@ -486,15 +491,3 @@ def read_failed(run: sdg.Run, chunk: sdg.Chunk) -> list[dict[str, Any]]:
             return [parse_json(line) for line in file.read().splitlines()]
     except FileNotFoundError:
         return []
-
-
-def provenance(run: sdg.Run) -> dict[str, str]:
-    """Key-value metadata for the files of a run."""
-    names = {
-        "version": sdg.__version__,
-        "fingerprint": run.fingerprint,
-        "model": run.model,
-        "rollout": run.options.rollout,
-        "input_revision": run.input_revision,
-    }
-    return {f"sdg.{name}": value for name, value in names.items()}

@@ -170,3 +170,15 @@ def label_of(code: Mapping[str, Any]) -> str:
 def edited(run: sdg.Run, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Results with the version of the code that has made them, unless the run began with it."""
     return [{EDITED: run.edited, **result} for result in results] if run.edited else results
+
+
+def provenance(run: sdg.Run) -> dict[str, str]:
+    """Key-value metadata for the files of a run."""
+    names = {
+        "version": sdg.__version__,
+        "fingerprint": run.fingerprint,
+        "model": run.model,
+        "rollout": run.options.rollout,
+        "input_revision": run.input_revision,
+    }
+    return {f"sdg.{name}": value for name, value in names.items()}

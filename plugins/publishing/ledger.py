@@ -22,6 +22,20 @@ class Known(NamedTuple):
     git_hash: str = ""  # of a file that is not stored as a large one; "" if unknown
 
 
+BROKEN = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
+
+
+def problem_with(exc: sqlite3.Error) -> str:
+    """What an error says about a ledger, with the way out."""
+    code = getattr(exc, "sqlite_errorcode", None)
+    if code is None or code & 0xFF in BROKEN:  # the lowest byte of an extended code is the code itself
+        return f" is broken ({exc}): delete it; it is rebuilt from the files on the Hub"
+    if code & 0xFF in BUSY:
+        return f" has been locked by another process for a minute ({exc}): wait for it, or stop it, then run again"
+    return f": {sdg.reason_of(exc)}"
+
+
 class Ledger:
     """Published files, and the hashes of all files ever sent: a large file with another hash was not sent from here.
 
@@ -45,10 +59,8 @@ class Ledger:
                 for path, run, signature, hash_, parts, git_hash in rows
             }
             self.sent = {hash_ for (hash_,) in self._db.execute("SELECT hash FROM sent")}
-        except sqlite3.OperationalError:
-            raise  # locked, or the disk is full
-        except sqlite3.DatabaseError as exc:
-            raise sdg.StateError(f"{path} is broken: delete it; it is rebuilt from the files on the Hub") from exc
+        except sqlite3.Error as exc:
+            raise sdg.StateError(f"{path}{problem_with(exc)}") from exc
 
     def _has_git_hashes(self) -> bool:
         """True if the tables are there, in their newest form."""

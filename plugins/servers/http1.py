@@ -11,9 +11,7 @@ import asyncio
 import base64
 import contextlib
 import select
-import socket
 import zlib
-from collections import deque
 from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from urllib.parse import SplitResult, quote, unquote, urlsplit
@@ -23,15 +21,13 @@ from multidict import CIMultiDict
 
 import sdg
 from sdg_plugins.servers.brake import Brake, Pausable
+from sdg_plugins.servers.origins import Origin
 from sdg_plugins.servers.streaming import Take
 
 if TYPE_CHECKING:
     import ssl
 
 CONNECT_TIMEOUT = 30.0  # s for a connection, with TLS
-IDLE = 4.0  # s after which an idle connection is not used again: vLLM closes them after 5 s
-BRISK = 0.01  # s of idleness after which it is worth a system call to see whether a connection still is idle
-NAMES_KEPT = 10.0  # s for which the addresses of a host are remembered
 OTHER_ADDRESS = 5.0  # s for an address of a host that has others
 TICK = 0.25  # s between two looks at the time-outs
 MOST_HEAD = 1 << 18  # bytes of headers, those of interim responses included
@@ -261,56 +257,6 @@ def problem_of(exc: httptools.HttpParserError) -> Exception:
     return cause if isinstance(cause, Exception) else Broken(f"the response is not HTTP: {exc}")
 
 
-class Origin:
-    """A scheme, host and port, its idle connections, and its addresses."""
-
-    def __init__(self, secure: bool, host: str, port: int) -> None:
-        self.secure, self.host, self.port = secure, host, port
-        self.idle: deque[Connection] = deque()  # the last one used is on the right
-        self._addresses: list[str] = []
-        self._lookup: asyncio.Task[None] | None = None  # one for all connections that wait for it
-        self._looked_up_at = 0.0
-
-    def ready(self, now: float) -> Connection | None:
-        """An idle connection that may be used; older ones are closed."""
-        while self.idle:
-            connection = self.idle.pop()
-            idle = now - connection.idle_since
-            if connection.usable and idle < IDLE and (idle < BRISK or not connection.disturbed()):
-                return connection
-            connection.close()
-        return None
-
-    def tidy(self, now: float) -> None:
-        """Close the connections that have been idle for too long."""
-        while self.idle and now - self.idle[0].idle_since >= IDLE:
-            self.idle.popleft().close()
-
-    async def addresses(self) -> list[str]:
-        """The addresses of the host; each connection begins with another one. Raises OSError."""
-        loop = asyncio.get_running_loop()
-        lookup = self._lookup
-        known = lookup and lookup.done() and self._addresses and loop.time() - self._looked_up_at < NAMES_KEPT
-        if lookup is None or (lookup.done() and not known):
-            lookup = self._lookup = loop.create_task(self._look_up(loop))
-            lookup.add_done_callback(lambda task: task.cancelled() or task.exception())
-        if not lookup.done():
-            await asyncio.shield(lookup)
-        first, *others = self._addresses
-        self._addresses = [*others, first]
-        return [first, *others]
-
-    async def _look_up(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._addresses = []
-        found = await loop.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
-        self._addresses, self._looked_up_at = [str(address[0]) for *_, address in found], loop.time()
-
-    def avoid(self, address: str) -> None:
-        """Forget an address that does not respond, until the name is looked up again, if there are others."""
-        if len(self._addresses) > 1 and address in self._addresses:
-            self._addresses.remove(address)
-
-
 class Http1:
     """Connections to any number of origins. Enter it to start its watchdog; leaving closes all connections.
 
@@ -325,8 +271,8 @@ class Http1:
     def __init__(self, headers: Mapping[str, str], timeout: float) -> None:
         self._loop, self.brake = asyncio.get_running_loop(), Brake()
         self._headers, self.timeout = {**DEFAULTS, **headers}, timeout
-        self._origins: dict[tuple[bool, str, int], Origin] = {}
-        self._heads: dict[str, tuple[Origin, bytes]] = {}  # of URLs, what follows the method
+        self._origins: dict[tuple[bool, str, int], Origin[Connection]] = {}
+        self._heads: dict[str, tuple[Origin[Connection], bytes]] = {}  # of URLs, what follows the method
         self._busy: dict[Connection, None] = {}  # in the order in which their requests were sent
         self._secure: asyncio.Future[ssl.SSLContext] | None = None
 
@@ -362,7 +308,7 @@ class Http1:
         """
         origin, head = self._heads.get(url) or self._parse(url)
         now = self._loop.time()
-        connection = origin.ready(now) or await self._connect(origin)
+        connection = origin.ready(now) or await self._connect_in_turn(origin)
         head = b"POST %b\r\nContent-Length: %d\r\n\r\n" % (head, len(body))
         return await self._exchange(origin, connection, head, body, now, take, self.timeout * streamed)
 
@@ -375,12 +321,13 @@ class Http1:
             if kept := origin.ready(now):
                 with contextlib.suppress(Broken):  # the server has closed it: nothing is lost but the attempt
                     return await self._exchange(origin, kept, head, b"", now)
-            connection = await self._connect(origin)
+            async with self._connecting(origin):
+                connection = await self._connect_to_any(origin)
             return await self._exchange(origin, connection, head, b"", now)
 
     async def _exchange(
         self,
-        origin: Origin,
+        origin: Origin[Connection],
         connection: Connection,
         head: bytes,
         body: bytes,
@@ -402,7 +349,7 @@ class Http1:
             origin.idle.append(connection)
         return received
 
-    def _parse(self, url: str) -> tuple[Origin, bytes]:
+    def _parse(self, url: str) -> tuple[Origin[Connection], bytes]:
         parts, host, port = parsed(url)
         secure = parts.scheme == "https"
         key = (secure, host, port)
@@ -415,12 +362,18 @@ class Http1:
         self._heads[url] = known = (origin, "\r\n".join(lines).encode("latin-1"))
         return known
 
-    async def _connect(self, origin: Origin) -> Connection:
-        """A new connection. Raises Unreached or, if the request's own time is over, TimeoutError."""
+    async def _connect_in_turn(self, origin: Origin[Connection]) -> Connection:
+        """A new connection, or one that has become idle meanwhile: thousands of requests may begin at once."""
+        async with self._connecting(origin), origin.connecting:
+            return origin.ready(self._loop.time()) or await self._connect_to_any(origin)
+
+    @contextlib.asynccontextmanager
+    async def _connecting(self, origin: Origin[Connection]) -> AsyncIterator[None]:
+        """Raises Unreached if there is no connection or, if the request's own time is over, TimeoutError."""
         where = f"{origin.host}:{origin.port}"
         try:
             async with asyncio.timeout(min(self.timeout, CONNECT_TIMEOUT)) as limit:
-                return await self._connect_to_any(origin)
+                yield
         except (OSError, UnicodeError) as exc:  # such as a TimeoutError, and a name that no host can have
             if limit.expired() and self.timeout <= CONNECT_TIMEOUT:
                 raise TimeoutError from exc
@@ -428,7 +381,7 @@ class Http1:
                 raise Unreached(f"no connection to {where} within {CONNECT_TIMEOUT:g} s") from exc
             raise Unreached(f"cannot connect to {where}: {getattr(exc, 'strerror', '') or exc}") from exc
 
-    async def _connect_to_any(self, origin: Origin) -> Connection:
+    async def _connect_to_any(self, origin: Origin[Connection]) -> Connection:
         """A connection to the first address that accepts one. Raises OSError of the last one."""
         secure: dict[str, Any] = {"ssl": await self._tls(), "server_hostname": origin.host} if origin.secure else {}
         *others, last = await origin.addresses()
@@ -439,7 +392,7 @@ class Http1:
             origin.avoid(address)
         return await self._connect_to(origin, last, secure)
 
-    async def _connect_to(self, origin: Origin, address: str, secure: Mapping[str, Any]) -> Connection:
+    async def _connect_to(self, origin: Origin[Connection], address: str, secure: Mapping[str, Any]) -> Connection:
         _, connection = await self._loop.create_connection(
             lambda: Connection(self._loop, self.brake), address, origin.port, **secure
         )

@@ -399,11 +399,11 @@ class Pool:
                 break
             del self._waiting[position]
             slot.set_result(free)
-        if self.active >= self.limit:  # the next response hands out a slot
+        if not (self._waiting or self._suspects) or self.active >= self.limit:  # the next response hands out a slot
             return
         later = [*(upstream.until for upstream in self.upstreams), self.pace.free_at]
         aside = min((moment for moment in later if moment > now), default=None)
-        if (self._waiting or self._suspects) and aside and (not self._alarm or self._alarm[0] > aside):
+        if aside and (not self._alarm or self._alarm[0] > aside):
             if self._alarm:
                 self._alarm[1].cancel()
             self._alarm = aside, self._loop.call_at(aside, self._ring)

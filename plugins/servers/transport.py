@@ -17,7 +17,6 @@ from sdg_plugins.servers.brake import Brake, Turns
 from sdg_plugins.servers.http1 import (
     CONNECT_TIMEOUT,
     DEFAULTS,
-    IDLE,
     Broken,
     Decoder,
     Http1,
@@ -25,6 +24,7 @@ from sdg_plugins.servers.http1 import (
     credentials,
     parsed,
 )
+from sdg_plugins.servers.origins import IDLE
 from sdg_plugins.servers.streaming import Assembly, Take
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ from fake_server import Delay, FakeServer
 from running import ECHO, Job, documents, wait_until
 
 import sdg
+from sdg_plugins.common import database
 
 HOSTILE = """
     import asyncio, os, sys, tempfile, time
@@ -243,20 +244,21 @@ def test_what_is_in_flight_when_the_output_fails_is_answered_and_kept(job: Job, 
     assert not server.requests
 
 
-def test_a_commit_that_fails_is_made_later(tmp_path: Path) -> None:
+def test_a_commit_that_fails_is_made_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failures: list[Exception] = []
+    insert, broken = database.insert, True
+
+    def failing(db: sqlite3.Connection, table: str, rows: list[tuple[Any, ...]]) -> None:
+        if broken and table == "totals":
+            raise sqlite3.OperationalError("database or disk is full")
+        insert(db, table, rows)
+
+    monkeypatch.setattr(database, "insert", failing)
 
     async def work() -> None:
+        nonlocal broken
         async with sdg.Store.open(tmp_path / "state.sqlite3", Counter()) as store:
             store.on_failure = failures.append
-            insert, broken = store._insert, True
-
-            async def failing(table: str, *arguments: Any) -> None:
-                if broken and table == "totals":
-                    raise sqlite3.OperationalError("database or disk is full")
-                await insert(table, *arguments)
-
-            store._insert = failing  # type: ignore[method-assign]
             store.answered(1, b"key", b"{}")
             store.answered(2, b"key", b"{}")
             store.finished(2, "row", b"[]")
@@ -282,12 +284,12 @@ FULL_UNTIL_THE_END = (
     import sqlite3
     import traceback
 
-    insert, commit = sdg.Store._insert, sdg.Store._commit
+    save, commit = sdg.Store._save, sdg.Store._commit
 
-    async def full(store, table, width, rows):
-        if table == "documents" and rows and not store._closing:
+    async def full(store, rows, *statements):
+        if rows.get("documents") and not store._closing:
             raise sqlite3.OperationalError("database or disk is full")
-        await insert(store, table, width, rows)
+        await save(store, rows, *statements)
 
     async def told(store):
         try:
@@ -298,7 +300,7 @@ FULL_UNTIL_THE_END = (
 
     sdg.Store._commit = told
     if os.environ.get("FULL"):
-        sdg.Store._insert = full
+        sdg.Store._save = full
 """
 )
 

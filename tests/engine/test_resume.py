@@ -508,6 +508,50 @@ def test_a_retry_with_an_edited_plugin_may_be_interrupted(job: Job, server: Fake
     assert job.verify().rc == 0
 
 
+def test_a_retry_with_an_edited_plugin_does_not_keep_chunks_open_that_it_cannot_complete(
+    job: Job, server: FakeServer
+) -> None:
+    """Of each of 50 chunks one document has failed, and the other is not finished."""
+    job.input(documents(100))
+    job.options |= {"records_per_chunk": 2, "max_concurrent_documents": 100}
+    job.options["plugin"] = job.plugin("mine", rollout("return await generate(document.text)"))
+    server.behave(lambda payload, n: Status(400) if int(prompt_of(payload)[-2:]) % 2 else Hang())
+    started = job.start()
+    wait_until(lambda: server.in_flight == 50 and len(job.output.durable()) == 50)
+    started.close()  # kill -9
+    server.release()
+    counting = "import pathlib\nreturn {'open': len(list(pathlib.Path('output/.sdg/open').glob('*.arrow')))}"
+
+    job.options["plugin"] = job.plugin("mine", rollout(counting))
+    assert job(max_concurrent_documents=1, retry_failed=True).rc == 0
+
+    output = job.succeed(accept_edited_plugin=True)
+    counts = [row["rollout_results"][0]["open"] for row in output.rows()[1::2]]
+    assert len(counts) == 50
+    assert max(counts) <= 32 + 2  # the window, one that is written, and one that is read ahead
+
+
+def test_a_rerun_says_that_a_retry_was_interrupted(job: Job, server: FakeServer) -> None:
+    job.documents("a", "b", "c", "d")
+    job.options["records_per_chunk"] = 1
+    server.behave(lambda payload, n: None if prompt_of(payload) == "a" else Status(400))
+    job.succeed()
+    server.behave(lambda payload, n: None if prompt_of(payload) == "b" else Hang())
+    started = job.start(retry_failed=True)
+    wait_until(lambda: server.in_flight == 2)
+    started.close()  # kill -9
+    server.release()
+
+    again = job()
+    assert again.rc == 0
+    assert "--retry-failed was interrupted" in again.stderr
+    assert "add --retry-failed" in again.stderr
+    assert len(job.output.failed()) >= 2
+    assert "interrupted" not in job().stderr  # it has been said, and the run has finished
+    assert "interrupted" not in job(retry_failed=True).stderr
+    assert sorted(job.output.texts()) == ["a", "b", "c", "d"]
+
+
 def test_fewer_documents_than_before_and_ids_that_occur_twice_are_said(job: Job, server: FakeServer) -> None:
     job.input([{"id": name, "text": f"{name} {i}"} for i, name in enumerate(["a", "b", "a", "c"])])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import functools
 import io
 import json
 import os
@@ -540,6 +541,28 @@ def test_a_broken_ledger_is_reported(job: HubJob) -> None:
     finished = job()
     assert finished.rc == 1
     assert finished.says("published.sqlite3", "delete it")
+
+
+def test_a_ledger_that_is_locked_or_on_a_full_disk_is_not_called_broken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "published.sqlite3"
+    connect = functools.partial(sqlite3.connect, path, isolation_level=None, check_same_thread=False)
+    with contextlib.closing(connect()) as other:
+        monkeypatch.setattr(sqlite3, "connect", lambda *_, **__: connect(timeout=0))
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(sdg.StateError, match="has been locked by another process"):
+            Ledger(path)
+        other.execute("ROLLBACK")
+
+    def full(*_: Any, **__: Any) -> sqlite3.Connection:
+        db = connect()
+        db.execute("PRAGMA max_page_count=1")
+        return db
+
+    monkeypatch.setattr(sqlite3, "connect", full)
+    with pytest.raises(sdg.StateError, match="the disk is full: make room"):
+        Ledger(path)
 
 
 def test_a_wrong_setting_of_the_hub_is_an_error_and_not_an_outage(job: HubJob) -> None:

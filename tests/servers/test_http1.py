@@ -66,7 +66,7 @@ def test_the_rest_of_a_response_that_was_more_is_dropped_with_its_connection() -
 
 
 def test_connections_that_have_been_idle_for_long_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sdg_plugins.servers.http1.IDLE", 0.01)
+    monkeypatch.setattr("sdg_plugins.servers.origins.KEPT", 0.01)
     server = RawServer([PLAIN], [PLAIN])
 
     async def twice(client: Http1, url: str) -> bytes:

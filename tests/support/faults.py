@@ -20,10 +20,9 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-import aiosqlite
-
 import sdg
 from sdg_plugins.commands import jobs
+from sdg_plugins.common import database
 
 MODE, _, NUMBER = os.environ.get("SDG_TEST_FAULT", ":0").partition(":")
 TRACE = os.environ.get("SDG_TEST_STEPS")
@@ -73,16 +72,16 @@ def _patch(name: str) -> None:
 for _name in ("replace", "rename", "link", "fsync", "fdatasync", "unlink", "remove"):
     _patch(_name)
 
-_commit = aiosqlite.Connection.commit
+_commit = database.commit
 
 
-async def _commit_step(self: aiosqlite.Connection) -> None:
+def _commit_step(db: sqlite3.Connection) -> None:
     number = _begin("commit")
-    await _commit(self)
+    _commit(db)
     _end(number)
 
 
-aiosqlite.Connection.commit = _commit_step  # type: ignore[method-assign]
+database.commit = _commit_step
 
 
 @contextlib.asynccontextmanager
