@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import sqlite3
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -34,6 +35,7 @@ from sdg_plugins.common.state import (
     check_state_dir,
     claim_state,
     discarded,
+    documents_in,
     locked,
     remember_source,
     start_over,
@@ -78,6 +80,7 @@ class WholeJob(Job):
         told = argparse.Namespace(**{**vars(options), "part": self._part})
         self._shares = Shares(Config(told, config.plugins), self.run)
         self._team: Team | None = None
+        self._chunks = sys.maxsize  # as far as is known
 
     def may_overlap(self, before: Job) -> bool:
         """See `Job`: its processes have all of the limits."""
@@ -114,6 +117,9 @@ class WholeJob(Job):
             await self._connect(servers)
             retrying = claim_state(run, reader, functools.partial(changed_rows, run, reader))
             check_number_of_files(run, reader)
+            if documents := documents_in(reader):
+                documents = min(documents, run.options.max_documents or documents)
+                self._chunks = -(-documents // run.options.records_per_chunk)
             if alone:
                 held.enter_context(alone_in(run.state))
         return reader, retrying
@@ -142,14 +148,15 @@ class WholeJob(Job):
     async def _run_processes(self, whole: Whole, servers: Mapping[str, Servers]) -> None:
         """Run processes until no rank is free, or something ends the run."""
         for _ in range(ROUNDS):
-            free = len(await asyncio.to_thread(self._shares.free))
+            free = await asyncio.to_thread(self._shares.free)
             if not free or self.stop.reason:
                 break
-            part = self._part._replace(of=min(self._part.of, free))
+            busy = sum(rank < self._chunks for rank in free)  # the others have no documents
+            part = self._part._replace(of=min(self._part.of, busy or 1))
             self._team = Team(self.run.options.command, part, servers, whole, self.stop)
             await self._team.work()
             if self._team.spent:
-                free = len(await asyncio.to_thread(self._shares.free))
+                free = await asyncio.to_thread(self._shares.free)
                 self.stop(self._team.spent) if free else None
         if not self.stop.reason and (problem := whole.too_many_failures(at_end=True)):
             self.stop(problem)

@@ -80,18 +80,19 @@ def derive_processes(options: argparse.Namespace, demo: bool) -> bool:
 
 def _is_whole(options: argparse.Namespace, asked: int | None) -> bool:
     """True if the process is not called for one rank, nor to take ranks beside others by itself."""
-    array = os.environ.get("SLURM_ARRAY_TASK_COUNT", "1") != "1"
-    if not options.any_rank and (options.rank or (options.rank is None and array)):
+    array = options.rank is None and os.environ.get("SLURM_ARRAY_TASK_COUNT", "1") != "1"
+    one = options.rank is not None and (options.rank or (options.world_size or 1) > 1)
+    if not options.any_rank and (one or array):
         if (asked or 1) > 1:
-            which = f"--rank {options.rank}" if options.rank else "a Slurm array, whose tasks are ranks,"
+            which = "each task of a Slurm array" if array else f"--rank {options.rank}"
             raise sdg.UsageError(
-                f"--processes {asked} shares all ranks, and {which} is one of them: use --rank any"
-                f"{'' if options.rank else ' (submit.sh --workers)'}, or leave out --processes"
+                f"--processes {asked} shares all ranks, and {which} is one of them: use --rank any "
+                "(slurm/submit.sh --workers), or leave out --processes"
             )
         return False
     if getattr(options, "nodes", 1) > 1 and (asked or 1) > 1:
         raise sdg.UsageError(f"--processes {asked} requires a server on one machine: leave out --nodes")
-    return bool(asked) or not (options.any_rank or options.world_size or options.rank is not None)
+    return bool(asked) or not options.any_rank
 
 
 def _recorded(options: argparse.Namespace) -> dict[str, Any]:
