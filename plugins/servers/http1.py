@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import errno
 import select
 import zlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 CONNECT_TIMEOUT = 30.0  # s for a connection, with TLS
 OTHER_ADDRESS = 5.0  # s for an address of a host that has others
 TICK = 0.25  # s between two looks at the time-outs
+CLOSED = "the server closed the connection"
 MOST_HEAD = 1 << 18  # bytes of headers, those of interim responses included
 MOST = 1 << 30  # bytes of a response, as sent and as decompressed
 ENCODINGS = {"gzip", "x-gzip", "deflate"}  # those that are asked for
@@ -117,6 +119,8 @@ class Connection(Pausable, asyncio.Protocol):
         The future raises Broken, TimeoutError, or what `take` raised.
         """
         assert self._transport
+        if not self.usable:  # it has ended since it was made
+            raise Broken(CLOSED)
         self._begin()
         self._take, self.deadline, self.patience, self._received = take, deadline, patience, 0
         self._waiter = self._loop.create_future()
@@ -184,7 +188,7 @@ class Connection(Pausable, asyncio.Protocol):
         if whole and not self._framed:  # its body ends with the connection
             self._respond()
         else:
-            self.fail(Broken(f"the server closed the connection{f': {exc}' if exc else ''}"))
+            self.fail(Broken(f"{CLOSED}{f': {exc}' if exc else ''}"))
 
     # Callbacks of httptools. Those of interim responses (1xx) are followed by those of the final one.
 
@@ -287,8 +291,7 @@ class Http1:
             with contextlib.suppress(asyncio.CancelledError):
                 await watchdog
             for origin in self._origins.values():
-                for connection in origin.idle:
-                    connection.close()
+                origin.clear()
             for connection in [*self._busy]:
                 connection.fail(Broken("the client was closed"))
 
@@ -393,10 +396,19 @@ class Http1:
         return await self._connect_to(origin, last, secure)
 
     async def _connect_to(self, origin: Origin[Connection], address: str, secure: Mapping[str, Any]) -> Connection:
-        _, connection = await self._loop.create_connection(
-            lambda: Connection(self._loop, self.brake), address, origin.port, **secure
-        )
-        return connection
+        def make() -> Awaitable[tuple[asyncio.BaseTransport, Connection]]:
+            made = lambda: Connection(self._loop, self.brake)  # noqa: E731
+            return self._loop.create_connection(made, address, origin.port, **secure)
+
+        try:
+            return (await make())[1]
+        except OSError as exc:
+            if exc.errno not in {errno.EMFILE, errno.ENFILE} or not sum(
+                each.clear() for each in self._origins.values()
+            ):
+                raise
+        await asyncio.sleep(0)  # the connections that were idle, with other servers, are closed by then
+        return (await make())[1]
 
     async def _tls(self) -> ssl.SSLContext:
         """What TLS needs: made once, which takes some hundredths of a second of CPU."""
