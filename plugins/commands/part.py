@@ -198,7 +198,7 @@ def report_of(engine: sdg.Engine) -> dict[str, Any]:
         "tally": dict(engine.tally),
         "started": engine.started,
         "finished": engine.finished,
-        "expected": engine.intake.expected(),
+        "total": engine.intake.reader.total(),
         "counts": dict(engine.run.counts),
         "failed": failures.documents,
         "recent": [sum(failures.recent), len(failures.recent)],
