@@ -120,7 +120,7 @@ class Connection(Pausable, asyncio.Protocol):
         self._begin()
         self._take, self.deadline, self.patience, self._received = take, deadline, patience, 0
         self._waiter = self._loop.create_future()
-        self._transport.writelines([head, body])
+        self._transport.write(head + body)
         return self._waiter
 
     def close(self) -> None:
