@@ -228,7 +228,7 @@ OPTIONS = {
             "--processes",
             "N",
             "number of processes on this machine that share the ranks and the servers; may differ between runs; "
-            "--world-size is then 4 × N unless given, or as the run was begun",
+            "--world-size is then up to 8 × N unless given, or as the run was begun",
             type=_count,
             shared=True,
         ),

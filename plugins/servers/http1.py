@@ -120,7 +120,7 @@ class Connection(Pausable, asyncio.Protocol):
         self._begin()
         self._take, self.deadline, self.patience, self._received = take, deadline, patience, 0
         self._waiter = self._loop.create_future()
-        self._transport.writelines([head, body])
+        self._transport.write(head + body)
         return self._waiter
 
     def close(self) -> None:
@@ -263,14 +263,15 @@ class Http1:
     Args:
         headers: of every request, beside Host and Content-Length.
         timeout: seconds for a whole request; of a stream, between two pieces of it.
+        source: loopback address that connections to this machine come from: each has ports of its own.
 
     Attributes:
         brake: bounds the bytes of responses in memory.
     """
 
-    def __init__(self, headers: Mapping[str, str], timeout: float) -> None:
+    def __init__(self, headers: Mapping[str, str], timeout: float, source: str = "") -> None:
         self._loop, self.brake = asyncio.get_running_loop(), Brake()
-        self._headers, self.timeout = {**DEFAULTS, **headers}, timeout
+        self._headers, self.timeout, self._source = {**DEFAULTS, **headers}, timeout, source
         self._origins: dict[tuple[bool, str, int], Origin[Connection]] = {}
         self._heads: dict[str, tuple[Origin[Connection], bytes]] = {}  # of URLs, what follows the method
         self._busy: dict[Connection, None] = {}  # in the order in which their requests were sent
@@ -393,8 +394,9 @@ class Http1:
         return await self._connect_to(origin, last, secure)
 
     async def _connect_to(self, origin: Origin[Connection], address: str, secure: Mapping[str, Any]) -> Connection:
+        source = (self._source, 0) if self._source and address.startswith("127.") else None
         _, connection = await self._loop.create_connection(
-            lambda: Connection(self._loop, self.brake), address, origin.port, **secure
+            lambda: Connection(self._loop, self.brake), address, origin.port, local_addr=source, **secure
         )
         return connection
 
