@@ -11,9 +11,10 @@ import asyncio
 import base64
 import contextlib
 import errno
+import functools
 import select
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 
@@ -267,14 +268,15 @@ class Http1:
     Args:
         headers: of every request, beside Host and Content-Length.
         timeout: seconds for a whole request; of a stream, between two pieces of it.
+        source: loopback address that connections to this machine come from: each has ports of its own.
 
     Attributes:
         brake: bounds the bytes of responses in memory.
     """
 
-    def __init__(self, headers: Mapping[str, str], timeout: float) -> None:
+    def __init__(self, headers: Mapping[str, str], timeout: float, source: str = "") -> None:
         self._loop, self.brake = asyncio.get_running_loop(), Brake()
-        self._headers, self.timeout = {**DEFAULTS, **headers}, timeout
+        self._headers, self.timeout, self._source = {**DEFAULTS, **headers}, timeout, source
         self._origins: dict[tuple[bool, str, int], Origin[Connection]] = {}
         self._heads: dict[str, tuple[Origin[Connection], bytes]] = {}  # of URLs, what follows the method
         self._busy: dict[Connection, None] = {}  # in the order in which their requests were sent
@@ -396,19 +398,22 @@ class Http1:
         return await self._connect_to(origin, last, secure)
 
     async def _connect_to(self, origin: Origin[Connection], address: str, secure: Mapping[str, Any]) -> Connection:
-        def make() -> Awaitable[tuple[asyncio.BaseTransport, Connection]]:
-            made = lambda: Connection(self._loop, self.brake)  # noqa: E731
-            return self._loop.create_connection(made, address, origin.port, **secure)
+        source = (self._source, 0) if self._source and address.startswith("127.") else None
+
+        async def connect() -> Connection:
+            make = functools.partial(Connection, self._loop, self.brake)
+            _, made = await self._loop.create_connection(make, address, origin.port, local_addr=source, **secure)
+            return made
 
         try:
-            return (await make())[1]
+            return await connect()
         except OSError as exc:
             if exc.errno not in {errno.EMFILE, errno.ENFILE} or not sum(
                 each.clear() for each in self._origins.values()
             ):
                 raise
         await asyncio.sleep(0)  # the connections that were idle, with other servers, are closed by then
-        return (await make())[1]
+        return await connect()
 
     async def _tls(self) -> ssl.SSLContext:
         """What TLS needs: made once, which takes some hundredths of a second of CPU."""

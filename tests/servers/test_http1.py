@@ -28,6 +28,28 @@ def with_client(server: RawServer, work: Callable[[Http1, str], Awaitable[Any]],
     return asyncio.run(both())
 
 
+def test_connections_to_this_machine_come_from_the_address_that_is_asked_for() -> None:
+    """Each of several processes has its own, and so its own ports."""
+    came: list[str] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        came.append(writer.get_extra_info("peername")[0])
+        await reader.readuntil(b"\r\n\r\n{}")
+        writer.write(PLAIN)
+        writer.close()
+
+    async def ask() -> None:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        async with server:
+            for source in ("", "127.0.1.9"):
+                async with Http1({}, 20, source).working() as client:
+                    assert (await client.post(f"http://127.0.0.1:{port}/", b"{}")).body == b"hello"
+
+    asyncio.run(ask())
+    assert came == ["127.0.0.1", "127.0.1.9"]
+
+
 @pytest.mark.parametrize("name", WHOLE)
 def test_a_response_may_be_split_at_every_byte(name: str) -> None:
     raw = b"".join(step for step in WHOLE[name] if isinstance(step, bytes))
