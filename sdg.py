@@ -108,7 +108,7 @@ COMMIT_INTERVAL = 0.05  # s between group commits: 5,000 documents/s become 250 
 LONGEST_UNSAVED = 2.0  # s that a response may not be durable before no further request is sent
 MOST_UNSAVED = 64 << 20  # bytes of responses that are not durable, likewise
 LARGE_CHUNK = 32 << 20  # bytes of results in a chunk above which no other such chunk is written at the same time
-PIECE = 64  # documents that are made into rows at a time
+PIECE = 256  # documents that are made into rows at a time
 PIECE_BYTES = 8 << 20  # results of a large chunk that are in memory at a time
 WINDOW = 32  # documents read but not yet written, per document in flight: 1 % stragglers of 20 times the mean need 20
 RECENT = 1000  # documents that the failure rate is also judged by, so that a long run stops soon when all go wrong
@@ -1615,6 +1615,7 @@ class Engine:
                 taken = await feed.take()
                 if not taken:
                     return
+                await self.crew.turn(taken[1].index)
                 with self.crew.at(taken[1].index):
                     await self._roll_out(*taken)
                 if self.store.crowded:

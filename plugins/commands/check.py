@@ -117,14 +117,16 @@ def shares_of(documents: int | None, options: argparse.Namespace) -> str:
         return "fine: the number of documents is not known before they are read"
     chunks = -(-documents // options.records_per_chunk)
     ranks = counted(options.world_size, "rank")
-    if chunks < options.world_size:
+    if chunks < (options.processes or options.world_size):
         sizes = f"of {options.records_per_chunk:,} documents"
-        sdg.say(f"{ranks} share {counted(chunks, 'chunk')} {sizes}: use fewer ranks, or a smaller --records-per-chunk")
+        who = "processes" if options.processes else "ranks"
+        count = f"{options.processes or options.world_size:,} {who}"
+        sdg.say(f"{count} share {counted(chunks, 'chunk')} {sizes}: use fewer {who}, or a smaller --records-per-chunk")
     return f"fine: {counted(documents, 'document')} in {counted(chunks, 'chunk')} for {ranks}"
 
 
 def open_ranks(run: sdg.Run, reader: sdg.Reader) -> list[int]:
-    """The ranks that have not finished, or have more to do."""
+    """The ranks that have not finished, or have more to do; with --processes the one that stands for all."""
     options, goal = run.options, goal_of(reader, run.options)
 
     def is_open(rank: int) -> bool:
@@ -133,7 +135,9 @@ def open_ranks(run: sdg.Run, reader: sdg.Reader) -> list[int]:
         done = record.get("status") == "finished" and record.get("goal") == goal
         return not done or bool(options.retry_failed and figures.get("failed"))
 
-    return [rank for rank in range(options.world_size) if is_open(rank)]
+    found = [rank for rank in range(options.world_size) if is_open(rank)]
+    whole = options.processes and not options.any_rank
+    return found[:1] and [0] if whole else found
 
 
 def raise_reason(reason: BaseException) -> None:

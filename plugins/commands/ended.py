@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import math
 import os
 import platform
 import time
@@ -87,7 +88,7 @@ def ended(argv: list[str]) -> int:
 def of_config(config: Config, args: argparse.Namespace) -> Verdict:
     """The verdict on the last attempt of a config's rank, which is recorded with it."""
     options, state = config.options, Path(config.options.state_dir)
-    if options.any_rank:
+    if options.any_rank or options.processes:
         options.rank = own_rank(state, options.world_size)
     run = sdg.Run(options, config.plugins, output_place(options, state), state, lambda reason: None)
     try:
@@ -101,10 +102,15 @@ def of_config(config: Config, args: argparse.Namespace) -> Verdict:
 
 
 def own_rank(state: Path, world_size: int) -> int:
-    """The rank on which this job worked last, with `--rank any`; 0 if there is none."""
-    attempts = {rank: attempt_of(state, rank) for rank in range(world_size)}
-    mine = [rank for rank, attempt in attempts.items() if attempt and attempt.is_mine]
-    return max(mine, key=lambda rank: getattr(attempts[rank], "began", 0.0), default=0)
+    """The rank on which this job worked last, with `--rank any` or `--processes`; 0 if there is none.
+
+    One without an end was killed. What several processes end with is recorded by their parent, as the last of all.
+    """
+    attempts = [(rank, attempt_of(state, rank)) for rank in range(world_size)]
+    mine = [
+        (attempt.ended or math.inf, attempt.began, rank) for rank, attempt in attempts if attempt and attempt.is_mine
+    ]
+    return max(mine, default=(0.0, 0.0, 0))[2]
 
 
 def judged(attempt: Attempt | None, progress: int, args: argparse.Namespace) -> Verdict:

@@ -36,6 +36,8 @@ from sdg_plugins.common.crew import Crew, Places
 from sdg_plugins.common.database import shrink
 from sdg_plugins.common.ending import same_folder, signals
 from sdg_plugins.common.files import output_place, rank_file
+from sdg_plugins.common.interleaving import Abreast
+from sdg_plugins.common.lease import Fenced, Lease
 from sdg_plugins.common.memory import tune_memory
 from sdg_plugins.common.progress import Course, progress, put, report
 from sdg_plugins.common.rereading import changed_rows
@@ -113,6 +115,7 @@ class Job:
     Attributes:
         problem: what ended it early.
         finished: its work is done.
+        abreast: of the jobs that take their documents in one order, if it is one of them.
         begun_all: set when all of its documents have begun: another job may begin beside it.
     """
 
@@ -135,6 +138,7 @@ class Job:
         self.finished = False
         self.begun_all = asyncio.Event()
         self._places = places or Places()
+        self.abreast: Abreast | None = None
         self._everything, self._name = everything, name
         self._present, self._connecting, self._lock = present, connecting, lock
         self._observers = contextlib.AsyncExitStack()
@@ -157,6 +161,7 @@ class Job:
         self._everything.parts.add(self.stop)
         try:
             with self._lock(self.run), recording_the_end(self.run, lambda: self.stop.reason):
+                self._heed_lease(asyncio.get_running_loop())
                 begin_attempt(self.run)
                 await self._work(servers)
                 self.finished = self.stop.reason is None
@@ -174,8 +179,20 @@ class Job:
                 self._everything.reason = self._everything.reason or self.problem
         finally:
             self._everything.parts.discard(self.stop)
-            self.stop.cancel = before
+            self.stop.cancel, self.stop.gently = before, None
+            if self.abreast:
+                self.abreast.join(self.begun_all)  # it may have ended before that
         self.problem = self.problem or self.stop.reason
+
+    def _heed_lease(self, loop: asyncio.AbstractEventLoop) -> None:
+        """End at once when another process takes the rank."""
+        if isinstance(lease := self.run.output.fence, Lease):
+
+            def stop() -> None:
+                with contextlib.suppress(RuntimeError):  # the loop is closed
+                    loop.call_soon_threadsafe(self.stop, lease.error())
+
+            lease.on_loss = stop
 
     async def _work(self, servers: Mapping[str, Servers]) -> None:
         check_state_dir(self.run)
@@ -192,7 +209,7 @@ class Job:
                     with same_folder():
                         await engine.work()
                 finally:
-                    self.stop.gently = None
+                    self.stop.gently = lambda: None  # what is left is to record the end
 
     async def _reader(self) -> sdg.Reader:
         """Open the input; sets `run.schema`."""
@@ -226,7 +243,7 @@ class Job:
             await retrying.begin(run, store)
             if only_failed:
                 intake.chosen, intake.retrying = await retrying.failed_documents(store), True
-            crew = Crew(run.options.max_concurrent_documents, self._places, self.begun_all)
+            crew = Crew(run.options.max_concurrent_documents, self._places, self.begun_all, self.abreast)
             yield sdg.Engine(run, store, crew, intake, outlet, send, resources)
 
     async def _resources(self, stack: contextlib.AsyncExitStack) -> dict[str, Any]:
@@ -252,8 +269,10 @@ class Job:
 
     def may_overlap(self, before: Job) -> bool:
         """True if it may begin while the job before it still has documents in flight."""
+        if self.abreast:
+            return True
         options, others = self.run.options, before.run.options
-        whole = options.sample is None and not options.preview
+        whole = before.begun_all.is_set() and options.sample is None and not options.preview
         return whole and options.reader != SCHEME and limits_of(options) == limits_of(others)
 
     @property
@@ -272,6 +291,9 @@ class Job:
                     raise problem
         except (asyncio.CancelledError, Exception) as exc:  # noqa: BLE001 - it is raised when all jobs are left
             raised, ended = explained(exc, self.run), self._everything.reason or self.problem
+            if isinstance(raised, Fenced):
+                self.problem = raised
+                return
             if ended and raised is not ended and not isinstance(raised, asyncio.CancelledError):
                 sdg.say(f"{self._name}an observer failed, too: {sdg.describe(raised)}")
             self.problem = ended or raised
@@ -296,7 +318,7 @@ class FreeRank(Job):
     async def _take(
         cls, shares: Shares, at_the_end: bool, everything: Stop, name: str, **setting: Any
     ) -> FreeRank | None:
-        if not (share := await shares.take()):
+        if not (share := await shares.take(at_the_end)):
             if at_the_end:
                 shares.say(f"{name}no rank is free: {shares.summary()}")
             return None
@@ -312,8 +334,10 @@ class FreeRank(Job):
         return await self._take(self._shares, at_the_end, self._everything, self._name, **self._setting)
 
     async def end(self) -> None:
-        """Leave this rank's observers."""
+        """Leave this rank's observers. A rank that another process has taken is no problem of this one."""
         await self.leave()
+        if isinstance(self.problem, Fenced):
+            self.problem = None
         self._shares.closed = self._shares.closed or self.problem is not None
 
 
@@ -390,6 +414,11 @@ async def _run_jobs(
             for config in configs:
                 name = f"config {config.name}: " if len(configs) > 1 else ""
                 jobs += filter(None, [await first(config, stop, name, **setting)])
+            options = configs[0].options
+            if options.interleave_configs and options.sample is None and not options.preview:
+                together = Abreast([job.begun_all for job in jobs], options.max_concurrent_documents)
+                for job in jobs:
+                    job.abreast = together
             if jobs:
                 await serve(jobs, stop, connections, starting)
             for job in jobs:
@@ -431,6 +460,8 @@ async def serve(jobs: list[Job], stop: Stop, connections: Connections, starting:
 def explained(exc: BaseException, run: sdg.Run) -> BaseException:
     """The exception to report for a failure: those of databases and disks do not say what they concern."""
     exc = sdg.first_cause(exc)
+    if isinstance(lease := run.output.fence, Lease) and lease.is_lost():
+        return exc if isinstance(exc, Fenced) else lease.error()
     state = f"state {run.options.state_dir}"
     error: sdg.Error
     if type(exc) is sqlite3.DatabaseError:

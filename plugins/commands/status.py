@@ -16,6 +16,7 @@ from typing import Any
 
 import sdg
 from sdg_plugins.common import recorded
+from sdg_plugins.common.lease import holder_of, patience
 from sdg_plugins.common.markdown import counted, short_line
 from sdg_plugins.common.options import Parser
 from sdg_plugins.common.published import Publishing, publishing_of
@@ -63,11 +64,17 @@ def status(argv: list[str]) -> int:
     queued = bool(jobs & queue.jobs) if queue and jobs else None
     troubled = [rank for rank in ranks if needs_attention(rank, overview, queue, queued)]
     publishing = publishing_of(state, recorded_options(state))
+    holders = holders_of(state, ranks)
+    if holders and any(holders.values()):  # a process at work takes what is free
+        troubled = [rank for rank in troubled if rank.state in {"failed", "broken"} and not holders[rank.number]]
     attention = troubled or (publishing and publishing.needs_attention(overview.finished))
     if args.json:
-        print(json.dumps(as_json(ranks, overview, queued, troubled) | as_json_of(publishing), indent=2))
+        report = as_json(ranks, overview, queued, troubled) | as_json_of(publishing)
+        print(json.dumps(with_holders(report, holders), indent=2))
         return 1 if attention else 0
     for line in overview_lines(ranks, overview, sorted(jobs), queued):
+        print(line)
+    for line in holder_lines(ranks, holders) if holders else ():
         print(line)
     if publishing:
         print(publishing.line())
@@ -76,6 +83,47 @@ def status(argv: list[str]) -> int:
     for line in rank_table(ranks) if args.ranks else ():
         print(line)
     return 1 if attention else 0
+
+
+def holders_of(state: Path, ranks: list[Rank]) -> dict[int, dict[str, Any] | None] | None:
+    """Who has taken each rank; None for the whole if no process has had `--rank any`.
+
+    A process that has been silent for so long that others may take its rank does not have it any more.
+    """
+    if not (state / "ranks").is_dir():
+        return None
+    found = {rank.number: holder_of(state, rank.number) for rank in ranks}
+    return {number: who if who and (who["silent"] or 0) < patience() else None for number, who in found.items()}
+
+
+def parts_of(ranks: list[tuple[bool, bool]]) -> dict[str, int]:
+    """How many ranks are done, taken and free; for each, whether it has finished and whether a process has it."""
+    done, taken = sum(finished for finished, _ in ranks), sum(held for finished, held in ranks if not finished)
+    return {"done": done, "taken": taken, "free": len(ranks) - done - taken}
+
+
+def holder_lines(ranks: list[Rank], holders: dict[int, dict[str, Any] | None]) -> Iterator[str]:
+    """Lines on the ranks that processes with `--rank any` share."""
+    parts = parts_of([(rank.state == "finished", bool(holders[rank.number])) for rank in ranks])
+    yield "parts: " + ", ".join(f"{number:,} {name}" for name, number in parts.items())
+    groups: dict[str, list[int]] = {}
+    since: dict[str, float] = {}
+    for number, who in holders.items():
+        if who:
+            name = f"process {who['pid']} on {who['host']}" + (f", job {who['slurm_job']}" if who["slurm_job"] else "")
+            groups.setdefault(name, []).append(number)
+            since[name] = min(since.get(name, who["since"]), who["since"])
+    for name, numbers in itertools.islice(groups.items(), GROUPS):
+        yield f"taken     rank {ranges(numbers)}: {name}, for {rounded_duration(max(0.0, time.time() - since[name]))}"
+    if len(groups) > GROUPS:
+        yield f"          and by {len(groups) - GROUPS:,} more processes: see --json"
+
+
+def with_holders(report: dict[str, Any], holders: dict[int, dict[str, Any] | None] | None) -> dict[str, Any]:
+    """The report for programs with `parts`, and the `holder` of each rank; null if the ranks are not shared."""
+    ranks = [{**rank, "holder": holders[rank["rank"]] if holders else None} for rank in report["ranks"]]
+    finished = [(rank["state"] == "finished", bool(rank["holder"])) for rank in ranks]
+    return {**report, "parts": parts_of(finished) if holders else None, "ranks": ranks}
 
 
 def recorded_options(state: Path) -> dict[str, Any]:

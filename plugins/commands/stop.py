@@ -52,7 +52,7 @@ class Stop:
             for part in self.parts.copy():
                 part(reason)
         elif first:
-            (self.gently or self.cancel)()
+            (self.cancel if getattr(reason, "at_once", False) else self.gently or self.cancel)()
         elif isinstance(reason, sdg.Interrupted) and not self._everything:
             self.cancel()
 

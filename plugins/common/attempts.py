@@ -104,7 +104,7 @@ def begin_attempt(run: sdg.Run) -> None:
 
 def end_attempt(run: sdg.Run, problem: BaseException | None) -> None:
     """Record how this process ended, unless another process works on the rank, or the engine runs elsewhere."""
-    if not runs_the_engine(run):
+    if not runs_the_engine(run) or (run.output.fence and run.output.fence.is_lost()):
         return
     with contextlib.suppress(sdg.StateError, OSError), lock_rank(run):  # a full disk is reported elsewhere
         attempt = attempt_of(run.state, run.options.rank)

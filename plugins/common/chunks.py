@@ -28,7 +28,7 @@ from sdg_plugins.common.recorded import chunks_in
 from sdg_plugins.common.results import infer_fields
 from sdg_plugins.common.returned import no_prompt, results_of, status_of
 from sdg_plugins.common.rows import NUMBER, empty_rows, numbered, shape_of, with_messages
-from sdg_plugins.common.state import fixed_fields, promised_fields, recorded_fields, settle_fields
+from sdg_plugins.common.state import fixed_fields, promised_fields, recorded_fields, settle_fields, spool_folder
 from sdg_plugins.common.tasks import read_ahead
 from sdg_plugins.common.unify import conformed
 from sdg_plugins.common.values import (
@@ -263,7 +263,7 @@ class Intake:
                 check_blocks(parts, count, self.reader)
             if not parts:
                 return
-            spool = self._run.state / "open" / f"{options.rank:05d}_{index:05d}.arrow"
+            spool = spool_folder(self._run) / f"{options.rank:05d}_{index:05d}.arrow"
             opened = OpenChunk(sdg.Chunk(index, start, bookmark=bookmark), parts, self.reader.schema, spool)
             if chunk and not same_rows(opened, chunk):
                 raise sdg.InputError(

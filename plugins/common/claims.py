@@ -15,9 +15,17 @@ from sdg_plugins.common.files import default_state_dir, rank_file, split_uri, sy
 OWNER = ".sdg-{}.json"  # in an output: the state of its run, if that is not in the output's `.sdg`
 
 
-def publish_in(folder: Path, name: str, content: bytes, by: str) -> bytes:
-    """Create a file in a folder atomically unless it exists. Returns its content; `by` names this process there."""
-    temporary = write_temporary(folder, name, content, by)
+def publish_in(folder: Path, name: str, content: bytes, by: str, within: Path | None = None) -> bytes:
+    """Create a file in a folder atomically unless it exists. Returns its content.
+
+    Args:
+        folder: where it appears.
+        name: of the file.
+        content: of it.
+        by: names this process.
+        within: another folder, in which it is written first.
+    """
+    temporary = write_temporary(within or folder, name, content, by)
     with contextlib.suppress(FileExistsError):
         try:
             os.link(temporary, folder / name)

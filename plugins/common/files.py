@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import xxhash
 
@@ -163,10 +164,23 @@ def stamp_of(file: Any) -> Stamp:
     return Stamp(size, digest.hexdigest())
 
 
+class Fence(Protocol):
+    """What keeps a process from writing that has lost its rank; see `lease.py`."""
+
+    folder: Path  # the only one out of which files may be renamed; it is gone when the rank is lost
+
+    def is_lost(self) -> bool:
+        """True if another process has taken the rank."""
+
+    def delete(self, path: str) -> None:
+        """Delete a file, unless the rank is lost."""
+
+
 class Place:
     """A folder on any file system that pyarrow supports. Files appear in it whole and durable, or not at all.
 
     Attributes:
+        fence: of the rank that writes here; None if it cannot be lost.
         stamps: of the files that were written, by name, until they are taken from here.
     """
 
@@ -180,6 +194,8 @@ class Place:
         self.uri = uri if scheme == "file" else f"{scheme}://{self.root}"
         self.local = isinstance(self.fs, pyarrow.fs.LocalFileSystem)
         self.stamps: dict[str, Stamp] = {}
+        self.fence: Fence | None = None
+        self._apart = False  # the fence's folder is on another file system
 
     def path(self, name: str) -> str:
         """The full path of a file in this folder."""
@@ -207,6 +223,8 @@ class Place:
         """Write a local file under a temporary name, then rename it."""
         folder, _, base = target.rpartition("/")
         temporary = f"{folder}/.{base}.tmp"
+        if self.fence and not self._apart:
+            temporary = f"{self.fence.folder}/{base}.tmp"
         try:
             self.fs.create_dir(folder, recursive=True)
             with contextlib.suppress(FileNotFoundError):
@@ -216,13 +234,23 @@ class Place:
             sync(temporary)
             with open(temporary, "rb") as written:
                 stamp = stamp_of(written)
+            if self._apart:
+                self._check_fence()
             os.replace(temporary, target)
             sync(folder)
             return stamp
-        except OSError:
+        except OSError as exc:
             with contextlib.suppress(OSError):
                 self.fs.delete_file(temporary)
+            if exc.errno == errno.EXDEV and self.fence and not self._apart:
+                self._apart = True
+                return self._replace(target, produce)
             raise
+
+    def _check_fence(self) -> None:
+        """Where no rename can be refused: look right before a file becomes visible. Raises OSError."""
+        if self.fence and self.fence.is_lost():
+            raise OSError("another process has taken the rank")
 
     def _put(self, target: str, produce: Callable[[Any], None]) -> Stamp:
         """Write a local temporary file, then upload it: pyarrow would publish what a failing `produce` has written."""
@@ -234,6 +262,7 @@ class Place:
             whole.seek(0)
             if self.fs.type_name not in OBJECT_STORES:
                 self.fs.create_dir(target.rpartition("/")[0], recursive=True)
+            self._check_fence()
             try:
                 with self.fs.open_output_stream(target, compression=None) as stream:
                     shutil.copyfileobj(whole, stream, PUT_BYTES)
@@ -255,6 +284,15 @@ class Place:
     def delete(self, name: str) -> None:
         """Delete a file if it exists. Raises OutputError. (On S3, pyarrow leaves an empty object for the folder.)"""
         with access_errors(self.uri, sdg.OutputError), contextlib.suppress(FileNotFoundError):
+            if self.fence and self.local and not self._apart:
+                try:
+                    self.fence.delete(self.path(name))
+                    return
+                except OSError as exc:
+                    self._apart = exc.errno == errno.EXDEV
+                    if not self._apart:
+                        raise
+            self._check_fence()
             self.fs.delete_file(self.path(name))
 
     def check_access(self, name: str) -> None:

@@ -16,21 +16,22 @@ import sdg
 from sdg_plugins.common.checks import created, reading
 from sdg_plugins.common.command_line import Config
 from sdg_plugins.common.files import rank_file
-from sdg_plugins.common.state import goal_of, locked
+from sdg_plugins.common.lease import BEAT, FREE, Lease, acquire, age_of, held_folder
+from sdg_plugins.common.state import fenced, goal_of, locked
 from sdg_plugins.common.statistics import statistics_of
 
 
 class Share:
     """One rank that this process has taken: its config, and its lock."""
 
-    def __init__(self, config: Config, rank: int, lock: contextlib.ExitStack) -> None:
-        self.config = Config(argparse.Namespace(**{**vars(config.options), "rank": rank}), config.plugins)
-        self._lock = lock
+    def __init__(self, config: Config, lock: contextlib.ExitStack, lease: Lease) -> None:
+        self.config = Config(argparse.Namespace(**{**vars(config.options), "rank": lease.rank}), config.plugins)
+        self._lock, self._lease = lock, lease
 
     @contextlib.contextmanager
     def held(self, run: sdg.Run) -> Iterator[None]:
-        """The rank's lock, in place of `lock_rank`; it is released on the way out."""
-        with self._lock:
+        """The rank's lock and lease, in place of `lock_rank`; they are released on the way out."""
+        with self._lock, fenced(run, self._lease):
             yield
 
 
@@ -57,9 +58,18 @@ class Shares:
         if not self.config.options.part:
             sdg.say(message)
 
-    async def take(self) -> Share | None:
-        """The next rank that is neither finished nor taken; None if there is none."""
-        return await asyncio.to_thread(self._take)
+    async def take(self, at_the_end: bool) -> Share | None:
+        """The next rank that is neither finished nor taken; None if there is none.
+
+        At the end it waits until it is known of each holder of a rank that it is alive, or is not.
+        """
+        silent: dict[int, float] = {}  # age of leases in s, at the first look
+        while True:
+            if share := await asyncio.to_thread(self._take):
+                return share
+            if not (at_the_end and await asyncio.to_thread(self._silent, silent)):
+                return None
+            await asyncio.sleep(BEAT / 2)
 
     def _take(self) -> Share | None:
         state = self._run.state
@@ -67,14 +77,37 @@ class Shares:
             lock = contextlib.ExitStack()
             try:
                 lock.enter_context(locked(state, rank))
+                has_lock = True
             except sdg.StateError:
-                continue
+                has_lock = False
             if self._status(state, rank) == "finished":  # by a process that was faster
                 lock.close()
                 continue
+            if (lease := acquire(state, rank, has_lock)) is None:
+                lock.close()
+                continue
+            if not has_lock:
+                sdg.say(f"rank {rank} is taken over from a process that is stopped, or whose machine is lost")
             self.tried.add(rank)
-            return Share(self.config, rank, lock)
+            return Share(self.config, lock, lease)
         return None
+
+    def _silent(self, silent: dict[int, float]) -> bool:
+        """True if the holder of a rank has not shown yet that it is alive.
+
+        Args:
+            silent: the ages of leases at the last look, in s; those that were renewed since are negative.
+        """
+        ranks = self._candidates(self._run.state)
+        for rank in ranks:
+            folder = held_folder(self._run.state, rank)
+            with contextlib.suppress(FileNotFoundError):
+                if folder and folder.name != FREE and silent.get(rank, 0.0) >= 0:
+                    age = age_of(folder)
+                    silent[rank] = -1.0 if age < silent.get(rank, 0.0) else age
+                    continue
+            silent[rank] = -1.0
+        return any(silent[rank] >= 0 for rank in ranks)
 
     def summary(self) -> str:
         """How many ranks have finished, and what is with the others."""

@@ -28,6 +28,7 @@ from sdg_plugins.common.claims import (
 from sdg_plugins.common.defaults import DEMO_OUTPUT
 from sdg_plugins.common.files import default_state_dir, expanded, rank_file, split_uri, sync
 from sdg_plugins.common.identity import EDITED, changes_since, different_run, identity_of, with_edits
+from sdg_plugins.common.lease import Lease, acquire, held, holder_of, home_of
 from sdg_plugins.common.models import recordable
 from sdg_plugins.common.outputs import chunk_files, output_files, refuse_others
 from sdg_plugins.common.processes import asked_for
@@ -51,18 +52,54 @@ DEMO_MODEL = "demo-extractive"  # of the server `demo`
 
 def publish_once(run: sdg.Run, name: str, content: bytes) -> bytes:
     """Create a file of the state atomically unless it exists. Returns its content: the first of many ranks wins."""
-    return publish_in(run.state, name, content, f"{run.options.rank:05d}")
+    return publish_in(run.state, name, content, f"{run.options.rank:05d}", private_folder(run))
+
+
+def private_folder(run: sdg.Run) -> Path:
+    """Where a rank writes what it renames into the state: with a lease, a folder that is gone when that is lost."""
+    return run.output.fence.folder if run.output.fence else run.state
+
+
+def spool_folder(run: sdg.Run) -> Path:
+    """Where the rows of open chunks wait."""
+    return run.output.fence.folder if run.output.fence else run.state / "open"
 
 
 def replace_file(run: sdg.Run, name: str, content: bytes) -> None:
     """Write a file of the state, whole and durable."""
-    os.replace(write_temporary(run.state, name, content, f"{run.options.rank:05d}"), run.state / name)
+    temporary = write_temporary(private_folder(run), name, content, f"{run.options.rank:05d}")
+    os.replace(temporary, run.state / name)
     sync(run.state)
 
 
-def lock_rank(run: sdg.Run) -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def lock_rank(run: sdg.Run) -> Iterator[None]:
     """Keep other processes of this run's rank out, on this and on other hosts that share the file system."""
-    return locked(run.state, run.options.rank)
+    with locked(run.state, run.options.rank):
+        if not home_of(run.state, run.options.rank).exists():  # no process of this run has had `--rank any`
+            yield
+            return
+        if (lease := acquire(run.state, run.options.rank, locked=True)) is None:
+            raise taken(run.state, run.options.rank)
+        with fenced(run, lease):
+            yield
+
+
+@contextlib.contextmanager
+def fenced(run: sdg.Run, lease: Lease) -> Iterator[None]:
+    """Write only as long as a lease is held, and release it. What was lost stays so."""
+    run.output.fence = lease
+    with held(lease):
+        yield
+    if not lease.lost:
+        run.output.fence = None
+
+
+def taken(state: Path, rank: int) -> sdg.StateError:
+    """The error for a rank that another process has."""
+    who = holder_of(state, rank)
+    where = f" (process {who['pid']} on {who['host']})" if who else ""
+    return sdg.StateError(f"another process{where} is running rank {rank} in {state}: wait for it, or stop it")
 
 
 @contextlib.contextmanager
@@ -76,7 +113,7 @@ def locked(state: Path, rank: int) -> Iterator[None]:
         with filelock.FileLock(rank_file(state, rank, "lock"), timeout=0, thread_local=False):
             yield
     except filelock.Timeout as exc:
-        raise sdg.StateError(f"another process is running rank {rank} in {state}: wait for it, or stop it") from exc
+        raise taken(state, rank) from exc
 
 
 # ── Schema of results ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -449,6 +486,8 @@ def start_over(run: sdg.Run) -> None:
         for path in sorted(run.state.iterdir()):
             if OWN.fullmatch(path.name) and path.name != f"{run.options.rank:05d}.attempt.json":  # this one
                 path.unlink()
+        for path in run.state.glob("ranks/*/*.sqlite3*"):
+            path.unlink()
         release_output(run)
         sync(run.state)
         (run.state / "run.json").unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 LONGEST_REST = 86_400.0  # s: the longest pause that a server can ask for
+QUOTAS = [(f"x-ratelimit-remaining-{kind}", f"x-ratelimit-reset-{kind}") for kind in ("requests", "tokens")]
 EPOCH = 1e9  # a number above it in a header is a date, in seconds since 1970
 UNITS = {"d": 86_400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001, "": 1.0}
 DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|[dhms]|$)")
@@ -78,8 +79,8 @@ def quota_pause(headers: Mapping[str, str]) -> float:
     remain, and the time to the reset: a duration, a number of seconds, or a date in seconds since 1970.
     """
     pause = 0.0
-    for kind in ("requests", "tokens"):
-        if headers.get(f"x-ratelimit-remaining-{kind}") == "0":
-            reset = headers.get(f"x-ratelimit-reset-{kind}", "").strip()
+    for remaining, until in QUOTAS:
+        if headers.get(remaining) == "0":
+            reset = headers.get(until, "").strip()
             pause = max(pause, from_now(float(reset)) if re.fullmatch(r"\d+(\.\d+)?", reset) else duration(reset))
     return min(max(0.0, pause), LONGEST_REST)

@@ -57,10 +57,12 @@ class WorkerPool(ProcessPoolExecutor):
 
     Args:
         plugins: what the run has loaded by --plugin, so that workers find the functions of these plugins.
+        sharing: how many processes share the cores.
     """
 
-    def __init__(self, plugins: list[str]) -> None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    def __init__(self, plugins: list[str], sharing: int = 1) -> None:
+        every = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        cores = max(1, (every or 1) // sharing)
         context = multiprocessing.get_context("spawn")  # a fork would copy the locks of threads, and the event loop
         super().__init__(cores, context, sdg.begin_process, (plugins, __name__, set_up_worker.__name__))
 

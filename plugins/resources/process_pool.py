@@ -25,7 +25,7 @@ async def process_pool(run: sdg.Run) -> AsyncIterator[ProcessPoolExecutor]:
     """One process per core: `await asyncio.get_running_loop().run_in_executor(process_pool, function, argument)`."""
     from sdg_plugins.common.workers import WorkerPool
 
-    pool = WorkerPool(run.options.plugin or [])
+    pool = WorkerPool(run.options.plugin or [], run.options.part.of if run.options.part else 1)
     try:
         yield pool
     finally:

@@ -97,14 +97,16 @@ def parse_reply(answer: Any, keep_empty: bool = False) -> sdg.Reply:
         RequestFailed: it has another shape, the server gave up, or there is neither text nor a tool call.
     """
     choices = answer.get("choices") if isinstance(answer, dict) else None
-    if not isinstance(choices, list) or not choices or not all(isinstance(choice, dict) for choice in choices):
+    if not isinstance(choices, list) or not choices or not all([isinstance(choice, dict) for choice in choices]):
         raise sdg.RequestFailed("body", f"the response has no choices: {shown(json.dumps(answer).encode())}")
     usage = usage_in(answer)
     truncated = bool(answer.get("sdg_truncated"))
-    replies = [_parse_choice(choice, None if i else usage, truncated) for i, choice in enumerate(choices)]
-    for choice, reply in zip(choices, replies, strict=True):
+    replies: list[sdg.Reply] = []
+    for choice in choices:
+        reply = _parse_choice(choice, None if replies else usage, truncated)
         if reply.finish_reason in GAVE_UP or choice.get("error"):
             raise _broken_off(choice, reply)
+        replies.append(reply)
     kept = [reply for reply in replies if reply.text or reply.tool_calls]
     if not kept and not keep_empty:
         raise _empty(choices[0], replies[0])

@@ -13,16 +13,19 @@ import argparse
 import signal
 import sys
 
+import clients
 import hub
 import in_flight
 import ranks
+import rerun
 import scale
 import served
 import startup
 import throughput
 from harness import BenchError, defaults, heading, interrupt, say, table
 
-BENCHES = {module.__name__: module for module in (throughput, in_flight, ranks, hub, scale, startup, served)}
+MODULES = (throughput, clients, in_flight, scale, rerun, ranks, hub, startup, served)
+BENCHES = {module.__name__: module for module in MODULES}
 
 
 def main() -> int:

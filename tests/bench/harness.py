@@ -60,17 +60,33 @@ class Result:
 
 @dataclass(frozen=True)
 class Finished:
-    """A process that has ended, in unix time, seconds of CPU time and bytes."""
+    """A process that has ended, in unix time, seconds of CPU time and bytes; `busy` is the CPU time of the machine."""
 
     started: float
     ended: float
     cpu_seconds: float
     peak_memory: int
+    busy: float
 
     @property
     def seconds(self) -> float:
         """How long it took."""
         return self.ended - self.started
+
+    def cores(self, server: float) -> str:
+        """Tell which part of the cores it used, the server with some seconds of CPU time, and all other processes."""
+        others = max(0.0, self.busy - self.cpu_seconds - server)
+        shares = [part / self.seconds for part in (self.cpu_seconds, server, others)]
+        return f"cores: client {shares[0]:.2f}, server {shares[1]:.2f}, others {shares[2]:.2f} of {os.cpu_count()}"
+
+
+def busy_seconds() -> float:
+    """Return the CPU time that all processes of the machine have ever used; 0 if it is not known."""
+    try:
+        times = [int(time) for time in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    except OSError:
+        return 0.0
+    return (sum(times) - times[3] - times[4]) / os.sysconf("SC_CLK_TCK")
 
 
 def environment() -> dict[str, str]:
@@ -80,13 +96,16 @@ def environment() -> dict[str, str]:
     return {"HF_HUB_OFFLINE": "1"} | {name: os.environ[name] for name in names}
 
 
-def run(command: Sequence[object], folder: Path, timeout: float = 3600) -> Finished:
+def run(
+    command: Sequence[object], folder: Path, timeout: float = 3600, env: Mapping[str, str] | None = None
+) -> Finished:
     """Run a command in a folder to its end; it and what it started are stopped if it takes too long."""
     words = [str(word) for word in command]
     with tempfile.TemporaryFile(dir=folder) as log:
         pipes = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
-        started = time.time()
-        process = subprocess.Popen(words, cwd=folder, env=environment(), start_new_session=True, **pipes)
+        started, busy = time.time(), busy_seconds()
+        given = {**environment(), **(env or {})}
+        process = subprocess.Popen(words, cwd=folder, env=given, start_new_session=True, **pipes)
         timer = threading.Timer(timeout, stop, [process.pid])
         timer.start()
         try:
@@ -102,7 +121,8 @@ def run(command: Sequence[object], folder: Path, timeout: float = 3600) -> Finis
             tail = log.read().decode(errors="replace")[-2000:]
             raise BenchError(f"exit status {process.returncode} of {' '.join(words)}\n{tail}")
     scale = 1 if sys.platform == "darwin" else 1024
-    return Finished(started, ended, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * scale)
+    cpu = usage.ru_utime + usage.ru_stime
+    return Finished(started, ended, cpu, usage.ru_maxrss * scale, busy_seconds() - busy)
 
 
 def stop(group: int) -> None:
@@ -173,11 +193,19 @@ def expect_rows(folder: Path, count: int) -> None:
         raise BenchError(f"{found} rows instead of {count} in the output")
 
 
-def run_sdg(folder: Path, source: Path, output: str, server: Server, concurrency: int, *options: object) -> Finished:
+def run_sdg(
+    folder: Path,
+    source: Path,
+    output: str,
+    server: Server,
+    concurrency: int,
+    *options: object,
+    env: Mapping[str, str] | None = None,
+) -> Finished:
     """Run sdg on an input against the server; `output` is a name within the folder."""
     command = [sys.executable, SDG, "--plugin", "summarize", "--input", source, "--base-url", server.url]
     command += ["--output", folder / output, "--max-concurrent-generations", concurrency, "--no-progress", *options]
-    return run(command, folder)
+    return run(command, folder, env=env)
 
 
 def say(text: str) -> None:

@@ -11,7 +11,8 @@ every 100th request slow. `POST /reset?limit=N` forgets all counts and names the
 `GET /stats` tells how many requests were in flight, as seen from here: a request counts from the moment when its last
 byte was read until its answer is written. `mean_in_flight` is the time-weighted mean between the moment when the
 limit was first reached and the arrival of the last request: it leaves out how the client starts and how it drains,
-and nothing in between. It is null if the limit was never reached.
+and nothing in between. It is null if the limit was never reached. `full_at` and `last_at` are these two moments on the
+monotonic clock, `cpu_seconds` is what the server has used itself.
 """
 
 import argparse
@@ -40,7 +41,7 @@ class Ledger:
     def __init__(self, limit: int = 0, in_flight: int = 0) -> None:
         self.limit, self.in_flight, self.peak = limit, in_flight, in_flight
         self.requests = self.answered = 0
-        self.area, self.now = 0.0, time.monotonic()
+        self.area, self.now, self.cpu = 0.0, time.monotonic(), time.process_time()
         self.first_request: float | None = None  # unix time
         self.first = self.full = self.last = (self.now, 0.0)  # (time, area) at three moments
 
@@ -83,6 +84,9 @@ class Ledger:
             "ramp_seconds": self.full[0] - self.first[0] if reached else None,
             "seconds": self.last[0] - self.first[0],
             "first_request": self.first_request,
+            "full_at": self.full[0] if reached else None,
+            "last_at": self.last[0],
+            "cpu_seconds": time.process_time() - self.cpu,
         }
 
 

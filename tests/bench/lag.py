@@ -1,7 +1,7 @@
 """A plugin that measures how late the event loop of a run is: `--plugin tests/bench/lag.py`.
 
-BENCH_LAG names the file that gets, at the end, a list of pairs: when something was due, in seconds of the monotonic
-clock, and how much later its turn came.
+BENCH_LAG names the file that gets, at the end, a list of triples: when something was due, in seconds of the monotonic
+clock, how much later its turn came, and the CPU time of the loop's thread meanwhile, whatever else runs.
 """
 
 import asyncio
@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import sdg
@@ -26,13 +26,13 @@ def observe() -> contextlib.AbstractAsyncContextManager[None]:
 @contextlib.asynccontextmanager
 async def measuring(path: Path) -> AsyncIterator[None]:
     """Write the file at the end."""
-    samples: list[tuple[float, float]] = []
+    samples: list[tuple[float, float, float]] = []
 
     async def look() -> None:
         while True:
-            due = time.monotonic() + PERIOD
+            due, used = time.monotonic() + PERIOD, time.thread_time()
             await asyncio.sleep(PERIOD)
-            samples.append((due, max(0.0, time.monotonic() - due)))
+            samples.append((due, max(0.0, time.monotonic() - due), max(0.0, time.thread_time() - used - PERIOD)))
 
     looking = asyncio.create_task(look())
     try:
@@ -40,17 +40,3 @@ async def measuring(path: Path) -> AsyncIterator[None]:
     finally:
         looking.cancel()
         path.write_text(json.dumps(samples))
-
-
-def percentile(samples: Sequence[tuple[float, float]], share: float) -> float:
-    """The lateness that what becomes due at any time meets in this share of the cases.
-
-    A turn of a second meets a hundred times as much as one of a hundredth, though each is one sample.
-    """
-    ordered = sorted(late for _, late in samples)
-    left = share * sum(late + PERIOD for late in ordered)
-    for late in ordered:
-        left -= late + PERIOD
-        if left <= 0:
-            return late
-    return 0.0

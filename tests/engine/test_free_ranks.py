@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
 import signal
 import sqlite3
 from collections import Counter
 
 import pytest
-from fake_server import FakeServer, Hang, Status, prompt_of
-from running import Job, documents, wait_until
+from fake_server import Delay, FakeServer, Hang, Status, prompt_of
+from running import Job, Started, documents, wait_until
 
 
 @pytest.fixture
@@ -71,8 +72,15 @@ def test_a_rank_in_the_hands_of_another_process_is_left_alone(shared: Job, serve
     wait_until(lambda: held in server.prompts)
 
     second = shared()
-    server.release()
 
+    status = json.loads(shared.sdg("status", "--output", shared.output.path, "--json").stdout)
+    assert status["parts"] == {"done": 5, "taken": 1, "free": 0}
+    assert status["ranks"][0]["holder"]["pid"] == first.process.pid
+    assert status["ranks"][1]["holder"] is None
+    words = shared.sdg("status", "--output", shared.output.path)
+    assert "parts: 5 done, 1 taken, 0 free" in words.stdout
+    assert f"taken     rank 0: process {first.process.pid} on" in words.stdout
+    server.release()
     assert second.rc == 0
     assert "no rank is free: 5 of 6 have finished" in second.stderr
     assert first.finish().rc == 0
@@ -152,11 +160,87 @@ def test_a_rank_that_fails_lets_the_ranks_beside_it_end_and_no_other_begin(share
     assert status_of(shared, 0) == "finished"
 
 
+@pytest.mark.slow
+def test_the_rank_of_a_stopped_process_is_taken_by_another_and_it_writes_nothing_when_it_goes_on(
+    shared: Job, server: FakeServer
+) -> None:
+    held = documents(120)[2]["text"]
+    server.behave(lambda payload, n: Hang() if prompt_of(payload) == held else None)
+    stopped = shared.start(env={"SDG_LEASE": "3"})
+    wait_until(lambda: durable(shared) == 119)
+    stopped.send(signal.SIGSTOP)
+    server.behave(lambda payload, n: None)
+    server.forget()
+
+    finished = shared(env={"SDG_LEASE": "3"})
+
+    assert finished.rc == 0
+    assert finished.says("rank 0 is taken over")
+    assert server.prompts == [held]
+    written = files_of(shared, 0)
+    server.release()
+    stopped.send(signal.SIGCONT)
+    ended = stopped.finish()
+    assert ended.rc == 0
+    assert ended.says("rank 0: another process has taken it")
+    assert files_of(shared, 0) == written
+    assert shared.verify().rc == 0
+    assert sorted(shared.output.ids()) == [row["id"] for row in documents(120)]
+
+
+def files_of(job: Job, rank: int) -> dict[str, bytes]:
+    """The files of a rank, in the output and the state."""
+    names = [f"data/{rank:05d}_*", f".sdg/{rank:05d}.*", f".sdg/ranks/{rank:05d}/*.sqlite3*"]
+    paths = [path for name in names for path in job.output.path.glob(name)]
+    return {str(path): path.read_bytes() for path in sorted(paths) if path.suffix != ".sqlite3-shm"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_processes_that_are_killed_and_stopped_at_random_make_each_row_once(
+    seed: int, shared: Job, server: FakeServer
+) -> None:
+    chance = random.Random(seed)
+    server.behave(lambda payload, n: Delay(chance.expovariate(5)))
+    shared.options |= {"max_concurrent_generations": 4}
+    env = {"SDG_LEASE": "3"}
+    living = [shared.start(env=env) for _ in range(3)]
+    asleep = []
+    for _ in range(12):
+        count = len(server.requests) + 5
+        wait_until(lambda count=count: len(server.requests) > count or not any_runs(living))  # type: ignore[misc]
+        victim = living.pop(chance.randrange(len(living)))
+        if chance.random() < 0.5:
+            victim.send(signal.SIGKILL)
+        else:
+            victim.send(signal.SIGSTOP)
+            asleep.append(victim)
+        living.append(shared.start(env=env))
+        if asleep and chance.random() < 0.5:
+            asleep.pop(0).send(signal.SIGCONT)
+    codes = [process.finish().rc for process in living]
+    for process in asleep:
+        process.send(signal.SIGCONT)
+        codes.append(process.finish().rc)
+
+    assert set(codes) == {0}
+    assert shared(env=env).says("6 of 6 have finished")
+    assert shared.verify().rc == 0
+    assert sorted(shared.output.ids()) == [row["id"] for row in documents(120)]
+
+
+def any_runs(processes: list[Started]) -> bool:
+    return any(process.running for process in processes)
+
+
 def durable(job: Job) -> int:
     """Documents that are final in the states of all ranks."""
     total = 0
     for path in job.output.state.glob("0*.sqlite3"):
-        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=30)) as state:
+        with (
+            contextlib.suppress(sqlite3.OperationalError),  # it has just been created
+            contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=30)) as state,
+        ):
             open_, written = "SELECT count(*) FROM documents", "SELECT total(count) FROM chunks WHERE written"
             total += sum(int(state.execute(query).fetchone()[0]) for query in (open_, written))
     return total

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import os
+import random
 import signal
+import sqlite3
+import time
+import types
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from fake_server import FakeServer, Hang, Status
-from running import Job, Started, documents, wait_until
+from fake_server import Delay, FakeServer, Hang, Status
+from launching import Launch
+from running import Job, Output, Started, documents, wait_until
+
+from sdg_plugins.commands.turns import Turns
 
 TEXTS = [row["text"] for row in documents(120)]
 
@@ -37,70 +48,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def test_several_processes_make_one_run_which_any_number_continues(several: Job, server: FakeServer) -> None:
-    finished = several(max_documents=60)
-
-    assert finished.rc == 0, finished
-    assert finished.stdout.count("60 documents: 60 rows, 0 filtered, 0 failed (60 of them now") == 1
-    assert not finished.stderr
-    assert several.output.stats()["documents"] == 60
-    assert len(json.loads((several.output.state / "run.json").read_text())["options"]["input"]) > 0
-    assert "60 rows" in (several.output.path / "README.md").read_text()
-
-    again = several(processes=None, world_size=None)  # as one would call a run of one process
-
-    assert again.rc == 0, again
-    assert "120 documents: 120 rows" in again.stdout
-    assert sorted(several.output.ids()) == [row["id"] for row in documents(120)]
-    assert Counter(server.prompts) == dict.fromkeys(TEXTS, 1)
-    assert several.verify().rc == 0
-    recorded = json.loads((several.output.state / "run.json").read_text())["options"]
-    assert (recorded["max_concurrent_generations"], recorded["max_failure_rate"]) == (500, 1)
-
-
-def test_a_process_that_is_killed_is_started_again_and_its_answers_are_used(several: Job, server: FakeServer) -> None:
-    held = TEXTS[119]
-    server.behave(lambda payload, n: Hang() if held in str(payload) else None)
-    started = several.start()
-    wait_until(lambda: len(server.requests) == 120 and len(several.output.written()) == 23)
-    before = children_of(started)
-    for pid in before:
-        os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: set(children_of(started)) - set(before))
-    server.behave(lambda payload, n: None)
-    server.release()
-    finished = started.finish()
-
-    assert finished.rc == 0, finished
-    assert "was killed by SIGKILL" in finished.stderr
-    assert Counter(server.prompts) == {**dict.fromkeys(TEXTS, 1), held: 2}
-    assert sorted(several.output.ids()) == [row["id"] for row in documents(120)]
-    assert several.verify().rc == 0
-
-
-def test_processes_do_not_outlive_their_parent_and_the_rerun_buys_nothing_twice(
-    several: Job, server: FakeServer
-) -> None:
-    held = TEXTS[119]
-    server.behave(lambda payload, n: Hang() if held in str(payload) else None)
-    started = several.start()
-    wait_until(lambda: len(server.requests) == 120 and len(several.output.written()) == 23)
-    children = children_of(started)
-    started.send(signal.SIGKILL)
-    started.finish()
-    server.behave(lambda payload, n: None)
-    server.release()
-
-    finished = several(processes=3)
-
-    assert len(children) == 2
-    assert not any(map(is_alive, children))
-    assert finished.rc == 0, finished
-    assert Counter(server.prompts) == {**dict.fromkeys(TEXTS, 1), held: 2}
-    assert several.verify().rc == 0
-
-
-def test_a_signal_to_the_parent_ends_the_whole_run_gently(several: Job, server: FakeServer) -> None:
+def test_a_signal_ends_all_processes_gently_and_any_number_of_them_continues(several: Job, server: FakeServer) -> None:
     server.behave(lambda payload, n: Hang() if n >= 40 else None)
     started = several.start(max_concurrent_generations=8)
     wait_until(lambda: len(server.requests) >= 48)
@@ -108,19 +56,58 @@ def test_a_signal_to_the_parent_ends_the_whole_run_gently(several: Job, server: 
     started.send(signal.SIGTERM)
     server.release()  # what is in flight is still answered
     server.hold()
-    finished = started.finish()
+    interrupted = started.finish()
 
-    assert finished.rc == 143
-    assert finished.stderr.count("interrupted by SIGTERM") == 1
+    assert interrupted.rc == 143
+    assert interrupted.stderr.count("interrupted by SIGTERM") == 1
+    assert interrupted.stdout.count(" filtered, ") == interrupted.stdout.count("run the same command again") == 1
     assert not any(map(is_alive, children))
+
+    done = several.output.stats()["documents"]
     server.behave(lambda payload, n: None)
     server.release()
     server.forget()
-    done = several.output.stats()["documents"]
-    several.succeed()
-    assert len(server.requests) == 120 - done
+    finished = several(processes=None)  # all ranks, because it is no run of one process
+
+    assert finished.rc == 0, finished
+    assert "120 documents: 120 rows" in finished.stdout
+    assert not finished.stderr
+    assert len(server.requests) == len(set(server.prompts)) == 120 - done
+    assert sorted(several.output.ids()) == [row["id"] for row in documents(120)]
+    assert several.verify().rc == 0
+    assert several.output.stats()["documents"] == 120
+    assert "120 rows" in (several.output.path / "README.md").read_text()
+    recorded = json.loads((several.output.state / "run.json").read_text())["options"]
+    assert (recorded["max_concurrent_generations"], recorded["max_failure_rate"]) == (500, 1)  # of all together
 
 
+def test_killed_processes_are_started_again_and_a_killed_parent_leaves_none(several: Job, server: FakeServer) -> None:
+    held = TEXTS[119]
+    server.behave(lambda payload, n: Hang() if held in str(payload) else None)
+    started = several.start()
+    wait_until(lambda: len(server.requests) == 120 and len(several.output.written()) == 23)
+    first = children_of(started)
+    for pid in first:
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: server.prompts.count(held) == 2)
+    children = set(children_of(started)) - set(first)
+    started.send(signal.SIGKILL)
+    killed = started.finish()
+    server.behave(lambda payload, n: None)
+    server.release()
+
+    finished = several(processes=3)
+
+    assert "was killed by SIGKILL" in killed.stderr
+    assert children
+    wait_until(lambda: not any(map(is_alive, children)), 5)
+    assert finished.rc == 0, finished
+    assert Counter(server.prompts) == {**dict.fromkeys(TEXTS, 1), held: 3}
+    assert sorted(several.output.ids()) == [row["id"] for row in documents(120)]
+    assert several.verify().rc == 0
+
+
+@pytest.mark.slow
 def test_failures_are_judged_over_all_processes(several: Job, server: FakeServer) -> None:
     bad = {*TEXTS[:5], *TEXTS[30:35]}  # chunks 0 and 6, both of rank 0: half of its documents
     server.behave(lambda payload, n: Status(400) if payload["messages"][0]["content"] in bad else None)
@@ -150,3 +137,121 @@ def test_what_is_wrong_is_said_once(options: dict[str, object], words: list[str]
 
     assert finished.rc in {1, 2}
     assert finished.says(*words)
+
+
+def all_durable(output: Output) -> set[str]:
+    """Texts of the documents that no crash can undo, in whatever rank."""
+    found: set[int] = set()
+    for path in output.state.glob("[0-9]*.sqlite3"):
+        with contextlib.suppress(sqlite3.OperationalError):  # it has no tables yet
+            found |= output.durable(int(path.name[:5]))
+    return {row["text"] for row in documents(1000) if int(row["id"][1:]) in found}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(12))
+def test_random_kills_of_processes_and_of_their_parent_lose_and_repeat_nothing(
+    seed: int, job: Job, server: FakeServer
+) -> None:
+    chance = random.Random(seed)
+    rows = documents(400)
+    job.input(rows, name=chance.choice(["input.parquet", "input.jsonl"]))
+    job.options |= {"records_per_chunk": 7, "max_concurrent_generations": chance.choice([3, 20, 100])}
+    job.options["world_size"] = chance.choice([None, 5, 12])
+    server.behave(lambda payload, n: Delay(chance.random() * 0.15))
+
+    seen: list[tuple[set[str], int]] = []  # what was durable, and how many requests there had been by then
+    for _ in range(chance.randrange(2, 6)):
+        first = not (job.output.state / "run.json").exists()
+        started = job.start(processes=chance.choice([2, 3, 4] if first else [None, 1, 2, 3, 4]))
+        for _ in range(chance.randrange(1, 5)):
+            time.sleep(chance.random() * 1.2)
+            victims = children_of(started) if started.running else []
+            seen.append((all_durable(job.output), len(server.requests)))
+            if not victims or chance.random() < 0.4:
+                break
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(chance.choice(victims), signal.SIGKILL)
+        if started.running:
+            started.send(chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
+        started.finish()
+        wait_until(lambda: not any(map(is_alive, victims)), 5)  # noqa: B023 - called at once
+        seen.append((all_durable(job.output), len(server.requests)))
+    job.succeed(processes=chance.choice([None, 2]))
+
+    for kept, sent in seen:
+        assert kept.isdisjoint(server.prompts[sent:])
+    assert sorted(job.output.ids()) == [row["id"] for row in rows]
+    assert job.verify().rc == 0
+
+
+# ── Launched servers ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def state(crashes: int, suspects: int) -> dict[str, int]:
+    """What a process reports of a server."""
+    return {"crashes": crashes, "suspects": suspects}
+
+
+def test_after_a_crash_processes_have_the_server_one_after_the_other() -> None:
+    server: Any = types.SimpleNamespace(crashes=0, up=asyncio.Event())
+    server.up.set()
+    turns: Turns[str] = Turns(server)
+    work = {"a", "b"}
+
+    def admitted() -> str:
+        turns.look(["a", "b", "idle"], work.__contains__)
+        return "".join(name for name in ("a", "b", "idle") if turns.admits(name))
+
+    assert admitted() == "abidle"
+    server.crashes = 1
+    assert admitted() == "a"
+    for report in (state(0, 0), state(1, 2), state(1, 0), state(1, 1), state(1, 0)):  # an old one, and calm only once
+        turns.note("a", report)
+    turns.note("b", state(1, 0))  # not its turn
+    assert admitted() == "a"
+    server.crashes = 2  # the cause is among those of a
+    assert admitted() == "a"
+    turns.note("a", state(2, 0))
+    turns.note("a", state(2, 0))
+    assert admitted() == "b"
+    work.remove("b")  # it was killed
+    assert admitted() == "abidle"
+
+
+@pytest.fixture
+def launch(tmp_path: Path, server: FakeServer) -> Iterator[Launch]:
+    launch = Launch(tmp_path, server)
+    launch.options |= {"processes": 2, "world_size": 4, "records_per_chunk": 5, "max_concurrent_generations": 32}
+    yield launch
+    launch.sdg.close()
+    wait_until(lambda: not launch.processes(), 20)
+
+
+@pytest.mark.slow
+def test_a_document_that_kills_the_shared_server_is_the_only_one_that_fails(launch: Launch) -> None:
+    rows = documents(60)
+    rows[30]["text"] = "poison"
+    launch.input(rows)
+
+    finished = launch(faults="--slots 2 --seconds 0.3")  # others are in flight at each crash
+
+    assert finished.rc == 0, finished
+    assert list(launch.output.failed()) == ["d0030"]
+    assert len(launch.starts) == 4
+
+
+@pytest.mark.slow
+def test_a_shared_server_that_dies_is_restarted_for_all_and_gone_after_a_kill_of_the_parent(launch: Launch) -> None:
+    launch.input(documents(60))
+    started = launch.start(faults="--crash-after 10 --seconds 0.2 --slots 4")
+    wait_until(lambda: len(launch.starts) == 3)
+    started.send(signal.SIGKILL)
+    started.finish()
+    wait_until(lambda: not launch.processes(), 20)
+
+    finished = launch()
+
+    assert finished.rc == 0, finished
+    assert sorted(launch.output.ids()) == [row["id"] for row in documents(60)]
+    assert len(launch.starts) == 4

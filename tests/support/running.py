@@ -206,9 +206,9 @@ class Output:
         files = [path for path in self.path.rglob("*") if path.is_file() and self.state not in path.parents]
         return {str(path.relative_to(self.path)): path.read_bytes() for path in sorted(files)}
 
-    def durable(self) -> set[int]:
-        """Rows of the input that a crash cannot undo: in a chunk's file, or with an answer in the state (of rank 0)."""
-        uri = f"file:{self.state}/00000.sqlite3?mode=ro"
+    def durable(self, rank: int = 0) -> set[int]:
+        """Rows of the input that a crash cannot undo: in a chunk's file, or with an answer in the state of a rank."""
+        uri = f"file:{self.state}/{rank:05d}.sqlite3?mode=ro"
         with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=30)) as state:
             chunks = state.execute("SELECT chunk, start, count, written FROM chunks").fetchall()
             kept = "SELECT id FROM documents UNION SELECT document FROM requests"
