@@ -1615,6 +1615,7 @@ class Engine:
                 taken = await feed.take()
                 if not taken:
                     return
+                await self.crew.turn(taken[1].index)
                 with self.crew.at(taken[1].index):
                     await self._roll_out(*taken)
                 if self.store.crowded:

@@ -30,11 +30,13 @@ from sdg_plugins.common.checks import (
     reading,
 )
 from sdg_plugins.common.chunks import Intake, Outlet
+from sdg_plugins.common.claims import release_claims
 from sdg_plugins.common.command_line import Config
 from sdg_plugins.common.crew import Crew, Places
 from sdg_plugins.common.database import shrink
 from sdg_plugins.common.ending import same_folder, signals
 from sdg_plugins.common.files import output_place, rank_file
+from sdg_plugins.common.interleaving import Abreast
 from sdg_plugins.common.lease import Fenced, Lease
 from sdg_plugins.common.memory import tune_memory
 from sdg_plugins.common.progress import Course, progress, put, report
@@ -113,6 +115,7 @@ class Job:
     Attributes:
         problem: what ended it early.
         finished: its work is done.
+        abreast: of the jobs that take their documents in one order, if it is one of them.
         begun_all: set when all of its documents have begun: another job may begin beside it.
     """
 
@@ -135,6 +138,7 @@ class Job:
         self.finished = False
         self.begun_all = asyncio.Event()
         self._places = places or Places()
+        self.abreast: Abreast | None = None
         self._everything, self._name = everything, name
         self._present, self._connecting, self._lock = present, connecting, lock
         self._observers = contextlib.AsyncExitStack()
@@ -163,6 +167,7 @@ class Job:
                 self.finished = self.stop.reason is None
                 if self.finished:
                     retrying.end(self.run)
+                    await asyncio.to_thread(release_claims, self.run)
                     await asyncio.to_thread(shrink, rank_file(self.run.state, self.run.options.rank, "sqlite3"))
         except asyncio.CancelledError:
             if self.stop.reason is None:
@@ -175,6 +180,8 @@ class Job:
         finally:
             self._everything.parts.discard(self.stop)
             self.stop.cancel, self.stop.gently = before, None
+            if self.abreast:
+                self.abreast.join(self.begun_all)  # it may have ended before that
         self.problem = self.problem or self.stop.reason
 
     def _heed_lease(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -236,7 +243,7 @@ class Job:
             await retrying.begin(run, store)
             if only_failed:
                 intake.chosen, intake.retrying = await retrying.failed_documents(store), True
-            crew = Crew(run.options.max_concurrent_documents, self._places, self.begun_all)
+            crew = Crew(run.options.max_concurrent_documents, self._places, self.begun_all, self.abreast)
             yield sdg.Engine(run, store, crew, intake, outlet, send, resources)
 
     async def _resources(self, stack: contextlib.AsyncExitStack) -> dict[str, Any]:
@@ -262,8 +269,10 @@ class Job:
 
     def may_overlap(self, before: Job) -> bool:
         """True if it may begin while the job before it still has documents in flight."""
+        if self.abreast:
+            return True
         options, others = self.run.options, before.run.options
-        whole = options.sample is None and not options.preview
+        whole = before.begun_all.is_set() and options.sample is None and not options.preview
         return whole and options.reader != SCHEME and limits_of(options) == limits_of(others)
 
     @property
@@ -405,6 +414,11 @@ async def _run_jobs(
             for config in configs:
                 name = f"config {config.name}: " if len(configs) > 1 else ""
                 jobs += filter(None, [await first(config, stop, name, **setting)])
+            options = configs[0].options
+            if options.interleave_configs and options.sample is None and not options.preview:
+                together = Abreast([job.begun_all for job in jobs], options.max_concurrent_documents)
+                for job in jobs:
+                    job.abreast = together
             if jobs:
                 await serve(jobs, stop, connections, starting)
             for job in jobs:

@@ -16,6 +16,7 @@ import select
 import signal
 import socket
 import threading
+import traceback
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -24,6 +25,7 @@ from sdg_plugins.commands.jobs import record_end, run_all
 from sdg_plugins.commands.stop import Stop
 from sdg_plugins.common.command_line import parse_configs
 from sdg_plugins.common.ending import HANDLED, run_to_the_end
+from sdg_plugins.common.options import refusing
 from sdg_plugins.common.processes import PART, Part, shared
 from sdg_plugins.common.statistics import heartbeat
 from sdg_plugins.servers.client import Client
@@ -62,11 +64,14 @@ def work(argv: list[str]) -> int:
         signal.signal(signum, lambda *_: None)
     part = Part(**line.order["part"])
     try:
-        config = next(config for config in parse_configs(argv) if config.name == part.config)
+        with refusing():
+            config = next(config for config in parse_configs(argv) if config.name == part.config)
         config = config._replace(options=shared(config.options, part))
         run_to_the_end(run_all([config], line.present, line.begin, starting=line.servers))
     except (Exception, asyncio.CancelledError) as exc:  # noqa: BLE001 - the parent reports it
         problem = sdg.first_cause(exc)
+        if os.environ.get("SDG_TRACEBACK"):
+            traceback.print_exception(exc)
         line.send({"ended": as_message(problem)})
         return int(getattr(problem, "exit_code", 1))
     line.send({"ended": None})
@@ -193,7 +198,7 @@ def report_of(engine: sdg.Engine) -> dict[str, Any]:
         "tally": dict(engine.tally),
         "started": engine.started,
         "finished": engine.finished,
-        "expected": engine.intake.expected(),
+        "total": engine.intake.reader.total(),
         "counts": dict(engine.run.counts),
         "failed": failures.documents,
         "recent": [sum(failures.recent), len(failures.recent)],

@@ -26,7 +26,7 @@ from sdg_plugins.commands.team import Team
 from sdg_plugins.commands.whole import Whole
 from sdg_plugins.common.command_line import Config
 from sdg_plugins.common.files import rank_file
-from sdg_plugins.common.processes import Part, most_processes
+from sdg_plugins.common.processes import Part, most_processes, ranks_for
 from sdg_plugins.common.progress import Course, progress, report
 from sdg_plugins.common.rereading import changed_rows
 from sdg_plugins.common.shares import Shares
@@ -37,7 +37,9 @@ from sdg_plugins.common.state import (
     discarded,
     documents_in,
     locked,
+    recorded_size,
     remember_source,
+    size_of_chunks,
     start_over,
 )
 from sdg_plugins.common.statistics import rank_statistics, sum_statistics, write_statistics
@@ -75,10 +77,7 @@ class WholeJob(Job):
 
     def __init__(self, config: Config, everything: Stop, name: str, course: Course) -> None:
         super().__init__(config, everything, name, lock=lambda run: contextlib.nullcontext())
-        self._course, options = course, config.options
-        self._part = Part(0, most_processes(options), config.name, options.world_size, time.time())
-        told = argparse.Namespace(**{**vars(options), "part": self._part})
-        self._shares = Shares(Config(told, config.plugins), self.run)
+        self._config, self._course = config, course
         self._team: Team | None = None
         self._chunks = sys.maxsize  # as far as is known
 
@@ -114,15 +113,22 @@ class WholeJob(Job):
                 start_over(run)
             remember_source(run)
             reader = await self._reader()
+            self._count(reader)
             await self._connect(servers)
             retrying = claim_state(run, reader, functools.partial(changed_rows, run, reader))
             check_number_of_files(run, reader)
-            if documents := documents_in(reader):
-                documents = min(documents, run.options.max_documents or documents)
-                self._chunks = -(-documents // run.options.records_per_chunk)
             if alone:
                 held.enter_context(alone_in(run.state))
         return reader, retrying
+
+    def _count(self, reader: sdg.Reader) -> None:
+        """Count the chunks, and settle the number of ranks if the run begins."""
+        options, documents = self.run.options, documents_in(reader)
+        if documents:
+            size = options.records_per_chunk or recorded_size(self.run) or size_of_chunks(documents)
+            if not (self.run.state / "run.json").exists():
+                options.world_size = ranks_for(options, -(-documents // size))
+            self._chunks = -(-min(documents, options.max_documents or documents) // size)
 
     async def _connect(self, servers: Mapping[str, Servers]) -> None:
         """Settle the models. The parent sends no requests, so no limit of its own matters."""
@@ -147,16 +153,19 @@ class WholeJob(Job):
 
     async def _run_processes(self, whole: Whole, servers: Mapping[str, Servers]) -> None:
         """Run processes until no rank is free, or something ends the run."""
+        options = self.run.options
+        part = Part(0, most_processes(options), self._config.name, options.world_size, time.time())
+        shares = Shares(Config(argparse.Namespace(**{**vars(options), "part": part}), self._config.plugins), self.run)
         for _ in range(ROUNDS):
-            free = await asyncio.to_thread(self._shares.free)
+            free = await asyncio.to_thread(shares.free)
             if not free or self.stop.reason:
                 break
             busy = sum(rank < self._chunks for rank in free)  # the others have no documents
-            part = self._part._replace(of=min(self._part.of, busy or 1))
-            self._team = Team(self.run.options.command, part, servers, whole, self.stop)
+            some = part._replace(of=min(part.of, busy or 1))
+            self._team = Team(options.command, some, servers, whole, self.stop)
             await self._team.work()
             if self._team.spent:
-                free = await asyncio.to_thread(self._shares.free)
+                free = await asyncio.to_thread(shares.free)
                 self.stop(self._team.spent) if free else None
         if not self.stop.reason and (problem := whole.too_many_failures(at_end=True)):
             self.stop(problem)

@@ -32,7 +32,7 @@ class Runner(Protocol):
         """Called when its work has ended."""
 
     def may_overlap(self, before: Self) -> bool:
-        """True if it may begin while the job before it still has documents in flight."""
+        """True if it may begin now, while the job before it still has documents in flight."""
 
     @property
     def is_step(self) -> bool:
@@ -53,6 +53,7 @@ class Relay:
     ) -> None:
         self._jobs, self._servers, self._reason = jobs, servers, reason
         self._waiting: deque[Runner] = deque(jobs)
+        self._most = max(MOST, sum(job.abreast is not None for job in jobs))
         self._working: dict[asyncio.Task[None], Runner] = {}
         self._last: Runner | None = None  # that has begun
         self._asked: tuple[Runner, bool] | None = None  # which job was asked for the next one, and whether at the end
@@ -88,14 +89,14 @@ class Relay:
             return False
         if not self._working or last is None:
             return True
-        return last.begun_all.is_set() and len(self._working) < MOST and job.may_overlap(last)
+        return len(self._working) < self._most and job.may_overlap(last)
 
     async def _find_following(self) -> None:
         """Find the job that follows on the last one, when all of its documents have begun, and again at its end."""
         last, at_the_end = self._last, not self._working
         if last is None or self._reason() or self._problem or self._asked in {(last, True), (last, at_the_end)}:
             return
-        if not at_the_end and not (last.begun_all.is_set() and len(self._working) < MOST):
+        if not at_the_end and not (last.begun_all.is_set() and len(self._working) < self._most):
             return
         self._asked = last, at_the_end
         try:

@@ -25,6 +25,8 @@ PATIENCE = 15.0  # s that processes have to end after a signal: schedulers kill 
 HURRY = 4.0  # s after a second one
 LOOK = 0.1  # s between two looks at launched servers
 LONGEST_LINE = 1 << 26  # bytes of a report
+PIECE = 1 << 16  # bytes of standard error that are read at a time, and printed even without the end of a line
+REMEMBERED = 1000  # lines
 
 
 class Process:
@@ -207,11 +209,23 @@ class Team:
     async def _relay(self, process: Process) -> None:
         """Print what a process says on standard error, once if several say the same."""
         assert process.popen.stderr
-        while raw := await process.popen.stderr.readline():
-            line = raw.decode(errors="replace").rstrip("\n")
-            if self._said.setdefault(line, process.pid) != process.pid and line.startswith("sdg: "):
-                continue
-            sdg.say(line[5:]) if line.startswith("sdg: ") else print_line(line)
+        rest = b""
+        while raw := await process.popen.stderr.read(PIECE):
+            *lines, rest = (rest + raw).split(b"\n")
+            if len(rest) > PIECE:
+                lines, rest = [*lines, rest], b""
+            for line in lines:
+                self._print(process, line.decode(errors="replace"))
+        if rest:
+            self._print(process, rest.decode(errors="replace"))
+
+    def _print(self, process: Process, line: str) -> None:
+        if not line.startswith("sdg: "):
+            print_line(line)
+        elif self._said.setdefault(line, process.pid) == process.pid:
+            sdg.say(line[5:])
+        if len(self._said) > REMEMBERED:
+            del self._said[next(iter(self._said))]
 
     # Servers
 
@@ -261,7 +275,8 @@ def how_it_ended(code: int) -> str:
 def print_line(line: str) -> None:
     """Print a line on standard error without tearing a progress bar."""
     tqdm: Any = getattr(sys.modules.get("tqdm"), "tqdm", None)
-    if getattr(tqdm, "_instances", None):
-        tqdm.write(line, file=sys.stderr)
-    else:
-        print(line, file=sys.stderr)
+    with contextlib.suppress(OSError, ValueError):  # the reader is gone
+        if getattr(tqdm, "_instances", None):
+            tqdm.write(line, file=sys.stderr)
+        else:
+            print(line, file=sys.stderr)

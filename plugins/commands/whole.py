@@ -99,7 +99,7 @@ class Whole:
         self._total = self._past
         self._finished_by: Counter[int] = Counter()
         self._seen: dict[tuple[int, str, int], Mapping[str, Any]] = {}  # what each process last said of each server
-        self._expected: dict[int, int | None] = {}
+        self._read: int | None = None  # rows of the input, once a process has read to its end
         self._tallies: dict[int, Counter[str]] = {}
         for rank in range(run.options.world_size):
             figures = statistics_of(rank_file(run.state, rank, "stats.json"))
@@ -130,15 +130,14 @@ class Whole:
 
     def expected(self) -> int | None:
         """How many documents the run has, as far as the input or the processes know."""
-        if (total := self._reader.total()) is not None:
-            return int(min(total, self.run.options.max_documents or total))
-        counts = [count for count in self._expected.values() if count is not None]
-        return round(sum(counts) * self.run.options.world_size / len(counts)) if counts else None
+        total = self._reader.total() or self._read
+        return None if total is None else int(min(total, self.run.options.max_documents or total))
 
     def take(self, process: int, report: dict[str, Any]) -> None:
         """Take in where a process is with a rank."""
         rank = report["rank"]
-        self._tallies[rank], self._expected[rank] = Counter(report["tally"]), report["expected"]
+        self._tallies[rank] = Counter(report["tally"])
+        self._read = report["total"] or self._read
         self._now[process, rank] = report
         for name, pool in {"": self.client, **self.models}.items():
             self._note_answers(process, name, pool, report)

@@ -17,6 +17,7 @@ from sdg_plugins.common.checks import check_rollout
 from sdg_plugins.common.defaults import check_uris, derive, derive_server, rank_or_any
 from sdg_plugins.common.files import default_state_dir
 from sdg_plugins.common.idle_options import check_idle, uses
+from sdg_plugins.common.interleaving import check_interleaved
 from sdg_plugins.common.loading import contributing
 from sdg_plugins.common.options import (
     BriefHelp,
@@ -215,12 +216,19 @@ OPTIONS = {
             type=_count,
             shared=True,
         ),
+        setting(
+            "--interleave-configs",
+            None,
+            "run a document's requests of all [configs] close together on one server, whose cache has it then",
+            action=FLAG,
+            shared=True,
+        ),
         setting("--state-dir", "D", "default: <output>/.sdg for a folder, else ./.sdg/<output name>", shared=True),
         setting(
             "--processes",
             "N",
             "number of processes on this machine that share the ranks and the servers; may differ between runs; "
-            "--world-size is then 4 × N unless given, or as the run was begun",
+            "--world-size is then up to 8 × N unless given, or as the run was begun",
             type=_count,
             shared=True,
         ),
@@ -348,6 +356,7 @@ def parse_configs(argv: list[str]) -> list[Config]:
     for config in configs:
         if config.options.state_dir != default_state_dir(config.options.output, config.name):  # given, for all
             config.options.state_dir = os.path.join(config.options.state_dir, config.name)
+    check_interleaved([config.options for config in configs])
     return configs
 
 

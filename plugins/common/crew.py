@@ -8,7 +8,10 @@ import os
 import time
 from collections import deque
 from collections.abc import Coroutine, Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sdg_plugins.common.interleaving import Abreast
 
 GRACE = 10.0  # s that rollouts have to end after SIGTERM: schedulers kill after 30
 REMEMBERED = 1000  # documents that have ended
@@ -35,6 +38,7 @@ class Crew:
         most: documents in flight.
         places: those of all jobs of the process.
         begun_all: set when all documents have begun, or no further one begins.
+        abreast: decides on the order of documents, if other jobs have the same; then it counts them.
 
     Attributes:
         begun: when each document in rollouts has begun, by its index; a monotonic time in s.
@@ -42,8 +46,10 @@ class Crew:
         cut_off: the rollouts were canceled: whatever they return from now on is void.
     """
 
-    def __init__(self, most: int, places: Places, begun_all: asyncio.Event) -> None:
-        self._most, self._places, self._begun_all = most, places, begun_all
+    def __init__(self, most: int, places: Places, begun_all: asyncio.Event, abreast: Abreast | None = None) -> None:
+        self._most, self._places, self._begun_all = most, Places() if abreast else places, begun_all
+        self.abreast = abreast
+        self._turns: set[asyncio.Future[Any]] = set()  # that documents wait for
         self.begun: dict[int, float] = {}
         self.ended: deque[tuple[float, float]] = deque(maxlen=REMEMBERED)
         self.cut_off = False
@@ -75,6 +81,11 @@ class Crew:
             else:
                 return
 
+    async def turn(self, index: int) -> None:
+        """Wait until a document may begin. Canceled when the run stops."""
+        if self.abreast:
+            await self.abreast.turn(self._begun_all, index, self._turns)
+
     def at(self, index: int) -> Shift:
         """A context manager around the rollouts of a document."""
         return Shift(self, index)
@@ -90,10 +101,14 @@ class Crew:
         """Look for no further places."""
         self._begun_all.set()
         self._places.changed.set()
+        if self.abreast:
+            self.abreast.join(self._begun_all)
 
     def end(self) -> None:
         """Give rollouts a moment to end, then cancel them."""
         self._leave_places()
+        for turn in list(self._turns):
+            turn.cancel()
         self._ending = self._ending or asyncio.create_task(self._end())
 
     async def _end(self) -> None:
@@ -147,3 +162,5 @@ class Shift:
     def __exit__(self, *_: object) -> None:
         now = time.monotonic()
         self._crew.ended.append((now, now - self._crew.begun.pop(self._index)))
+        if self._crew.abreast:
+            self._crew.abreast.over()

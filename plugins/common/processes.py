@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,8 @@ from typing import Any, NamedTuple
 import sdg
 
 PART = "SDG_PART"  # environment variable of the processes: number of a socket's file, and the parent's process ID
-RANKS = 4  # for each process: the last ones end at about the same time, and later runs may have more processes
+RANKS = 8  # for each process: the last ones end at about the same time, and later runs may have more processes
+PORTS = 20_000  # requests in flight that one address surely has ports for
 LIMITS = ("max_concurrent_generations", "max_concurrent_documents", "requests_per_minute", "tokens_per_minute")
 
 
@@ -42,11 +44,21 @@ class Part(NamedTuple):
     began: float
     whole: Mapping[str, Any] | None = None
 
+    @property
+    def source(self) -> str:
+        """Loopback address of its connections to servers on this machine; "" for the usual one.
+
+        One has about 28,000 ports. Few runs need more, and a server may admit 127.0.0.1 alone.
+        """
+        most = (self.whole or {}).get("max_concurrent_generations", 0)
+        return f"127.0.1.{1 + self.number % 250}" if most > PORTS and sys.platform == "linux" else ""
+
 
 def derive_processes(options: argparse.Namespace, demo: bool) -> bool:
     """Settle how many processes share the ranks, and how many ranks there are; False if it is one process, one rank.
 
-    Sets `processes`: None in a run of one process, unless its state was begun with several.
+    Sets `processes`: None in a run of one process, unless its state was begun with several; and `ranks_chosen`: the
+    number of ranks is free, because it was neither given nor recorded.
 
     Args:
         options: of the run.
@@ -55,7 +67,7 @@ def derive_processes(options: argparse.Namespace, demo: bool) -> bool:
     Raises:
         UsageError: other options say otherwise.
     """
-    options.part = None
+    options.part, options.ranks_chosen = None, False
     asked, options.processes = options.processes, None
     if not _is_whole(options, asked):
         return False
@@ -74,7 +86,7 @@ def derive_processes(options: argparse.Namespace, demo: bool) -> bool:
             return False
         known = None
     options.processes, options.rank = asked or 1, 0
-    options.world_size = given or known or RANKS * options.processes
+    options.world_size, options.ranks_chosen = given or known or RANKS * options.processes, not (given or known)
     return True
 
 
@@ -131,7 +143,9 @@ def shared(options: argparse.Namespace, part: Part) -> argparse.Namespace:
                 setattr(mine, limit, _share(most, part))
         if name:
             own.models[name] = mine
-    own.part = part._replace(whole={**whole, "max_failure_rate": options.max_failure_rate})
+    part = part._replace(whole={**whole, "max_failure_rate": options.max_failure_rate})
+    for each in (own, *own.models.values()):
+        each.part = part
     own.rank, own.any_rank, own.world_size, own.fresh = 0, True, part.world_size, False
     own.max_failure_rate = 1.0  # the parent judges all of them together
     return own
@@ -144,6 +158,12 @@ def _share(most: float, part: Part) -> float:
     return max(1, most // part.of + (part.number < most % part.of))
 
 
+def ranks_for(options: argparse.Namespace, chunks: int) -> int:
+    """The number of ranks for an input with some chunks: a rank without any costs time, too."""
+    most: int = options.world_size
+    return min(most, max(options.processes, chunks)) if options.ranks_chosen else most
+
+
 def most_processes(options: argparse.Namespace) -> int:
     """How many processes can work: each has a rank, and may have at least one request in flight."""
     most: int = min(options.processes, options.world_size, options.max_concurrent_generations)
@@ -152,7 +172,7 @@ def most_processes(options: argparse.Namespace) -> int:
 
 def asked_for(options: argparse.Namespace) -> dict[str, Any]:
     """The options as they were given for the whole run, to record them."""
-    every = {name: value for name, value in vars(options).items() if name not in {"part", "command"}}
+    every = {name: value for name, value in vars(options).items() if name not in {"part", "command", "ranks_chosen"}}
     part: Part | None = getattr(options, "part", None)
     whole = part.whole if part and part.whole else {}
     return {**every, **{name: most for name, most in whole.items() if "." not in name}}

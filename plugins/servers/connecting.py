@@ -116,7 +116,8 @@ async def linked(run: sdg.Run, servers: Sequence[str | sdg.Upstream]) -> AsyncIt
     async with contextlib.AsyncExitStack() as stack:
         lean = None
         if os.environ.get(SWITCH, "lean") != "aiohttp":
-            lean = await stack.enter_async_context(Http1(headers, options.request_timeout).working())
+            source = options.part.source if options.part else ""
+            lean = await stack.enter_async_context(Http1(headers, options.request_timeout, source).working())
         transport = Transport(headers, options.request_timeout, lean, proxies=not local)
         stack.push_async_callback(transport.aclose)
         upstreams, doubt = await find_upstreams(run, transport, servers)

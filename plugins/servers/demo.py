@@ -73,7 +73,10 @@ def rate_limit() -> Any:
             now = asyncio.get_running_loop().time()
             turn = max(now, turn + 1 / RATE)
             await asyncio.sleep(turn - now)
-        return await handler(request)
+        try:
+            return await handler(request)
+        except ConnectionError:  # the process that has asked was killed; see --processes
+            return web.Response(status=499)
 
     return wait
 

@@ -230,6 +230,7 @@ def is_stream(headers: Mapping[str, str]) -> bool:
 
 def whole(assembly: Assembly) -> bytes:
     """The response that a stream of events amounts to. Raises Broken if the stream ended early."""
+    assembly.feed(b"\n\n")  # the last event may lack its end
     if not assembly.complete:
         raise Broken("the stream ended before the completion did")
     return assembly.body()

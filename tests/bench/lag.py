@@ -1,7 +1,7 @@
 """A plugin that measures how late the event loop of a run is: `--plugin tests/bench/lag.py`.
 
-BENCH_LAG names the file that gets, at the end, a list of pairs: when something was due, in seconds of the monotonic
-clock, and how much later its turn came.
+BENCH_LAG names the file that gets, at the end, a list of triples: when something was due, in seconds of the monotonic
+clock, how much later its turn came, and the CPU time of the loop's thread meanwhile, whatever else runs.
 """
 
 import asyncio
@@ -26,13 +26,13 @@ def observe() -> contextlib.AbstractAsyncContextManager[None]:
 @contextlib.asynccontextmanager
 async def measuring(path: Path) -> AsyncIterator[None]:
     """Write the file at the end."""
-    samples: list[tuple[float, float]] = []
+    samples: list[tuple[float, float, float]] = []
 
     async def look() -> None:
         while True:
-            due = time.monotonic() + PERIOD
+            due, used = time.monotonic() + PERIOD, time.thread_time()
             await asyncio.sleep(PERIOD)
-            samples.append((due, max(0.0, time.monotonic() - due)))
+            samples.append((due, max(0.0, time.monotonic() - due), max(0.0, time.thread_time() - used - PERIOD)))
 
     looking = asyncio.create_task(look())
     try:

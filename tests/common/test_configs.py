@@ -75,6 +75,56 @@ def test_each_config_has_its_options_and_its_folder(configs: Configs) -> None:
         assert verified.rc == 0, verified
 
 
+def test_interleaved_configs_take_their_documents_together(configs: Configs) -> None:
+    configs.job.input(documents(60))
+
+    finished = configs(interleave_configs=True, max_concurrent_documents=4, records_per_chunk=7)
+
+    assert finished.rc == 0, finished
+    places: dict[str, list[int]] = {}
+    for place, prompt in enumerate(configs.prompts()):
+        places.setdefault(prompt.partition(": ")[2], []).append(place)
+    assert len(places) == 60
+    assert all(len(both) == 2 and both[1] - both[0] <= 4 for both in places.values())
+    assert configs.job.server.max_in_flight <= 4
+    assert [row["id"] for row in configs.rows("math")] == [row["id"] for row in configs.rows("faq")]
+    assert [row["id"] for row in configs.rows("math")] == [row["id"] for row in documents(60)]
+
+
+def test_interleaved_configs_go_on_without_one_that_fails_and_from_where_they_were(configs: Configs) -> None:
+    configs.job.input(documents(60))
+    configs.job.server.behave(lambda payload, n: Status(400) if "Count in" in str(payload) else None)
+
+    failed = configs(interleave_configs=True, max_concurrent_documents=4, max_failure_rate=0.5)
+
+    assert failed.rc == 3
+    assert failed.says("config math", "failed")
+    assert len(configs.rows("faq")) == 60
+    configs.job.server.behave(lambda payload, n: None)
+    assert configs(interleave_configs=True, retry_failed=True).rc == 0
+    assert len(configs.rows("math")) == 60
+
+
+@pytest.mark.parametrize(
+    ("table", "options", "words"),
+    [
+        ("input-split = 'test'", {}, ["--interleave-configs", "input-split", "test in [configs.math]"]),
+        ("max-concurrent-generations = 3", {}, ["--interleave-configs", "max-concurrent-generations", "3"]),
+        ("", {"rank": "any", "world_size": 2}, ["--interleave-configs", "--rank any"]),
+        ("interleave-configs = true", {"interleave_configs": None}, ["interleave-configs", "above the tables"]),
+    ],
+)
+def test_configs_that_cannot_be_interleaved_are_refused(
+    table: str, options: dict[str, Any], words: list[str], configs: Configs
+) -> None:
+    configs.write(TWO + table)
+
+    refused = configs(**{"interleave_configs": True, **options})
+
+    assert refused.rc == 2
+    assert refused.says(*words)
+
+
 def test_the_command_line_wins_over_all_configs(configs: Configs) -> None:
     assert configs(max_tokens=7).rc == 0
     assert {request.payload["max_tokens"] for request in configs.job.server.requests} == {7}

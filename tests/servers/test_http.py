@@ -9,7 +9,7 @@ import zlib
 from typing import Any
 
 import pytest
-from raw_server import CLIENTS, RawServer, Script, Then, ask, outcome, run
+from raw_server import CLIENTS, RawServer, Script, Then, ask, outcome, reset, run
 
 from sdg_plugins.servers.http1 import Broken, Unreached
 from sdg_plugins.servers.transport import Transport
@@ -267,6 +267,25 @@ def test_a_response_before_the_request_was_read_is_received(client: str, body: b
     assert outcome(client, server, body=body) == (413, b"no")
 
 
+@pytest.mark.parametrize("end", [Then.CLOSE, Then.RESET])
+def test_a_refusal_is_received_though_the_connection_ends_before_the_request_was_read(client: str, end: Then) -> None:
+    refused = b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\nno"
+    assert outcome(client, RawServer([refused, end], early=True), body=LARGE) in {(413, b"no"), "Broken"}
+
+
+class Unwilling(RawServer):
+    """Accepts connections, and ends them at once, as a forwarded port does without a server behind it."""
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self.early:
+            reset(writer)
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["closed", "reset"])
+def test_a_connection_that_ends_as_soon_as_it_is_accepted_is_broken(client: str, early: bool) -> None:
+    assert outcome(client, Unwilling(early=early)) == "Broken"
+
+
 def test_a_connection_whose_request_was_not_read_is_not_used_again(client: str) -> None:
     server = RawServer([b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\nno", Then.WAIT], [PLAIN], early=True)
 
@@ -309,6 +328,16 @@ def test_a_stream_is_assembled_whether_it_was_asked_for_or_not(client: str, aske
     answer = ask(client, server, streamed=asked)
     (choice,) = json.loads(answer.body)["choices"]
     assert (choice["message"]["content"], choice["finish_reason"]) == ("It rains.", "stop")
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+@pytest.mark.parametrize("line", [b"\n", b"\r\n"])
+def test_a_stream_may_begin_with_a_mark_and_lack_its_last_line(client: str, line: bytes, size: int) -> None:
+    stream = b"\xef\xbb\xbf" + (line + line).join(b"data: " + json.dumps(event).encode() for event in [*PARTS, LAST])
+    pieces = [stream[i : i + size] for i in range(0, len(stream), size)]
+    head = STREAM.replace(b"Transfer-Encoding: chunked", b"Content-Length: %d" % len(stream))
+    answer = ask(client, RawServer([head, *pieces]), streamed=True)
+    assert json.loads(answer.body)["choices"][0]["message"]["content"] == "It rains."
 
 
 @pytest.mark.parametrize("end", [Then.CLOSE, Then.RESET, b"0\r\n\r\n"])

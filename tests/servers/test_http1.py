@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import resource
 import socket
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
@@ -24,6 +26,28 @@ def with_client(server: RawServer, work: Callable[[Http1, str], Awaitable[Any]],
             return await work(client, server.url)
 
     return asyncio.run(both())
+
+
+def test_connections_to_this_machine_come_from_the_address_that_is_asked_for() -> None:
+    """Each of several processes has its own, and so its own ports."""
+    came: list[str] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        came.append(writer.get_extra_info("peername")[0])
+        await reader.readuntil(b"\r\n\r\n{}")
+        writer.write(PLAIN)
+        writer.close()
+
+    async def ask() -> None:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        async with server:
+            for source in ("", "127.0.1.9"):
+                async with Http1({}, 20, source).working() as client:
+                    assert (await client.post(f"http://127.0.0.1:{port}/", b"{}")).body == b"hello"
+
+    asyncio.run(ask())
+    assert came == ["127.0.0.1", "127.0.1.9"]
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -229,3 +253,130 @@ def test_a_stream_is_given_in_pieces_and_may_take_longer_than_the_timeout() -> N
 def test_what_the_taker_of_a_stream_raises_is_raised() -> None:
     with pytest.raises(KeyError, match="of the taker"):
         with_client(RawServer([PLAIN]), lambda client, url: client.post(url, b"{}", Collected(fail=True)))
+
+
+# ── Connections that are kept, and many at once ──────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("idle", "connections"), [(3.5, 1), (5.0, 2), (7.0, 1)])
+def test_an_idle_connection_is_not_used_when_its_server_may_be_closing_it(idle: float, connections: int) -> None:
+    server = RawServer([PLAIN], [PLAIN])
+
+    async def twice(client: Http1, url: str) -> bytes:
+        await client.post(url, b"{}")
+        (origin,) = client._origins.values()
+        origin.idle[0].idle_since -= idle
+        return (await client.post(url, b"{}")).body
+
+    assert with_client(server, twice) == b"hello"
+    assert server.connections == connections
+
+
+@pytest.mark.parametrize("disturbance", [PLAIN, b""], ids=["something came", "closed"])
+def test_a_connection_that_is_no_longer_idle_is_not_used_though_the_loop_has_not_seen_it(disturbance: bytes) -> None:
+    writers: list[asyncio.StreamWriter] = []
+
+    class Remembering(RawServer):
+        async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writers.append(writer)
+            await super()._serve(reader, writer)
+
+    server = Remembering([PLAIN], [PLAIN.replace(b"hello", b"again")])
+
+    async def twice(client: Http1, url: str) -> bytes:
+        await client.post(url, b"{}")
+        (origin,) = client._origins.values()
+        origin.idle[0].idle_since -= 1
+        if disturbance:
+            writers[0].write(disturbance)  # at once; there is no turn of the loop until the next request is sent
+        else:
+            writers[0].get_extra_info("socket").shutdown(socket.SHUT_WR)
+        return (await client.post(url, b"{}")).body
+
+    assert with_client(server, twice) == b"again"
+    assert server.connections == 2
+
+
+def test_requests_that_begin_at_once_connect_in_turn_and_use_what_has_become_idle(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sdg_plugins.servers.origins.CONNECTING", 3)
+    server = RawServer(*[[PLAIN]] * 50)
+    now, most = 0, 0
+
+    async def ask(client: Http1, url: str) -> list[bytes]:
+        connect = client._connect_to
+
+        async def counted(*arguments: Any) -> Any:
+            nonlocal now, most
+            now, most = now + 1, max(most, now + 1)
+            try:
+                return await connect(*arguments)
+            finally:
+                now -= 1
+
+        client._connect_to = counted  # type: ignore[method-assign]
+        return [each.body for each in await asyncio.gather(*(client.post(url, b"{}") for _ in range(50)))]
+
+    assert with_client(server, ask) == [b"hello"] * 50
+    assert most == 3
+    assert server.connections < 50
+
+
+def test_a_look_at_a_server_does_not_wait_behind_requests_that_connect(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sdg_plugins.servers.origins.CONNECTING", 1)
+    closing = PLAIN.replace(b"X-One: 1", b"Connection: close")
+
+    async def ask(client: Http1, url: str) -> bytes:
+        await client.post(url, b"{}")
+        (origin,) = client._origins.values()
+        await origin.connecting.acquire()  # as if another request was at it
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(client.post(url, b"{}"), 0.05)
+        return (await client.get(url, 20)).body
+
+    assert with_client(RawServer([closing], [PLAIN]), ask) == b"hello"
+
+
+def test_a_connection_that_ends_before_the_request_is_sent_is_broken() -> None:
+    class Unwilling(RawServer):
+        async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            return
+
+    async def ask(client: Http1, url: str) -> None:
+        connect = client._connect_to
+
+        async def late(*arguments: Any) -> Any:
+            connection = await connect(*arguments)
+            while connection.usable:
+                await asyncio.sleep(0.001)
+            return connection
+
+        client._connect_to = late  # type: ignore[method-assign]
+        with pytest.raises(Broken, match="the server closed the connection"):
+            await client.post(url, b"{}")
+        assert not client._busy
+
+    with_client(Unwilling(), ask)
+
+
+def test_idle_connections_give_their_files_to_new_ones() -> None:
+    first, second = RawServer(*[[PLAIN]] * 20), RawServer(*[[PLAIN]] * 20)
+
+    async def ask(client: Http1, url: str) -> list[bytes]:
+        async with second.serving():
+            await asyncio.gather(*(client.post(url, b"{}") for _ in range(10)))
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 1, hard))
+            taken: list[int] = []
+            try:
+                with contextlib.suppress(OSError):
+                    while True:
+                        taken.append(os.dup(0))
+                return [(await client.post(second.url, b"{}")).body]
+            finally:
+                for file in taken:
+                    os.close(file)
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    assert with_client(first, ask) == [b"hello"]
