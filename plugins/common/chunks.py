@@ -15,6 +15,7 @@ import orjson
 
 import sdg
 from sdg_plugins.common.checks import check_blocks, reading
+from sdg_plugins.common.claims import check_claim
 from sdg_plugins.common.digests import digest_of, same_rows
 from sdg_plugins.common.features import described
 from sdg_plugins.common.files import split_uri
@@ -351,6 +352,7 @@ class Outlet:
             self._doubled = True
             sdg.say(f"{double:,} of {len(ids):,} ids in {run.path_of(chunk)} occur twice: see --id-column")
         rows = pa.concat_tables(tables)
+        check_claim(run)
         self._write_failed(opened, own_ids, failures)
         rows = rows.replace_schema_metadata(self._metadata(rows.schema))
         if rows.num_rows:

@@ -25,6 +25,7 @@ from sdg_plugins.servers.client import Client
 from sdg_plugins.servers.http1 import Broken, Http1, Unreached
 from sdg_plugins.servers.load import watch_load
 from sdg_plugins.servers.pool import Pace, Pool
+from sdg_plugins.servers.refusals import doubt_about_key
 from sdg_plugins.servers.responses import error_text, read_json
 from sdg_plugins.servers.transport import Answer, Transport, redirected
 
@@ -246,7 +247,7 @@ def refuse_without_list(url: str, answers: dict[str, Answer], secrets: Secrets, 
     for root, answer in answers.items():
         words = secrets.hidden_in(error_text(answer.body))
         if answer.status in {401, 403}:
-            raise sdg.ServerError(f"{answer.status} from {sdg.redact(root)}: {words}; is the key in ${key_name} valid?")
+            raise sdg.ServerError(f"{answer.status} from {sdg.redact(root)}: {words}; {doubt_about_key(key_name)}")
         if target := redirected(answer):
             message = f"{answer.status} from {sdg.redact(root)}: redirected to {target}; set --base-url to that URL"
             raise sdg.ServerError(message)
