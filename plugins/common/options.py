@@ -55,6 +55,8 @@ def name_and_variable(value: str) -> tuple[str, str]:
     name, mark, variable = value.partition("=")
     if not mark or not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name) or not re.fullmatch(r"\w+", variable):
         raise argparse.ArgumentTypeError(f"{value!r}: expected NAME=VARIABLE, with the name of an environment variable")
+    if name.lower() in {"connection", "content-length", "transfer-encoding"}:
+        raise argparse.ArgumentTypeError(f"{value!r}: {name} cannot be set, because it says how a request is sent")
     return name, variable
 
 

@@ -17,6 +17,8 @@ from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from typing import NamedTuple
 
+from multidict import CIMultiDict
+
 import sdg
 from sdg_plugins.common.secrets import Secrets, secrets_of
 from sdg_plugins.servers.client import Client
@@ -129,19 +131,18 @@ async def linked(run: sdg.Run, servers: Sequence[str | sdg.Upstream]) -> AsyncIt
             yield link
 
 
-def headers_of(run: sdg.Run) -> dict[str, str]:
-    """The headers of all requests. Raises UsageError if a variable that holds one is missing or invalid."""
-    options, headers = run.options, {"Content-Type": "application/json"}
-    wanted = {"Authorization": options.api_key_env, **dict(options.header_env or [])}
-    for name, variable in wanted.items():
-        value = os.environ.get(variable, "").strip()
-        if not value and name == "Authorization":
-            continue
-        if not value:
+def headers_of(run: sdg.Run) -> CIMultiDict[str]:
+    """The headers of all requests. Raises UsageError if one is invalid, or the variable that holds it is missing."""
+    key = os.environ.get(run.options.api_key_env, "").strip()
+    headers = CIMultiDict({"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})})
+    variables = {"Authorization": run.options.api_key_env}
+    for name, variable in dict(run.options.header_env or []).items():
+        headers[name], variables[name] = os.environ.get(variable, "").strip(), variable
+        if not headers[name]:
             raise sdg.UsageError(f"--header-env {name}={variable}: the environment variable {variable} is not set")
-        if re.search(r"[^\t -~]", value):
+    for name, variable in variables.items():
+        if re.search(r"[^\t -~]", headers.get(name, "")):
             raise sdg.UsageError(f"${variable} has a character that no header may have: copy it again")
-        headers[name] = f"Bearer {value}" if name == "Authorization" and variable == options.api_key_env else value
     return headers
 
 

@@ -276,7 +276,8 @@ class Http1:
 
     def __init__(self, headers: Mapping[str, str], timeout: float, source: str = "") -> None:
         self._loop, self.brake = asyncio.get_running_loop(), Brake()
-        self._headers, self.timeout, self._source = {**DEFAULTS, **headers}, timeout, source
+        self._headers, self.timeout, self._source = CIMultiDict(DEFAULTS), timeout, source
+        self._headers.update(headers)
         self._origins: dict[tuple[bool, str, int], Origin[Connection]] = {}
         self._heads: dict[str, tuple[Origin[Connection], bytes]] = {}  # of URLs, what follows the method
         self._busy: dict[Connection, None] = {}  # in the order in which their requests were sent
@@ -362,7 +363,9 @@ class Http1:
         name = f"[{host}]" if ":" in host else host
         where = name if port == (443 if secure else 80) else f"{name}:{port}"
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        headers = {"Host": where, **self._headers, **credentials(parts)}
+        headers = CIMultiDict({"Host": where})
+        headers.update(self._headers)
+        headers.update(credentials(parts))
         lines = [f"{quote(target, safe=SAFE)} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
         self._heads[url] = known = (origin, "\r\n".join(lines).encode("latin-1"))
         return known

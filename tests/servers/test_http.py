@@ -178,6 +178,15 @@ def test_requests_have_the_same_headers(client: str) -> None:
     assert get.startswith(b"GET /v1/models HTTP/1.1\r\n")
 
 
+def test_a_header_has_one_value_however_its_name_is_written(client: str) -> None:
+    server = RawServer([PLAIN])
+    given = {"user-agent": "mine", "AUTHORIZATION": "mine", "host": "mine", "accept": "mine"}
+    run(client, server, lambda transport: transport.post(server.url, "/x", b"{}"), headers=given)
+    lines = server.requests[0].decode().lower().split("\r\n")
+    for name in given:
+        assert [line for line in lines if line.startswith(f"{name.lower()}:")] == [f"{name.lower()}: mine"]
+
+
 # ── Connections ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -304,6 +313,11 @@ def test_no_whole_response_in_time_is_a_time_out(client: str, sent: list[bytes])
     assert outcome(client, RawServer([*sent, Then.WAIT]), timeout=0.2) == "TimeoutError"
 
 
+def test_bytes_that_drip_do_not_prolong_the_time_of_a_request(client: str) -> None:
+    drip = [step for _ in range(200) for step in (b"x", 0.02)]
+    assert outcome(client, RawServer([OK + b"Content-Length: 1000\r\n\r\n", *drip]), timeout=0.3) == "TimeoutError"
+
+
 def test_a_server_that_never_reads_is_a_time_out(client: str) -> None:
     assert outcome(client, RawServer(deaf=True), body=LARGE * 4, timeout=0.2) == "TimeoutError"
 
@@ -366,6 +380,13 @@ def test_a_malformed_event_makes_the_whole_stream_malformed(client: str, event: 
 def test_a_stream_times_out_between_two_pieces(client: str) -> None:
     server = RawServer([STREAM, *events(*PARTS), Then.WAIT])
     assert outcome(client, server, streamed=True, timeout=0.2) == "TimeoutError"
+
+
+def test_a_stream_that_drips_may_take_longer_than_the_time_between_two_pieces(client: str) -> None:
+    drip = [step for _ in range(8) for step in (b"1\r\n:\r\n", 0.1)]  # a comment, without its end
+    server = RawServer([STREAM, *drip, b"1\r\n\n\r\n", *events(*PARTS, LAST, b"[DONE]"), b"0\r\n\r\n"])
+    answer = ask(client, server, streamed=True, timeout=0.6)
+    assert json.loads(answer.body)["choices"][0]["message"]["content"] == "It rains."
 
 
 # ── Addresses ────────────────────────────────────────────────────────────────────────────────────────────────────────
