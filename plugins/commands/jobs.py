@@ -30,6 +30,7 @@ from sdg_plugins.common.checks import (
     reading,
 )
 from sdg_plugins.common.chunks import Intake, Outlet
+from sdg_plugins.common.claims import release_claims
 from sdg_plugins.common.command_line import Config
 from sdg_plugins.common.crew import Crew, Places
 from sdg_plugins.common.database import shrink
@@ -166,6 +167,7 @@ class Job:
                 self.finished = self.stop.reason is None
                 if self.finished:
                     retrying.end(self.run)
+                    await asyncio.to_thread(release_claims, self.run)
                     await asyncio.to_thread(shrink, rank_file(self.run.state, self.run.options.rank, "sqlite3"))
         except asyncio.CancelledError:
             if self.stop.reason is None:

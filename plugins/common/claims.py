@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
+import re
 from pathlib import Path
 
 import sdg
-from sdg_plugins.common.files import default_state_dir, split_uri, sync
+from sdg_plugins.common.files import default_state_dir, rank_file, split_uri, sync
 
 OWNER = ".sdg-{}.json"  # in an output: the state of its run, if that is not in the output's `.sdg`
 
@@ -78,7 +80,14 @@ def refuse_owned(run: sdg.Run, mine: str | None) -> None:
 
 
 def claim_output(run: sdg.Run, mine: str) -> None:
-    """Make the output this run's. A state in the default folder is a claim by itself."""
+    """Make the output this run's. A state in the default folder is a claim by itself.
+
+    Raises:
+        OutputError: it is another run's. Of two that begin at the same time at most one goes on.
+    """
+    if not run.output.local:
+        _claim_objects(run, mine)
+        return
     default = Path(default_state_dir(run.options.output, run.options.output_config)).absolute()
     if (owner := owner_of(run)) and run.state != default:
         content = json.dumps({"run": mine, "state": str(run.state)}).encode()
@@ -87,8 +96,80 @@ def claim_output(run: sdg.Run, mine: str) -> None:
 
 
 def release_output(run: sdg.Run) -> None:
-    """Take back what `claim_output` has claimed."""
+    """Take back what `claim_output` has claimed in a local folder."""
     owner = owner_of(run)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         if owner and json.loads(owner.read_bytes())["state"] == str(run.state):
             owner.unlink()
+
+
+# ── Object stores ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+# pyarrow cannot put an object only if it does not exist. So each rank puts a claim of its own, and then looks for those
+# of other runs: of two that begin at the same time, the one that lists later sees both. At the end claims are deleted.
+CLAIM = ".sdg-{}-{}-{:05d}.json"  # config, ID of the run, rank
+CLAIMED = "claimed"  # suffix of a rank's file in the state: there was no other claim beside this rank's
+
+
+def _config_of(run: sdg.Run) -> str:
+    return str(run.options.output_config).replace("/", "-")
+
+
+def _claims_in(run: sdg.Run) -> dict[str, str]:
+    """The IDs of the runs that claim the output, by the names of the objects. Empty ones could not be deleted."""
+    pattern = re.compile(CLAIM.replace("{:05d}", r"\d{{5,}}").format(re.escape(_config_of(run)), "([0-9a-f]+)"))
+    sizes = run.output.sizes("")
+    names = {name.strip("/"): size for name, size in sizes.items()}
+    return {name: found[1] for name, size in names.items() if size and (found := pattern.fullmatch(name))}
+
+
+def _claim_objects(run: sdg.Run, mine: str) -> None:
+    own = CLAIM.format(_config_of(run), mine, run.options.rank)
+    mark = rank_file(run.state, run.options.rank, CLAIMED)
+    if mark.exists() and run.output.exists(own):
+        return
+    content = json.dumps({"run": mine, "state": str(run.state), "host": platform.node()}).encode()
+    run.output.write(own, lambda file: file.write(content))
+    run.output.stamps.pop(own, None)
+    if others := [name for name, owner in _claims_in(run).items() if owner != mine]:
+        run.output.clear(own)
+        raise sdg.OutputError(
+            f"{run.options.output} is in use by another run{_described(run, others[0])}: choose another --output. If "
+            f"that run is gone, delete {run.output.path(others[0])}, or start over with --fresh"
+        )
+    mark.write_text(own)
+
+
+def _described(run: sdg.Run, name: str) -> str:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError), run.output.open(name) as file:
+        other = json.loads(file.read())
+        return f" (state {other['state']} on {other['host']})"
+    return ""
+
+
+def check_claim(run: sdg.Run) -> None:
+    """Call before a file is written. Raises OutputError if another run has taken over an object store with --fresh."""
+    if run.output.local:
+        return
+    with contextlib.suppress(FileNotFoundError):  # as in tests of writers
+        own = rank_file(run.state, run.options.rank, CLAIMED).read_text()
+        if not run.output.exists(own):
+            raise sdg.OutputError(
+                f"{run.options.output} was taken over by another run, or {run.output.path(own)} was deleted: "
+                "run again, which finds out"
+            )
+
+
+def release_claims(run: sdg.Run) -> None:
+    """Delete the claim of a rank that has finished."""
+    mark = rank_file(run.state, run.options.rank, CLAIMED)
+    with contextlib.suppress(FileNotFoundError):
+        run.output.clear(mark.read_text())
+        mark.unlink()
+
+
+def revoke_claims(run: sdg.Run) -> None:
+    """Delete the claims of all runs: one that still works on this output stops before it writes a file."""
+    if not run.output.local:
+        for name in _claims_in(run):
+            run.output.delete(name)

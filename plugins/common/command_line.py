@@ -24,7 +24,7 @@ from sdg_plugins.common.options import (
     Option,
     Options,
     Parser,
-    json_object,
+    further_fields,
     name_and_variable,
     names,
     number,
@@ -164,7 +164,7 @@ OPTIONS = {
         ),
         Option("--top-k", "N", "sample from the N most likely tokens", type=int),
         Option("--seed", "N", "seed of a document's first rollout; the next ones count up from it", type=int),
-        Option("--generation", "JSON", "further fields of the request payload", type=json_object),
+        Option("--generation", "JSON", "further fields of the request payload", type=further_fields),
         Option(
             "--empty-answers",
             "HOW",

@@ -41,6 +41,9 @@ def derive(options: argparse.Namespace, plugins: sdg.Plugins) -> None:
     options.output = expanded(options.output or (DEMO_OUTPUT if demo else f"output/{options.rollout}"))
     check_uris(options)
     scheme, name = split_uri(options.output)[0], options.output_filename
+    if format_of(options.output) in {*plugins.readers, *plugins.writers} and not os.path.isdir(options.output):
+        hint = f"--output-filename '${{rank}}_${{chunk_index}}.{format_of(options.output)}' chooses the format"
+        raise sdg.UsageError(f"--output {options.output}: the output is a folder with a file for each chunk; {hint}")
     options.file_writer = options.writer or by_scheme_or_suffix(plugins, "writers", name)
     options.writer = scheme if scheme in plugins.writers else options.file_writer
     if options.fresh and os.environ.get("SLURM_RESTART_COUNT", "0") != "0":

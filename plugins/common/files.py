@@ -348,6 +348,11 @@ class Place:
         except FileNotFoundError:
             return None
 
+    def exists(self, name: str) -> bool:
+        """True if there is a file of this name. Raises OutputError."""
+        with access_errors(self.uri, sdg.OutputError):
+            return bool(self.fs.get_file_info(self.path(name)).is_file)
+
     def list(self, folder: str) -> list[str]:
         """Names, `folder/` included, of the files directly in a folder; [] if it does not exist. Raises OutputError."""
         return sorted(self.sizes(folder))

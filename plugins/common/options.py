@@ -41,11 +41,22 @@ def json_object(value: str) -> dict[str, Any]:
     return dict(sorted(parsed.items()))
 
 
+def further_fields(value: str) -> dict[str, Any]:
+    """The JSON object of --generation."""
+    fields = json_object(value)
+    for name, origin in {"model": "--model", "messages": "the rollout", "prompt": "the rollout"}.items():
+        if name in fields:
+            raise argparse.ArgumentTypeError(f"`{name}` comes from {origin}")
+    return fields
+
+
 def name_and_variable(value: str) -> tuple[str, str]:
     """A header's name and the environment variable that holds its value, as NAME=VARIABLE."""
     name, mark, variable = value.partition("=")
     if not mark or not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name) or not re.fullmatch(r"\w+", variable):
         raise argparse.ArgumentTypeError(f"{value!r}: expected NAME=VARIABLE, with the name of an environment variable")
+    if name.lower() in {"connection", "content-length", "transfer-encoding"}:
+        raise argparse.ArgumentTypeError(f"{value!r}: {name} cannot be set, because it says how a request is sent")
     return name, variable
 
 

@@ -249,7 +249,7 @@ def report(engine: sdg.Engine, figures: dict[str, Any], in_files: int) -> str:
     shown = place.root if shown.startswith("../../") else shown
     rows = rows_in(figures, run.options)
     lines = [
-        f"{figures['documents']:,} documents: {rows:,} rows, {figures['filtered']:,} filtered, "
+        f"{counted(figures['documents'], 'document')}: {counted(rows, 'row')}, {figures['filtered']:,} filtered, "
         f"{figures['failed']:,} failed ({engine.finished:,} of them now, {rate_of(engine):,.1f} documents/s)",
         *unfinished_lines(engine, figures["documents"], in_files),
     ]

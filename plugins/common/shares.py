@@ -140,9 +140,10 @@ class Shares:
         record = figures.get("rank", {})
         status = str(record.get("status", ""))
         part = self.config.options.part
+        if part and record.get("updated", 0.0) > part.began and status != "running" and not record.get("error"):
+            return "finished"  # by another of these processes; of what has failed, it has tried again what it may
         if status == "finished":
-            retried = part and record.get("updated", 0.0) > part.began  # by another of these processes
-            retry = self.config.options.retry_failed and figures.get("failed") and not retried
+            retry = self.config.options.retry_failed and figures.get("failed")
             return "finished" if record.get("goal") == self.goal and not retry else "open"
         return status
 

@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Any, cast
 import xxhash
 
 import sdg
-from sdg_plugins.common.claims import claim_output, publish_in, refuse_owned, release_output, write_temporary
+from sdg_plugins.common.claims import (
+    claim_output,
+    publish_in,
+    refuse_owned,
+    release_output,
+    revoke_claims,
+    write_temporary,
+)
 from sdg_plugins.common.defaults import DEMO_OUTPUT
 from sdg_plugins.common.files import default_state_dir, expanded, rank_file, split_uri, sync
 from sdg_plugins.common.identity import EDITED, changes_since, different_run, identity_of, with_edits
@@ -35,7 +42,7 @@ HUB_FILES = 100_000  # in a repository
 LOOK = 1000  # rows that are read to estimate the number of all
 # Files of the state that belong to the data.
 OWN = re.compile(
-    r"(schema|stats|marks|\d{5,}\.(stats|attempt|meeting))\.json|\d{5,}\.(retry|sqlite3(-wal|-shm|-journal)?)"
+    r"(schema|stats|marks|\d{5,}\.(stats|attempt|meeting))\.json|\d{5,}\.(retry|claimed|sqlite3(-wal|-shm|-journal)?)"
 )
 DEMO_MODEL = "demo-extractive"  # of the server `demo`
 
@@ -473,6 +480,7 @@ def start_over(run: sdg.Run) -> None:
         refuse_others(run, doomed)
         # From here on the state is void until its last file, this one, is gone: whoever finds it goes on deleting.
         replace_file(run, "run.json", json.dumps({**record, "discarded": True}).encode())
+        revoke_claims(run)
         for file in sorted(doomed):
             run.output.delete(file)
         for path in sorted(run.state.iterdir()):

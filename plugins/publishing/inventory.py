@@ -27,6 +27,13 @@ class Inventory:
         """The mark in the ledger of an earlier run's files, which this one deletes."""
         return f"before {self.run_id}"
 
+    @property
+    def is_here(self) -> bool:
+        """True if the repository has a file that this run has published."""
+        return any(
+            known.run == self.run_id and path in self._repository.entries for path, known in self._ledger.files.items()
+        )
+
     def identify_run(self) -> None:
         """Read which run this is. Raises UsageError if its published files have another --max-file-size."""
         if not self._spool.begun:

@@ -2,8 +2,9 @@
 
 Only the head of the repository counts. Each round lists the files there, compares them with those of the spool, and
 commits the difference, on condition that the head has not moved since. So a round can be interrupted, repeated, or
-race with that of another publisher, and each file is published once. What is remembered on disk (`published.sqlite3`)
-saves reading files again, and distinguishes files of earlier runs from those of someone else.
+race with that of another publisher, and each file is published once. The first commit of a run always has that
+condition: of two runs that begin at the same time one finds the files of the other, and ends. What is remembered on
+disk (`published.sqlite3`) saves reading files again, and distinguishes files of earlier runs from those of others.
 """
 
 from __future__ import annotations
@@ -157,7 +158,7 @@ class Publisher:
                 if new := [file for file in plan.batch if file.path not in uploads]:
                     uploads |= self._upload(new, content)
                     continue
-                alone = conflicts > 0 and plan.is_new
+                alone = conflicts > 0 and plan.is_new and self._inventory.is_here
                 try:
                     self._commit(plan._replace(readme=None) if alone else plan, uploads, content, onto_any_head=alone)
                 except Exception as exc:
@@ -172,6 +173,8 @@ class Publisher:
     def _plan(self, files: dict[str, HubFile], content: Content, progress: str | None) -> Plan | None:
         """Look at the repository, and decide what to commit; None if there is nothing."""
         self.repository.refresh(self._spool.folders)
+        if not self._inventory.is_here:  # another run may have begun since `prepare`
+            self._inventory.claim(fresh=False, record=False)
         missing = self._inventory.missing(files, content)
         earlier = self._inventory.of_earlier_runs(files)
         most = self.quota.files_for(len(missing) + len(earlier))

@@ -17,12 +17,15 @@ from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from typing import NamedTuple
 
+from multidict import CIMultiDict
+
 import sdg
 from sdg_plugins.common.secrets import Secrets, secrets_of
 from sdg_plugins.servers.client import Client
 from sdg_plugins.servers.http1 import Broken, Http1, Unreached
 from sdg_plugins.servers.load import watch_load
 from sdg_plugins.servers.pool import Pace, Pool
+from sdg_plugins.servers.refusals import doubt_about_key
 from sdg_plugins.servers.responses import error_text, read_json
 from sdg_plugins.servers.transport import Answer, Transport, redirected
 
@@ -128,19 +131,18 @@ async def linked(run: sdg.Run, servers: Sequence[str | sdg.Upstream]) -> AsyncIt
             yield link
 
 
-def headers_of(run: sdg.Run) -> dict[str, str]:
-    """The headers of all requests. Raises UsageError if a variable that holds one is missing or invalid."""
-    options, headers = run.options, {"Content-Type": "application/json"}
-    wanted = {"Authorization": options.api_key_env, **dict(options.header_env or [])}
-    for name, variable in wanted.items():
-        value = os.environ.get(variable, "").strip()
-        if not value and name == "Authorization":
-            continue
-        if not value:
+def headers_of(run: sdg.Run) -> CIMultiDict[str]:
+    """The headers of all requests. Raises UsageError if one is invalid, or the variable that holds it is missing."""
+    key = os.environ.get(run.options.api_key_env, "").strip()
+    headers = CIMultiDict({"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})})
+    variables = {"Authorization": run.options.api_key_env}
+    for name, variable in dict(run.options.header_env or []).items():
+        headers[name], variables[name] = os.environ.get(variable, "").strip(), variable
+        if not headers[name]:
             raise sdg.UsageError(f"--header-env {name}={variable}: the environment variable {variable} is not set")
-        if re.search(r"[^\t -~]", value):
+    for name, variable in variables.items():
+        if re.search(r"[^\t -~]", headers.get(name, "")):
             raise sdg.UsageError(f"${variable} has a character that no header may have: copy it again")
-        headers[name] = f"Bearer {value}" if name == "Authorization" and variable == options.api_key_env else value
     return headers
 
 
@@ -245,7 +247,7 @@ def refuse_without_list(url: str, answers: dict[str, Answer], secrets: Secrets, 
     for root, answer in answers.items():
         words = secrets.hidden_in(error_text(answer.body))
         if answer.status in {401, 403}:
-            raise sdg.ServerError(f"{answer.status} from {sdg.redact(root)}: {words}; is the key in ${key_name} valid?")
+            raise sdg.ServerError(f"{answer.status} from {sdg.redact(root)}: {words}; {doubt_about_key(key_name)}")
         if target := redirected(answer):
             message = f"{answer.status} from {sdg.redact(root)}: redirected to {target}; set --base-url to that URL"
             raise sdg.ServerError(message)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import errno
+import functools
 import select
 import zlib
 from collections.abc import AsyncIterator, Mapping
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 CONNECT_TIMEOUT = 30.0  # s for a connection, with TLS
 OTHER_ADDRESS = 5.0  # s for an address of a host that has others
 TICK = 0.25  # s between two looks at the time-outs
+CLOSED = "the server closed the connection"
 MOST_HEAD = 1 << 18  # bytes of headers, those of interim responses included
 MOST = 1 << 30  # bytes of a response, as sent and as decompressed
 ENCODINGS = {"gzip", "x-gzip", "deflate"}  # those that are asked for
@@ -117,6 +120,8 @@ class Connection(Pausable, asyncio.Protocol):
         The future raises Broken, TimeoutError, or what `take` raised.
         """
         assert self._transport
+        if not self.usable:  # it has ended since it was made
+            raise Broken(CLOSED)
         self._begin()
         self._take, self.deadline, self.patience, self._received = take, deadline, patience, 0
         self._waiter = self._loop.create_future()
@@ -184,7 +189,7 @@ class Connection(Pausable, asyncio.Protocol):
         if whole and not self._framed:  # its body ends with the connection
             self._respond()
         else:
-            self.fail(Broken(f"the server closed the connection{f': {exc}' if exc else ''}"))
+            self.fail(Broken(f"{CLOSED}{f': {exc}' if exc else ''}"))
 
     # Callbacks of httptools. Those of interim responses (1xx) are followed by those of the final one.
 
@@ -271,7 +276,8 @@ class Http1:
 
     def __init__(self, headers: Mapping[str, str], timeout: float, source: str = "") -> None:
         self._loop, self.brake = asyncio.get_running_loop(), Brake()
-        self._headers, self.timeout, self._source = {**DEFAULTS, **headers}, timeout, source
+        self._headers, self.timeout, self._source = CIMultiDict(DEFAULTS), timeout, source
+        self._headers.update(headers)
         self._origins: dict[tuple[bool, str, int], Origin[Connection]] = {}
         self._heads: dict[str, tuple[Origin[Connection], bytes]] = {}  # of URLs, what follows the method
         self._busy: dict[Connection, None] = {}  # in the order in which their requests were sent
@@ -288,8 +294,7 @@ class Http1:
             with contextlib.suppress(asyncio.CancelledError):
                 await watchdog
             for origin in self._origins.values():
-                for connection in origin.idle:
-                    connection.close()
+                origin.clear()
             for connection in [*self._busy]:
                 connection.fail(Broken("the client was closed"))
 
@@ -358,7 +363,9 @@ class Http1:
         name = f"[{host}]" if ":" in host else host
         where = name if port == (443 if secure else 80) else f"{name}:{port}"
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        headers = {"Host": where, **self._headers, **credentials(parts)}
+        headers = CIMultiDict({"Host": where})
+        headers.update(self._headers)
+        headers.update(credentials(parts))
         lines = [f"{quote(target, safe=SAFE)} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
         self._heads[url] = known = (origin, "\r\n".join(lines).encode("latin-1"))
         return known
@@ -395,10 +402,21 @@ class Http1:
 
     async def _connect_to(self, origin: Origin[Connection], address: str, secure: Mapping[str, Any]) -> Connection:
         source = (self._source, 0) if self._source and address.startswith("127.") else None
-        _, connection = await self._loop.create_connection(
-            lambda: Connection(self._loop, self.brake), address, origin.port, local_addr=source, **secure
-        )
-        return connection
+
+        async def connect() -> Connection:
+            make = functools.partial(Connection, self._loop, self.brake)
+            _, made = await self._loop.create_connection(make, address, origin.port, local_addr=source, **secure)
+            return made
+
+        try:
+            return await connect()
+        except OSError as exc:
+            if exc.errno not in {errno.EMFILE, errno.ENFILE} or not sum(
+                each.clear() for each in self._origins.values()
+            ):
+                raise
+        await asyncio.sleep(0)  # the connections that were idle, with other servers, are closed by then
+        return await connect()
 
     async def _tls(self) -> ssl.SSLContext:
         """What TLS needs: made once, which takes some hundredths of a second of CPU."""

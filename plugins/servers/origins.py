@@ -62,6 +62,13 @@ class Origin(Generic[C]):
         while self.idle and (now - self.idle[0].idle_since >= KEPT or not self.idle[0].usable):
             self.idle.popleft().close()
 
+    def clear(self) -> int:
+        """Close all idle connections; returns their number."""
+        number = len(self.idle)
+        while self.idle:
+            self.idle.pop().close()
+        return number
+
     async def addresses(self) -> list[str]:
         """The addresses of the host; each connection begins with another one. Raises OSError."""
         loop = asyncio.get_running_loop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -71,13 +72,18 @@ def smallest(request: sdg.Request) -> sdg.Request:
     return sdg.Request(request.path, payload, body=orjson.dumps(payload))
 
 
+def doubt_about_key(variable: str) -> str:
+    """What may be wrong with the key that a server refuses."""
+    return f"is the key in ${variable} valid?" if os.environ.get(variable) else f"${variable} is not set"
+
+
 def way_out(failure: sdg.RequestFailed, options: argparse.Namespace, doubt: str) -> str:
     """What a person can do about a server that refuses everything. `doubt`: what speaks against the model."""
     again = "then run the same command again"
     if failure.account or failure.status == 402:
         return f"settle it with the provider, {again}"
     if failure.status == 401:
-        return f"is the key in ${options.api_key_env} valid?"
+        return doubt_about_key(options.api_key_env)
     if failure.status == 403:
         return f"may the key in ${options.api_key_env} use this model? Change that, {again}"
     if failure.status is not None and 300 <= failure.status < 400:

@@ -8,6 +8,7 @@ from typing import Any
 import orjson
 
 LOGPROBS = b'"logprobs":{'  # in an event that has them, which are many times as long as its text
+BOM = b"\xef\xbb\xbf"  # may begin a stream
 TEXTS = ("content", "reasoning_content", "reasoning", "refusal")  # fields of a delta that are continued
 
 
@@ -39,7 +40,7 @@ class Assembly:
     """
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._rest: list[bytes] = []  # of a line that has not ended
         self._event: list[bytes] = []
         self._head: dict[str, Any] = {}
         self._choices: dict[int, dict[str, Any]] = {}
@@ -56,10 +57,14 @@ class Assembly:
 
     def feed(self, piece: bytes) -> None:
         """Take in some bytes."""
-        *lines, self._rest = (self._rest + piece).replace(b"\r\n", b"\n").split(b"\n")
+        self._rest.append(piece)
+        if b"\n" not in piece:
+            return
+        *lines, rest = b"".join(self._rest).replace(b"\r\n", b"\n").split(b"\n")
+        self._rest = [rest]
         for line in lines:
-            if line.startswith(b"data:"):
-                self._event.append(line[5:].removeprefix(b" "))
+            if line.startswith((b"data:", BOM + b"data:")):
+                self._event.append(line.removeprefix(BOM)[5:].removeprefix(b" "))
             elif not line.strip() and self._event:
                 self._take(b"\n".join(self._event))
                 self._event = []

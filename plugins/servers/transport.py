@@ -12,6 +12,8 @@ import io
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from multidict import CIMultiDict
+
 import sdg
 from sdg_plugins.servers.brake import Brake, Turns
 from sdg_plugins.servers.http1 import (
@@ -58,7 +60,8 @@ class Transport:
     def __init__(
         self, headers: Mapping[str, str], timeout: float, lean: Http1 | None = None, proxies: bool = True
     ) -> None:
-        self._headers, self.timeout, self._lean, self._proxies = {**DEFAULTS, **headers}, timeout, lean, proxies
+        self._headers, self.timeout, self._lean, self._proxies = CIMultiDict(DEFAULTS), timeout, lean, proxies
+        self._headers.update(headers)
         self.brake = lean.brake if lean else Brake()
         self._proxied: dict[str, str] = {}  # the proxy for an API; "" if there is none
         self._opened: aiohttp.ClientSession | None = None
@@ -121,7 +124,8 @@ class Transport:
         options |= {"allow_redirects": False, "proxy": proxy or None}
         try:
             url, own = without_credentials(url)
-            options["headers"] = {**self._headers, **own}  # those of a session would be sent to the proxy as well
+            options["headers"] = CIMultiDict(self._headers)  # those of a session would be sent to the proxy as well
+            options["headers"].update(own)
             async with (
                 asyncio.timeout(limit.get("total")) as until,
                 self._session.request(method, url, data=data, **options) as response,
@@ -230,6 +234,7 @@ def is_stream(headers: Mapping[str, str]) -> bool:
 
 def whole(assembly: Assembly) -> bytes:
     """The response that a stream of events amounts to. Raises Broken if the stream ended early."""
+    assembly.feed(b"\n\n")  # the last event may lack its end
     if not assembly.complete:
         raise Broken("the stream ended before the completion did")
     return assembly.body()

@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import sqlite3
+import textwrap
 import time
 import types
 from collections import Counter
@@ -19,7 +20,7 @@ from typing import Any
 import pytest
 from fake_server import Delay, FakeServer, Hang, Status
 from launching import Launch
-from running import Job, Output, Started, documents, wait_until
+from running import ECHO, Job, Output, Started, documents, wait_until
 
 from sdg_plugins.commands.turns import Turns
 
@@ -121,6 +122,11 @@ def test_failures_are_judged_over_all_processes(several: Job, server: FakeServer
     server.behave(lambda payload, n: Status(400) if payload["messages"][0]["content"] == TEXTS[0] else None)
     assert several(retry_failed=True, max_failure_rate=0.1).rc == 0
     assert Counter(server.prompts) == dict.fromkeys(bad, 1)
+
+    server.forget()
+    several.options["plugin"].write_text(textwrap.dedent(ECHO) + "# edited\n")
+    several(retry_failed=True)  # only the failed one, and it fails again
+    assert server.prompts == [TEXTS[0]]
 
 
 @pytest.mark.parametrize(

@@ -508,16 +508,17 @@ def test_a_retry_with_an_edited_plugin_may_be_interrupted(job: Job, server: Fake
     assert job.verify().rc == 0
 
 
+@pytest.mark.slow
 def test_a_retry_with_an_edited_plugin_does_not_keep_chunks_open_that_it_cannot_complete(
     job: Job, server: FakeServer
 ) -> None:
-    """Of each of 50 chunks one document has failed, and the other is not finished."""
-    job.input(documents(100))
-    job.options |= {"records_per_chunk": 2, "max_concurrent_documents": 100}
+    """Of each of 100 chunks one document has failed, and the other is not finished."""
+    job.input(documents(200))
+    job.options |= {"records_per_chunk": 2, "max_concurrent_documents": 200}
     job.options["plugin"] = job.plugin("mine", rollout("return await generate(document.text)"))
     server.behave(lambda payload, n: Status(400) if int(prompt_of(payload)[-2:]) % 2 else Hang())
     started = job.start()
-    wait_until(lambda: server.in_flight == 50 and len(job.output.durable()) == 50)
+    wait_until(lambda: server.in_flight == 100 and len(job.output.durable()) == 100)
     started.close()  # kill -9
     server.release()
     counting = "import pathlib\nreturn {'open': len(list(pathlib.Path('output/.sdg/open').glob('*.arrow')))}"
@@ -527,8 +528,23 @@ def test_a_retry_with_an_edited_plugin_does_not_keep_chunks_open_that_it_cannot_
 
     output = job.succeed(accept_edited_plugin=True)
     counts = [row["rollout_results"][0]["open"] for row in output.rows()[1::2]]
-    assert len(counts) == 50
-    assert max(counts) <= 32 + 2  # the window, one that is written, and one that is read ahead
+    assert len(counts) == 100
+    assert max(counts) <= 32 + 20  # the window, and what is written and read ahead
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+def test_the_file_of_a_run_without_rows_is_written_again(job: Job, suffix: str) -> None:
+    """A process may have been killed between its last chunk and this file, which names the columns."""
+    job.documents("a", "b")
+    job.options |= {
+        "plugin": job.plugin("mine", rollout("return None")),
+        "output_filename": f"${{rank}}_${{chunk_index}}.{suffix}",
+    }
+    before = job.succeed().data()
+    (name,) = before
+    (job.output.path / name).unlink()
+
+    assert job.succeed().data() == before
 
 
 def test_a_rerun_says_that_a_retry_was_interrupted(job: Job, server: FakeServer) -> None:

@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fake_hub import FakeHub, Rights
-from fake_server import Delay, Status
+from fake_server import Delay, Hang, Status
 from hypothesis import given, settings, strategies as st
 from running import Finished, Job, Output, documents, wait_until
 
@@ -532,6 +532,24 @@ def test_a_lost_ledger_costs_nothing_after_failures_were_retried(job: HubJob) ->
     (job.state / "published.sqlite3").write_bytes(b"")
     job.hub.push(REPO, {"data/00000_00001.parquet": None})
     assert job().rc == 0
+    assert job.all_is_there()
+
+
+@pytest.mark.slow
+def test_of_two_runs_that_begin_at_the_same_time_one_has_the_output(job: HubJob, server: Any) -> None:
+    """Both find an empty repository. Their files have different names, and could stand beside each other."""
+    job.input(documents(4))
+    server.behave(lambda payload, n: Hang())
+    late = job.start(state_dir="late", output_filename="late-${rank}_${chunk_index}.parquet")
+    wait_until(lambda: server.in_flight == 4)
+    server.behave(lambda payload, n: None)
+    assert job().rc == 0
+    server.release()
+
+    finished = late.finish()
+    assert finished.rc == 1
+    assert "has data/00000_00000.parquet" in finished.message
+    assert "choose another --output-config or --output" in finished.message
     assert job.all_is_there()
 
 

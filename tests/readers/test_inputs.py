@@ -480,7 +480,7 @@ def test_standard_input_is_kept_for_the_next_process(tmp_path: Path, monkeypatch
     plugins, _ = sdg.Plugins.load([])
 
     def read(content: bytes) -> list[str]:
-        options = SimpleNamespace(input="-", prompt_column="text", world_size=1)
+        options = SimpleNamespace(input="-", prompt_column="text", world_size=1, part=None)
         run = SimpleNamespace(options=options, plugins=plugins, state=tmp_path, source_schema=None)
         stdin = SimpleNamespace(buffer=io.BytesIO(content), isatty=lambda: False)
         monkeypatch.setattr("sys.stdin", stdin)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import io
@@ -18,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fake_s3 import DROP, FakeS3, Fault, Request
-from fake_server import FakeServer, Status, free_port
+from fake_server import FakeServer, Hang, Status, free_port
 from running import Finished, Job, Output, Sdg, documents, wait_until
 
 import sdg
@@ -308,6 +309,61 @@ def test_ranks_share_an_output_on_s3(cloudy: Job, s3: FakeS3, env: dict[str, str
     assert verify(cloudy, env).rc == 0
 
 
+# ── Two runs on one output ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def visible(s3: FakeS3) -> list[str]:
+    """The objects of the output but for the claims of runs that have not finished."""
+    return [name for name in s3.objects("out") if "/.sdg-data-" not in name]
+
+
+def test_of_two_runs_with_states_of_their_own_at_most_one_has_the_output(
+    cloudy: Job, s3: FakeS3, env: dict[str, str], server: FakeServer
+) -> None:
+    begun = threading.Barrier(2)
+
+    def meet(request: Request) -> Fault | None:
+        """Both have found the output empty when they put their claims."""
+        if "/.sdg-data-" in request.path and request.method == "PUT" and not begun.broken:
+            with contextlib.suppress(threading.BrokenBarrierError):
+                begun.wait(30)
+                begun.abort()
+        return None
+
+    s3.behave(meet)
+    runs = [cloudy.start(env, state_dir=name) for name in ("one", "two")]
+    ended = [run.finish() for run in runs]
+
+    refused = [finished for finished in ended if finished.rc == 1]
+    assert refused
+    assert all("is in use by another run" in finished.message for finished in refused)
+    again = "two" if ended[1].rc == 0 else "one"
+    assert cloudy(env, state_dir=again).rc == 0
+    assert s3.objects("out") == chunks(0, 1, 2)
+    assert len(server.prompts) == 10
+
+
+def test_a_run_whose_output_another_one_has_taken_over_writes_nothing_more(
+    cloudy: Job, s3: FakeS3, env: dict[str, str], server: FakeServer
+) -> None:
+    server.behave(lambda payload, n: Hang() if n == 1 else None)
+    first = cloudy.start(env, state_dir="one")
+    wait_until(lambda: server.in_flight == 10)
+
+    refused = cloudy(env, state_dir="two", temperature=0.5)
+    assert refused.rc == 1
+    assert refused.says("is in use by another run", "--fresh")
+    server.behave(lambda payload, n: None)
+    assert cloudy(env, state_dir="two", temperature=0.5, fresh=True).rc == 0
+    rows = {name: s3.client.get_object(Bucket=s3.bucket, Key=name)["ETag"] for name in chunks(0, 1, 2)}
+    server.release()
+
+    ended = first.finish()
+    assert ended.rc == 1
+    assert ended.says("was taken over by another run")
+    assert rows == {name: s3.client.get_object(Bucket=s3.bucket, Key=name)["ETag"] for name in s3.objects("out")}
+
+
 # ── Atomic writes ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -331,7 +387,7 @@ def test_after_kill_9_in_the_middle_of_a_put_nothing_is_visible_and_a_rerun_fini
     run.send(signal.SIGKILL)
     run.finish()
     dead.set()
-    assert s3.objects("out") == ["out/"]
+    assert visible(s3) == ["out/"]
     s3.behave(lambda request: None)
     server.forget()
 
@@ -425,7 +481,7 @@ def test_responses_are_kept_if_s3_stays_unavailable_and_a_rerun_finishes(
 
     assert finished.rc == 1
     assert finished.says(f"{s3.bucket}/out/data/00000_0000", "cannot be written")
-    assert s3.objects("out") == ["out/"]
+    assert visible(s3) == ["out/"]
     s3.behave(lambda request: None)
     assert cloudy(env).rc == 0
     assert s3.objects("out") == chunks(0, 1, 2)

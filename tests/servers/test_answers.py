@@ -530,6 +530,8 @@ def test_headers_come_from_the_environment_and_stay_secret(job: Job, server: Fak
     assert "your key is ***" in everything
     assert job(header_env="api-key=NO_KEY").says("NO_KEY is not set")
     assert job(header_env="api-key").says("--header-env", "NAME=VARIABLE")
+    assert job(header_env="api key=HOME").says("--header-env", "NAME=VARIABLE")
+    assert job(header_env="content-length=HOME").says("--header-env", "cannot be set")
 
 
 # ── Rates ────────────────────────────────────────────────────────────────────────────────────────────────────────────

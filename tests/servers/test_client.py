@@ -124,7 +124,7 @@ def test_a_missing_key_is_named(job: Job, server: FakeServer) -> None:
     finished = job(api_key_env="MY_KEY")
 
     assert finished.rc == 1
-    assert finished.says("401", "MY_KEY", "127.0.0.1")
+    assert finished.says("401", "$MY_KEY is not set", "127.0.0.1")
     assert not server.answered
 
 

@@ -9,7 +9,7 @@ import zlib
 from typing import Any
 
 import pytest
-from raw_server import CLIENTS, RawServer, Script, Then, ask, outcome, run
+from raw_server import CLIENTS, RawServer, Script, Then, ask, outcome, reset, run
 
 from sdg_plugins.servers.http1 import Broken, Unreached
 from sdg_plugins.servers.transport import Transport
@@ -178,6 +178,15 @@ def test_requests_have_the_same_headers(client: str) -> None:
     assert get.startswith(b"GET /v1/models HTTP/1.1\r\n")
 
 
+def test_a_header_has_one_value_however_its_name_is_written(client: str) -> None:
+    server = RawServer([PLAIN])
+    given = {"user-agent": "mine", "AUTHORIZATION": "mine", "host": "mine", "accept": "mine"}
+    run(client, server, lambda transport: transport.post(server.url, "/x", b"{}"), headers=given)
+    lines = server.requests[0].decode().lower().split("\r\n")
+    for name in given:
+        assert [line for line in lines if line.startswith(f"{name.lower()}:")] == [f"{name.lower()}: mine"]
+
+
 # ── Connections ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -267,6 +276,25 @@ def test_a_response_before_the_request_was_read_is_received(client: str, body: b
     assert outcome(client, server, body=body) == (413, b"no")
 
 
+@pytest.mark.parametrize("end", [Then.CLOSE, Then.RESET])
+def test_a_refusal_is_received_though_the_connection_ends_before_the_request_was_read(client: str, end: Then) -> None:
+    refused = b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\nno"
+    assert outcome(client, RawServer([refused, end], early=True), body=LARGE) in {(413, b"no"), "Broken"}
+
+
+class Unwilling(RawServer):
+    """Accepts connections, and ends them at once, as a forwarded port does without a server behind it."""
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self.early:
+            reset(writer)
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["closed", "reset"])
+def test_a_connection_that_ends_as_soon_as_it_is_accepted_is_broken(client: str, early: bool) -> None:
+    assert outcome(client, Unwilling(early=early)) == "Broken"
+
+
 def test_a_connection_whose_request_was_not_read_is_not_used_again(client: str) -> None:
     server = RawServer([b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\nno", Then.WAIT], [PLAIN], early=True)
 
@@ -283,6 +311,11 @@ def test_a_connection_whose_request_was_not_read_is_not_used_again(client: str) 
 @pytest.mark.parametrize("sent", [[], [b"HTTP/1.1 200"], [OK + b"Content-Length: 9\r\n\r\nhel"]])
 def test_no_whole_response_in_time_is_a_time_out(client: str, sent: list[bytes]) -> None:
     assert outcome(client, RawServer([*sent, Then.WAIT]), timeout=0.2) == "TimeoutError"
+
+
+def test_bytes_that_drip_do_not_prolong_the_time_of_a_request(client: str) -> None:
+    drip = [step for _ in range(200) for step in (b"x", 0.02)]
+    assert outcome(client, RawServer([OK + b"Content-Length: 1000\r\n\r\n", *drip]), timeout=0.3) == "TimeoutError"
 
 
 def test_a_server_that_never_reads_is_a_time_out(client: str) -> None:
@@ -311,6 +344,16 @@ def test_a_stream_is_assembled_whether_it_was_asked_for_or_not(client: str, aske
     assert (choice["message"]["content"], choice["finish_reason"]) == ("It rains.", "stop")
 
 
+@pytest.mark.parametrize("size", [1, 3, 1000])
+@pytest.mark.parametrize("line", [b"\n", b"\r\n"])
+def test_a_stream_may_begin_with_a_mark_and_lack_its_last_line(client: str, line: bytes, size: int) -> None:
+    stream = b"\xef\xbb\xbf" + (line + line).join(b"data: " + json.dumps(event).encode() for event in [*PARTS, LAST])
+    pieces = [stream[i : i + size] for i in range(0, len(stream), size)]
+    head = STREAM.replace(b"Transfer-Encoding: chunked", b"Content-Length: %d" % len(stream))
+    answer = ask(client, RawServer([head, *pieces]), streamed=True)
+    assert json.loads(answer.body)["choices"][0]["message"]["content"] == "It rains."
+
+
 @pytest.mark.parametrize("end", [Then.CLOSE, Then.RESET, b"0\r\n\r\n"])
 def test_a_stream_that_ends_early_is_broken(client: str, end: bytes | Then) -> None:
     assert outcome(client, RawServer([STREAM, *events(*PARTS), end]), streamed=True) == "Broken"
@@ -337,6 +380,13 @@ def test_a_malformed_event_makes_the_whole_stream_malformed(client: str, event: 
 def test_a_stream_times_out_between_two_pieces(client: str) -> None:
     server = RawServer([STREAM, *events(*PARTS), Then.WAIT])
     assert outcome(client, server, streamed=True, timeout=0.2) == "TimeoutError"
+
+
+def test_a_stream_that_drips_may_take_longer_than_the_time_between_two_pieces(client: str) -> None:
+    drip = [step for _ in range(8) for step in (b"1\r\n:\r\n", 0.1)]  # a comment, without its end
+    server = RawServer([STREAM, *drip, b"1\r\n\n\r\n", *events(*PARTS, LAST, b"[DONE]"), b"0\r\n\r\n"])
+    answer = ask(client, server, streamed=True, timeout=0.6)
+    assert json.loads(answer.body)["choices"][0]["message"]["content"] == "It rains."
 
 
 # ── Addresses ────────────────────────────────────────────────────────────────────────────────────────────────────────

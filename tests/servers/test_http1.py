@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import resource
 import socket
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
@@ -334,3 +336,47 @@ def test_a_look_at_a_server_does_not_wait_behind_requests_that_connect(monkeypat
         return (await client.get(url, 20)).body
 
     assert with_client(RawServer([closing], [PLAIN]), ask) == b"hello"
+
+
+def test_a_connection_that_ends_before_the_request_is_sent_is_broken() -> None:
+    class Unwilling(RawServer):
+        async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            return
+
+    async def ask(client: Http1, url: str) -> None:
+        connect = client._connect_to
+
+        async def late(*arguments: Any) -> Any:
+            connection = await connect(*arguments)
+            while connection.usable:
+                await asyncio.sleep(0.001)
+            return connection
+
+        client._connect_to = late  # type: ignore[method-assign]
+        with pytest.raises(Broken, match="the server closed the connection"):
+            await client.post(url, b"{}")
+        assert not client._busy
+
+    with_client(Unwilling(), ask)
+
+
+def test_idle_connections_give_their_files_to_new_ones() -> None:
+    first, second = RawServer(*[[PLAIN]] * 20), RawServer(*[[PLAIN]] * 20)
+
+    async def ask(client: Http1, url: str) -> list[bytes]:
+        async with second.serving():
+            await asyncio.gather(*(client.post(url, b"{}") for _ in range(10)))
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 1, hard))
+            taken: list[int] = []
+            try:
+                with contextlib.suppress(OSError):
+                    while True:
+                        taken.append(os.dup(0))
+                return [(await client.post(second.url, b"{}")).body]
+            finally:
+                for file in taken:
+                    os.close(file)
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    assert with_client(first, ask) == [b"hello"]

@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import uvloop
+from multidict import CIMultiDict
 
 from sdg_plugins.servers.http1 import Broken, Http1, Unreached
 from sdg_plugins.servers.transport import Answer, Transport
@@ -33,7 +34,7 @@ class Then(enum.Enum):
     WAIT = "say nothing more"
 
 
-Script = Sequence[bytes | Then]
+Script = Sequence[bytes | float | Then]  # numbers are pauses in seconds
 
 
 class RawServer:
@@ -104,6 +105,8 @@ class RawServer:
                     writer.write(step)
                     await writer.drain()
                     await asyncio.sleep(0)
+                elif isinstance(step, float):
+                    await asyncio.sleep(step)
                 elif step is Then.WAIT:
                     await reader.read()
                     return
@@ -135,7 +138,8 @@ def run(
     """What `work(transport)` returns, with one of the clients."""
 
     async def both() -> Any:
-        given = {"Authorization": "Bearer k", **(headers or {})}
+        given = CIMultiDict({"Authorization": "Bearer k"})
+        given.update(headers or {})
         async with server.serving(), contextlib.AsyncExitStack() as stack:
             own = await stack.enter_async_context(Http1(given, timeout).working()) if client == "own" else None
             transport = Transport(given, timeout, own, proxies)
