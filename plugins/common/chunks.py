@@ -289,7 +289,6 @@ class Outlet:
         self._run, self.writer, self._shape = run, writer, shape_of(run.options)
         self._ids = SeenIds()
         self._doubled = False  # ids; that was said
-        self._without_rows: pa.Table | None = None  # chunk 0 if it has none
         self.fields = recorded_fields(run.state) or settle_fields(run, promised_fields(run))
 
     def settle(self, outcomes: Iterable[bytes]) -> None:
@@ -357,8 +356,6 @@ class Outlet:
         rows = rows.replace_schema_metadata(self._metadata(rows.schema))
         if rows.num_rows:
             self._write_rows(chunk, rows)
-        elif chunk.index == 0:
-            self._without_rows = rows
         stamp, failed = (run.output.stamps.pop(path(chunk), None) for path in (run.path_of, run.failed_path_of))
         chunk.size, chunk.hash = stamp or (None, None)  # a third-party writer may write by itself
         chunk.failed_hash = failed and failed.hash
@@ -394,20 +391,26 @@ class Outlet:
         """
         run, first = self._run, sdg.Chunk(0, 0)
         path, files = run.path_of(first), output_files(run)
-        if not files and self._without_rows is not None:
-            self._write_rows(first, self._without_rows)
-        elif path in files and len(files) > 1:
-            state = run.state / "00000.sqlite3"  # of the rank that has written it
-            chunk = chunks_in(state).get(0) if state.exists() else None
-            if chunk and chunk.written and not chunk.rows:
-                run.output.delete(path)
+        if (files or run.options.rank) and not (path in files and len(files) > 1):
+            return
+        state = run.state / "00000.sqlite3"  # of the rank that has written it
+        chunk = chunks_in(state).get(0) if state.exists() else None
+        if chunk and chunk.written and not chunk.rows and files:
+            run.output.delete(path)
+        elif chunk and chunk.written and not chunk.rows:
+            self._write_rows(first, self._no_rows(run.schema))
 
     def check(self, schema: pa.Schema) -> None:
         """Have the writer prove that it can write rows of this input: before a request is paid for."""
         if not hasattr(self.writer, "check"):
             return
-        rows = empty_rows(self._run.options, schema, self.fields or fixed_fields(self._run.options))
-        self.writer.check(rows.schema.with_metadata(self._metadata(rows.schema)))
+        self.writer.check(self._no_rows(schema).schema)
+
+    def _no_rows(self, source: pa.Schema | None) -> pa.Table:
+        """The columns of the rows that are made of an input with some schema."""
+        assert source is not None
+        rows = empty_rows(self._run.options, source, self.fields or fixed_fields(self._run.options))
+        return rows.replace_schema_metadata(self._metadata(rows.schema))
 
     def _metadata(self, schema: pa.Schema) -> dict[Any, Any]:
         """Key-value metadata for files of rows with this schema."""

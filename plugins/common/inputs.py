@@ -16,6 +16,7 @@ import xxhash
 
 import sdg
 from sdg_plugins.common.files import access_errors, filesystem, fixed_folder, format_of, split_uri, suffix_of, utf8
+from sdg_plugins.common.marks import MARKS, Marks
 from sdg_plugins.common.outputs import written_by_run
 from sdg_plugins.common.splits import card_of, names_of_split
 from sdg_plugins.common.streams import BROKEN, Stream
@@ -57,6 +58,12 @@ class Listed(NamedTuple):
     path: str
     size: int  # bytes
     version: str = ""  # of a remote file: changes with its content; "" if the listing has nothing of the kind
+    times: tuple[int, int] = (0, 0)  # of a local file: when its content and its inode were changed, in ns
+
+    @property
+    def marks(self) -> list[int]:
+        """What changes when a local file does."""
+        return [self.size, *self.times]
 
 
 def listed_files(uri: str) -> list[Listed]:
@@ -71,7 +78,7 @@ def listed_files(uri: str) -> list[Listed]:
             files, root = _files_below(uri, path), path
         elif local:
             names_here = filter(os.path.isfile, glob.glob(path, recursive=True))
-            files = [Listed(name, os.path.getsize(name)) for name in names_here]
+            files = [listed(name, os.stat(name)) for name in names_here]
         else:
             files = [file for file in _files_below(uri, root) if fnmatch.fnmatch(file.path, path)]
     names = {file.path: file.path[len(root) :].lstrip("/") for file in files}
@@ -82,6 +89,11 @@ def listed_files(uri: str) -> list[Listed]:
     for file in found if local else ():
         utf8(file.path)  # raises
     return sorted(found)
+
+
+def listed(path: str, status: os.stat_result) -> Listed:
+    """A local file."""
+    return Listed(path, status.st_size, times=(status.st_mtime_ns, status.st_ctime_ns))
 
 
 def _files_below(uri: str, path: str) -> list[Listed]:
@@ -98,7 +110,7 @@ def _files_below(uri: str, path: str) -> list[Listed]:
         hint = f"; for a dataset on the Hub write hf://datasets/{name[1]}" if name else ""
         raise sdg.InputError(f"--input {uri}: no such file or folder{hint}")
     if isinstance(first, pyarrow.fs.LocalFileSystem):
-        return [Listed(path, info.size)] if info.is_file else list(_walk(path, ()))
+        return [listed(path, os.stat(path))] if info.is_file else list(_walk(path, ()))
     versions = getattr(getattr(getattr(first, "handler", None), "fs", None), "versions", {})
     infos = [info] if info.is_file else first.get_file_info(pyarrow.fs.FileSelector(path, recursive=True))
     return [
@@ -129,7 +141,7 @@ def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[Listed]:
             if entry.is_dir():
                 yield from _walk(entry.path, (*above, here))
             elif entry.is_file():
-                yield Listed(entry.path, entry.stat().st_size)
+                yield listed(entry.path, entry.stat())
 
 
 # ── Formats ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -207,8 +219,8 @@ class InputFiles:
         formats = {format} if isinstance(format, str) else set(format)
         self.fs, self._root = filesystem(uri)
         self.local = self.fs.type_name == "local"
-        listed = listed_files(uri)
-        files = [(file.path, file.size) for file in listed]
+        every = {file.path: file for file in listed_files(uri)}
+        files = [(file.path, file.size) for file in every.values()]
         if split:
             files = self._of_split(uri, files, config, split)
         found = [(file, size) for file, size in files if formats & {suffix_of(file), format_of(file)}]
@@ -222,8 +234,8 @@ class InputFiles:
         self.sizes = [size for _, size in found]
         root = os.path.commonpath(self.paths) if len(found) > 1 else os.path.dirname(found[0][0])
         self.names = [os.path.relpath(file, root) for file in self.paths]
-        versions = {file.path: file.version for file in listed}
-        self._versions = [versions[path] for path in self.paths]
+        self._versions = [every[path].version for path in self.paths]
+        self._marks = Marks({path: every[path].marks for path in self.paths} if self.local else {})
         self._ahead: dict[int, Future[bytes]] = {}
         self._fetch_once = functools.lru_cache(KEPT)(self._fetch)  # the first ones are read for the schema, too
 
@@ -231,7 +243,12 @@ class InputFiles:
     def of_run(cls, run: sdg.Run, format: str | Collection[str]) -> InputFiles:
         """The files of a run's input; of a dataset's checkout only those of its config and split."""
         options = run.options
-        return cls(options.input, format, getattr(options, "input_config", None), getattr(options, "input_split", None))
+        files = cls(
+            options.input, format, getattr(options, "input_config", None), getattr(options, "input_split", None)
+        )
+        if state := getattr(run, "state", None):
+            files._marks.path = state / MARKS
+        return files
 
     @property
     def inner(self) -> list[str]:
@@ -297,9 +314,14 @@ class InputFiles:
         """
         if all(self._versions):
             return {name: [*file] for name, *file in zip(self.names, self.sizes, self._versions, strict=True)}
+        known = self._marks.read()
+        new = [i for i, path in enumerate(self.paths) if path not in known]
         with ThreadPoolExecutor(16) as pool:
-            hashes = pool.map(self._hash, range(len(self.paths)), self.sizes)
-            return {name: [size, digest] for name, size, digest in zip(self.names, self.sizes, hashes, strict=True)}
+            hashes = pool.map(self._hash, new, [self.sizes[i] for i in new])
+            known |= {self.paths[i]: digest for i, digest in zip(new, hashes, strict=True)}
+        if new:
+            self._marks.keep(known)
+        return {name: [size, known[path]] for name, size, path in zip(self.names, self.sizes, self.paths, strict=True)}
 
     def continues(self, earlier: Mapping[str, Any]) -> bool:
         """True if the files of the identity `earlier` come first here, unchanged; only the last one may have grown."""

@@ -532,6 +532,21 @@ def test_a_retry_with_an_edited_plugin_does_not_keep_chunks_open_that_it_cannot_
     assert max(counts) <= 32 + 20  # the window, and what is written and read ahead
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+def test_the_file_of_a_run_without_rows_is_written_again(job: Job, suffix: str) -> None:
+    """A process may have been killed between its last chunk and this file, which names the columns."""
+    job.documents("a", "b")
+    job.options |= {
+        "plugin": job.plugin("mine", rollout("return None")),
+        "output_filename": f"${{rank}}_${{chunk_index}}.{suffix}",
+    }
+    before = job.succeed().data()
+    (name,) = before
+    (job.output.path / name).unlink()
+
+    assert job.succeed().data() == before
+
+
 def test_a_rerun_says_that_a_retry_was_interrupted(job: Job, server: FakeServer) -> None:
     job.documents("a", "b", "c", "d")
     job.options["records_per_chunk"] = 1

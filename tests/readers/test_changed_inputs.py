@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import os
-from typing import Any
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,7 +15,10 @@ import pytest
 from fake_server import FakeServer
 from running import Job
 
+import sdg
+from sdg_plugins.common import marks
 from sdg_plugins.common.digests import digest_of
+from sdg_plugins.common.inputs import InputFiles
 
 
 def lines(start: int, end: int) -> bytes:
@@ -127,3 +132,41 @@ def test_a_digest_depends_on_values_and_not_on_how_they_were_read() -> None:
     assert digest_of(whole.slice(8, 23), ()) != digest_of(alone, ())
     assert digest_of(whole.slice(7, 23), (3,)) == digest_of(parts, (3,)) != digest_of(parts, ())
     assert digest_of(kinds.slice(0, 1), ()) == digest_of(pa.table({"c": pa.array(["a"]).dictionary_encode()}), ())
+
+
+def test_a_resume_opens_only_those_input_files_that_have_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(marks, "JUST_NOW", 0)
+    opened: list[str] = []
+    hashed = InputFiles._hash
+
+    def noted(files: InputFiles, i: int, size: int) -> str:
+        opened.append(files.names[i])
+        return hashed(files, i, size)
+
+    monkeypatch.setattr(InputFiles, "_hash", noted)
+    folder, state = tmp_path / "in", tmp_path / "state"
+    folder.mkdir()
+    state.mkdir()
+    for number in range(20):
+        (folder / f"{number:02}.jsonl").write_text(f'{{"text": "document {number:02}"}}\n')
+    run = cast("sdg.Run", SimpleNamespace(options=SimpleNamespace(input=str(folder)), state=state))
+
+    def identity() -> dict[str, list[Any]]:
+        opened.clear()
+        return dict(InputFiles.of_run(run, "jsonl").identity)
+
+    first = identity()
+    assert len(opened) == 20
+    assert identity() == first
+    assert not opened
+    changed = folder / "07.jsonl"
+    times = changed.stat().st_atime_ns, changed.stat().st_mtime_ns
+    changed.write_text('{"text": "document xx"}\n')
+    os.utime(changed, ns=times)  # as a copy that keeps times
+    assert identity() != first
+    assert opened == ["07.jsonl"]
+    (state / "marks.json").write_text("{")
+    identity()
+    assert len(opened) == 20

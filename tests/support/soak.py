@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import gzip
 import hashlib
+import io
 import json
 import random
 import shutil
@@ -19,6 +20,7 @@ import signal
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +29,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fake_hub import FakeHub, Rights
-from fake_server import Behaviour, Delay, Drop, FakeServer, Raw, Status
+from fake_server import PROBE, Behaviour, Delay, Drop, FakeServer, Raw, Status, prompt_of
 from running import Finished, Job, Started
 
 # All that a rollout may do with a document, decided by its text.
@@ -218,14 +220,45 @@ class Scenario:
         return behave
 
 
+@dataclass
+class Counts:
+    """What disturbances have done to a scenario; see `compared`."""
+
+    scenarios: int = 0
+    lost: int = 0  # documents that are neither rows nor failed nor filtered
+    doubled: int = 0  # documents that are there twice
+    stale: int = 0  # documents with another row or failure than without disturbances
+    rebought: int = 0  # responses that were sent again, beyond those that were sent without disturbances
+    ends: int = 0  # kills and crashes, by which what was in flight is lost
+
+    def __iadd__(self, other: Counts) -> Counts:
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+        return self
+
+    def __str__(self) -> str:
+        told = f"{self.lost} lost, {self.doubled} doubled, {self.stale} stale, {self.rebought} re-bought"
+        return f"{self.scenarios} scenarios: {told} by {self.ends} kills and crashes"
+
+
 class Play:
-    """One run of a scenario to its end, disturbed or not; `data` and `failed` are what it left."""
+    """One run of a scenario to its end, disturbed or not; `data` and `failed` are what it left.
+
+    Attributes:
+        bought: how many responses to each request were sent, faults aside.
+        ends: kills and crashes.
+        doubled: documents that are there twice.
+        documents: rows and failures, as text, by the documents' IDs.
+    """
 
     def __init__(self, scenario: Scenario, folder: Path, source: Path, disturbed: bool) -> None:
         self.scenario, self.disturbed = scenario, disturbed
         self.chance = random.Random(scenario.seed + 1)
         self.data: dict[str, bytes] = {}
         self.failed: dict[str, str] = {}
+        self.bought: Counter[str] = Counter()
+        self.ends = self.doubled = 0
+        self.documents: dict[str, str] = {}
         folder.mkdir()
         with FakeServer() as self.server, FakeHub() as self.hub:
             self.job = Job(folder, self.server)
@@ -240,7 +273,7 @@ class Play:
         scenario = self.scenario
         self.server.count = words_in
         self.server.max_model_len = self.server.context = CONTEXT
-        self.server.behave(scenario.behaviour(scenario.fault_rate * self.disturbed, scenario.refusals))
+        self._behave(scenario.fault_rate * self.disturbed, scenario.refusals)
         self.job.options |= {**scenario.options, "input": source, "world_size": scenario.ranks}
         self.job.options["plugin"] = self.job.plugin("mixed", MIXED)
         if scenario.hub:
@@ -251,12 +284,24 @@ class Play:
             status, after = self.chance.choice([500, 502, 429]), self.chance.randint(0, 2)
             self.hub.fail(operation, status=status, times=self.chance.randint(1, 2), after=after)
 
+    def _behave(self, fault_rate: float, refusals: bool) -> None:
+        answer = self.scenario.behaviour(fault_rate, refusals)
+
+        def behave(payload: dict[str, Any], n: int) -> Any:
+            answered = answer(payload, n)
+            if isinstance(answered, Delay) and answered.then is None and prompt_of(payload) != PROBE:
+                asked = {name: value for name, value in payload.items() if name not in {"stream", "stream_options"}}
+                self.bought[json.dumps(asked, sort_keys=True)] += 1
+            return answered
+
+        self.server.behave(behave)
+
     def _play(self) -> None:
         if self.scenario.grows:
             self._finish(max_documents=max(1, self.scenario.count // 3))
         self._finish()
         if self.scenario.retries:
-            self.server.behave(self.scenario.behaviour(0.0, refusals=False))
+            self._behave(0.0, refusals=False)
             self._finish(retry_failed=True)
         where = {name: self.job.options.get(name) for name in ("output", "state_dir")}
         arguments = [word for name, value in where.items() if value for word in (f"--{name.replace('_', '-')}", value)]
@@ -288,6 +333,7 @@ class Play:
         finished = [one.finish(120, bugs=bool(fault)) for one in started]
         for thread in threads:
             thread.join()
+        self.ends += sum(one.rc not in {0, 130, 143} for one in finished)
         legal = {0, 130, 143, -signal.SIGKILL, *(CRASHES if fault else ())}
         assert not disturbed or all(one.rc in legal for one in finished), finished
         return finished
@@ -305,9 +351,34 @@ class Play:
         files = self.hub.files(REPO) if self.scenario.hub else self.job.output.files()
         self.data = {name: content for name, content in files.items() if name.startswith("data/")}
         for name, content in files.items():
-            for record in map(json.loads, content.splitlines() if name.startswith("failed/") else []):
-                assert record["id"] not in self.failed, "a document failed twice"
-                self.failed[record["id"]] = record["error_type"]
+            if name.startswith("failed/"):
+                for record in map(json.loads, content.splitlines()):
+                    self.failed[record["id"]] = record["error_type"]
+                    self._note(record["id"], record["error_type"])
+            elif name.startswith("data/"):
+                jsonl = name.endswith(".jsonl")
+                rows = (
+                    map(json.loads, content.splitlines()) if jsonl else pq.read_table(io.BytesIO(content)).to_pylist()
+                )
+                for row in rows:
+                    self._note(row["id"], repr(row))
+
+    def _note(self, document: str, outcome: str) -> None:
+        self.doubled += document in self.documents
+        self.documents[document] = outcome
+
+
+def compared(undisturbed: Play, disturbed: Play) -> Counts:
+    """What the disturbances of a scenario have done."""
+    expected, found = undisturbed.documents, disturbed.documents
+    return Counts(
+        scenarios=1,
+        lost=len(expected.keys() - found.keys()),
+        doubled=undisturbed.doubled + disturbed.doubled,
+        stale=sum(expected.get(document) != outcome for document, outcome in found.items()),
+        rebought=(disturbed.bought - undisturbed.bought).total(),
+        ends=disturbed.ends,
+    )
 
 
 def words_in(payload: dict[str, Any]) -> int:
@@ -330,16 +401,22 @@ def succeeded(finished: Finished) -> None:
     assert finished.rc == 0, finished
 
 
-def check(seed: int, folder: Path) -> Scenario:
-    """Play a seed's scenario twice; raises AssertionError if the disturbances made any difference."""
+def check(seed: int, folder: Path) -> Counts:
+    """Play a seed's scenario twice; raises AssertionError if the disturbances made any difference.
+
+    Nothing is sent again but what was in flight, or just received, when a process was killed.
+    """
     scenario = Scenario.of(seed)
     source = scenario.write_input(folder)
     undisturbed = Play(scenario, folder / "undisturbed", source, disturbed=False)
     disturbed = Play(scenario, folder / "disturbed", source, disturbed=True)
+    counts = compared(undisturbed, disturbed)
+    assert (counts.lost, counts.doubled, counts.stale) == (0, 0, 0), counts
+    assert counts.rebought <= counts.ends * 2 * disturbed.server.max_in_flight, counts
     assert disturbed.failed == undisturbed.failed
-    assert disturbed.data.keys() == undisturbed.data.keys()
+    assert disturbed.data.keys() == undisturbed.data.keys(), disturbed.data.keys() ^ undisturbed.data.keys()
     assert [name for name, content in disturbed.data.items() if content != undisturbed.data[name]] == []
-    return scenario
+    return counts
 
 
 @contextlib.contextmanager
@@ -356,15 +433,17 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--first", type=int, default=1, metavar="SEED")
     options = parser.parse_args()
-    seed, until, wrong = options.first, time.monotonic() + options.seconds, 0
+    seed, until, wrong, counts = options.first, time.monotonic() + options.seconds, 0, Counts()
     while time.monotonic() < until:
         try:
             with folder_of(seed) as folder:
-                print(f"{seed}: {check(seed, folder)}", flush=True)
+                counts += (found := check(seed, folder))
+                print(f"{seed}: {Scenario.of(seed)}: {found}", flush=True)
         except AssertionError as problem:
             wrong += 1
             print(f"{seed}: WRONG, see {folder}: {problem}", flush=True)
         seed += 1
+    print(f"{counts}; {wrong} wrong")
     return int(wrong > 0)
 
 
