@@ -326,7 +326,7 @@ def test_of_two_runs_with_states_of_their_own_at_most_one_has_the_output(
         """Both have found the output empty when they put their claims."""
         if "/.sdg-data-" in request.path and request.method == "PUT" and not begun.broken:
             with contextlib.suppress(threading.BrokenBarrierError):
-                begun.wait(30)
+                begun.wait(120)
                 begun.abort()
         return None
 
