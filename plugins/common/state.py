@@ -40,9 +40,7 @@ if TYPE_CHECKING:
 HUB_FILES = 100_000  # in a repository
 LOOK = 1000  # rows that are read to estimate the number of all
 # Files of the state that belong to the data.
-OWN = re.compile(
-    r"(schema|stats|marks|\d{5,}\.(stats|attempt|meeting))\.json|\d{5,}\.(retry|claimed|sqlite3(-wal|-shm|-journal)?)"
-)
+OWN = re.compile(r"(schema|stats|marks|\d{5,}\.(stats|attempt|meeting))\.json|\d{5,}\.(retry|claimed|sqlite3(-\w+)?)")
 DEMO_MODEL = "demo-extractive"  # of the server `demo`
 
 

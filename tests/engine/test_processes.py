@@ -167,7 +167,7 @@ def all_durable(output: Output) -> set[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(5))
 def test_random_kills_of_processes_and_of_their_parent_lose_and_repeat_nothing(
     seed: int, job: Job, server: FakeServer
 ) -> None:
@@ -181,6 +181,7 @@ def test_random_kills_of_processes_and_of_their_parent_lose_and_repeat_nothing(
     seen: list[tuple[set[str], int]] = []  # what was durable, and how many requests there had been by then
     for _ in range(chance.randrange(2, 6)):
         first = not (job.output.state / "run.json").exists()
+        before = len(server.requests)
         started = job.start(processes=chance.choice([2, 3, 4] if first else [None, 1, 2, 3, 4]))
         for _ in range(chance.randrange(1, 5)):
             time.sleep(chance.random() * 1.2)
@@ -191,9 +192,11 @@ def test_random_kills_of_processes_and_of_their_parent_lose_and_repeat_nothing(
             with contextlib.suppress(ProcessLookupError):
                 os.kill(chance.choice(victims), signal.SIGKILL)
         if started.running:
-            started.send(chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
+            # While Python imports, SIGINT would print a traceback.
+            gentle = [signal.SIGTERM, signal.SIGINT] if len(server.requests) > before else []
+            started.send(chance.choice([signal.SIGKILL, signal.SIGKILL, *gentle]))
         started.finish()
-        wait_until(lambda: not any(map(is_alive, victims)), 5)  # noqa: B023 - called at once
+        wait_until(lambda: not any(map(is_alive, victims)))  # noqa: B023 - called at once
         seen.append((all_durable(job.output), len(server.requests)))
     begun = (job.output.state / "run.json").exists()
     job.succeed(processes=chance.choice([None, 2]) if begun else 2)

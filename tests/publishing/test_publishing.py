@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import copy
 import functools
 import io
+import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -26,10 +29,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fake_hub import FakeHub, Rights
+from fake_hub import FakeHub, Fault, Rights
 from fake_server import Delay, Hang, Status
 from hypothesis import given, settings, strategies as st
-from running import Finished, Job, Output, documents, wait_until
+from running import Finished, Job, Output, Started, documents, wait_until
 
 import sdg
 from sdg_plugins.common import hub as hub_plugin, recorded
@@ -351,6 +354,55 @@ def test_fresh_deletes_what_the_earlier_run_has_published_and_nothing_else(job: 
     assert job(fresh=True, max_documents=8).rc == 0
     assert job.there == {**job.spool, "data/notes.txt": b"mine"}
     assert len(job.spool) == 2
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_request_of_fresh_leaves_what_is_refused_or_starts_clean(
+    job: HubJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job.documents(*"abcd")
+    job.options["records_per_chunk"] = 2
+    expected, saved = {}, {}
+    for temperature in (0.7, 0.5):
+        assert job(temperature=temperature, fresh=True).rc == 0
+        assert job.all_is_there()
+        expected[temperature], saved = job.there, copy.deepcopy(job.hub.repos)
+    shutil.copytree(job.state, job.folder / "saved")
+    next_fault = job.hub._next_fault
+
+    def kill_at(number: int) -> int:
+        """Start the run with the lower temperature over with the higher one, kill that, and go on with either."""
+        job.hub.repos = copy.deepcopy(saved)
+        shutil.rmtree(job.state)
+        shutil.copytree(job.folder / "saved", job.state)
+        left, victim = itertools.count(number, -1), list[Started]()
+
+        def kill(operation: str, path: str) -> Fault:
+            if next(left) != 1:
+                return next_fault(operation, path)
+            wait_until(lambda: victim)
+            victim[0].process.kill()
+            return Fault(operation, drop=True)
+
+        monkeypatch.setattr(job.hub, "_next_fault", kill)
+        victim.append(job.start(temperature=0.7, fresh=True))
+        rc = victim[0].finish().rc
+        monkeypatch.setattr(job.hub, "_next_fault", next_fault)
+        now = (0.7, 0.5)[number % 2]
+        again = job(temperature=now)
+        if again.rc == 1:
+            assert "--fresh" in again.message or "belongs to a different run" in again.message, (number, again)
+            again = job(temperature=(now := 0.7), fresh=True)
+        assert again.rc == 0, (number, again)
+        assert job.there == expected[now], number
+        assert job.command("verify").rc == 0, number
+        return rc
+
+    codes: list[int] = []
+    while not codes or codes[-1] != 0:
+        codes.append(kill_at(len(codes) + 1))
+    assert set(codes[:-1]) == {-signal.SIGKILL}
+    assert len(codes) > 10
 
 
 def test_output_of_an_unknown_run_is_refused_and_deleted_with_fresh(job: HubJob) -> None:
