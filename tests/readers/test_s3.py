@@ -130,6 +130,10 @@ def test_a_run_from_s3_to_s3_leaves_files_and_nothing_else_and_verify_reads_them
     assert all("/eu-west-2/s3/" in request.headers["authorization"] for request in s3.requests)
     assert any(request.headers.get("x-amz-security-token") == "token" for request in s3.requests)
 
+    several = cloudy(env, output=s3.uri("several"), processes=2)
+    assert several.rc == 0, several
+    assert sorted(s3.output("several", tmp_path).ids()) == [row["id"] for row in documents(10)]
+
     s3.client.delete_object(Bucket=s3.bucket, Key="out/data/00000_00000.parquet")
     s3.put("out/data/00000_00001.parquet", b"PAR1")
     finished = verify(cloudy, env)
