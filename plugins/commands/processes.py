@@ -60,6 +60,9 @@ async def run_all(configs: list[Config]) -> None:
         if config.options.processes is None:
             return await jobs.first_job(config, everything, name, **setting)
         job = WholeJob(config, everything, name, course)
+        if config.options.any_rank:  # it records its own end with a rank that no other machine works on
+            free = await asyncio.to_thread(Shares(config, job.run).free)
+            config.options.rank = next(iter(free), 0)
         await job.prepare()
         return job
 

@@ -150,7 +150,8 @@ class Transport:
             aiohttp.InvalidURL,
             UnicodeError,
         ) as exc:
-            raise Unreached(sdg.redact(str(exc)) or type(exc).__name__) from exc
+            way = f"through the proxy {sdg.redact(proxy)}: " if proxy else ""
+            raise Unreached(way + (sdg.redact(str(exc)) or type(exc).__name__)) from exc
         except (aiohttp.ClientError, ConnectionError, ValueError) as exc:
             raise Broken(str(exc) or type(exc).__name__) from exc
 

@@ -149,6 +149,24 @@ def test_chunks_failures_and_the_card_are_published_and_datasets_reads_them(job:
     assert answer.stdout.decode().splitlines() == [expected, expected], answer.stderr.decode()
 
 
+@pytest.mark.slow
+def test_several_processes_are_published_by_their_parent_also_after_a_kill(job: HubJob) -> None:
+    job.server.behave(lambda payload, n: Hang() if "document 22" in str(payload) else None)
+    started = job.start(processes=2)
+    wait_until(lambda: len(job.there) == 4)
+    started.send(signal.SIGKILL)
+    started.finish()
+    job.server.release()
+    finished = job(processes=3)
+
+    assert finished.rc == 0, finished
+    assert finished.stdout.count(f"published {job.hub.url}/datasets/{REPO}") == 1
+    assert job.all_is_there()
+    assert sorted(ids(job.there)) == [row["id"] for row in documents(23)]
+    assert set(changes(job.hub).values()) - {1} <= {changes(job.hub)["README.md"]}  # each file once, the card again
+    assert job.command("verify").rc == 0
+
+
 def test_a_rerun_of_a_finished_run_commits_nothing(job: HubJob) -> None:
     assert job().rc == 0
     commits = len(job.hub.commits(REPO))

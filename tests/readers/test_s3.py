@@ -130,6 +130,10 @@ def test_a_run_from_s3_to_s3_leaves_files_and_nothing_else_and_verify_reads_them
     assert all("/eu-west-2/s3/" in request.headers["authorization"] for request in s3.requests)
     assert any(request.headers.get("x-amz-security-token") == "token" for request in s3.requests)
 
+    several = cloudy(env, output=s3.uri("several"), processes=2)
+    assert several.rc == 0, several
+    assert sorted(s3.output("several", tmp_path).ids()) == [row["id"] for row in documents(10)]
+
     s3.client.delete_object(Bucket=s3.bucket, Key="out/data/00000_00000.parquet")
     s3.put("out/data/00000_00001.parquet", b"PAR1")
     finished = verify(cloudy, env)
@@ -383,7 +387,7 @@ def test_of_two_runs_with_states_of_their_own_at_most_one_has_the_output(
         """Both have found the output empty when they put their claims."""
         if "/.sdg-data-" in request.path and request.method == "PUT" and not begun.broken:
             with contextlib.suppress(threading.BrokenBarrierError):
-                begun.wait(30)
+                begun.wait(120)
                 begun.abort()
         return None
 
