@@ -17,7 +17,8 @@ from sdg_plugins.common.checks import created, reading
 from sdg_plugins.common.command_line import Config
 from sdg_plugins.common.files import rank_file
 from sdg_plugins.common.lease import BEAT, FREE, Lease, acquire, age_of, held_folder
-from sdg_plugins.common.state import fenced, goal_of, locked
+from sdg_plugins.common.locks import fenced, locked
+from sdg_plugins.common.state import goal_of
 from sdg_plugins.common.statistics import statistics_of
 
 

@@ -17,7 +17,7 @@ import sdg
 from sdg_plugins.common import lease as leases
 from sdg_plugins.common.files import Place, rank_file
 from sdg_plugins.common.lease import Lease, acquire, held_folder, holder_of, release
-from sdg_plugins.common.state import locked
+from sdg_plugins.common.locks import locked
 
 HOUR = 3600.0
 
