@@ -335,6 +335,25 @@ _beats = Beats()
 _locks: dict[str, int] = {}  # handles of locks, by the tokens of leases
 
 
+# ── Other locks ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextlib.contextmanager
+def brief_lock(path: Path) -> Iterator[None]:
+    """Hold a lock that is needed for moments only: one that is held for too long is a stopped process's, and goes."""
+    import filelock
+
+    while True:
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(filelock.FileLock(path, timeout=patience()))
+            except filelock.Timeout:
+                path.unlink(missing_ok=True)
+                continue
+            yield
+            return
+
+
 # ── Who has which rank ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
