@@ -29,6 +29,7 @@ from sdg_plugins.common.files import rank_file
 from sdg_plugins.common.locks import locked
 from sdg_plugins.common.processes import Part, most_processes, ranks_for
 from sdg_plugins.common.progress import Course, progress, report
+from sdg_plugins.common.ranks import ranges
 from sdg_plugins.common.rereading import changed_rows
 from sdg_plugins.common.shares import Shares
 from sdg_plugins.common.state import (
@@ -59,6 +60,9 @@ async def run_all(configs: list[Config]) -> None:
         if config.options.processes is None:
             return await jobs.first_job(config, everything, name, **setting)
         job = WholeJob(config, everything, name, course)
+        if config.options.any_rank:  # it records its own end with a rank that no other machine works on
+            free = await asyncio.to_thread(Shares(config, job.run).free)
+            config.options.rank = next(iter(free), 0)
         await job.prepare()
         return job
 
@@ -156,10 +160,12 @@ class WholeJob(Job):
         options = self.run.options
         part = Part(0, most_processes(options), self._config.name, options.world_size, time.time())
         shares = Shares(Config(argparse.Namespace(**{**vars(options), "part": part}), self._config.plugins), self.run)
-        for _ in range(ROUNDS):
+        for turn in range(ROUNDS + 1):
             free = await asyncio.to_thread(shares.free)
             if not free or self.stop.reason:
                 break
+            if turn == ROUNDS:
+                raise sdg.StateError(f"ranks {ranges(free)} have not finished: run the same command again")
             busy = sum(rank < self._chunks for rank in free)  # the others have no documents
             some = part._replace(of=min(part.of, busy or 1))
             self._team = Team(options.command, some, servers, whole, self.stop)
@@ -178,7 +184,7 @@ class WholeJob(Job):
         """Sum up the figures of all ranks, and print what was written where."""
         write_statistics(self.run)
         figures = sum_statistics(rank_statistics(self.run.state))
-        if figures.get("documents") or not self.stop.reason:
+        if figures.get("documents") or ("documents" in figures and not self.stop.reason):
             in_files = await asyncio.to_thread(documents_in_files, self.run)
             with contextlib.suppress(OSError, ValueError):  # no one reads it: the run is as good as before
                 print(sdg.hide(report(shown, figures, in_files)), flush=True)

@@ -462,14 +462,15 @@ class Outlet:
         own_scheme = split_uri(options.output)[0] == options.writer
         if own_scheme or run.plugins.writers[options.writer].package != "sdg":
             return []
-        folders = {os.path.dirname(run.path_of(chunk)) for chunk in chunks}
+        paths = [run.path_of(chunk) for chunk in chunks]
+        folders = {os.path.dirname(path) for path in paths}
         sizes = {file: size for folder in folders for file, size in run.output.sizes(folder).items()}
-        gone = [chunk for chunk in chunks if not sizes.get(run.path_of(chunk))]
-        for chunk in chunks:
-            size = sizes.get(run.path_of(chunk))
+        gone = [chunk for chunk, path in zip(chunks, paths, strict=True) if not sizes.get(path)]
+        for chunk, path in zip(chunks, paths, strict=True):
+            size = sizes.get(path)
             if size and chunk.size not in {None, size}:
                 raise sdg.OutputError(
-                    f"{run.output.path(run.path_of(chunk))} has {size:,} bytes, but {chunk.size:,} were written: "
+                    f"{run.output.path(path)} has {size:,} bytes, but {chunk.size:,} were written: "
                     "restore it, or move it away and have it generated again"
                 )
         if gone:

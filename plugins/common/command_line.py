@@ -244,7 +244,7 @@ EVERYDAY = {
     *("--input", "--prompt-column", "--id-column", "--max-documents", "--output", "--output-config"),
     *("--base-url", "--server", "--model", "--api-key-env", "--max-concurrent-generations", "--tp", "--replicas"),
     *("--max-tokens", "--temperature", "--generation", "--rollouts-per-document", "--long-documents"),
-    *("--retry-failed", "--rank", "--world-size", "--fresh", "--version", "--help", "--help-all"),
+    *("--retry-failed", "--rank", "--world-size", "--processes", "--fresh", "--version", "--help", "--help-all"),
 }
 EXAMPLES = """\
 examples:

@@ -28,10 +28,12 @@ def lock_rank(run: sdg.Run) -> Iterator[None]:
 def fenced(run: sdg.Run, lease: Lease) -> Iterator[None]:
     """Write only as long as a lease is held, and release it. What was lost stays so."""
     run.output.fence = lease
-    with held(lease):
-        yield
-    if not lease.lost:
-        run.output.fence = None
+    try:
+        with held(lease):
+            yield
+    finally:  # what ended it is not taken for the loss of a lease that was released
+        if not lease.lost:
+            run.output.fence = None
 
 
 def taken(state: Path, rank: int) -> sdg.StateError:

@@ -1,13 +1,16 @@
-"""The files of a run in its output: their names, and which of those that are there it can have written."""
+"""The files of a run: their names in its output, which of those there it can have written, and whether it has any."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
+import sqlite3
 from typing import Any
 
 import sdg
+from sdg_plugins.common.files import rank_file
 from sdg_plugins.common.kinds import parse_json
 from sdg_plugins.common.streams import BROKEN, Stream
 
@@ -18,6 +21,20 @@ def output_files(run: sdg.Run) -> list[str]:
     """All files in the folder of the run's chunks, except hidden ones."""
     files = run.output.list(os.path.dirname(run.path_of(sdg.Chunk(0, 0))))
     return [file for file in files if not os.path.basename(file).startswith(".")]
+
+
+def untouched(run: sdg.Run) -> bool:
+    """True if the state holds nothing that was paid for, and no other rank has begun, unless it was this run's, too."""
+    mine = {rank_file(run.state, run.options.rank, "sqlite3").stem}
+    ranks = {path.stem for pattern in ("*.lock", "*.sqlite3") for path in run.state.glob(f"[0-9]{pattern}")}
+    if (ranks != mine and not run.options.processes) or output_files(run):
+        return False
+    for path in run.state.glob("[0-9]*.sqlite3"):
+        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:
+            tables = ("documents", "requests", "chunks WHERE written")
+            if any(db.execute(f"SELECT EXISTS (SELECT 1 FROM {table})").fetchone()[0] for table in tables):
+                return False
+    return True
 
 
 def chunk_of(file: str, config: str, template: str) -> int | None:

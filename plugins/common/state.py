@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import re
-import sqlite3
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -29,7 +28,7 @@ from sdg_plugins.common.defaults import DEMO_OUTPUT
 from sdg_plugins.common.files import default_state_dir, expanded, rank_file, split_uri, sync
 from sdg_plugins.common.identity import EDITED, changes_since, different_run, identity_of, with_edits
 from sdg_plugins.common.models import recordable
-from sdg_plugins.common.outputs import chunk_files, output_files, refuse_others
+from sdg_plugins.common.outputs import chunk_files, output_files, refuse_others, untouched
 from sdg_plugins.common.processes import asked_for
 from sdg_plugins.common.results import annotated_fields, base_fields
 from sdg_plugins.common.rows import messages_type
@@ -40,9 +39,7 @@ if TYPE_CHECKING:
 HUB_FILES = 100_000  # in a repository
 LOOK = 1000  # rows that are read to estimate the number of all
 # Files of the state that belong to the data.
-OWN = re.compile(
-    r"(schema|stats|marks|\d{5,}\.(stats|attempt|meeting))\.json|\d{5,}\.(retry|claimed|sqlite3(-wal|-shm|-journal)?)"
-)
+OWN = re.compile(r"(schema|stats|marks|\d{5,}\.(stats|attempt|meeting))\.json|\d{5,}\.(retry|claimed|sqlite3(-\w+)?)")
 DEMO_MODEL = "demo-extractive"  # of the server `demo`
 
 
@@ -162,7 +159,7 @@ def claim_state(run: sdg.Run, reader: sdg.Reader, changed_rows: Callable[[], str
     changes = changes_since(run, reader, recorded)
     if files_changed(reader, recorded, changes) and not untouched(run):
         changes = [*changes, rows] if (rows := changed_rows()) else []
-    if changes and (kind := replaceable(run, recorded)):
+    if changes and not run.options.part and (kind := replaceable(run, recorded)):
         if kind != "nothing":
             sdg.say(f"{run.options.output} holds {kind} with other options ({'; '.join(changes[:3])}): it is replaced")
         start_over(run)
@@ -386,20 +383,6 @@ def replaceable(run: sdg.Run, recorded: Mapping[str, Any]) -> str:
     if run.options.output == DEMO_OUTPUT and recorded["identity"]["model"] == DEMO_MODEL:
         return "a demo"
     return "an estimate" if recorded.get("estimate") else "nothing" if untouched(run) else ""
-
-
-def untouched(run: sdg.Run) -> bool:
-    """True if the state holds nothing that was paid for, and no other rank has begun, unless it was this run's, too."""
-    mine = {rank_file(run.state, run.options.rank, "sqlite3").stem}
-    ranks = {path.stem for pattern in ("*.lock", "*.sqlite3") for path in run.state.glob(f"[0-9]{pattern}")}
-    if (ranks != mine and not run.options.processes) or output_files(run):
-        return False
-    for path in run.state.glob("[0-9]*.sqlite3"):
-        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:
-            tables = ("documents", "requests", "chunks WHERE written")
-            if any(db.execute(f"SELECT EXISTS (SELECT 1 FROM {table})").fetchone()[0] for table in tables):
-                return False
-    return True
 
 
 # ── Files of the output ──────────────────────────────────────────────────────────────────────────────────────────────

@@ -31,6 +31,7 @@ from sdg_plugins.servers.transport import Answer, Transport, redirected
 
 SPARE_FILES = 256  # open files beside one for each request in flight
 SWITCH = "SDG_HTTP"  # environment variable: `aiohttp` sends all requests through it, for comparison
+LOCAL = re.compile(r"https?://([^/]*@)?(127\.|localhost\b|\[::1\])")  # needs no proxy, whatever the others need
 LIST_TIMEOUT = 60.0  # s for a list of models
 MISSING = {301, 302, 303, 307, 308, 404, 405, 410}  # statuses of a root that is another one
 
@@ -112,15 +113,13 @@ async def linked(run: sdg.Run, servers: Sequence[str | sdg.Upstream]) -> AsyncIt
     """The way to the servers that a plugin yielded; see `connect`."""
     options = run.options
     limit = limit_of_files(options.max_concurrent_generations)
-    urls = [server if isinstance(server, str) else server.url for server in servers]
-    local = all(re.match(r"https?://(127\.|localhost|\[::1\])", url) for url in urls)
     headers = headers_of(run)
     async with contextlib.AsyncExitStack() as stack:
         lean = None
         if os.environ.get(SWITCH, "lean") != "aiohttp":
             source = options.part.source if options.part else ""
             lean = await stack.enter_async_context(Http1(headers, options.request_timeout, source).working())
-        transport = Transport(headers, options.request_timeout, lean, proxies=not local)
+        transport = Transport(headers, options.request_timeout, lean, lambda url: not LOCAL.match(url))
         stack.push_async_callback(transport.aclose)
         upstreams, doubt = await find_upstreams(run, transport, servers)
         pool = Pool(upstreams, limit, Pace(options.requests_per_minute, options.tokens_per_minute))

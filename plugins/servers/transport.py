@@ -51,14 +51,18 @@ class Transport:
         headers: of every request.
         timeout: seconds for a whole request; of a stream, between two pieces of it.
         lean: sends what needs no proxy; None to send everything through aiohttp.
-        proxies: use those of the environment.
+        proxies: whether to use those of the environment for an API.
 
     Attributes:
         brake: bounds the bytes of responses in memory.
     """
 
     def __init__(
-        self, headers: Mapping[str, str], timeout: float, lean: Http1 | None = None, proxies: bool = True
+        self,
+        headers: Mapping[str, str],
+        timeout: float,
+        lean: Http1 | None = None,
+        proxies: Callable[[str], bool] = bool,
     ) -> None:
         self._headers, self.timeout, self._lean, self._proxies = CIMultiDict(DEFAULTS), timeout, lean, proxies
         self._headers.update(headers)
@@ -146,7 +150,8 @@ class Transport:
             aiohttp.InvalidURL,
             UnicodeError,
         ) as exc:
-            raise Unreached(sdg.redact(str(exc)) or type(exc).__name__) from exc
+            way = f"through the proxy {sdg.redact(proxy)}: " if proxy else ""
+            raise Unreached(way + (sdg.redact(str(exc)) or type(exc).__name__)) from exc
         except (aiohttp.ClientError, ConnectionError, ValueError) as exc:
             raise Broken(str(exc) or type(exc).__name__) from exc
 
@@ -186,7 +191,7 @@ class Transport:
     def _proxy(self, url: str) -> str:
         """The proxy that the environment has for an API that is not on this machine; "" if none. Raises Unreached."""
         if url not in self._proxied:
-            self._proxied[url] = proxy_of(url) if self._proxies else ""
+            self._proxied[url] = proxy_of(url) if self._proxies(url) else ""
         return self._proxied[url]
 
     async def get(self, url: str, path: str, seconds: float) -> Answer:

@@ -16,6 +16,7 @@ import sys
 import clients
 import hub
 import in_flight
+import processes
 import ranks
 import rerun
 import scale
@@ -24,7 +25,7 @@ import startup
 import throughput
 from harness import BenchError, defaults, heading, interrupt, say, table
 
-MODULES = (throughput, clients, in_flight, scale, rerun, ranks, hub, startup, served)
+MODULES = (throughput, clients, in_flight, scale, rerun, ranks, processes, hub, startup, served)
 BENCHES = {module.__name__: module for module in MODULES}
 
 

@@ -264,3 +264,10 @@ def test_what_cannot_be_shared_is_a_usage_error(options: dict[str, object], word
 
     assert finished.rc == 2
     assert finished.says(*words)
+
+
+def test_what_a_rank_cannot_begin_with_is_reported(shared: Job) -> None:
+    finished = shared(prompt_column="body")
+
+    assert finished.rc == 1
+    assert "--prompt-column body: the input has no such column" in finished.message

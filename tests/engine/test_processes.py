@@ -89,7 +89,8 @@ def test_killed_processes_are_started_again_and_a_killed_parent_leaves_none(seve
     wait_until(lambda: len(server.requests) == 120 and len(several.output.written()) == 23)
     first = children_of(started)
     for pid in first:
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it had found no free rank
+            os.kill(pid, signal.SIGKILL)
     wait_until(lambda: server.prompts.count(held) == 2)
     children = set(children_of(started)) - set(first)
     started.send(signal.SIGKILL)
@@ -104,6 +105,17 @@ def test_killed_processes_are_started_again_and_a_killed_parent_leaves_none(seve
     wait_until(lambda: not any(map(is_alive, children)), 5)
     assert finished.rc == 0, finished
     assert Counter(server.prompts) == {**dict.fromkeys(TEXTS, 1), held: 3}
+    assert sorted(several.output.ids()) == [row["id"] for row in documents(120)]
+    assert several.verify().rc == 0
+
+
+@pytest.mark.slow
+def test_several_machines_may_each_have_several_processes(several: Job, server: FakeServer) -> None:
+    server.behave(lambda payload, n: Delay(0.2))
+    started = [several.start(rank="any", max_concurrent_generations=4) for _ in range(2)]
+
+    assert [each.finish().rc for each in started] == [0, 0]
+    assert Counter(server.prompts) == dict.fromkeys(TEXTS, 1)
     assert sorted(several.output.ids()) == [row["id"] for row in documents(120)]
     assert several.verify().rc == 0
 
@@ -155,7 +167,7 @@ def all_durable(output: Output) -> set[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(5))
 def test_random_kills_of_processes_and_of_their_parent_lose_and_repeat_nothing(
     seed: int, job: Job, server: FakeServer
 ) -> None:
@@ -169,6 +181,7 @@ def test_random_kills_of_processes_and_of_their_parent_lose_and_repeat_nothing(
     seen: list[tuple[set[str], int]] = []  # what was durable, and how many requests there had been by then
     for _ in range(chance.randrange(2, 6)):
         first = not (job.output.state / "run.json").exists()
+        before = len(server.requests)
         started = job.start(processes=chance.choice([2, 3, 4] if first else [None, 1, 2, 3, 4]))
         for _ in range(chance.randrange(1, 5)):
             time.sleep(chance.random() * 1.2)
@@ -179,11 +192,14 @@ def test_random_kills_of_processes_and_of_their_parent_lose_and_repeat_nothing(
             with contextlib.suppress(ProcessLookupError):
                 os.kill(chance.choice(victims), signal.SIGKILL)
         if started.running:
-            started.send(chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
+            # While Python imports, SIGINT would print a traceback.
+            gentle = [signal.SIGTERM, signal.SIGINT] if len(server.requests) > before else []
+            started.send(chance.choice([signal.SIGKILL, signal.SIGKILL, *gentle]))
         started.finish()
-        wait_until(lambda: not any(map(is_alive, victims)), 5)  # noqa: B023 - called at once
+        wait_until(lambda: not any(map(is_alive, victims)))  # noqa: B023 - called at once
         seen.append((all_durable(job.output), len(server.requests)))
-    job.succeed(processes=chance.choice([None, 2]))
+    begun = (job.output.state / "run.json").exists()
+    job.succeed(processes=chance.choice([None, 2]) if begun else 2)
 
     for kept, sent in seen:
         assert kept.isdisjoint(server.prompts[sent:])

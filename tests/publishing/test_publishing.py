@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import copy
 import functools
 import io
+import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -26,10 +29,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fake_hub import FakeHub, Rights
+from fake_hub import FakeHub, Fault, Rights
 from fake_server import Delay, Hang, Status
 from hypothesis import given, settings, strategies as st
-from running import Finished, Job, Output, documents, wait_until
+from running import Finished, Job, Output, Started, documents, wait_until
 
 import sdg
 from sdg_plugins.common import hub as hub_plugin, recorded
@@ -144,6 +147,24 @@ def test_chunks_failures_and_the_card_are_published_and_datasets_reads_them(job:
     answer = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], env=environment, capture_output=True)
     expected = " ".join(f"d{i:04}" for i in range(23) if i != 7)
     assert answer.stdout.decode().splitlines() == [expected, expected], answer.stderr.decode()
+
+
+@pytest.mark.slow
+def test_several_processes_are_published_by_their_parent_also_after_a_kill(job: HubJob) -> None:
+    job.server.behave(lambda payload, n: Hang() if "document 22" in str(payload) else None)
+    started = job.start(processes=2)
+    wait_until(lambda: len(job.there) == 4)
+    started.send(signal.SIGKILL)
+    started.finish()
+    job.server.release()
+    finished = job(processes=3)
+
+    assert finished.rc == 0, finished
+    assert finished.stdout.count(f"published {job.hub.url}/datasets/{REPO}") == 1
+    assert job.all_is_there()
+    assert sorted(ids(job.there)) == [row["id"] for row in documents(23)]
+    assert set(changes(job.hub).values()) - {1} <= {changes(job.hub)["README.md"]}  # each file once, the card again
+    assert job.command("verify").rc == 0
 
 
 def test_a_rerun_of_a_finished_run_commits_nothing(job: HubJob) -> None:
@@ -333,6 +354,55 @@ def test_fresh_deletes_what_the_earlier_run_has_published_and_nothing_else(job: 
     assert job(fresh=True, max_documents=8).rc == 0
     assert job.there == {**job.spool, "data/notes.txt": b"mine"}
     assert len(job.spool) == 2
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_request_of_fresh_leaves_what_is_refused_or_starts_clean(
+    job: HubJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job.documents(*"abcd")
+    job.options["records_per_chunk"] = 2
+    expected, saved = {}, {}
+    for temperature in (0.7, 0.5):
+        assert job(temperature=temperature, fresh=True).rc == 0
+        assert job.all_is_there()
+        expected[temperature], saved = job.there, copy.deepcopy(job.hub.repos)
+    shutil.copytree(job.state, job.folder / "saved")
+    next_fault = job.hub._next_fault
+
+    def kill_at(number: int) -> int:
+        """Start the run with the lower temperature over with the higher one, kill that, and go on with either."""
+        job.hub.repos = copy.deepcopy(saved)
+        shutil.rmtree(job.state)
+        shutil.copytree(job.folder / "saved", job.state)
+        left, victim = itertools.count(number, -1), list[Started]()
+
+        def kill(operation: str, path: str) -> Fault:
+            if next(left) != 1:
+                return next_fault(operation, path)
+            wait_until(lambda: victim)
+            victim[0].process.kill()
+            return Fault(operation, drop=True)
+
+        monkeypatch.setattr(job.hub, "_next_fault", kill)
+        victim.append(job.start(temperature=0.7, fresh=True))
+        rc = victim[0].finish().rc
+        monkeypatch.setattr(job.hub, "_next_fault", next_fault)
+        now = (0.7, 0.5)[number % 2]
+        again = job(temperature=now)
+        if again.rc == 1:
+            assert "--fresh" in again.message or "belongs to a different run" in again.message, (number, again)
+            again = job(temperature=(now := 0.7), fresh=True)
+        assert again.rc == 0, (number, again)
+        assert job.there == expected[now], number
+        assert job.command("verify").rc == 0, number
+        return rc
+
+    codes: list[int] = []
+    while not codes or codes[-1] != 0:
+        codes.append(kill_at(len(codes) + 1))
+    assert set(codes[:-1]) == {-signal.SIGKILL}
+    assert len(codes) > 10
 
 
 def test_output_of_an_unknown_run_is_refused_and_deleted_with_fresh(job: HubJob) -> None:

@@ -6,8 +6,10 @@ import contextlib
 import csv
 import gzip
 import io
+import itertools
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -20,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 from fake_s3 import DROP, FakeS3, Fault, Request
 from fake_server import FakeServer, Hang, Status, free_port
-from running import Finished, Job, Output, Sdg, documents, wait_until
+from running import Finished, Job, Output, Sdg, Started, documents, wait_until
 
 import sdg
 from sdg_plugins.common import s3 as s3_client
@@ -128,6 +130,10 @@ def test_a_run_from_s3_to_s3_leaves_files_and_nothing_else_and_verify_reads_them
     assert all("/eu-west-2/s3/" in request.headers["authorization"] for request in s3.requests)
     assert any(request.headers.get("x-amz-security-token") == "token" for request in s3.requests)
 
+    several = cloudy(env, output=s3.uri("several"), processes=2)
+    assert several.rc == 0, several
+    assert sorted(s3.output("several", tmp_path).ids()) == [row["id"] for row in documents(10)]
+
     s3.client.delete_object(Bucket=s3.bucket, Key="out/data/00000_00000.parquet")
     s3.put("out/data/00000_00001.parquet", b"PAR1")
     finished = verify(cloudy, env)
@@ -160,6 +166,61 @@ def test_compressed_lines_are_written(cloudy: Job, s3: FakeS3, env: dict[str, st
     assert s3.objects("out/data") == [f"out/data/0000{number}.jsonl.gz" for number in range(3)]
     content = s3.client.get_object(Bucket=s3.bucket, Key="out/data/00002.jsonl.gz")["Body"].read()
     assert [json.loads(line)["id"] for line in gzip.decompress(content).splitlines()] == ["d0008", "d0009"]
+
+
+def test_a_kill_at_any_request_of_fresh_leaves_what_is_refused_or_starts_clean(
+    job: Job, s3: FakeS3, env: dict[str, str], tmp_path: Path
+) -> None:
+    job.documents(*"abcd")
+    job.options["records_per_chunk"] = 2
+    expected = {}
+    for temperature in (0.5, 0.7):
+        where = {"output": s3.uri(f"clean-{temperature}"), "state_dir": f"clean-{temperature}"}
+        assert job(env, temperature=temperature, **where).rc == 0
+        expected[temperature] = data_below(s3, f"clean-{temperature}")
+
+    def kill_at(number: int) -> int:
+        """Start the run with the lower temperature over with the higher one, kill that, and go on with either."""
+        for name in s3.objects("clean-0.5"):
+            body = s3.client.get_object(Bucket=s3.bucket, Key=name)["Body"].read()
+            s3.put(name.replace("clean-0.5", f"at-{number}"), body)
+        shutil.copytree(tmp_path / "clean-0.5", tmp_path / f"at-{number}")
+        where = {"output": s3.uri(f"at-{number}"), "state_dir": f"at-{number}"}
+        left, victim = itertools.count(number, -1), list[Started]()
+
+        def kill(request: Request) -> Fault | None:
+            if next(left) != 1:
+                return None
+            wait_until(lambda: victim)
+            victim[0].process.kill()
+            return DROP
+
+        s3.behave(kill)
+        victim.append(job.start(env, temperature=0.7, fresh=True, **where))
+        rc = victim[0].finish().rc
+        s3.behave(lambda request: None)
+        now = (0.7, 0.5)[number % 2]
+        again = job(env, temperature=now, **where)
+        if again.rc == 1:
+            assert "--fresh" in again.message or "belongs to a different run" in again.message, (number, again)
+            again = job(env, temperature=(now := 0.7), fresh=True, **where)
+        assert again.rc == 0, (number, again)
+        assert data_below(s3, f"at-{number}") == expected[now], number
+        assert job.sdg("verify", "--output", where["output"], "--state-dir", where["state_dir"], **env).rc == 0, number
+        return rc
+
+    codes: list[int] = []
+    while not codes or codes[-1] != 0:
+        codes.append(kill_at(len(codes) + 1))
+    assert set(codes[:-1]) == {-signal.SIGKILL}
+    assert len(codes) > 20
+
+
+def data_below(s3: FakeS3, prefix: str) -> dict[str, bytes]:
+    """The data files below a prefix."""
+    names = s3.objects(f"{prefix}/data/")
+    bodies = {name: s3.client.get_object(Bucket=s3.bucket, Key=name)["Body"].read() for name in names}
+    return {name.removeprefix(prefix): body for name, body in bodies.items() if body}
 
 
 @pytest.mark.usefixtures("here")
@@ -326,7 +387,7 @@ def test_of_two_runs_with_states_of_their_own_at_most_one_has_the_output(
         """Both have found the output empty when they put their claims."""
         if "/.sdg-data-" in request.path and request.method == "PUT" and not begun.broken:
             with contextlib.suppress(threading.BrokenBarrierError):
-                begun.wait(30)
+                begun.wait(120)
                 begun.abort()
         return None
 

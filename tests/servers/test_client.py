@@ -749,3 +749,16 @@ def test_a_base_url_may_be_the_url_of_an_endpoint(job: Job, server: FakeServer, 
     job.input(documents(3))
     job.succeed(base_url=server.url + path)
     assert len(server.answered) == 3
+
+
+def test_a_proxy_is_used_for_remote_servers_only(job: Job, servers: Callable[[], FakeServer]) -> None:
+    local, proxy = servers(), servers()
+    job.input(documents(20))
+    urls = [local.url, "http://api.example/v1"]
+
+    finished = job({"http_proxy": f"http://127.0.0.1:{proxy.port}"}, base_url=urls, max_concurrent_generations=2)
+
+    assert finished.rc == 0, finished
+    assert {request.headers["Host"] for request in proxy.requests} == {"api.example"}
+    assert local.requests
+    assert {request.headers["Host"] for request in local.requests} == {f"127.0.0.1:{local.port}"}

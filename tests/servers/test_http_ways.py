@@ -186,9 +186,11 @@ def test_a_netrc_does_not_compete_with_the_key(client: str, tmp_path: Path, monk
 def test_a_proxy_that_refuses_or_is_not_there_is_unreached(client: str, monkeypatch: pytest.MonkeyPatch) -> None:
     refusing = RawServer([b"HTTP/1.1 407 Who Are You\r\nContent-Length: 0\r\n\r\n"])
     url = MODELS.replace("http:", "https:")
-    assert str(through(monkeypatch, client, refusing, "http://127.0.0.1:{port}", url)).startswith("Unreached: 407")
-    assert str(through(monkeypatch, client, RawServer(), "http://127.0.0.1:9", url)).startswith("Unreached")
-    assert str(through(monkeypatch, client, RawServer(), "http://127.0.0.1:9", MODELS)).startswith("Unreached")
+    refusal = through(monkeypatch, client, refusing, "http://me:secret@127.0.0.1:{port}", url)
+    assert str(refusal).startswith(f"Unreached: through the proxy http://***@127.0.0.1:{refusing.port}: 407")
+    for missing in (url, MODELS):
+        words = str(through(monkeypatch, client, RawServer(), "http://127.0.0.1:9", missing))
+        assert words.startswith("Unreached: through the proxy http://127.0.0.1:9: ")
 
 
 class Tunnel(RawServer):

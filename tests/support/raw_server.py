@@ -142,7 +142,7 @@ def run(
         given.update(headers or {})
         async with server.serving(), contextlib.AsyncExitStack() as stack:
             own = await stack.enter_async_context(Http1(given, timeout).working()) if client == "own" else None
-            transport = Transport(given, timeout, own, proxies)
+            transport = Transport(given, timeout, own, lambda url: proxies)
             stack.push_async_callback(transport.aclose)
             return await work(transport)
 

@@ -301,7 +301,8 @@ class Play:
             self._finish(max_documents=max(1, self.scenario.count // 3))
         self._finish()
         if self.scenario.retries:
-            self._behave(0.0, refusals=False)
+            # Each --retry-failed asks again for what fails whatever is answered: that is not counted.
+            self.server.behave(self.scenario.behaviour(0.0, refusals=False))
             self._finish(retry_failed=True)
         where = {name: self.job.options.get(name) for name in ("output", "state_dir")}
         arguments = [word for name, value in where.items() if value for word in (f"--{name.replace('_', '-')}", value)]
