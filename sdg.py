@@ -239,7 +239,11 @@ class Reader(Protocol):
 
 
 class Writer(Protocol):
-    """Where chunks go. Called in threads, at most two at a time, each with another chunk."""
+    """Where chunks go. Called in threads, at most two at a time, each with another chunk.
+
+    A writer may also have `write_pieces(chunk, schema, tables)`. It is called in place of `write` for chunks above
+    32 MB, whose rows come as tables, one after the other.
+    """
 
     def write(self, chunk: Chunk, rows: pa.Table) -> None:
         """Make the chunk's file durable, whole or not at all. Called again after a crash, with the same result.
