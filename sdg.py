@@ -1201,7 +1201,7 @@ class Store:
             chunk: a complete one.
             size: from `bytes_of`.
         """
-        step = max(1, min(PIECE, PIECE_BYTES * chunk.count // max(1, size)))
+        step = 1 << max(1, min(PIECE, PIECE_BYTES * chunk.count // max(1, size))).bit_length() - 1  # rarely another one
         loop, first = asyncio.get_running_loop(), chunk.index << 32
         ids = range(first, first + chunk.count)
 

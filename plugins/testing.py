@@ -32,9 +32,9 @@ from sdg_plugins.commands.stop import Stop
 from sdg_plugins.common import checks
 from sdg_plugins.common.chunks import OpenChunk
 from sdg_plugins.common.command_line import Config, as_arguments, parse_with
+from sdg_plugins.common.locks import lock_rank
 from sdg_plugins.common.notes import DocumentRecord, Exchange, Notes
 from sdg_plugins.common.results import base_fields, results_type
-from sdg_plugins.common.state import lock_rank
 from sdg_plugins.common.tables import TableReader
 from sdg_plugins.common.values import rows_of
 from sdg_plugins.servers.client import Client

@@ -24,8 +24,8 @@ from sdg_plugins.common.attempts import (
 )
 from sdg_plugins.common.command_line import Config, parse_configs
 from sdg_plugins.common.files import output_place
+from sdg_plugins.common.locks import lock_rank
 from sdg_plugins.common.options import Parser
-from sdg_plugins.common.state import lock_rank
 
 FRUITLESS = 3  # attempts in a row without progress that end a job
 EARLY = 600.0  # s within which an error is taken for one that another attempt would meet, too; SDG_EARLY overrides it

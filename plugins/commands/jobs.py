@@ -38,6 +38,7 @@ from sdg_plugins.common.ending import same_folder, signals
 from sdg_plugins.common.files import output_place, rank_file
 from sdg_plugins.common.interleaving import Abreast
 from sdg_plugins.common.lease import Fenced, Lease
+from sdg_plugins.common.locks import lock_rank
 from sdg_plugins.common.memory import tune_memory
 from sdg_plugins.common.progress import Course, progress, put, report
 from sdg_plugins.common.rereading import changed_rows
@@ -50,7 +51,6 @@ from sdg_plugins.common.state import (
     columns_of,
     discarded,
     goal_of,
-    lock_rank,
     promised_fields,
     remember_source,
     start_over,

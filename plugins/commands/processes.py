@@ -26,6 +26,7 @@ from sdg_plugins.commands.team import Team
 from sdg_plugins.commands.whole import Whole
 from sdg_plugins.common.command_line import Config
 from sdg_plugins.common.files import rank_file
+from sdg_plugins.common.locks import locked
 from sdg_plugins.common.processes import Part, most_processes, ranks_for
 from sdg_plugins.common.progress import Course, progress, report
 from sdg_plugins.common.ranks import ranges
@@ -37,7 +38,6 @@ from sdg_plugins.common.state import (
     claim_state,
     discarded,
     documents_in,
-    locked,
     recorded_size,
     remember_source,
     size_of_chunks,

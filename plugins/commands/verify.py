@@ -16,14 +16,14 @@ from typing import Any
 import sdg
 from sdg_plugins.common import recorded
 from sdg_plugins.common.checks import reading
-from sdg_plugins.common.chunks import OpenChunk, read_failed
+from sdg_plugins.common.chunks import OpenChunk
 from sdg_plugins.common.digests import same_rows
 from sdg_plugins.common.files import file_writer, rank_file, uses_spool
 from sdg_plugins.common.identity import differences
 from sdg_plugins.common.ids import SeenIds
 from sdg_plugins.common.markdown import counted
 from sdg_plugins.common.options import Parser
-from sdg_plugins.common.outputs import output_files
+from sdg_plugins.common.outputs import output_files, read_failed
 from sdg_plugins.common.rows import shape_of
 from sdg_plugins.common.state import parse_run
 from sdg_plugins.common.values import id_column_of, id_text, same_id, values_of

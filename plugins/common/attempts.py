@@ -18,7 +18,8 @@ from typing import Any
 
 import sdg
 from sdg_plugins.common.files import rank_file
-from sdg_plugins.common.state import lock_rank, replace_file
+from sdg_plugins.common.locks import lock_rank
+from sdg_plugins.common.state import replace_file
 from sdg_plugins.common.statistics import statistics_of
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import sys
@@ -22,7 +23,7 @@ from sdg_plugins.common.files import split_uri
 from sdg_plugins.common.identity import edited, provenance
 from sdg_plugins.common.ids import SeenIds
 from sdg_plugins.common.kinds import decoder, has_nan, parse_json, relaxed
-from sdg_plugins.common.outputs import output_files
+from sdg_plugins.common.outputs import output_files, read_failed
 from sdg_plugins.common.paths import follow, parse_path, prompt_column_of
 from sdg_plugins.common.recorded import chunks_in
 from sdg_plugins.common.results import infer_fields
@@ -331,31 +332,25 @@ class Outlet:
 
     def write(self, opened: OpenChunk, outcomes: Iterable[bytes], id_column: str | None) -> None:
         """Write a chunk's rows and failures; sets which of its documents were filtered and failed."""
-        import pyarrow as pa
-
         assert self.fields is not None
         run, chunk = self._run, opened.chunk
         statuses: dict[str, list[int]] = {"row": [], "filtered": [], "failed": [], "empty": []}
         failures: list[Any] = []
         own_ids = opened.own_ids(id_column)
         ids = list(map(id_text, own_ids))
-        tables = [
-            self._shape.table(pick(opened.table, positions), [ids[i] for i in positions], bodies, self.fields)
+        tables = (
+            self._shape.table(pick(opened.table, positions), [ids[i] for i in positions], bodies, self.fields or {})
             for positions, bodies in self._rows(opened, outcomes, statuses, failures)
-        ]
-        if sorted(position for positions in statuses.values() for position in positions) != list(range(chunk.count)):
-            raise mismatch(chunk)
+        )
+        check_claim(run)
+        head = next(tables)  # without rows: it names the columns
+        self._write_tables(chunk, head, tables, large=not isinstance(outcomes, list))
         chunk.filtered, chunk.empty = tuple(statuses["filtered"]), len(statuses["empty"])
         chunk.failed = tuple(sorted(statuses["failed"] + statuses["empty"]))
         if id_column is not None and not self._doubled and (double := self._ids.add(ids)):
             self._doubled = True
             sdg.say(f"{double:,} of {len(ids):,} ids in {run.path_of(chunk)} occur twice: see --id-column")
-        rows = pa.concat_tables(tables)
-        check_claim(run)
         self._write_failed(opened, own_ids, failures)
-        rows = rows.replace_schema_metadata(self._metadata(rows.schema))
-        if rows.num_rows:
-            self._write_rows(chunk, rows)
         stamp, failed = (run.output.stamps.pop(path(chunk), None) for path in (run.path_of, run.failed_path_of))
         chunk.size, chunk.hash = stamp or (None, None)  # a third-party writer may write by itself
         chunk.failed_hash = failed and failed.hash
@@ -378,6 +373,21 @@ class Outlet:
             for start in range(0, len(rows), sdg.PIECE):
                 some = rows[start : start + sdg.PIECE]
                 yield [position for position, _ in some], [body for _, body in some]
+        if sorted(position for each in statuses.values() for position in each) != list(range(opened.chunk.count)):
+            raise mismatch(opened.chunk)
+
+    def _write_tables(self, chunk: sdg.Chunk, head: pa.Table, tables: Iterator[pa.Table], large: bool) -> None:
+        """Write a chunk's rows, if there are any; those of a large one table by table, where the writer can do that."""
+        import pyarrow as pa
+
+        metadata, write = self._metadata(head.schema), getattr(self.writer, "write_pieces", None)
+        if not (large and write):
+            rows = pa.concat_tables([head, *tables]).replace_schema_metadata(metadata)
+            if rows.num_rows:
+                self._write_rows(chunk, rows)
+        elif first := next((table for table in tables if table.num_rows), None):
+            with sdg.at_work(f"the writer of {self._run.output.path(self._run.path_of(chunk))}", self.writer):
+                write(chunk, head.schema.with_metadata(metadata), itertools.chain([first], tables))
 
     def _write_rows(self, chunk: sdg.Chunk, rows: pa.Table) -> None:
         with sdg.at_work(f"the writer of {self._run.output.path(self._run.path_of(chunk))}", self.writer):
@@ -488,12 +498,3 @@ def _each(outcomes: Iterable[bytes]) -> Iterator[tuple[int, str, Any]]:
     """Position, status and body of each document in lists from `Store.outcomes_of`."""
     for text in outcomes:
         yield from parse_json(text, exact=False)
-
-
-def read_failed(run: sdg.Run, chunk: sdg.Chunk) -> list[dict[str, Any]]:
-    """The records of a chunk's failed documents, in order."""
-    try:
-        with run.output.open(run.failed_path_of(chunk)) as file:
-            return [parse_json(line) for line in file.read().splitlines()]
-    except FileNotFoundError:
-        return []

@@ -1,10 +1,11 @@
 """The lease of a rank: the right to write for it, which a process loses that is stopped, or whose machine is lost.
 
 The kernel takes a lock back from a process that is gone, but not from one that is stopped, and on some shared disks not
-from a machine that is lost. So the holder of a rank also has a folder of its own, `ranks/00003/<token>` in the state,
-and renews it every second. All that it makes visible is renamed out of that folder. Another process takes the rank over
-by renaming the folder itself: one step, which only one process can make, and after which no path of the earlier holder
-exists. Whatever that process does when it goes on, its renames fail.
+from a machine that is lost. So the holder of a rank also has a folder of its own, `ranks/00003/TOKEN` in the state, and
+renews it every second. All that it makes visible is renamed out of the folder in it, `ranks/00003/TOKEN/TOKEN`. Another
+process takes the rank over by renaming the outer folder: one step, which only one process can make. Then it deletes the
+inner one, before it does anything else. Whatever the earlier holder does when it goes on, its renames fail, even on a
+machine that still has the old paths in a cache.
 
 SQLite writes in place, so the next holder goes on with a copy of the database, under another name. The name in the
 state becomes a link to it.
@@ -13,6 +14,7 @@ state becomes a link to it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -32,6 +34,7 @@ from sdg_plugins.common.files import rank_file, sync
 BEAT = 1.0  # s between two renewals
 LAPSE = 60.0  # s without one after which another process may take the rank; see PATIENCE
 PATIENCE = "SDG_LEASE"  # environment variable: these seconds, for disks that stall for longer, or tests
+HOLDER = "holder.json"  # in the inner folder: who has the rank, and since when; its time is that of the last renewal
 FREE = "free"  # name of the folder that no process holds
 UNCLEAN = "unclean"  # in a rank's folder: an earlier holder may still have the database open
 COPIES = 100  # attempts to copy a database in which an earlier holder still writes
@@ -52,6 +55,7 @@ class Lease:
         token: name of the folder, which no other process knows beforehand.
 
     Attributes:
+        outer: the folder whose name says who has the rank.
         folder: out of which everything is renamed.
         lost: another process has taken the rank.
         on_loss: called in a thread when that is noticed.
@@ -59,20 +63,19 @@ class Lease:
 
     def __init__(self, state: Path, rank: int, token: str) -> None:
         self.state, self.rank, self.token = state, rank, token
-        self.folder = home_of(state, rank) / token
+        self.outer = home_of(state, rank) / token
+        self.folder = self.outer / token
         self.lost = False
         self.on_loss: Callable[[], None] = lambda: None
 
     def renew(self) -> None:
         """Show that the holder is alive, or notice that it holds nothing any more."""
         try:
-            os.utime(self.folder)
-        except FileNotFoundError:
-            if not self.lost:
+            os.utime(self.folder / HOLDER)
+        except OSError as exc:
+            if exc.errno in {errno.ENOENT, errno.ESTALE} and not self.lost:  # otherwise a disk that stalls
                 self.lost = True
                 self.on_loss()
-        except OSError:  # a disk that stalls: the next time
-            pass
 
     def is_lost(self) -> bool:
         """True if another process has taken the rank."""
@@ -124,9 +127,18 @@ def age_of(folder: Path) -> float:
     clock = folder.parent / f".{uuid.uuid4().hex}"
     clock.touch()
     try:
-        return clock.stat().st_mtime - folder.stat().st_mtime
+        return clock.stat().st_mtime - renewed_at(folder)
     finally:
         clock.unlink()
+
+
+def renewed_at(folder: Path) -> float:
+    """When a lease was renewed, in s since the epoch. Raises FileNotFoundError."""
+    try:
+        with open(folder / folder.name / HOLDER, "rb") as file:  # opened, because what is known of it may be old
+            return os.fstat(file.fileno()).st_mtime
+    except FileNotFoundError:  # it has been taken just now
+        return folder.stat().st_mtime
 
 
 def acquire(state: Path, rank: int, locked: bool) -> Lease | None:
@@ -147,12 +159,9 @@ def acquire(state: Path, rank: int, locked: bool) -> Lease | None:
             if folder.name == FREE or age_of(folder) < patience():
                 return None
             (folder.parent / UNCLEAN).touch()
-            os.utime(folder)  # others wait for this process now
-        os.rename(folder, lease.folder)
+        os.rename(folder, lease.outer)
     except FileNotFoundError:  # another process was faster
         return None
-    os.utime(lease.folder)
-    _beats.add(lease)
     try:
         take_possession(lease, locked)
     except BaseException as exc:
@@ -180,12 +189,15 @@ def prepare(state: Path, rank: int) -> None:
 
 def take_possession(lease: Lease, locked: bool) -> None:
     """Clear what an earlier holder has left, replace its lock, and say who has the rank now."""
-    empty(lease.folder)
+    os.utime(lease.outer)
+    clear(lease.outer)
+    lease.folder.mkdir()
     holder = {"host": platform.node(), "pid": os.getpid(), "since": round(time.time(), 3), "slurm_job": job_of_slurm()}
-    (lease.folder / "holder.json").write_text(json.dumps(holder))
+    (lease.folder / HOLDER).write_text(json.dumps(holder))
+    _beats.add(lease)
     if not locked:
         lock_anew(lease)
-    if (unclean := lease.folder.parent / UNCLEAN).exists():
+    if (unclean := lease.outer.parent / UNCLEAN).exists():
         rescue(lease)
         unclean.unlink(missing_ok=True)
 
@@ -210,16 +222,25 @@ def release(lease: Lease) -> None:
     _beats.remove(lease)
     if not lease.is_lost():
         with contextlib.suppress(OSError):
-            empty(lease.folder)
-            os.rename(lease.folder, lease.folder.with_name(FREE))
+            clear(lease.outer)
+            os.rename(lease.outer, lease.outer.with_name(FREE))
     if (handle := _locks.pop(lease.token, None)) is not None:
         os.close(handle)
 
 
-def empty(folder: Path) -> None:
-    """Delete the files in a folder."""
-    for entry in os.scandir(folder):
-        os.unlink(entry.path)
+def clear(outer: Path) -> None:
+    """Delete the inner folders. An earlier holder may still write into one."""
+    for entry in os.scandir(outer):
+        while True:
+            for file in os.scandir(entry.path):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(file.path)
+            try:
+                os.rmdir(entry.path)
+                break
+            except OSError as exc:
+                if exc.errno != errno.ENOTEMPTY:
+                    raise
 
 
 # ── The database ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -236,7 +257,7 @@ def rescue(lease: Lease) -> None:
         db.execute("PRAGMA journal_mode=DELETE").fetchall()
         db.execute("SELECT count(*) FROM sqlite_master").fetchall()
     sync(copy)
-    kept = lease.folder.parent / f"{lease.token}.sqlite3"
+    kept = lease.outer.parent / f"{lease.token}.sqlite3"
     os.rename(copy, kept)
     link = lease.folder / "link"
     link.symlink_to(kept.relative_to(lease.state))
@@ -314,6 +335,25 @@ _beats = Beats()
 _locks: dict[str, int] = {}  # handles of locks, by the tokens of leases
 
 
+# ── Other locks ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextlib.contextmanager
+def brief_lock(path: Path) -> Iterator[None]:
+    """Hold a lock that is needed for moments only: one that is held for too long is a stopped process's, and goes."""
+    import filelock
+
+    while True:
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(filelock.FileLock(path, timeout=patience()))
+            except filelock.Timeout:
+                path.unlink(missing_ok=True)
+                continue
+            yield
+            return
+
+
 # ── Who has which rank ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -326,8 +366,8 @@ def holder_of(state: Path, rank: int) -> dict[str, Any] | None:
     if folder is None or folder.name == FREE:
         return None
     with contextlib.suppress(OSError, ValueError):
-        holder: dict[str, Any] = json.loads((folder / "holder.json").read_bytes())
-        age = time.time() - folder.stat().st_mtime
+        holder: dict[str, Any] = json.loads((folder / folder.name / HOLDER).read_bytes())
+        age = time.time() - renewed_at(folder)
         return {**holder, "silent": round(age) if age > 10 * BEAT else None}
     return None
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 import sdg
-from sdg_plugins.common.chunks import read_failed
+from sdg_plugins.common.outputs import read_failed
 from sdg_plugins.common.rows import shape_of
 from sdg_plugins.common.values import id_text, rows_of
 

@@ -103,3 +103,12 @@ def written_by_run(file: Any, format: str) -> bool:
         return False
     results = (value[0] for value in row.values() if isinstance(value, list) and value)
     return any(isinstance(item, dict) and item.keys() >= MARKS for item in (row, *results))
+
+
+def read_failed(run: sdg.Run, chunk: sdg.Chunk) -> list[dict[str, Any]]:
+    """The records of a chunk's failed documents, in order."""
+    try:
+        with run.output.open(run.failed_path_of(chunk)) as file:
+            return [parse_json(line) for line in file.read().splitlines()]
+    except FileNotFoundError:
+        return []

@@ -48,6 +48,7 @@ class Course:
         self.showing: tuple[asyncio.Task[None], asyncio.Event] | None = None
         self.ahead = TimeToGo()
         self.ahead.look(0)
+        self._usual: int | None = None  # documents of the last engine whose number was known
         self._began: float | None = None  # of the first request, on the monotonic clock
 
     def leave(self, engine: sdg.Engine) -> None:
@@ -96,10 +97,15 @@ class Course:
 
     @property
     def total(self) -> int | None:
-        """Documents of all configs; those to come are taken to have as many as the last one. None if unknown."""
+        """Documents of all configs; those not known yet are taken to have as many as the last one. None if unknown."""
         expected = [engine.intake.expected() for engine in self.engines]
+        self._usual = next((count for count in reversed(expected) if count is not None), self._usual)
+        if self._usual is None:
+            return None
+        unknown = [engine for engine, count in zip(self.engines, expected, strict=True) if count is None]
+        more = sum(max(0, self._usual - sum(engine.tally.values())) for engine in unknown)
         later = len(self._names) - 1 - self._names.index(self._name)
-        return None if expected[-1] is None or None in expected else self.figures["expected"] + expected[-1] * later
+        return self.figures["expected"] + more + self._usual * later
 
     # What `TimeToGo` asks for
 

@@ -13,8 +13,9 @@ import orjson
 import sdg
 from sdg_plugins.common import recorded
 from sdg_plugins.common.checks import reading
-from sdg_plugins.common.chunks import OpenChunk, read_failed
+from sdg_plugins.common.chunks import OpenChunk
 from sdg_plugins.common.files import file_writer, format_of, rank_file
+from sdg_plugins.common.outputs import read_failed
 from sdg_plugins.common.values import id_column_of, id_text, rows_of
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,8 +17,9 @@ import sdg
 from sdg_plugins.common.checks import created, reading
 from sdg_plugins.common.command_line import Config
 from sdg_plugins.common.files import rank_file
-from sdg_plugins.common.lease import BEAT, FREE, Lease, acquire, age_of, held_folder
-from sdg_plugins.common.state import fenced, goal_of, locked
+from sdg_plugins.common.lease import BEAT, FREE, Lease, acquire, age_of, held_folder, renewed_at
+from sdg_plugins.common.locks import fenced, locked
+from sdg_plugins.common.state import goal_of
 from sdg_plugins.common.statistics import statistics_of
 
 
@@ -52,6 +54,7 @@ class Shares:
         self.tried: set[int] = set()
         self.closed = False
         self._goal: str | None = None
+        self._seen: dict[tuple[str, float], float] = {}  # when each renewal of a lease was seen, on the monotonic clock
 
     def say(self, message: str) -> None:
         """Report which rank this process has, unless it is one of --processes: people see them as a whole."""
@@ -83,6 +86,9 @@ class Shares:
             if self._status(state, rank) == "finished":  # by a process that was faster
                 lock.close()
                 continue
+            if not has_lock and not self._is_silent(rank):
+                lock.close()
+                continue
             if (lease := acquire(state, rank, has_lock)) is None:
                 lock.close()
                 continue
@@ -91,6 +97,15 @@ class Shares:
             self.tried.add(rank)
             return Share(self.config, lock, lease)
         return None
+
+    def _is_silent(self, rank: int) -> bool:
+        """True if this process has not seen a lease renewed for some time: not even after a machine's sleep."""
+        if (folder := held_folder(self._run.state, rank)) is None:
+            return False
+        with contextlib.suppress(FileNotFoundError):
+            now = time.monotonic()
+            return now - self._seen.setdefault((folder.name, renewed_at(folder)), now) > 2 * BEAT
+        return False
 
     def _silent(self, silent: dict[int, float]) -> bool:
         """True if the holder of a rank has not shown yet that it is alive.

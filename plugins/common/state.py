@@ -27,7 +27,6 @@ from sdg_plugins.common.claims import (
 from sdg_plugins.common.defaults import DEMO_OUTPUT
 from sdg_plugins.common.files import default_state_dir, expanded, rank_file, split_uri, sync
 from sdg_plugins.common.identity import EDITED, changes_since, different_run, identity_of, with_edits
-from sdg_plugins.common.lease import Lease, acquire, held, holder_of, home_of
 from sdg_plugins.common.models import recordable
 from sdg_plugins.common.outputs import chunk_files, output_files, refuse_others, untouched
 from sdg_plugins.common.processes import asked_for
@@ -67,52 +66,6 @@ def replace_file(run: sdg.Run, name: str, content: bytes) -> None:
     temporary = write_temporary(private_folder(run), name, content, f"{run.options.rank:05d}")
     os.replace(temporary, run.state / name)
     sync(run.state)
-
-
-@contextlib.contextmanager
-def lock_rank(run: sdg.Run) -> Iterator[None]:
-    """Keep other processes of this run's rank out, on this and on other hosts that share the file system."""
-    with locked(run.state, run.options.rank):
-        if not home_of(run.state, run.options.rank).exists():  # no process of this run has had `--rank any`
-            yield
-            return
-        if (lease := acquire(run.state, run.options.rank, locked=True)) is None:
-            raise taken(run.state, run.options.rank)
-        with fenced(run, lease):
-            yield
-
-
-@contextlib.contextmanager
-def fenced(run: sdg.Run, lease: Lease) -> Iterator[None]:
-    """Write only as long as a lease is held, and release it. What was lost stays so."""
-    run.output.fence = lease
-    try:
-        with held(lease):
-            yield
-    finally:  # what ended it is not taken for the loss of a lease that was released
-        if not lease.lost:
-            run.output.fence = None
-
-
-def taken(state: Path, rank: int) -> sdg.StateError:
-    """The error for a rank that another process has."""
-    who = holder_of(state, rank)
-    where = f" (process {who['pid']} on {who['host']})" if who else ""
-    return sdg.StateError(f"another process{where} is running rank {rank} in {state}: wait for it, or stop it")
-
-
-@contextlib.contextmanager
-def locked(state: Path, rank: int) -> Iterator[None]:
-    """Hold the lock of a rank. Raises StateError if another process holds it."""
-    import filelock
-
-    try:
-        state.mkdir(parents=True, exist_ok=True)
-        # Not bound to a thread: `--rank any` takes it in one thread and releases it in another.
-        with filelock.FileLock(rank_file(state, rank, "lock"), timeout=0, thread_local=False):
-            yield
-    except filelock.Timeout as exc:
-        raise taken(state, rank) from exc
 
 
 # ── Schema of results ────────────────────────────────────────────────────────────────────────────────────────────────

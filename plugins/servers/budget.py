@@ -18,6 +18,7 @@ from typing import Any
 
 import sdg
 from sdg_plugins.common.files import rank_file
+from sdg_plugins.common.lease import brief_lock
 from sdg_plugins.common.prices import Tokens, cost_of, estimated_tokens, in_money, price_of, tokens_of
 from sdg_plugins.common.state import replace_file
 
@@ -93,10 +94,8 @@ class Cap:
 
     def _record(self, share: Callable[[float], float]) -> None:
         """Record another share of this rank, given those of the others, with no other rank in between."""
-        import filelock
-
         run, name = self._run, f"budget-{self.name}.json"
-        with filelock.FileLock(run.state / f"{name}.lock"):
+        with brief_lock(run.state / f"{name}.lock"):
             path = run.state / name
             known: dict[str, float] = json.loads(path.read_bytes()) if path.exists() else {}
             own = f"{run.options.rank:05d}"

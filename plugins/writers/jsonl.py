@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import sdg
@@ -14,6 +15,9 @@ from sdg_plugins.common.values import in_base64, json_line, rows_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+
+STEP_BYTES = 8 << 20  # of rows that are in memory as Python values
 
 
 @sdg.hookimpl
@@ -29,14 +33,20 @@ class JsonlWriter:
 
     def write(self, chunk: sdg.Chunk, rows: pa.Table) -> None:
         """See `sdg.Writer`."""
+        self.write_pieces(chunk, rows.schema, [rows])
+
+    def write_pieces(self, chunk: sdg.Chunk, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
+        """As `write`, for rows that come as tables one after the other."""
         import pyarrow as pa
 
         path = self._run.path_of(chunk)
         codec = codec_of(path)
 
         def produce(file: Any) -> None:
-            for batch in rows.to_batches(1000):
-                file.write(b"".join(json_line(row, in_base64) for row in rows_of(batch)))
+            for table in tables:
+                step = max(1, min(1000, table.num_rows * STEP_BYTES // max(1, table.nbytes)))
+                for batch in table.to_batches(step):
+                    file.write(b"".join(json_line(row, in_base64) for row in rows_of(batch)))
 
         def compress(file: Any) -> None:
             with pa.CompressedOutputStream(file, codec) as compressed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import sdg
@@ -15,6 +16,20 @@ GROUP_BYTES = 128 << 20  # of a row group in memory: the Hub's viewer refuses ro
 @sdg.hookimpl
 def register_writers(register: sdg.RegisterWriters) -> None:
     register("parquet", ParquetWriter)
+
+
+def grouped(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Tables put together to row groups."""
+    import pyarrow as pa
+
+    waiting: list[pa.Table] = []
+    for table in tables:
+        waiting.append(table)
+        if sum(each.nbytes for each in waiting) >= GROUP_BYTES // 2:
+            yield pa.concat_tables(waiting)
+            waiting.clear()
+    if any(each.num_rows for each in waiting):
+        yield pa.concat_tables(waiting)
 
 
 class ParquetWriter:
@@ -33,6 +48,17 @@ class ParquetWriter:
             with pq.ParquetWriter(file, rows.schema, compression="zstd", write_page_index=True) as writer:
                 if rows.num_rows:  # `datasets` cannot read row groups without rows
                     writer.write_table(rows, row_group_size=group)
+
+        self._run.output.write(self._run.path_of(chunk), produce)
+
+    def write_pieces(self, chunk: sdg.Chunk, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
+        """As `write`, for rows that come as tables one after the other."""
+        import pyarrow.parquet as pq
+
+        def produce(file: Any) -> None:
+            with pq.ParquetWriter(file, schema, compression="zstd", write_page_index=True) as writer:
+                for group in grouped(tables):
+                    writer.write_table(group, row_group_size=group.num_rows)
 
         self._run.output.write(self._run.path_of(chunk), produce)
 

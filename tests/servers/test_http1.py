@@ -232,22 +232,23 @@ class Collected(Take):
         self.pieces.append(piece)
 
 
-def test_a_stream_is_given_in_pieces_and_may_take_longer_than_the_timeout() -> None:
-    class Slow(RawServer):
-        async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await reader.readuntil(b"\r\n\r\n")
-            writer.write(OK + b"Transfer-Encoding: chunked\r\n\r\n")
-            for _ in range(8):
-                writer.write(b"1\r\nx\r\n")
-                await asyncio.sleep(0.1)
-            writer.write(b"0\r\n\r\n")
+def test_each_piece_of_a_stream_puts_its_time_out_off() -> None:
+    deadlines: list[float] = []
+    pieces = [step for _ in range(4) for step in (b"1\r\nx\r\n", 0.01)]
+    server = RawServer([OK + b"Transfer-Encoding: chunked\r\n\r\n", *pieces, b"0\r\n\r\n"])
 
-    take = Collected()
+    async def ask(client: Http1, url: str) -> list[bytes]:
+        class Noting(Collected):
+            def piece(self, piece: bytes) -> None:
+                super().piece(piece)
+                deadlines.append(next(iter(client._busy)).deadline)
 
-    with_client(Slow(), lambda client, url: client.post(url, b"{}", take, streamed=True), timeout=0.7)
+        take = Noting()
+        await client.post(url, b"{}", take, streamed=True)
+        return take.pieces
 
-    assert b"".join(take.pieces) == b"x" * 8
-    assert len(take.pieces) > 1
+    assert b"".join(with_client(server, ask)) == b"xxxx"
+    assert deadlines[0] < deadlines[-1]
 
 
 def test_what_the_taker_of_a_stream_raises_is_raised() -> None:
@@ -258,8 +259,11 @@ def test_what_the_taker_of_a_stream_raises_is_raised() -> None:
 # ── Connections that are kept, and many at once ──────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize(("idle", "connections"), [(3.5, 1), (5.0, 2), (7.0, 1)])
-def test_an_idle_connection_is_not_used_when_its_server_may_be_closing_it(idle: float, connections: int) -> None:
+@pytest.mark.parametrize(("idle", "connections"), [(0.0, 1), (20.0, 2), (42.0, 1)])
+def test_an_idle_connection_is_not_used_when_its_server_may_be_closing_it(
+    idle: float, connections: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sdg_plugins.servers.origins.LASTING", 40.0)
     server = RawServer([PLAIN], [PLAIN])
 
     async def twice(client: Http1, url: str) -> bytes:

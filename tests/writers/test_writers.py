@@ -6,7 +6,7 @@ import json
 
 import pyarrow as pa
 import pytest
-from running import Job, documents
+from running import Job, documents, rollout
 
 from sdg_plugins.commands import export
 
@@ -88,3 +88,33 @@ def test_exported_lines_hold_binary_values_and_large_integers_without_a_loss() -
     table = pa.table({"image": [b"\xff\x00"], "number": numbers})
 
     assert json.loads(export.lines_of(table)) == {"image": "/wA=", "number": 123456789012345678901}
+
+
+KINDS = """
+if document.text == 'drop':
+    return None
+if document.text == 'fail':
+    return 1 / 0
+return document.id
+"""
+
+
+@pytest.mark.parametrize("name", ["${rank}_${chunk_index}.parquet", "${rank}_${chunk_index}.jsonl.gz"])
+def test_chunks_that_are_written_in_pieces_hold_the_same_rows(job: Job, name: str) -> None:
+    kinds = ["keep", "drop", "fail", "keep"] * 3 + ["fail"] * 4
+    job.input([{"id": f"d{i}", "text": kind} for i, kind in enumerate(kinds)])
+    job.options |= {"records_per_chunk": 4, "output_filename": name}
+    job.options["plugin"] = job.plugin("mine", rollout(KINDS))
+    whole = job.succeed()
+
+    small = "import sdg\nsdg.LARGE_CHUNK, sdg.PIECE_BYTES = 0, 1\n"
+    pieces = job.succeed(output="pieces", plugin=job.plugin("small", small + rollout(KINDS)))
+
+    assert pieces.written() == whole.written() == [f"data/00000_0000{i}{name[22:]}" for i in range(3)]
+    assert pieces.failed().keys() == whole.failed().keys()
+    if name.endswith("parquet"):
+        assert pieces.rows() == whole.rows()
+        assert pieces.table().schema.equals(whole.table().schema)
+    else:
+        assert pieces.data() == whole.data()
+    assert job.verify(output="pieces").rc == 0
