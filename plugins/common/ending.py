@@ -188,6 +188,7 @@ def run_program(main: Callable[[], int]) -> NoReturn:
             signal.signal(signum, signal.SIG_IGN)
     except KeyboardInterrupt:  # between those two lines
         code = 130
+    dismiss_pools()
     deadline = time.monotonic() + 0.5
     others = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
     for thread in others:
@@ -204,6 +205,15 @@ def run_program(main: Callable[[], int]) -> NoReturn:
                 stream.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def dismiss_pools() -> None:
+    """Have the idle threads of all pools end, as the interpreter does before it waits for them at its end."""
+    from concurrent.futures import thread
+
+    thread._shutdown = True
+    for queue in [*thread._threads_queues.values()]:
+        queue.put(None)
 
 
 # ── Other things of the whole process ────────────────────────────────────────────────────────────────────────────────

@@ -399,3 +399,30 @@ def test_a_key_in_an_exception_or_a_result_of_a_rollout_is_written_nowhere(job: 
     for text in (written, finished.stdout.encode(), finished.stderr.encode()):
         assert b"SECRET" not in text
         assert base64.b64encode(b"\0\0" + key.encode())[4:-8] not in text
+
+
+IDLE = """
+    import atexit
+    from concurrent.futures import ThreadPoolExecutor
+    import sdg
+
+    POOL = ThreadPoolExecutor(1)
+    POOL.submit(int).result()
+    atexit.register(print, "the interpreter has ended")
+
+    @sdg.hookimpl
+    def register_rollouts(register):
+        register("idle", idle)
+
+    async def idle(document, generate):
+        return await generate(document.text)
+"""
+
+
+def test_the_process_does_not_wait_for_idle_threads_of_pools(job: Job) -> None:
+    job.input(documents(2))
+    job.env["SDG_TEST_START"] = "interpreter"
+
+    finished = job(plugin=job.plugin("idle", IDLE))
+
+    assert "the interpreter has ended" in finished.stdout  # otherwise the process was cut off after a while
