@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import os
+import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
@@ -27,6 +29,7 @@ from sdg_plugins.common.prices import cost_of, in_money, tokens_of
 from sdg_plugins.common.secrets import secrets_of
 from sdg_plugins.common.terminal import field_lines, heading, printable
 
+PREFIX, LOCK = "sdg-preview-", "lock"  # of temporary folders; the file in them
 LOG_LINES = 20  # of a server's log, if the preview fails
 
 
@@ -46,6 +49,23 @@ def preview_config(config: Config, folder: str, documents: int) -> Config:
     return Config(options, config.plugins)
 
 
+@contextlib.contextmanager
+def preview_folder() -> Iterator[str]:
+    """A temporary folder that is deleted at the end, as are those that previews have left which were killed.
+
+    A preview holds the lock of its folder, which the kernel takes back from a process that is gone.
+    """
+    import filelock
+
+    for left in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{LOCK}"):
+        with contextlib.suppress(OSError, filelock.Timeout):
+            if left.parent.lstat().st_uid == os.getuid():  # nobody else can have put something there
+                with filelock.FileLock(left, timeout=0):
+                    shutil.rmtree(left.parent, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=PREFIX) as folder, filelock.FileLock(f"{folder}/{LOCK}"):
+        yield folder
+
+
 def preview(configs: list[Config]) -> None:
     """Run and show the first documents of each config."""
 
@@ -59,7 +79,7 @@ def preview(configs: list[Config]) -> None:
         text = "\n".join([text_of(notes), *token_lines(engine, notes, totals[engine.run.options.output_config])])
         print(secrets_of(engine.run.options).hidden_in(text), flush=True)
 
-    with tempfile.TemporaryDirectory(prefix="sdg-preview-") as folder:
+    with preview_folder() as folder:
         totals = {config.name: config.options.max_documents for config in configs}
         previews = [preview_config(config, folder, config.options.preview) for config in configs]
         notes_of = {config.name: Notes() for config in previews}

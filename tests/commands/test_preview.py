@@ -255,3 +255,20 @@ def test_ctrl_c_shows_what_there_is_and_leaves_nothing(job: Job, scratch: Path) 
     assert "document 1 · one" in shown.stdout
     assert "document 2 · two" in shown.stdout
     assert not list(scratch.iterdir())
+
+
+def test_the_next_preview_deletes_what_a_killed_one_has_left_but_not_the_folder_of_one_at_work(
+    job: Job, scratch: Path
+) -> None:
+    job.documents("one")
+    job.server.behave(lambda payload, n: Hang() if n <= 2 else None)
+    killed, at_work = job.start(preview=1), job.start(preview=1)
+    wait_until(lambda: len(job.server.requests) == 2 and len(list(scratch.iterdir())) == 2)
+    killed.close()  # kill -9
+
+    assert job(preview=1).rc == 0
+
+    assert len(list(scratch.iterdir())) == 1
+    job.server.release()
+    assert at_work.finish().rc == 0
+    assert not list(scratch.iterdir())
