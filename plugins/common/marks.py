@@ -48,5 +48,8 @@ class Marks:
             return
         temporary = self.path.with_name(f".{uuid.uuid4().hex}.{MARKS}.tmp")
         with contextlib.suppress(OSError):  # a full disk, or one that is read-only
+            for left in self.path.parent.glob(f".*.{MARKS}.tmp"):  # by a process that was killed
+                if left.stat().st_mtime < time.time() - 60:
+                    left.unlink()
             temporary.write_bytes(orjson.dumps(kept))
             os.replace(temporary, self.path)
