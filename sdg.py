@@ -1043,7 +1043,7 @@ class Store:
         self._requests.setdefault(document, []).append((key, body))
         self.unsaved["number"] += 1
         self.unsaved["bytes"] += len(body)
-        if 4 * self.unsaved["number"] > self.most_answers:  # so that nobody has to wait for `room`
+        if 4 * self.unsaved["number"] > self.most_answers:  # so that requests need not wait for `room`
             self._hurry.set()
         self._handed_in()
 

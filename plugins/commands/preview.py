@@ -59,7 +59,7 @@ def preview_folder() -> Iterator[str]:
 
     for left in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{LOCK}"):
         with contextlib.suppress(OSError, filelock.Timeout):
-            if left.parent.lstat().st_uid == os.getuid():  # nobody else can have put something there
+            if left.parent.lstat().st_uid == os.getuid():  # others cannot have put a link there
                 with filelock.FileLock(left, timeout=0):
                     shutil.rmtree(left.parent, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=PREFIX) as folder, filelock.FileLock(f"{folder}/{LOCK}"):

@@ -9,7 +9,7 @@ import sdg
 TASK = "Explain what the text above says to a reader who does not know the subject."
 CRITIQUE = """Now be its strictest reader: what is wrong, missing, unclear or superfluous in that? Name the few points \
 that matter most, each with what to do about it."""
-REWRITE = "Write it once more, with all of these points mended. Answer with the text alone."
+REWRITE = "Write it once more, with all of these points fixed. Answer with the text alone."
 
 
 class Refined(TypedDict):
