@@ -47,8 +47,18 @@ def _rename_unless_exists(temporary: Path, target: Path) -> None:
             os.rename(temporary, target)
 
 
+def writer_of(run: sdg.Run) -> str:
+    """What the names of a process's temporary files begin with: its rank, which it has locked.
+
+    The parents of --processes on several machines lock none, and one of the processes clears up after rank 0.
+    """
+    if getattr(run.options, "processes", None) and not getattr(run.options, "part", None):
+        return f"{platform.node()}-{os.getpid()}"
+    return f"{run.options.rank:05d}"
+
+
 def write_temporary(folder: Path, name: str, content: bytes, by: str) -> Path:
-    # The rank's lock keeps the name from being used twice, and a rerun overwrites what a crash left.
+    # `by` is one process; see `writer_of`. A rerun overwrites what a crash has left.
     temporary = folder / f".{by}.{name}.tmp"
     temporary.unlink(missing_ok=True)  # it may be a link that someone else has put there
     with open(temporary, "xb") as file:  # nothing that has been put there since then, either
@@ -91,7 +101,7 @@ def claim_output(run: sdg.Run, mine: str) -> None:
     default = Path(default_state_dir(run.options.output, run.options.output_config)).absolute()
     if (owner := owner_of(run)) and run.state != default:
         content = json.dumps({"run": mine, "state": str(run.state)}).encode()
-        publish_in(owner.parent, owner.name, content, f"{mine}-{run.options.rank:05d}")  # ranks begin at the same time
+        publish_in(owner.parent, owner.name, content, f"{mine}-{writer_of(run)}")  # ranks begin at the same time
     refuse_owned(run, mine)  # another process may have claimed it just now
 
 

@@ -23,6 +23,7 @@ from sdg_plugins.common.claims import (
     release_output,
     revoke_claims,
     write_temporary,
+    writer_of,
 )
 from sdg_plugins.common.defaults import DEMO_OUTPUT
 from sdg_plugins.common.files import default_state_dir, expanded, rank_file, split_uri, sync
@@ -48,7 +49,7 @@ DEMO_MODEL = "demo-extractive"  # of the server `demo`
 
 def publish_once(run: sdg.Run, name: str, content: bytes) -> bytes:
     """Create a file of the state atomically unless it exists. Returns its content: the first of many ranks wins."""
-    return publish_in(run.state, name, content, f"{run.options.rank:05d}", private_folder(run))
+    return publish_in(run.state, name, content, writer_of(run), private_folder(run))
 
 
 def private_folder(run: sdg.Run) -> Path:
@@ -63,7 +64,7 @@ def spool_folder(run: sdg.Run) -> Path:
 
 def replace_file(run: sdg.Run, name: str, content: bytes) -> None:
     """Write a file of the state, whole and durable."""
-    temporary = write_temporary(private_folder(run), name, content, f"{run.options.rank:05d}")
+    temporary = write_temporary(private_folder(run), name, content, writer_of(run))
     os.replace(temporary, run.state / name)
     sync(run.state)
 

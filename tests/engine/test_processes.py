@@ -114,7 +114,8 @@ def test_several_machines_may_each_have_several_processes(several: Job, server: 
     server.behave(lambda payload, n: Delay(0.2))
     started = [several.start(rank="any", max_concurrent_generations=4) for _ in range(2)]
 
-    assert [each.finish().rc for each in started] == [0, 0]
+    ended = [each.finish() for each in started]
+    assert [each.rc for each in ended] == [0, 0], ended
     assert Counter(server.prompts) == dict.fromkeys(TEXTS, 1)
     assert sorted(several.output.ids()) == [row["id"] for row in documents(120)]
     assert several.verify().rc == 0
