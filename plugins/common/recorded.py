@@ -136,11 +136,24 @@ def chunks_of(run: sdg.Run) -> list[sdg.Chunk]:
     return [known[index] for index in sorted(known)]
 
 
-def chunks_in(path: Path) -> dict[int, sdg.Chunk]:
-    """The chunks that a rank has recorded in its database, by index. Raises StateError."""
+def chunks_in(path: Path, which: str = "ORDER BY chunk", *values: int) -> dict[int, sdg.Chunk]:
+    """The chunks that a rank has recorded in its database, by index. Raises StateError.
+
+    Args:
+        path: of the database.
+        which: SQL that selects some of them.
+        values: for the question marks in it.
+    """
+    with state_of(path) as state:
+        return {row[0]: sdg.chunk_of(row) for row in state.execute(f"SELECT * FROM chunks {which}", values)}
+
+
+@contextlib.contextmanager
+def state_of(path: Path) -> Iterator[sqlite3.Connection]:
+    """The database of a rank, for reading. Raises StateError."""
     try:
         with readable(path) as uri, contextlib.closing(sqlite3.connect(uri, uri=True, timeout=60)) as state:
-            return {row[0]: sdg.chunk_of(row) for row in state.execute("SELECT * FROM chunks")}
+            yield state
     except sqlite3.Error as exc:
         raise sdg.StateError(f"state {path} cannot be read: {exc}") from exc
 
