@@ -1669,9 +1669,9 @@ class Engine:
     async def _open_chunk(self, opened: OpenChunk, earlier: Chunk | None) -> Mapping[int, str] | None:
         """Admit a chunk when there is room. Returns the final documents in it; None if there is nothing to do."""
         chunk, retry = opened.chunk, self.run.options.retry_failed
-        if earlier and earlier.written and not await self._reopen(opened, earlier):
-            opened.close()
-            return None
+        if earlier and earlier.written:  # it has grown, or has failures to retry
+            outcomes = await self._in_writing_thread(self.outlet.outcomes, earlier)
+            await self.store.reopen(chunk, outcomes)
         while self._unwritten and self._unwritten + chunk.count > self._window:
             self._space.clear()
             await self._space.wait()
@@ -1687,15 +1687,6 @@ class Engine:
         if not opened.remaining:
             self._ended(opened)
         return final if opened.remaining or opened.whole else None
-
-    async def _reopen(self, opened: OpenChunk, earlier: Chunk) -> bool:
-        """Resume a written chunk if it has grown, or has failures to retry. Returns False if it is complete."""
-        retry = self.run.options.retry_failed and bool(earlier.failed)
-        if opened.chunk.count <= earlier.count and not retry:
-            return False
-        outcomes = await self._in_writing_thread(self.outlet.outcomes, earlier)
-        await self.store.reopen(opened.chunk, outcomes)
-        return True
 
     # Rollouts
 

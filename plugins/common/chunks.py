@@ -265,9 +265,6 @@ class Intake:
                 check_blocks(parts, count, self.reader)
             if not parts:
                 return
-            if not begun:
-                begun = True
-                self.on_first()
             spool = spool_folder(self._run) / f"{options.rank:05d}_{index:05d}.arrow"
             opened = OpenChunk(sdg.Chunk(index, start, bookmark=bookmark), parts, self.reader.schema, spool)
             if chunk and not same_rows(opened, chunk):
@@ -275,6 +272,17 @@ class Intake:
                     f"--input {options.input}: {', '.join(opened.files)} has changed since chunk {index} was begun: "
                     "restore it, or start over with --fresh"
                 )
+            if (
+                chunk
+                and chunk.written
+                and chunk.count == opened.chunk.count
+                and not (options.retry_failed and chunk.failed)
+            ):
+                opened.close()  # the last one, and nothing was added to the input
+                return
+            if not begun:
+                begun = True
+                self.on_first()
             opened.only = None if self.chosen is None else self.chosen[index]
             yield opened
             if opened.chunk.count < count:

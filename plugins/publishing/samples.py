@@ -131,7 +131,7 @@ def first_files(run: sdg.Run) -> Iterator[str]:
 def first_rows_by_writer(run: sdg.Run) -> list[dict[str, Any]]:
     """The first rows as the plugin reads them that has written them."""
     entry = run.plugins.writers.get(file_writer(run.options))
-    for chunk in recorded.chunks_of(run)[:FILES_TRIED] if entry else ():
+    for chunk in itertools.islice(recorded.chunks_of(run), FILES_TRIED) if entry else ():
         table = entry.factory(run).read(chunk) if entry and chunk.written and chunk.rows else None
         if table is not None:
             columns = [field.name for field in table.schema if not has_binary(field.type)]
