@@ -243,7 +243,8 @@ class Writer(Protocol):
     """Where chunks go. Called in threads, at most two at a time, each with another chunk.
 
     A writer may also have `write_pieces(chunk, schema, tables)`. It is called in place of `write` for chunks above
-    32 MB, whose rows come as tables, one after the other.
+    32 MB, whose rows come as tables, one after the other. If it has `read_columns(chunk, names)`, `verify` reads only
+    those columns of a file that is as it was written; names that the file does not have are ignored.
     """
 
     def write(self, chunk: Chunk, rows: pa.Table) -> None:

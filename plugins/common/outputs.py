@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import sdg
-from sdg_plugins.common.files import rank_file
+from sdg_plugins.common.files import access_errors, rank_file
 from sdg_plugins.common.kinds import parse_json
 from sdg_plugins.common.streams import BROKEN, Stream
 
@@ -30,8 +30,9 @@ def has_output(run: sdg.Run) -> bool:
     folder = os.path.dirname(run.path_of(sdg.Chunk(0, 0)))
     if not run.output.local:
         return bool(output_files(run))
-    with contextlib.suppress(FileNotFoundError), os.scandir(run.output.path(folder)) as entries:
-        return any(not entry.name.startswith(".") and entry.is_file() for entry in entries)
+    with access_errors(run.output.uri, sdg.OutputError), contextlib.suppress(FileNotFoundError):
+        with os.scandir(run.output.path(folder)) as entries:
+            return any(not entry.name.startswith(".") and entry.is_file() for entry in entries)
     return False
 
 

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import sdg
-from sdg_plugins.common import resuming
+from sdg_plugins.common import recorded, resuming
 from sdg_plugins.common.files import Place
 from sdg_plugins.common.outputs import chunk_names, has_output
 from sdg_plugins.common.resuming import known_chunks
@@ -128,6 +128,19 @@ def test_a_complete_chunk_costs_no_call_of_a_python_function(tmp_path: Path) -> 
         assert next(known.to_read(range(number + 1)))[0] == number
 
     assert calls[550] < calls[50] + 10
+
+
+def test_the_chunks_of_all_ranks_come_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorded, "BATCH", 2)
+    for rank in (0, 2):  # rank 1 has not begun
+        run = run_of(tmp_path, rank=rank, world_size=3)
+        record(run, [sdg.Chunk(i, i * SIZE, SIZE, written=i % 2 == 0) for i in range(rank, 24, 3)])
+
+    every = [i for i in range(24) if i % 3 != 1]
+    assert [chunk.index for chunk in recorded.chunks_of(run)] == every
+    assert [chunk.index for chunk in recorded.chunks_of(run, "written OR chunk = 3")] == [
+        i for i in every if i % 2 == 0 or i == 3
+    ]
 
 
 def test_names_of_many_chunks_are_those_of_each(tmp_path: Path) -> None:
