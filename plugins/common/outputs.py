@@ -27,12 +27,11 @@ def output_files(run: sdg.Run) -> list[str]:
 
 def has_output(run: sdg.Run) -> bool:
     """True if there are such files. In a local folder of a million the first one is enough."""
-    folder = os.path.dirname(run.path_of(sdg.Chunk(0, 0)))
     if not run.output.local:
         return bool(output_files(run))
-    with access_errors(run.output.uri, sdg.OutputError), contextlib.suppress(FileNotFoundError):
-        with os.scandir(run.output.path(folder)) as entries:
-            return any(not entry.name.startswith(".") and entry.is_file() for entry in entries)
+    folder, gone = run.output.path(run.options.output_config), contextlib.suppress(FileNotFoundError)
+    with access_errors(run.output.uri, sdg.OutputError), gone, os.scandir(folder) as entries:
+        return any(not entry.name.startswith(".") and entry.is_file() for entry in entries)
     return False
 
 
