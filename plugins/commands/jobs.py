@@ -11,10 +11,13 @@ import contextlib
 import dataclasses
 import functools
 import os
+import platform
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
+
+import xxhash
 
 import sdg
 from sdg_plugins.commands.relay import Relay
@@ -147,8 +150,7 @@ class Job:
     async def prepare(self) -> None:
         """Open the writer: problems with the output are reported before a server starts."""
         options = self.run.options
-        checked = f".sdg-access-{options.output_config.replace('/', '-')}-{options.rank:05d}"
-        await asyncio.to_thread(self.run.output.check_access, checked)
+        await asyncio.to_thread(self.run.output.check_access, _probe(self.run))
         entry = self.run.plugins.writers[options.writer]
         with sdg.at_work(f"the writer of {sdg.redact(options.output)}", entry.factory):
             self._writer = await asyncio.to_thread(created, entry.factory, self.run)
@@ -345,6 +347,12 @@ class FreeRank(Job):
         if isinstance(self.problem, Fenced):
             self.problem = None
         self._shares.closed = self._shares.closed or self.problem is not None
+
+
+def _probe(run: sdg.Run) -> str:
+    """The file that tries the rights on an output. Two runs that begin at the same time do not delete each other's."""
+    config, rank = run.options.output_config.replace("/", "-"), run.options.rank
+    return f".sdg-access-{config}-{rank:05d}-{xxhash.xxh3_64_hexdigest(bytes(run.state) + platform.node().encode())}"
 
 
 def open_run(config: Config, stop: Stop) -> sdg.Run:

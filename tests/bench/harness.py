@@ -97,10 +97,19 @@ def environment() -> dict[str, str]:
 
 
 def run(
-    command: Sequence[object], folder: Path, timeout: float = 3600, env: Mapping[str, str] | None = None
+    command: Sequence[object],
+    folder: Path,
+    timeout: float = 3600,
+    env: Mapping[str, str] | None = None,
+    files: int | None = None,
 ) -> Finished:
-    """Run a command in a folder to its end; it and what it started are stopped if it takes too long."""
+    """Run a command in a folder to its end; it and what it started are stopped if it takes too long.
+
+    `files` is its limit of open files, and that of each process that it starts.
+    """
     words = [str(word) for word in command]
+    if files:
+        words = ["bash", "-c", f'ulimit -n {files}; exec "$@"', "bash", *words]
     with tempfile.TemporaryFile(dir=folder) as log:
         pipes = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
         started, busy = time.time(), busy_seconds()
@@ -201,11 +210,12 @@ def run_sdg(
     concurrency: int,
     *options: object,
     env: Mapping[str, str] | None = None,
+    files: int | None = None,
 ) -> Finished:
     """Run sdg on an input against the server; `output` is a name within the folder."""
     command = [sys.executable, SDG, "--plugin", "summarize", "--input", source, "--base-url", server.url]
     command += ["--output", folder / output, "--max-concurrent-generations", concurrency, "--no-progress", *options]
-    return run(command, folder, env=env)
+    return run(command, folder, env=env, files=files)
 
 
 def say(text: str) -> None:

@@ -2,6 +2,7 @@
 
     python tests/bench/in_flight.py
     python tests/bench/in_flight.py --documents 10000 0 0 --ceiling
+    python tests/bench/in_flight.py --documents 0 0 200000 --processes 4 --files 5500 --delay 8
 
 1,000 at a time with answers after 1 s, 1 % of them after 20 s; 10,000 at a time with answers after 8 s, 1 % of them
 after 60 s; 19,700 at a time (or what the limit of open files allows) with answers after 2 s, which takes all that a
@@ -9,6 +10,10 @@ core can do; 1,000 documents a chunk. The server counts, between the moment when
 arrival of the last request, and the lag of the event loop is that of the same time (see lag.py). `--documents` gives
 the number for each of the three, 0 leaves one out: a run should be longer than a slow answer takes, or stragglers
 cannot show. `--ceiling` measures the bare loop as well.
+
+`--processes` shares the limit among processes, whose lag is not measured; with `--files`, each of them may open only so
+many files. If the machine has fewer cores than they and the server need, `--delay` makes the answers slower: the limit
+over the answers' time, times the CPU time of a document in client and server, must fit into the cores.
 """
 
 import argparse
@@ -61,6 +66,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--documents", type=int, nargs=len(CASES), default=[40_000, 120_000, 200_000], metavar="N")
     parser.add_argument("--bytes", type=int, default=2048)
     parser.add_argument("--ceiling", action="store_true", help="measure the bare loop, too")
+    parser.add_argument("--processes", type=int, default=1, help="that share the limit")
+    parser.add_argument("--files", type=int, help="limit of open files of each process")
+    parser.add_argument("--delay", type=float, help="seconds until an answer that is not slow")
 
 
 def measure(options: argparse.Namespace) -> list[Result]:
@@ -75,16 +83,23 @@ def measure(options: argparse.Namespace) -> list[Result]:
 
 def measure_case(case: Case, documents: int, options: argparse.Namespace) -> list[Result]:
     """Measure one case."""
-    delays = ["--delay", case.delay, "--slow-share", 0.01 if case.slow_delay else 0, "--slow-delay", case.slow_delay]
+    delay = options.delay or case.delay
+    delays = ["--delay", delay, "--slow-share", 0.01 if case.slow_delay else 0, "--slow-delay", case.slow_delay]
+    alone = options.processes == 1
     with workplace() as folder, instant_server(*delays) as server:
         source = make_input(folder / "input.parquet", documents, options.bytes)
         server.reset(case.limit)
-        given = ["--records-per-chunk", 1000, "--plugin", HERE / "lag.py", "--plugin", "summarize"]
         samples = folder / "lag.json"
-        finished = run_sdg(folder, source, "output", server, case.limit, *given, env={"BENCH_LAG": str(samples)})
+        given: list[object] = ["--records-per-chunk", 1000]
+        given += ["--plugin", HERE / "lag.py"] if alone else ["--processes", options.processes]
+        given += ["--plugin", "summarize"]
+        lagging = {"BENCH_LAG": str(samples)}
+        finished = run_sdg(folder, source, "output", server, case.limit, *given, env=lagging, files=options.files)
         expect_rows(folder / "output" / "data", documents)
-        results = [result(f"{case.limit:,} in flight", case, server, documents, finished)]
-        results.append(lag(case, server, samples))
+        name = f"{case.limit:,} in flight" + ("" if alone else f" of {options.processes} processes")
+        results = [result(name, case, server, documents, finished)]
+        if alone:
+            results.append(lag(case, server, samples))
         if options.ceiling:
             server.reset(case.limit)
             command = [sys.executable, HERE / "bare_loop.py", server.url, "--concurrency", case.limit]

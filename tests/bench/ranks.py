@@ -1,7 +1,7 @@
 """Ranks that processes take one after the other, with `--rank any`.
 
     python tests/bench/ranks.py
-    python tests/bench/ranks.py --ranks 256 --processes 16       # on a machine with that many cores
+    python tests/bench/ranks.py --only killed --ranks 256 --processes 16 --limit 24 --documents 500     # 6.5 minutes
 
 Borders: one process takes 21 ranks; the mean number of requests in flight over the limit, between the moment when the
 limit was first reached and the arrival of the last request, across 20 borders of ranks. Answers take 1 s in the middle,
@@ -9,7 +9,9 @@ one in twenty 2.3 s or more (lognormal).
 
 Coming and going: processes share some ranks, and a third of them is killed at random moments and replaced at once; the
 documents times the mean time of an answer, over what all processes together had in flight for as long as they lived.
-What was in flight when a process was killed is lost, and so is the time in which a process starts.
+What was in flight when a process was killed is lost, and so is the time in which a process starts: 16 processes on two
+cores start for six seconds, so such a run must be long, and few enough requests must be in flight to need less than the
+cores.
 """
 
 import argparse

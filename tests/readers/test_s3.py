@@ -397,6 +397,8 @@ def test_of_two_runs_with_states_of_their_own_at_most_one_has_the_output(
 
     refused = [finished for finished in ended if finished.rc == 1]
     assert refused
+    probes = {request.path for request in s3.requests if "/.sdg-access" in request.path and request.method == "PUT"}
+    assert len(probes) == 2  # neither deletes the other's, which would be told as a missing right
     assert all("is in use by another run" in finished.message for finished in refused)
     again = "two" if ended[1].rc == 0 else "one"
     assert cloudy(env, state_dir=again).rc == 0

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 import real_engines
 from fake_hub import FakeHub, Rights
-from fake_server import Delay, FakeServer, prompt_of
+from fake_server import Delay, FakeServer, Hang, prompt_of
 from running import ECHO, ROOT, SIGNS_OF_A_BUG, Finished, Output, documents
 from slurm_cluster import ADDRESS, NODES, Cluster, Unavailable, wait_for
 
@@ -526,6 +526,129 @@ def test_shellcheck_finds_nothing_in_the_scripts(cluster: Cluster) -> None:
         ["shellcheck", "-x", *sorted(SLURM.glob("*.s*"))], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout
+
+
+# ── Workers ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Tap:
+    """Lets a server answer some requests; the following ones hang until it is opened again."""
+
+    def __init__(self, server: FakeServer, seconds: float = 0.2) -> None:
+        self._server, self._seconds, self._most = server, seconds, 0
+        server.behave(self._behaviour)
+
+    def _behaviour(self, payload: dict[str, Any], n: int) -> Delay:
+        return Delay(self._seconds, None if len(self._server.requests) <= self._most else Hang())
+
+    def allow(self, more: int) -> None:
+        """Answer what hangs, and some more requests."""
+        self._most = len(self._server.requests) + more
+        self._server.release()
+        self._server.hold()
+
+    def open(self) -> None:
+        """Answer all requests from now on."""
+        self._server.behave(lambda payload, n: Delay(self._seconds))
+        self._server.release()
+
+
+def settle(campaign: Campaign, server: FakeServer, ranks: int, workers: dict[str, int]) -> None:
+    """Wait until all requests of some workers hang, and `status` tells the truth about the ranks.
+
+    Args:
+        workers: how many there are of each job.
+    """
+    count = sum(workers.values())
+    wait_for(lambda: server.in_flight == AT_ONCE * count, 60, lambda: (server.in_flight, workers, campaign.logs))
+
+    def is_told() -> bool:
+        status = json.loads(campaign.sdg("status", "--json").stdout)
+        parts, holders = status["parts"], [rank["holder"] for rank in status["ranks"] if rank["holder"]]
+        files = Counter(name.partition("_")[0] for name in campaign.output.written())
+        living = Counter(job for job, _, _ in {(who["slurm_job"], who["host"], who["pid"]) for who in holders})
+        # A worker takes its next rank when the last document of the present one has begun.
+        few_or_many = count <= parts["taken"] <= 2 * count
+        done = parts["done"] == sum(chunks == 2 for chunks in files.values())
+        return done and few_or_many and sum(parts.values()) == ranks and living == workers
+
+    wait_for(is_told, 60, lambda: (workers, campaign.sdg("status", "--ranks").stdout, campaign.logs))
+
+
+def test_workers_come_and_go_and_a_node_is_switched_off_and_on_again(campaign: Campaign, slow: FakeServer) -> None:
+    cluster, ranks = campaign.cluster, 24
+    write(campaign, ranks * 20)
+    campaign.options["max_concurrent_documents"] = AT_ONCE
+    campaign.env["SDG_LEASE"] = "5"
+    tap = Tap(slow)
+    tap.allow(100)
+    first, _, earlier = campaign.submit("--ranks=24", "--workers=3", "--cpus-per-task=6")  # each on a node of its own
+    settle(campaign, slow, ranks, {first: 3})
+
+    cluster.slurm("scancel", f"{first}_1")
+    settle(campaign, slow, ranks, {first: 2})
+    tap.allow(50)
+    joined, _, card = campaign.submit("--ranks=24", "--workers=2", "--cpus-per-task=3")  # in the place of that one
+    settle(campaign, slow, ranks, {first: 2, joined: 2})
+
+    lost = max((job for job in cluster.jobs(first) if job.state == "RUNNING"), key=lambda job: job.node)
+    assert lost.node not in {job.node for job in cluster.jobs(joined)}
+    cluster.switch_off(lost.node)
+    tap.allow(50)
+    settle(campaign, slow, ranks, {first: 1, joined: 2})
+    cluster.switch_on(lost.node)
+    settle(campaign, slow, ranks, {first: 2, joined: 2})
+    tap.open()
+
+    for job in (joined, card, earlier):
+        campaign.done(job)
+    assert cluster.states(first) == ["CANCELLED", "COMPLETED", "COMPLETED"]
+    assert cluster.job(lost.id).restarts == 1
+    campaign.everything(ranks * 20)
+    told = campaign.sdg("status")
+    assert told.rc == 0
+    assert "parts: 24 done, 0 taken, 0 free" in told.stdout
+    wait_for(lambda: not cluster.processes(), 30, cluster.processes)
+    again = len(slow.requests) - ranks * 20
+    print("sent again:", again)
+    assert again <= 2 * LOST
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["alone", "with its node"])
+def test_a_worker_that_is_frozen_until_others_have_finished_its_ranks_writes_nothing(
+    lost: bool, campaign: Campaign, slow: FakeServer
+) -> None:
+    """If Slurm takes its node for lost, it starts the worker on another one meanwhile."""
+    cluster, ranks = campaign.cluster, 6
+    write(campaign, ranks * 20)
+    campaign.options["max_concurrent_documents"] = AT_ONCE
+    campaign.env["SDG_LEASE"] = "4"
+    tap = Tap(slow)
+    tap.allow(20)
+    workers, _, card = campaign.submit("--ranks=6", "--workers=2", "--cpus-per-task=8")  # each on a node of its own
+    settle(campaign, slow, ranks, {workers: 2})
+
+    node = cluster.task(workers, 0).node
+    with cluster.frozen(node, lost):
+        tap.open()
+        cluster.wait_for(workers if lost else f"{workers}_1", "COMPLETED")
+        assert "parts: 6 done, 0 taken, 0 free" in campaign.sdg("status").stdout
+        before = files_of_ranks(campaign)
+    wait_for(lambda: not cluster.processes(node), 60, lambda: cluster.processes(node))
+
+    assert files_of_ranks(campaign) == before
+    campaign.done(workers)
+    campaign.done(card)
+    assert "is taken over" in campaign.logs[f"rank-1-{workers}.log"]
+    assert lost or "another process has taken it" in campaign.logs[f"rank-0-{workers}.log"]
+    campaign.everything(ranks * 20)
+
+
+def files_of_ranks(campaign: Campaign) -> dict[Path, tuple[bytes, int]]:
+    """What ranks have written: content and time of each of their files, in the output and in the state."""
+    patterns = ["data/*", "failed/*", ".sdg/0*", ".sdg/ranks/*/*.sqlite3*"]
+    files = [path for pattern in patterns for path in campaign.output.path.glob(pattern) if path.is_file()]
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files if path.suffix != ".sqlite3-shm"}
 
 
 # ── Models on several nodes ──────────────────────────────────────────────────────────────────────────────────────────
