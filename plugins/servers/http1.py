@@ -414,7 +414,9 @@ class Http1:
         try:
             return await connect()
         except OSError as exc:
-            if exc.errno not in {errno.EMFILE, errno.ENFILE} or not sum(
+            if exc.errno == errno.EADDRNOTAVAIL and source:  # a machine on which only 127.0.0.1 is its own
+                source = None
+            elif exc.errno not in {errno.EMFILE, errno.ENFILE} or not sum(
                 each.clear() for each in self._origins.values()
             ):
                 raise
