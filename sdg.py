@@ -92,6 +92,7 @@ if TYPE_CHECKING:
         text_or_file as text_or_file,
     )
     from sdg_plugins.common.results import base_fields as base_fields, results_type as results_type
+    from sdg_plugins.common.resuming import Known
     from sdg_plugins.common.secrets import redact as redact
     from sdg_plugins.common.tasks import background as background
     from sdg_plugins.common.values import plain as plain, rows_of as rows_of
@@ -243,7 +244,8 @@ class Writer(Protocol):
     """Where chunks go. Called in threads, at most two at a time, each with another chunk.
 
     A writer may also have `write_pieces(chunk, schema, tables)`. It is called in place of `write` for chunks above
-    32 MB, whose rows come as tables, one after the other.
+    32 MB, whose rows come as tables, one after the other. If it has `read_columns(chunk, names)`, `verify` reads only
+    those columns of a file that is as it was written; names that the file does not have are ignored.
     """
 
     def write(self, chunk: Chunk, rows: pa.Table) -> None:
@@ -1138,6 +1140,12 @@ class Store:
         requests = ("DELETE FROM requests WHERE document >= ? AND document < ?", span)
         await self._save({"chunks": [_chunk_row(chunk)]}, documents, requests)
 
+    async def lost(self, chunks: list[int]) -> None:
+        """Make written chunks open again, whose rows are nowhere any more."""
+        sql = """UPDATE chunks SET written = 0, filtered = '[]', failed = '[]'
+                 WHERE chunk IN (SELECT value FROM json_each(?))"""
+        await self._save({}, (sql, (json.dumps(chunks),)))
+
     async def reopen(self, chunk: Chunk, outcomes: Iterable[tuple[int, str, bytes]]) -> None:
         """Make a written chunk open again, with the documents that stay as they are."""
         documents = [(chunk.index << 32 | i, status, body) for i, status, body in outcomes]
@@ -1164,8 +1172,10 @@ class Store:
 
     async def in_files(self) -> tuple[int, int, int, int]:
         """Documents in written chunks; how many of them are filtered and failed, and how many of these are empty."""
-        sql = """SELECT total(count), total(json_array_length(filtered)), total(json_array_length(failed)), total(empty)
-                 FROM chunks WHERE written"""
+        filtered, failed = (
+            f"CASE {of} WHEN '[]' THEN 0 ELSE json_array_length({of}) END" for of in ("filtered", "failed")
+        )
+        sql = f"SELECT total(count), total({filtered}), total({failed}), total(empty) FROM chunks WHERE written"
         async with self._db.execute(sql) as cursor:
             ((every, filtered, failed, empty),) = await cursor.fetchall()
         return int(every), int(filtered), int(failed), int(empty)
@@ -1585,7 +1595,9 @@ class Engine:
 
     async def work(self) -> None:
         """Process all chunks of this rank. When stopped, save completed responses and write complete chunks."""
-        await self._reopen_lost(known := await self.store.chunks())
+        known = await asyncio.to_thread(self.intake.known)
+        if known.lost:
+            await self.store.lost(known.lost)
         self.tally = await self.store.tally()
         self.store.on_durable, self.store.on_failure = self._durable, self.run.stop
         in_flight = self.run.options.max_concurrent_generations
@@ -1642,7 +1654,7 @@ class Engine:
 
     # Reading
 
-    async def _batches(self, known: dict[int, Chunk]) -> AsyncGenerator[Iterator[tuple[OpenChunk, Document]], None]:
+    async def _batches(self, known: Known) -> AsyncGenerator[Iterator[tuple[OpenChunk, Document]], None]:
         """For each chunk the documents that are not final."""
         async with contextlib.aclosing(self.intake.chunks(known)) as chunks:
             async for opened in chunks:
@@ -1664,9 +1676,9 @@ class Engine:
     async def _open_chunk(self, opened: OpenChunk, earlier: Chunk | None) -> Mapping[int, str] | None:
         """Admit a chunk when there is room. Returns the final documents in it; None if there is nothing to do."""
         chunk, retry = opened.chunk, self.run.options.retry_failed
-        if earlier and earlier.written and not await self._reopen(opened, earlier):
-            opened.close()
-            return None
+        if earlier and earlier.written:  # it has grown, or has failures to retry
+            outcomes = await self._in_writing_thread(self.outlet.outcomes, earlier)
+            await self.store.reopen(chunk, outcomes)
         while self._unwritten and self._unwritten + chunk.count > self._window:
             self._space.clear()
             await self._space.wait()
@@ -1682,22 +1694,6 @@ class Engine:
         if not opened.remaining:
             self._ended(opened)
         return final if opened.remaining or opened.whole else None
-
-    async def _reopen(self, opened: OpenChunk, earlier: Chunk) -> bool:
-        """Resume a written chunk if it has grown, or has failures to retry. Returns False if it is complete."""
-        retry = self.run.options.retry_failed and bool(earlier.failed)
-        if opened.chunk.count <= earlier.count and not retry:
-            return False
-        outcomes = await self._in_writing_thread(self.outlet.outcomes, earlier)
-        await self.store.reopen(opened.chunk, outcomes)
-        return True
-
-    async def _reopen_lost(self, known: dict[int, Chunk]) -> None:
-        """Reopen the chunks whose files have disappeared from the output: their rows are nowhere else."""
-        chunks = [chunk for chunk in known.values() if chunk.written and chunk.rows]
-        for chunk in await asyncio.to_thread(self.outlet.lost, chunks):
-            known[chunk.index] = dataclasses.replace(chunk, written=False, filtered=(), failed=())
-            await self.store.reopen(known[chunk.index], [])
 
     # Rollouts
 

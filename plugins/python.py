@@ -50,7 +50,7 @@ class Result:
         records = Records(run)
         self.failed = [{"id": record.id, **(record.failure or {})} for record in records.failed()]
         self._table: pa.Table | None = None
-        self._load = functools.partial(_table_of, records)
+        self._load = functools.partial(_table_of, records, list(records.written))
         if output is None:
             self.table()  # before the folder is deleted
 
@@ -74,10 +74,10 @@ class Result:
         return f"<sdg.run: {figures}{f', in {self.output}' if self.output else ''}>"
 
 
-def _table_of(records: Records) -> pa.Table:
+def _table_of(records: Records, written: list[sdg.Chunk]) -> pa.Table:
     import pyarrow as pa
 
-    tables = [table for _, table in records.tables()]
+    tables = [table for _, table in records.tables(written)]
     if not tables:
         return pa.table({})
     return pa.concat_tables(tables, promote_options="permissive").replace_schema_metadata(None)

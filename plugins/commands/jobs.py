@@ -42,7 +42,7 @@ from sdg_plugins.common.files import output_place, rank_file
 from sdg_plugins.common.interleaving import Abreast
 from sdg_plugins.common.lease import Fenced, Lease
 from sdg_plugins.common.locks import lock_rank
-from sdg_plugins.common.memory import tune_memory
+from sdg_plugins.common.memory import tune_allocator, tune_collector
 from sdg_plugins.common.progress import Course, progress, put, report
 from sdg_plugins.common.rereading import changed_rows
 from sdg_plugins.common.secrets import hide_secrets
@@ -208,7 +208,9 @@ class Job:
         async with self._engine(await self._reader(), servers) as engine:
             await self._observe()
             if len(self._everything.parts) == 1:  # it takes a while, in which requests of others would wait
-                tune_memory(self.run.options.max_concurrent_generations)
+                tune_allocator()
+                in_flight = self.run.options.max_concurrent_generations
+                engine.intake.on_first = functools.partial(tune_collector, in_flight)
             async with self._present(engine, self.stop):
                 self.stop.gently = engine.stop
                 try:

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import sdg
@@ -24,7 +24,7 @@ from sdg_plugins.common.ids import SeenIds
 from sdg_plugins.common.markdown import counted
 from sdg_plugins.common.options import Parser
 from sdg_plugins.common.outputs import output_files, read_failed
-from sdg_plugins.common.rows import shape_of
+from sdg_plugins.common.rows import NUMBERS, shape_of
 from sdg_plugins.common.state import parse_run
 from sdg_plugins.common.values import id_column_of, id_text, same_id, values_of
 from sdg_plugins.publishing.publisher import Publisher
@@ -76,11 +76,13 @@ def discrepancies(run: sdg.Run, counts: Counter[str], unfinished: Counter[str]) 
     reader = recorded.reader_of(run)
     yield from discrepancies_of_input(run, reader)
     writer = run.plugins.writers[file_writer(options)].factory(run)
-    known = {chunk.index: chunk for chunk in recorded.chunks_of(run)}
     on_hub, published = reconcile_with_hub(run)
     expected, seen, doubled = set(), SeenIds(), 0
-    for opened in all_chunks(run, reader):
-        chunk = known.pop(opened.chunk.index, None)
+    for opened, chunk in with_records(run, all_chunks(run, reader)):
+        if opened is None:
+            assert chunk
+            yield f"chunk {chunk.index} is recorded, but the input no longer has its rows"
+            continue
         rows = f"rows {opened.chunk.start:,} to {opened.chunk.start + opened.chunk.count - 1:,} of the input"
         if chunk is None or not chunk.written:
             unfinished.update(chunks=1, documents=opened.chunk.count)
@@ -100,8 +102,6 @@ def discrepancies(run: sdg.Run, counts: Counter[str], unfinished: Counter[str]) 
             counts["failed"] += len(chunk.failed)
     if doubled:  # every document is accounted for nevertheless
         sdg.say(f"{counted(doubled, 'document')} have the id of an earlier one: see --id-column")
-    for index in known:
-        yield f"chunk {index} is recorded, but the input no longer has its rows"
     failed_folder = os.path.dirname(run.failed_path_of(sdg.Chunk(0, 0)))
     failed = [file for file, size in run.output.sizes(failed_folder).items() if size]  # emptied where not deletable
     for file in [*output_files(run), *failed]:
@@ -137,6 +137,19 @@ def all_chunks(run: sdg.Run, reader: sdg.Reader) -> Iterator[OpenChunk]:
             return
 
 
+def with_records(run: sdg.Run, chunks: Iterable[OpenChunk]) -> Iterator[tuple[OpenChunk | None, sdg.Chunk | None]]:
+    """The chunks of the input with what is recorded of each, if it is, then what else is recorded; in order."""
+    recorded_chunks = recorded.chunks_of(run)
+    known = next(recorded_chunks, None)
+    for opened in chunks:
+        if known and known.index == opened.chunk.index:
+            yield opened, known
+            known = next(recorded_chunks, None)
+        else:
+            yield opened, None
+    yield from ((None, chunk) for chunk in ([known, *recorded_chunks] if known else []))
+
+
 def discrepancies_of_input(run: sdg.Run, reader: sdg.Reader) -> Iterator[str]:
     """The differences between the input and what it was when the run began, beside rows that were added."""
     recorded_input = parse_run(run.state / "run.json", (run.state / "run.json").read_bytes())["identity"]["input"]
@@ -162,8 +175,9 @@ def discrepancies_of_chunk(
     gone = {*chunk.filtered, *chunk.failed}
     expected = [ids[position] for position in range(chunk.count) if position not in gone]
     try:
-        yield from changed_files(run, chunk)
-        table = writer.read(chunk)
+        changed = list(changed_files(run, chunk))
+        yield from changed
+        table = read_ids(run, writer, chunk) if chunk.hash and not changed else writer.read(chunk)
         failed = [id_text(record["id"]) for record in read_failed(run, chunk)]
     except (OSError, ValueError, KeyError) as exc:
         yield f"{path} or its failed records cannot be read: {exc}"
@@ -188,6 +202,13 @@ def discrepancies_of_chunk(
     if failed != [id_text(ids[position]) for position in chunk.failed] and run.failed_path_of(chunk) not in published:
         documents = counted(len(chunk.failed), "failed document")
         yield f"{run.output.path(run.failed_path_of(chunk))} does not list its {documents}"
+
+
+def read_ids(run: sdg.Run, writer: sdg.Writer, chunk: sdg.Chunk) -> Any:
+    """The rows of a chunk whose file has the hash that it was written with: only what names them, if that will do."""
+    read_columns = getattr(writer, "read_columns", None)
+    names = {run.options.id_column, "id", NUMBERS[1]} - {None}
+    return read_columns(chunk, names) if read_columns else writer.read(chunk)
 
 
 def changed_files(run: sdg.Run, chunk: sdg.Chunk) -> Iterator[str]:

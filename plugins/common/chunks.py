@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import os
 import sys
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,6 @@ from sdg_plugins.common.checks import check_blocks, reading
 from sdg_plugins.common.claims import check_claim
 from sdg_plugins.common.digests import digest_of, same_rows
 from sdg_plugins.common.features import described
-from sdg_plugins.common.files import split_uri
 from sdg_plugins.common.identity import edited, provenance
 from sdg_plugins.common.ids import SeenIds
 from sdg_plugins.common.kinds import decoder, has_nan, parse_json, relaxed
@@ -27,6 +25,7 @@ from sdg_plugins.common.outputs import output_files, read_failed
 from sdg_plugins.common.paths import follow, parse_path, prompt_column_of
 from sdg_plugins.common.recorded import chunks_in
 from sdg_plugins.common.results import infer_fields
+from sdg_plugins.common.resuming import Known, known_chunks
 from sdg_plugins.common.returned import no_prompt, results_of, status_of
 from sdg_plugins.common.rows import NUMBER, empty_rows, numbered, shape_of, with_messages
 from sdg_plugins.common.state import fixed_fields, promised_fields, recorded_fields, settle_fields, spool_folder
@@ -194,6 +193,7 @@ class Intake:
     Attributes:
         chosen: positions of the documents that are run, by the index of their chunk. None for all.
         retrying: these are the failed ones of a run, not a sample.
+        on_first: called when the first chunk has been read; not at all if there is nothing to do.
     """
 
     def __init__(self, run: sdg.Run, reader: sdg.Reader) -> None:
@@ -202,6 +202,7 @@ class Intake:
         self.id_column = id_column_of(run.options, reader.schema)
         self.chosen: Mapping[int, frozenset[int]] | None = None
         self.retrying = False
+        self.on_first: Callable[[], None] = lambda: None
         self._thread = ThreadPoolExecutor(1, "sdg-reader")
         self._clear_leftovers()
 
@@ -231,32 +232,32 @@ class Intake:
         mine = len(range(options.rank, full, options.world_size)) * options.records_per_chunk
         return int(mine + (rest if full % options.world_size == options.rank else 0))
 
-    def chunks(self, known: dict[int, sdg.Chunk]) -> AsyncGenerator[OpenChunk, None]:
+    def known(self) -> Known:
+        """The chunks that earlier processes of this rank have read. Raises OutputError and StateError."""
+        return known_chunks(self._run)
+
+    def chunks(self, known: Known) -> AsyncGenerator[OpenChunk, None]:
         """This rank's chunks that are not written, and those that may have to be reopened.
 
         Args:
-            known: the chunks that earlier processes have read, by index.
+            known: the chunks that earlier processes have read.
         """
         options = self._run.options
         number = 1 + min(7, options.max_concurrent_generations // options.records_per_chunk // 2)
         return read_ahead(self._thread, self._read(known), number)
 
-    def _read(self, known: dict[int, sdg.Chunk]) -> Iterator[OpenChunk]:
+    def _read(self, known: Known) -> Iterator[OpenChunk]:
         options = self._run.options
         size, most = options.records_per_chunk, options.max_documents or sys.maxsize
-        bookmark = None
         indices = range(options.rank, sys.maxsize, options.world_size)
-        for index in indices if self.chosen is None else sorted(self.chosen):
-            start = index * size
+        bookmark, begun = None, False
+        for index, nearer in known.to_read(indices if self.chosen is None else sorted(self.chosen)):
+            start, bookmark, chunk = index * size, nearer or bookmark, known.get(index)
             count = min(size, most - start)
-            chunk = known.get(index)
             if chunk:
-                bookmark = chunk.bookmark or bookmark
                 count = max(count, chunk.count)  # what was begun with a larger --max-documents is finished
             if count <= 0:
                 return
-            if chunk and chunk.written and chunk.count >= count and not (options.retry_failed and chunk.failed):
-                continue
             with reading(options.input, self.reader):
                 self.reader.seek(start, bookmark)
                 bookmark = self.reader.tell()
@@ -271,6 +272,17 @@ class Intake:
                     f"--input {options.input}: {', '.join(opened.files)} has changed since chunk {index} was begun: "
                     "restore it, or start over with --fresh"
                 )
+            if (
+                chunk
+                and chunk.written
+                and chunk.count == opened.chunk.count
+                and not (options.retry_failed and chunk.failed)
+            ):
+                opened.close()  # the last one, and nothing was added to the input
+                return
+            if not begun:
+                begun = True
+                self.on_first()
             opened.only = None if self.chosen is None else self.chosen[index]
             yield opened
             if opened.chunk.count < count:
@@ -400,14 +412,14 @@ class Outlet:
         unloadable in some versions of `datasets`: 4.8 stumbles over any file without rows that is not the last one.
         """
         run, first = self._run, sdg.Chunk(0, 0)
-        path, files = run.path_of(first), output_files(run)
-        if (files or run.options.rank) and not (path in files and len(files) > 1):
-            return
         state = run.state / "00000.sqlite3"  # of the rank that has written it
-        chunk = chunks_in(state).get(0) if state.exists() else None
-        if chunk and chunk.written and not chunk.rows and files:
+        chunk = chunks_in(state, "WHERE chunk = ?", 0).get(0) if state.exists() else None
+        if chunk is None or not chunk.written or chunk.rows:
+            return
+        path, files = run.path_of(first), output_files(run)
+        if path in files and len(files) > 1:
             run.output.delete(path)
-        elif chunk and chunk.written and not chunk.rows:
+        elif not files and not run.options.rank:
             self._write_rows(first, self._no_rows(run.schema))
 
     def check(self, schema: pa.Schema) -> None:
@@ -461,32 +473,6 @@ class Outlet:
             body = {name: value for name, value in record.items() if name not in {"id", "document"}}
             outcomes.append((position, status_of(body), orjson.dumps(body)))
         return outcomes
-
-    def lost(self, chunks: list[sdg.Chunk]) -> list[sdg.Chunk]:
-        """The written chunks whose files are gone or empty; reports them. Files on the Hub are checked by `verify`.
-
-        Raises:
-            OutputError: a file has another size than the one that was written: it may be valuable.
-        """
-        run, options = self._run, self._run.options
-        own_scheme = split_uri(options.output)[0] == options.writer
-        if own_scheme or run.plugins.writers[options.writer].package != "sdg":
-            return []
-        paths = [run.path_of(chunk) for chunk in chunks]
-        folders = {os.path.dirname(path) for path in paths}
-        sizes = {file: size for folder in folders for file, size in run.output.sizes(folder).items()}
-        gone = [chunk for chunk, path in zip(chunks, paths, strict=True) if not sizes.get(path)]
-        for chunk, path in zip(chunks, paths, strict=True):
-            size = sizes.get(path)
-            if size and chunk.size not in {None, size}:
-                raise sdg.OutputError(
-                    f"{run.output.path(path)} has {size:,} bytes, but {chunk.size:,} were written: "
-                    "restore it, or move it away and have it generated again"
-                )
-        if gone:
-            others = f" and {len(gone) - 1:,} more" * (len(gone) > 1)
-            sdg.say(f"missing from the output, will be written again: {run.output.path(run.path_of(gone[0]))}{others}")
-        return gone
 
 
 def mismatch(chunk: sdg.Chunk) -> sdg.StateError:

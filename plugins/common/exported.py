@@ -65,8 +65,8 @@ class Recorded:
 
     def parts(self) -> Iterator[tuple[str, pa.Table]]:
         """See `Source`. Raises OutputError if a file is gone."""
-        for chunk in recorded.chunks_of(self._run):
-            if not chunk.written or not chunk.rows:
+        for chunk in recorded.chunks_of(self._run, "written"):
+            if not chunk.rows:
                 continue
             table = self._writer.read(chunk)
             if table is None:

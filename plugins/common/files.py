@@ -9,7 +9,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -21,6 +22,7 @@ from sdg_plugins.common import s3
 OBJECT_STORES = {"s3", "gcs", "abfs"}  # have no folders: creating one leaves an empty object
 PUT_BYTES = 16 << 20  # written at a time: more than the smallest part of an upload, so that pyarrow copies nothing
 PIECE = 1 << 20  # bytes of a file that are read at a time to hash it
+LOOKS, LOOKERS = 1000, 8  # files that are looked at together, by each of so many threads
 ALIASES = {  # further suffixes of a format
     **dict.fromkeys(("ndjson", "json"), "jsonl"),
     **dict.fromkeys(("tsv", "tab", "psv"), "csv"),
@@ -364,7 +366,26 @@ class Place:
         selector = pyarrow.fs.FileSelector(self.path(folder).rstrip("/"), allow_not_found=True)
         with access_errors(self.uri, sdg.OutputError):
             infos = self.fs.get_file_info(selector)
-        return {f"{folder}/{info.base_name}": info.size for info in infos if info.is_file}
+        sizes = ((info.base_name, info.size) for info in infos)  # `is_file` makes an enum of each
+        return {f"{folder}/{name}": size for name, size in sizes if size is not None}
+
+    def measuring(self, folder: str) -> Callable[[Sequence[str]], Sequence[int | None]]:
+        """A function that returns the sizes of files in a folder, by their names; None for what is no file.
+
+        Local files are looked at one by one, and then only those that are named, without a list of all in memory. An
+        object store is listed once, here. Both raise OutputError.
+        """
+        if self.local:
+            return self._measure
+        sizes = self.sizes(folder)
+        return lambda names: [sizes.get(name) for name in names]
+
+    def _measure(self, names: Sequence[str]) -> Sequence[int | None]:
+        paths = [f"{self.root}/{name}" for name in names]
+        parts = [paths[i : i + LOOKS] for i in range(0, len(paths), LOOKS)]
+        # Arrow looks without the GIL: two cores take half the time, and network file systems do not wait for each file.
+        with access_errors(self.uri, sdg.OutputError), ThreadPoolExecutor(LOOKERS) as pool:
+            return [info.size for infos in pool.map(self.fs.get_file_info, parts) for info in infos]
 
 
 def uses_spool(options: argparse.Namespace) -> bool:

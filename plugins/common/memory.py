@@ -5,13 +5,7 @@ from __future__ import annotations
 import contextlib
 
 
-def tune_memory(in_flight: int) -> None:
-    """Give memory back early, and collect garbage rarely."""
-    _tune_allocator()
-    _tune_collector(in_flight)
-
-
-def _tune_allocator() -> None:
+def tune_allocator() -> None:
     """Have glibc return the memory of large responses at once.
 
     It keeps what it believes to need again: 400 responses of a megabyte at once took 1,550 MB instead of 980.
@@ -24,7 +18,7 @@ def _tune_allocator() -> None:
         libc.mallopt(-8, 2)  # M_ARENA_MAX: each thread could have its own
 
 
-def _tune_collector(in_flight: int) -> None:
+def tune_collector(in_flight: int) -> None:
     """Make garbage collection rare: 10,000 requests in flight are a million objects, and full passes half the time.
 
     A pass over the youngest objects holds the event loop: 50,000 of them for 20 to 30 ms, 500,000 for 160 ms.

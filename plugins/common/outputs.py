@@ -7,10 +7,12 @@ import functools
 import os
 import re
 import sqlite3
+import string
+from collections.abc import Iterable
 from typing import Any
 
 import sdg
-from sdg_plugins.common.files import rank_file
+from sdg_plugins.common.files import access_errors, rank_file
 from sdg_plugins.common.kinds import parse_json
 from sdg_plugins.common.streams import BROKEN, Stream
 
@@ -23,11 +25,29 @@ def output_files(run: sdg.Run) -> list[str]:
     return [file for file in files if not os.path.basename(file).startswith(".")]
 
 
+def has_output(run: sdg.Run) -> bool:
+    """True if there are such files. In a local folder of a million the first one is enough."""
+    if not run.output.local:
+        return bool(output_files(run))
+    folder, gone = run.output.path(run.options.output_config), contextlib.suppress(FileNotFoundError)
+    with access_errors(run.output.uri, sdg.OutputError), gone, os.scandir(folder) as entries:
+        return any(not entry.name.startswith(".") and entry.is_file() for entry in entries)
+    return False
+
+
+def chunk_names(run: sdg.Run, indices: Iterable[int]) -> list[str]:
+    """The names of a rank's chunks, as `Run.path_of` has them, in a quarter of the time."""
+    options, mark = run.options, "\0"
+    name = string.Template(options.output_filename).substitute(rank=f"{options.rank:05d}", chunk_index=mark)
+    parts = f"{options.output_config}/{name}".split(mark)
+    return [f"{index:05d}".join(parts) for index in indices]
+
+
 def untouched(run: sdg.Run) -> bool:
     """True if the state holds nothing that was paid for, and no other rank has begun, unless it was this run's, too."""
     mine = {rank_file(run.state, run.options.rank, "sqlite3").stem}
     ranks = {path.stem for pattern in ("*.lock", "*.sqlite3") for path in run.state.glob(f"[0-9]{pattern}")}
-    if (ranks != mine and not run.options.processes) or output_files(run):
+    if (ranks != mine and not run.options.processes) or has_output(run):
         return False
     for path in run.state.glob("[0-9]*.sqlite3"):
         with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import heapq
 import os
 import shutil
 import sqlite3
@@ -19,6 +20,7 @@ from sdg_plugins.common.files import default_state_dir, expanded, output_place, 
 from sdg_plugins.common.ranks import why_not_begun
 from sdg_plugins.common.state import parse_run, remember_source
 
+BATCH = 500  # chunks that are read at a time
 MEMORY = "memory"  # scheme of an input that was given to `sdg.run` as values
 
 
@@ -126,21 +128,44 @@ def reader_of(run: sdg.Run) -> sdg.Reader:
     return reader
 
 
-def chunks_of(run: sdg.Run) -> list[sdg.Chunk]:
-    """The chunks that all ranks of a run have recorded, in order."""
-    known: dict[int, sdg.Chunk] = {}
-    for rank in range(run.options.world_size):
-        path = rank_file(run.state, rank, "sqlite3")
-        if path.exists():
-            known.update(chunks_in(path))
-    return [known[index] for index in sorted(known)]
+def chunks_of(run: sdg.Run, which: str = "TRUE") -> Iterator[sdg.Chunk]:
+    """The chunks that all ranks of a run have recorded, in order, and read by and by. Raises StateError.
+
+    Args:
+        run: whose.
+        which: a condition in SQL.
+    """
+    paths = [rank_file(run.state, rank, "sqlite3") for rank in range(run.options.world_size)]
+    ranks = [_chunks_from(path, which) for path in paths if path.exists()]
+    return heapq.merge(*ranks, key=lambda chunk: chunk.index)
 
 
-def chunks_in(path: Path) -> dict[int, sdg.Chunk]:
-    """The chunks that a rank has recorded in its database, by index. Raises StateError."""
+def _chunks_from(path: Path, which: str) -> Iterator[sdg.Chunk]:
+    """A rank's chunks. The database is closed in between: its process may need it for itself."""
+    sql, last = f"WHERE ({which}) AND chunk > ? ORDER BY chunk LIMIT {BATCH}", -1
+    while found := chunks_in(path, sql, last):
+        yield from found.values()
+        last = max(found)
+
+
+def chunks_in(path: Path, which: str = "ORDER BY chunk", *values: int) -> dict[int, sdg.Chunk]:
+    """The chunks that a rank has recorded in its database, by index. Raises StateError.
+
+    Args:
+        path: of the database.
+        which: SQL that selects some of them.
+        values: for the question marks in it.
+    """
+    with state_of(path) as state:
+        return {row[0]: sdg.chunk_of(row) for row in state.execute(f"SELECT * FROM chunks {which}", values)}
+
+
+@contextlib.contextmanager
+def state_of(path: Path) -> Iterator[sqlite3.Connection]:
+    """The database of a rank, for reading. Raises StateError."""
     try:
         with readable(path) as uri, contextlib.closing(sqlite3.connect(uri, uri=True, timeout=60)) as state:
-            return {row[0]: sdg.chunk_of(row) for row in state.execute("SELECT * FROM chunks")}
+            yield state
     except sqlite3.Error as exc:
         raise sdg.StateError(f"state {path} cannot be read: {exc}") from exc
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
@@ -70,17 +70,20 @@ class Records:
 
     def __init__(self, run: sdg.Run) -> None:
         self.run = run
-        self.chunks = recorded.chunks_of(run)
         self._writer: sdg.Writer = run.plugins.find("writers", file_writer(run.options)).factory(run)
 
     @property
-    def written(self) -> list[sdg.Chunk]:
+    def written(self) -> Iterator[sdg.Chunk]:
         """The chunks that are in files, in order."""
-        return [chunk for chunk in self.chunks if chunk.written]
+        return recorded.chunks_of(self.run, "written")
 
-    def tables(self) -> Iterator[tuple[sdg.Chunk, pa.Table]]:
-        """The rows of each chunk that has any and whose file is here, in order."""
-        for chunk in self.written:
+    def tables(self, chunks: Iterable[sdg.Chunk] | None = None) -> Iterator[tuple[sdg.Chunk, pa.Table]]:
+        """The rows of each chunk that has any and whose file is here, in order.
+
+        Args:
+            chunks: that are in files; None for all.
+        """
+        for chunk in self.written if chunks is None else chunks:
             if chunk.rows and (table := self._writer.read(chunk)) is not None:
                 yield chunk, table
 
@@ -99,9 +102,9 @@ class Records:
 
     def failed(self) -> Iterator[Record]:
         """The failed documents."""
-        for chunk in self.written:
+        for chunk in recorded.chunks_of(self.run, "written AND failed != '[]'"):
             path = self.run.output.path(self.run.failed_path_of(chunk))
-            for failure in read_failed(self.run, chunk) if chunk.failed else ():
+            for failure in read_failed(self.run, chunk):
                 yield Record(id_text(failure.pop("id")), "failed", failure=failure, place=path)
         yield from self._waiting("failed")
 
@@ -156,8 +159,8 @@ class Records:
 
     def _waiting(self, status: str) -> Iterator[Record]:
         """The documents of a status that are final, but whose chunk is not."""
-        for chunk in self.chunks:
-            if chunk.written or not (found := list(finished_in(self.run, chunk, status))):
+        for chunk in recorded.chunks_of(self.run, "NOT written"):
+            if not (found := list(finished_in(self.run, chunk, status))):
                 continue
             opened = self._open(chunk)
             ids = self._ids(opened)
@@ -174,9 +177,7 @@ class Records:
 
     def _find_in_input(self, id_: str) -> Record | None:
         """A document that is in no file: waiting for its chunk, filtered, or not finished."""
-        for chunk in self.chunks:
-            if chunk.written and not chunk.filtered:
-                continue
+        for chunk in recorded.chunks_of(self.run, "NOT written OR filtered != '[]'"):
             opened = self._open(chunk)
             if id_ not in (ids := self._ids(opened)):
                 continue

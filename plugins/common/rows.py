@@ -61,7 +61,7 @@ class Shape:
         import pyarrow as pa
 
         rows = source.select(kept_columns(self.options, source.column_names))
-        return rows if "id" in rows.column_names else rows.append_column("id", pa.array(ids, pa.string()))
+        return rows if "id" in rows.column_names else rows.append_column("id", array_of(ids, pa.string()))
 
 
 class Flat(Shape):
@@ -81,7 +81,7 @@ class Flat(Shape):
             "sample": [i for each in bodies for i in range(len(each))],
         }
         for name, values in numbers.items():
-            rows = rows.append_column(name, pa.array(values, pa.int32()))
+            rows = rows.append_column(name, array_of(values, pa.int32()))
         checks = {name: checker(kind) for name, kind in fields.items()}
         fitted = [fit(result, checks) for result in results]
         for name, kind in [*fields.items(), ("extra", pa.string())]:

@@ -29,7 +29,7 @@ from sdg_plugins.common.defaults import DEMO_OUTPUT
 from sdg_plugins.common.files import default_state_dir, expanded, rank_file, split_uri, sync
 from sdg_plugins.common.identity import EDITED, changes_since, different_run, identity_of, with_edits
 from sdg_plugins.common.models import recordable
-from sdg_plugins.common.outputs import chunk_files, output_files, refuse_others, untouched
+from sdg_plugins.common.outputs import chunk_files, has_output, output_files, refuse_others, untouched
 from sdg_plugins.common.processes import asked_for
 from sdg_plugins.common.results import annotated_fields, base_fields
 from sdg_plugins.common.rows import messages_type
@@ -249,7 +249,7 @@ def check_number_of_files(run: sdg.Run, reader: sdg.Reader) -> None:
         return
     documents = documents_in(reader) or 0
     files = -(-min(documents, options.max_documents or documents) // options.records_per_chunk)
-    if files > HUB_FILES and not output_files(run):
+    if files > HUB_FILES and not has_output(run):
         raise sdg.UsageError(
             f"--output {options.output}: {documents:,} documents make about {files:,} files, and the Hub takes "
             f"{HUB_FILES:,} in a repository: merge them with --max-file-size 500MB, or raise --records-per-chunk"

@@ -21,7 +21,7 @@ import sdg
 from sdg_plugins.common import recorded
 from sdg_plugins.common.files import default_state_dir, format_of
 from sdg_plugins.common.markdown import counted, fence, inline, rows_in_table, table, visible
-from sdg_plugins.common.outputs import output_files
+from sdg_plugins.common.outputs import has_output
 from sdg_plugins.common.prices import in_money
 from sdg_plugins.common.state import recorded_fields, schema_of
 from sdg_plugins.common.statistics import rank_statistics, rows_in, sum_statistics
@@ -182,7 +182,7 @@ def facts_of(run: sdg.Run, record: dict[str, Any], folder: str, published: bool)
     return {
         "rows": rows_in(sum_statistics(rank_statistics(run.state)), run.options),
         "files": posixpath.join(glob.escape(folder), run.options.output_config, f"**/*{suffix[0] if suffix else ''}"),
-        "exist": published or bool(output_files(run)),
+        "exist": published or has_output(run),
         "columns": xxhash.xxh3_64_hexdigest(json.dumps([*columns, run.options.results_column]).encode()),
         "tasks": tasks_of(record["options"]),
         "run": record["run"][:12],

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import sdg
 from sdg_plugins.common import recorded
-from sdg_plugins.common.files import codec_of, file_writer, format_of
+from sdg_plugins.common.files import codec_of, file_writer, format_of, rank_file
 from sdg_plugins.common.markdown import fence, inline
 from sdg_plugins.common.outputs import output_files
 from sdg_plugins.common.rows import flat_names
@@ -112,17 +112,26 @@ def first_rows(run: sdg.Run) -> list[dict[str, Any]]:
 
     if file_writer(run.options) not in {"parquet", "jsonl"}:
         return first_rows_by_writer(run)
-    for file in output_files(run)[:FILES_TRIED]:
+    for file in first_files(run):
         with contextlib.suppress(OSError, ValueError, pa.ArrowException):  # `verify` reports broken files
             if rows := first_rows_of(run, file):
                 return rows
     return []
 
 
+def first_files(run: sdg.Run) -> Iterator[str]:
+    """The first files that may have rows: as the first rank has recorded them, because a list of all takes seconds."""
+    path = rank_file(run.state, 0, "sqlite3")
+    with contextlib.suppress(sdg.StateError):
+        first = recorded.chunks_in(path, "WHERE written ORDER BY chunk LIMIT ?", FILES_TRIED) if path.exists() else {}
+        yield from sorted(run.path_of(chunk) for chunk in first.values() if chunk.rows)
+    yield from output_files(run)[:FILES_TRIED]
+
+
 def first_rows_by_writer(run: sdg.Run) -> list[dict[str, Any]]:
     """The first rows as the plugin reads them that has written them."""
     entry = run.plugins.writers.get(file_writer(run.options))
-    for chunk in recorded.chunks_of(run)[:FILES_TRIED] if entry else ():
+    for chunk in itertools.islice(recorded.chunks_of(run), FILES_TRIED) if entry else ():
         table = entry.factory(run).read(chunk) if entry and chunk.written and chunk.rows else None
         if table is not None:
             columns = [field.name for field in table.schema if not has_binary(field.type)]

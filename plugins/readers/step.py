@@ -37,7 +37,7 @@ class StepReader:
             raise sdg.InputError(f"{message}: run all steps") from exc
         if not run.plugins.quiet:  # as in a preview, which runs a part of each step
             self._check_finished()
-        self._chunks = [chunk for chunk in recorded.chunks_of(self._before) if chunk.written]
+        self._chunks = list(recorded.chunks_of(self._before, "written"))
         before = self._before
         self._writer: sdg.Writer = before.plugins.find("writers", file_writer(before.options)).factory(before)
         self._sizes: dict[int, int] = {}

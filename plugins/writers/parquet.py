@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import sdg
@@ -87,13 +87,18 @@ class ParquetWriter:
 
     def read(self, chunk: sdg.Chunk) -> pa.Table | None:
         """See `sdg.Writer`."""
+        return self.read_columns(chunk, None)
+
+    def read_columns(self, chunk: sdg.Chunk, names: Container[str] | None) -> pa.Table | None:
+        """As `read`, without columns that are not asked for; None asks for all."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         try:
             with self._run.output.open(self._run.path_of(chunk)) as file:
                 whole = pq.ParquetFile(file)  # `read_table` imports pandas
-                groups = [whole.read_row_group(i) for i in range(whole.num_row_groups)]  # not above 2 GiB at a time
-                return pa.concat_tables(groups) if groups else whole.read()
+                columns = None if names is None else [name for name in whole.schema_arrow.names if name in names]
+                groups = [whole.read_row_group(i, columns) for i in range(whole.num_row_groups)]  # not above 2 GiB each
+                return pa.concat_tables(groups) if groups else whole.read(columns)
         except FileNotFoundError:
             return None

@@ -307,8 +307,11 @@ def test_a_rerun_of_a_finished_run_sends_nothing_and_changes_no_byte(job: Job, s
     stats = output.stats()
     server.forget()
 
-    job.succeed(records_per_chunk=3)
+    again = job(records_per_chunk=3, env={"PYTHONPROFILEIMPORTTIME": "1"})
 
+    assert again.rc == 0
+    assert "pyarrow" in again.stderr
+    assert "pandas" not in again.stderr  # half of the time that a rerun takes
     assert not server.requests
     assert output.files() == before
     assert {path: path.stat().st_mtime_ns for path in (output.path / "data").iterdir()} == touched

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -615,33 +614,34 @@ def test_workers_come_and_go_and_a_node_is_switched_off_and_on_again(campaign: C
     assert again <= 2 * LOST
 
 
-def test_a_worker_that_is_frozen_until_another_has_finished_its_rank_writes_nothing(
-    campaign: Campaign, slow: FakeServer
+@pytest.mark.parametrize("lost", [False, True], ids=["alone", "with its node"])
+def test_a_worker_that_is_frozen_until_others_have_finished_its_ranks_writes_nothing(
+    lost: bool, campaign: Campaign, slow: FakeServer
 ) -> None:
+    """If Slurm takes its node for lost, it starts the worker on another one meanwhile."""
     cluster, ranks = campaign.cluster, 6
     write(campaign, ranks * 20)
     campaign.options["max_concurrent_documents"] = AT_ONCE
     campaign.env["SDG_LEASE"] = "4"
     tap = Tap(slow)
     tap.allow(20)
-    workers, _, card = campaign.submit("--ranks=6", "--workers=2", "--cpus-per-task=8")
+    workers, _, card = campaign.submit("--ranks=6", "--workers=2", "--cpus-per-task=8")  # each on a node of its own
     settle(campaign, slow, ranks, {workers: 2})
 
-    frozen = cluster.processes(cluster.task(workers, 0).node)
-    for pid in frozen:
-        os.kill(pid, signal.SIGSTOP)
-    tap.open()
-    cluster.wait_for(f"{workers}_1", "COMPLETED")
-    assert "parts: 6 done, 0 taken, 0 free" in campaign.sdg("status").stdout
-    before = files_of_ranks(campaign)
-    for pid in frozen:
-        os.kill(pid, signal.SIGCONT)
+    node = cluster.task(workers, 0).node
+    with cluster.frozen(node, lost):
+        tap.open()
+        cluster.wait_for(workers if lost else f"{workers}_1", "COMPLETED")
+        assert "parts: 6 done, 0 taken, 0 free" in campaign.sdg("status").stdout
+        before = files_of_ranks(campaign)
+    wait_for(lambda: not cluster.processes(node), 60, lambda: cluster.processes(node))
 
-    campaign.done(workers)
     assert files_of_ranks(campaign) == before
+    campaign.done(workers)
     campaign.done(card)
+    assert cluster.task(workers, 0).restarts == lost
     assert "is taken over" in campaign.logs[f"rank-1-{workers}.log"]
-    assert "another process has taken it" in campaign.logs[f"rank-0-{workers}.log"]
+    assert lost or "another process has taken it" in campaign.logs[f"rank-0-{workers}.log"]
     campaign.everything(ranks * 20)
 
 

@@ -18,6 +18,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -329,6 +330,23 @@ class Cluster:
         """Take the power from a node, and have Slurm know it."""
         self._kill(name)
         self.slurm("scontrol", "update", f"node={name}", "state=down", "reason=off")
+
+    @contextlib.contextmanager
+    def frozen(self, name: str, lost: bool) -> Iterator[None]:
+        """Stop the processes on a node for a while; with Slurm's own if Slurm is to take the node for lost."""
+        pids = list(self._inside(name) if lost else self.processes(name))
+        self._signal(pids, signal.SIGSTOP)
+        try:
+            if lost:
+                self.slurm("scontrol", "update", f"node={name}", "state=down", "reason=frozen")
+            yield
+        finally:
+            self._signal(pids, signal.SIGCONT)
+
+    def _signal(self, pids: Iterable[int], number: signal.Signals) -> None:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     def restore(self) -> None:
         """Have all nodes up and idle."""

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
 from running import Job, documents, rollout
 
+import sdg
 from sdg_plugins.commands import export
+from sdg_plugins.commands.verify import discrepancies_of_chunk
+from sdg_plugins.common.files import Place
+from sdg_plugins.writers.parquet import ParquetWriter
 
 SHELF = """
     import io
@@ -118,3 +124,29 @@ def test_chunks_that_are_written_in_pieces_hold_the_same_rows(job: Job, name: st
     else:
         assert pieces.data() == whole.data()
     assert job.verify(output="pieces").rc == 0
+
+
+class NeverWhole(ParquetWriter):
+    """Reads no file as a whole."""
+
+    def read(self, chunk: sdg.Chunk) -> pa.Table | None:
+        """See `sdg.Writer`."""
+        raise OSError("read as a whole")
+
+
+def test_of_a_file_with_the_right_hash_verify_reads_only_the_ids(tmp_path: Path) -> None:
+    options = Namespace(rank=0, world_size=1, output_config="data", output_filename="${chunk_index}.parquet")
+    options.id_column, options.flat = None, False
+    run = sdg.Run(options, sdg.Plugins(), Place(str(tmp_path)), tmp_path, lambda reason: None)
+    chunk, writer = sdg.Chunk(0, 0, 2, written=True), NeverWhole(run)
+    writer.write(chunk, pa.table({"id": ["a", "b"], "text": ["long", "longer"]}))
+    chunk.size, chunk.hash = run.output.stamps[run.path_of(chunk)]
+
+    assert not [*discrepancies_of_chunk(run, chunk, ["a", "b"], writer, set())]
+    (other,) = discrepancies_of_chunk(run, chunk, ["a", "c"], writer, set())
+    assert "row 1 is document 'b', expected 'c'" in other
+    with open(run.output.path(run.path_of(chunk)), "ab") as file:
+        file.write(b"more")
+    changed, whole = discrepancies_of_chunk(run, chunk, ["a", "b"], writer, set())
+    assert "has changed since it was written" in changed
+    assert "read as a whole" in whole

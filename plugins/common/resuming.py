@@ -1,0 +1,170 @@
+"""What a rank that is started again finds: which of its chunks are complete, and whose files are gone.
+
+A finished run may have a million chunks. SQLite and Arrow go through them; only those that there is something to do
+for become objects.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sqlite3
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import orjson
+
+import sdg
+from sdg_plugins.common.files import rank_file, split_uri
+from sdg_plugins.common.outputs import chunk_names
+from sdg_plugins.common.recorded import state_of
+
+BATCH = 50_000  # chunks that are looked at together
+UNKNOWN = -1  # size of a file that an earlier version of sdg, or a plugin's writer, has not recorded
+# Chunks that need not be read again
+COMPLETE = "written AND count >= min(:size, :most - start) AND (failed = '[]' OR NOT :retry)"
+ROWS = "(filtered = '[]' AND failed = '[]') OR json_array_length(filtered) + json_array_length(failed) < count"
+SIZE = f"CASE WHEN {ROWS} THEN ifnull(size, {UNKNOWN}) END"  # NULL: there are no rows, and so no file
+Sizes = Sequence[int | None]  # of files in bytes; None where there is none
+
+
+class Span(NamedTuple):
+    """Complete chunks that follow each other in a rank, from `first` to `last`; both are indices."""
+
+    first: int
+    last: int
+    bookmark: str | None = None  # of the last one
+
+
+class Known:
+    """The chunks that earlier processes of a rank have read.
+
+    Args:
+        complete: those that need not be read again, in order.
+        others: all others, by index.
+        lost: indices of those among them that are recorded as written, but whose files are gone.
+    """
+
+    def __init__(self, complete: Sequence[Span], others: dict[int, sdg.Chunk], lost: list[int]) -> None:
+        self._complete, self._others, self.lost = complete, others, lost
+
+    def get(self, index: int) -> sdg.Chunk | None:
+        """A chunk that is not complete, as it is recorded; None if it is new."""
+        return self._others.get(index)
+
+    def to_read(self, indices: Iterable[int]) -> Iterator[tuple[int, str | None]]:
+        """Those of some chunks that are not complete, each with a bookmark if there is one since the one before it.
+
+        Args:
+            indices: of chunks, in order.
+        """
+        spans, end = iter(self._complete), Span(sys.maxsize, sys.maxsize)
+        span, bookmark = next(spans, end), None
+        for index in indices:
+            while index > span.last:
+                bookmark = span.bookmark or bookmark
+                span = next(spans, end)
+            if index < span.first:
+                known = self._others.get(index)
+                yield index, (known and known.bookmark) or bookmark
+                bookmark = None
+
+
+def known_chunks(run: sdg.Run) -> Known:
+    """What a run's rank has recorded, compared with its output; reports the chunks whose files are gone or empty.
+
+    Raises:
+        OutputError: a file has another size than the one that was written: it may be valuable.
+        StateError: the state cannot be read.
+    """
+    options, comparing = run.options, Comparing(run)
+    values = {"size": options.records_per_chunk, "most": options.max_documents or sys.maxsize}
+    values["retry"] = options.retry_failed
+    with state_of(rank_file(run.state, options.rank, "sqlite3")) as state:
+        rest = state.execute(f"SELECT * FROM chunks WHERE NOT ({COMPLETE})", values)
+        others = {row[0]: sdg.chunk_of(row) for row in rest}
+        written = [chunk for chunk in others.values() if chunk.written]
+        sizes: Sizes = [(UNKNOWN if chunk.size is None else chunk.size) if chunk.rows else None for chunk in written]
+        lost, spans = comparing.lost([chunk.index for chunk in written], sizes), list[Span]()
+        for indices, sizes in _complete(state, values):
+            gone = set(comparing.lost(indices, sizes))
+            lost += gone
+            kept = [index for index in indices if index not in gone] if gone else indices
+            _add_spans(spans, kept, options.world_size)
+        found = state.execute(
+            "SELECT * FROM chunks WHERE chunk IN (SELECT value FROM json_each(?))", (json.dumps(lost),)
+        )
+        for chunk in map(sdg.chunk_of, found):
+            others[chunk.index] = dataclasses.replace(chunk, written=False, filtered=(), failed=())
+        sql = "SELECT bookmark FROM chunks WHERE chunk = ?"
+        spans = [span._replace(bookmark=state.execute(sql, (span.last,)).fetchone()[0]) for span in spans]
+    if lost:
+        others_gone = f" and {len(lost) - 1:,} more" * (len(lost) > 1)
+        first = run.output.path(chunk_names(run, [min(lost)])[0])
+        sdg.say(f"missing from the output, will be written again: {first}{others_gone}")
+    return Known(spans, others, sorted(lost))
+
+
+def _complete(state: sqlite3.Connection, values: dict[str, int]) -> Iterator[tuple[list[int], Sizes]]:
+    """Indices of the complete chunks, and sizes of their files. SQLite makes the lists at once, without the GIL."""
+    some = f"SELECT chunk, {SIZE} AS size FROM chunks WHERE chunk > :after AND {COMPLETE} ORDER BY chunk LIMIT :batch"
+    sql = f"SELECT json_group_array(chunk), json_group_array(size) FROM ({some})"
+    indices = [-1]
+    while indices:
+        texts = state.execute(sql, {**values, "after": indices[-1], "batch": BATCH}).fetchone()
+        indices, sizes = map(orjson.loads, texts)
+        if indices:
+            yield indices, sizes
+
+
+def _add_spans(spans: list[Span], indices: list[int], step: int) -> None:
+    """Add chunks that follow those in some spans; most often they are one span more, or a part of the last one."""
+    if not indices:
+        return
+    gaps = [0]
+    if indices[-1] - indices[0] != (len(indices) - 1) * step:
+        gaps += [i for i, index in enumerate(indices[1:], 1) if index - indices[i - 1] != step]
+    for start, stop in zip(gaps, [*gaps[1:], len(indices)], strict=True):
+        first, last = indices[start], indices[stop - 1]
+        if spans and spans[-1].last + step == first:
+            first = spans.pop().first
+        spans.append(Span(first, last))
+
+
+class Comparing:
+    """Compares the files of chunks with what is recorded of them. Those on the Hub are compared by `verify`."""
+
+    def __init__(self, run: sdg.Run) -> None:
+        self._run, options = run, run.options
+        own_scheme = split_uri(options.output)[0] == options.writer
+        self._sizes_of: Callable[[Sequence[str]], Sizes] | None = None
+        if not own_scheme and run.plugins.writers[options.writer].package == "sdg":
+            self._sizes_of = run.output.measuring(os.path.dirname(chunk_names(run, [0])[0]))
+
+    def lost(self, indices: list[int], expected: Sizes) -> list[int]:
+        """The chunks whose files are gone or empty. Raises OutputError if one has another size.
+
+        Args:
+            indices: of chunks.
+            expected: sizes as recorded; None if a chunk has no rows.
+        """
+        if self._sizes_of is None:
+            return []
+        sizes = self._sizes_of(chunk_names(self._run, indices))
+        if sizes == expected and 0 not in sizes:  # as almost always
+            return []
+        lost = []
+        for index, size, before in zip(indices, sizes, expected, strict=True):
+            if before is None:
+                continue
+            if not size:
+                lost.append(index)
+            elif before not in {UNKNOWN, size}:
+                path = self._run.output.path(chunk_names(self._run, [index])[0])
+                raise sdg.OutputError(
+                    f"{path} has {size:,} bytes, but {before:,} were written: "
+                    "restore it, or move it away and have it generated again"
+                )
+        return lost
