@@ -112,6 +112,7 @@ LARGE_CHUNK = 32 << 20  # bytes of results in a chunk above which no other such 
 PIECE = 256  # documents that are made into rows at a time
 PIECE_BYTES = 8 << 20  # results of a large chunk that are in memory at a time
 WINDOW = 32  # documents read but not yet written, per document in flight: 1 % stragglers of 20 times the mean need 20
+AT_ONCE = 100  # documents that begin in one turn of the event loop, if many wait for the reader
 RECENT = 1000  # documents that the failure rate is also judged by, so that a long run stops soon when all go wrong
 PUBLISHER = "sdg-publisher"  # the thread that publishes during a run; see `run_program` in plugins/common/ending.py
 hide: Callable[[str], str] = str  # takes keys out of a text; see `hide_secrets` in plugins/common/secrets.py
@@ -1514,7 +1515,7 @@ class Failures:
 class Feed:
     """Hands documents to workers. One of them at a time reads on, while the others sleep.
 
-    Each one that is served wakes two: with a lock, all that wait would pass through it for each chunk.
+    When it has read, some wake in each turn of the event loop: 10,000 that begin in one would hold it for a second.
 
     Args:
         batches: documents, with their chunks, as they are read.
@@ -1523,28 +1524,33 @@ class Feed:
     def __init__(self, batches: AsyncIterator[Iterator[tuple[OpenChunk, Document]]]) -> None:
         self._batches = batches
         self._ready: Iterator[tuple[OpenChunk, Document]] = iter(())
-        self._reading = self._exhausted = False
+        self._reading = self._exhausted = self._waking = False
         self._asleep: deque[asyncio.Future[None]] = deque()
 
     async def take(self) -> tuple[OpenChunk, Document] | None:
         """The next document; None if there is none."""
-        try:
-            while not (taken := next(self._ready, None)) and not self._exhausted:
-                if self._reading:
-                    self._asleep.append(sleeper := asyncio.get_running_loop().create_future())
-                    await sleeper
-                    continue
-                self._reading = True
-                try:
-                    batch = await anext(self._batches, None)
-                finally:
-                    self._reading = False
-                self._ready, self._exhausted = batch or iter(()), batch is None
-            return taken
-        finally:
-            for _ in range(min(2, len(self._asleep))):
+        while not (taken := next(self._ready, None)) and not self._exhausted:
+            if self._reading:
+                self._asleep.append(sleeper := asyncio.get_running_loop().create_future())
+                await sleeper
+                continue
+            self._reading = True
+            try:
+                batch = await anext(self._batches, None)
+            finally:
+                self._reading = False
+                if not self._waking:
+                    self._wake()
+            self._ready, self._exhausted = batch or iter(()), batch is None
+        return taken
+
+    def _wake(self) -> None:
+        if waking := bool(self._asleep) and not self._reading:
+            for _ in range(min(AT_ONCE, len(self._asleep))):
                 if not (sleeper := self._asleep.popleft()).done():
                     sleeper.set_result(None)
+            asyncio.get_running_loop().call_soon(self._wake)
+        self._waking = waking
 
 
 class Engine:

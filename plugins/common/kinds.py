@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 MOST_FIELDS = 500  # of a struct: a column for each of thousands of keys makes footers of megabytes
 EXACT = 2**53  # integers up to here are exact as floats
 LARGEST_FLOAT32 = 3.4e38
+PLAIN_VALUES = {str, int, bool, type(None)}
 HUGE = float(2**63)  # orjson reads integers from here on as floats, which are not exact
 
 Check = Callable[[Any], bool]
@@ -87,9 +88,8 @@ def has_nan(value: Any) -> bool:
     """True if there is a float in a value that standard JSON does not have."""
     if isinstance(value, float):
         return not math.isfinite(value)
-    if isinstance(value, Mapping):
-        return any(map(has_nan, value.values()))
-    return isinstance(value, list | tuple) and any(map(has_nan, value))
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return any(has_nan(item) for item in items if type(item) not in PLAIN_VALUES)
 
 
 def without_surrogates(value: Any) -> Any:

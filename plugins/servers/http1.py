@@ -13,6 +13,7 @@ import contextlib
 import errno
 import functools
 import select
+import sys
 import zlib
 from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -22,6 +23,7 @@ import httptools
 from multidict import CIMultiDict
 
 import sdg
+from sdg_plugins.common.processes import PORTS
 from sdg_plugins.servers.brake import Brake, Pausable
 from sdg_plugins.servers.origins import Origin
 from sdg_plugins.servers.streaming import Take
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 CONNECT_TIMEOUT = 30.0  # s for a connection, with TLS
 OTHER_ADDRESS = 5.0  # s for an address of a host that has others
 TICK = 0.25  # s between two looks at the time-outs
+OWN = 251  # last part of the further loopback addresses of a process that shares its work with no other
 CLOSED = "the server closed the connection"
 MOST_HEAD = 1 << 18  # bytes of headers, those of interim responses included
 MOST = 1 << 30  # bytes of a response, as sent and as decompressed
@@ -268,7 +271,7 @@ class Http1:
     Args:
         headers: of every request, beside Host and Content-Length.
         timeout: seconds for a whole request; of a stream, between two pieces of it.
-        source: loopback address that connections to this machine come from: each has ports of its own.
+        source: loopback address that the first connections to this machine come from; "" for the usual one.
 
     Attributes:
         brake: bounds the bytes of responses in memory.
@@ -401,7 +404,7 @@ class Http1:
         return await self._connect_to(origin, last, secure)
 
     async def _connect_to(self, origin: Origin[Connection], address: str, secure: Mapping[str, Any]) -> Connection:
-        source = (self._source, 0) if self._source and address.startswith("127.") else None
+        source = self._source_for(address)
 
         async def connect() -> Connection:
             make = functools.partial(Connection, self._loop, self.brake)
@@ -411,12 +414,21 @@ class Http1:
         try:
             return await connect()
         except OSError as exc:
-            if exc.errno not in {errno.EMFILE, errno.ENFILE} or not sum(
+            if exc.errno == errno.EADDRNOTAVAIL and source:  # a machine on which only 127.0.0.1 is its own
+                source = None
+            elif exc.errno not in {errno.EMFILE, errno.ENFILE} or not sum(
                 each.clear() for each in self._origins.values()
             ):
                 raise
         await asyncio.sleep(0)  # the connections that were idle, with other servers, are closed by then
         return await connect()
+
+    def _source_for(self, address: str) -> tuple[str, int] | None:
+        """Where a connection to an address comes from, if not from the usual address: each has ports of its own."""
+        turn = len(self._busy) // PORTS
+        if sys.platform != "linux" or not address.startswith("127.") or not (turn or self._source):
+            return None
+        return f"127.0.{1 + turn % 250}.{self._source.rpartition('.')[2] or OWN}", 0
 
     async def _tls(self) -> ssl.SSLContext:
         """What TLS needs: made once, which takes some hundredths of a second of CPU."""

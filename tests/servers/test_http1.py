@@ -14,6 +14,7 @@ import pytest
 from raw_server import RawServer, Then
 from test_http import OK, PLAIN, WHOLE
 
+from sdg_plugins.servers import http1
 from sdg_plugins.servers.http1 import Broken, Http1, Unreached
 from sdg_plugins.servers.streaming import Take
 
@@ -48,6 +49,44 @@ def test_connections_to_this_machine_come_from_the_address_that_is_asked_for() -
 
     asyncio.run(ask())
     assert came == ["127.0.0.1", "127.0.1.9"]
+
+
+def test_thousands_of_connections_to_this_machine_come_from_several_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel looks for long for a free port when most of those of an address are in use."""
+    monkeypatch.setattr(http1, "PORTS", 2)
+    came: list[str] = []
+
+    async def ask() -> None:
+        all_came = asyncio.Event()
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n{}")
+            came.append(writer.get_extra_info("peername")[0])
+            next_one.set()
+            await all_came.wait()
+            writer.write(PLAIN)
+            writer.close()
+
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+        async with server, Http1({}, 20).working() as client, asyncio.TaskGroup() as requests:
+            for _ in range(5):
+                next_one = asyncio.Event()
+                requests.create_task(client.post(url, b"{}"))
+                await next_one.wait()
+            all_came.set()
+
+    asyncio.run(ask())
+    assert came == ["127.0.0.1"] * 2 + ["127.0.2.251"] * 2 + ["127.0.3.251"]
+
+
+def test_an_address_that_the_machine_does_not_have_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Http1, "_source_for", lambda client, address: ("203.0.113.1", 0))
+
+    async def ask(client: Http1, url: str) -> bytes:
+        return (await client.post(url, b"{}")).body
+
+    assert with_client(RawServer([PLAIN]), ask) == b"hello"
 
 
 @pytest.mark.parametrize("name", WHOLE)

@@ -639,6 +639,7 @@ def test_a_worker_that_is_frozen_until_others_have_finished_its_ranks_writes_not
     assert files_of_ranks(campaign) == before
     campaign.done(workers)
     campaign.done(card)
+    assert cluster.task(workers, 0).restarts == lost
     assert "is taken over" in campaign.logs[f"rank-1-{workers}.log"]
     assert lost or "another process has taken it" in campaign.logs[f"rank-0-{workers}.log"]
     campaign.everything(ranks * 20)
