@@ -81,7 +81,7 @@ def test_thousands_of_connections_to_this_machine_come_from_several_addresses(mo
 
 
 def test_an_address_that_the_machine_does_not_have_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Http1, "_source_for", lambda client, address: ("203.0.113.1", 0))
+    monkeypatch.setattr(Http1, "_source_for", lambda client, address: "203.0.113.1")
 
     async def ask(client: Http1, url: str) -> bytes:
         return (await client.post(url, b"{}")).body
