@@ -989,6 +989,8 @@ class Store:
         self._closing = False
         self._problem: Exception | None = None  # of the last commit
         self.base: Counter[str] = Counter()  # totals of earlier processes
+        self._saved: Counter[str] = Counter()  # totals that are durable
+        self._in_files = -1, (0, 0, 0, 0)  # rows that had been changed then; see `in_files`
         self.most_answers = 500  # that a crash may lose, beside those in flight
         self.on_durable: Callable[[list[int]], None] = lambda ids: None
         self.on_failure: Callable[[Exception], None] = lambda exc: None
@@ -1032,7 +1034,7 @@ class Store:
             if column.split()[0] not in columns:
                 await self._db.execute(f"ALTER TABLE chunks ADD COLUMN {column}")
         async with self._db.execute("SELECT name, value FROM totals") as cursor:
-            self.base = Counter({name: value async for name, value in cursor})
+            self.base = self._saved = Counter({name: value async for name, value in cursor})
 
     # Handing in
 
@@ -1111,17 +1113,18 @@ class Store:
         # There is no await between these lines: the totals belong to exactly these rows.
         chunks, documents, requests = self._chunks, self._documents, self._requests
         self._chunks, self._documents, self._requests = [], [], {}
-        totals, handed = list(self.totals().items()), self._handed
+        totals, handed = self.totals(), self._handed
         taken, began = self.unsaved.copy(), time.monotonic()
         answers = [(document, *answer) for document, own in requests.items() for answer in own]
         rows = {"chunks": [_chunk_row(chunk) for chunk in chunks], "documents": documents, "requests": answers}
         try:
-            await self._save({**rows, "totals": totals})
+            if handed > self._durable or totals != self._saved:
+                await self._save({**rows, "totals": list(totals.items())})
         except BaseException:  # they wait for the next attempt
             self._chunks, self._documents = chunks + self._chunks, documents + self._documents
             self._requests = {i: requests.get(i, []) + self._requests.get(i, []) for i in requests | self._requests}
             raise
-        self._durable = handed
+        self._durable, self._saved = handed, totals
         self.unsaved.subtract(taken)
         self._oldest = began if self._handed > handed else None
         self.on_room()
@@ -1172,13 +1175,13 @@ class Store:
 
     async def in_files(self) -> tuple[int, int, int, int]:
         """Documents in written chunks; how many of them are filtered and failed, and how many of these are empty."""
-        filtered, failed = (
-            f"CASE {of} WHEN '[]' THEN 0 ELSE json_array_length({of}) END" for of in ("filtered", "failed")
-        )
-        sql = f"SELECT total(count), total({filtered}), total({failed}), total(empty) FROM chunks WHERE written"
-        async with self._db.execute(sql) as cursor:
-            ((every, filtered, failed, empty),) = await cursor.fetchall()
-        return int(every), int(filtered), int(failed), int(empty)
+        if self._in_files[0] != (changed := self._db.total_changes):  # of a million chunks it takes a while
+            gone = "total(CASE {0} WHEN '[]' THEN 0 ELSE json_array_length({0}) END)"
+            sums = f"total(count), {gone.format('filtered')}, {gone.format('failed')}, total(empty)"
+            async with self._db.execute(f"SELECT {sums} FROM chunks WHERE written") as cursor:
+                ((every, filtered, failed, empty),) = await cursor.fetchall()
+            self._in_files = changed, (int(every), int(filtered), int(failed), int(empty))
+        return self._in_files[1]
 
     async def finished_in(self, chunk: Chunk) -> dict[int, str]:
         """Positions and statuses of a chunk's final documents."""

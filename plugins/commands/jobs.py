@@ -42,7 +42,7 @@ from sdg_plugins.common.files import output_place, rank_file
 from sdg_plugins.common.interleaving import Abreast
 from sdg_plugins.common.lease import Fenced, Lease
 from sdg_plugins.common.locks import lock_rank
-from sdg_plugins.common.memory import tune_allocator, tune_collector
+from sdg_plugins.common.memory import before_the_first_request, tune_allocator
 from sdg_plugins.common.progress import Course, progress, put, report
 from sdg_plugins.common.rereading import changed_rows
 from sdg_plugins.common.secrets import hide_secrets
@@ -207,10 +207,10 @@ class Job:
         remember_source(self.run)
         async with self._engine(await self._reader(), servers) as engine:
             await self._observe()
-            if len(self._everything.parts) == 1:  # it takes a while, in which requests of others would wait
+            alone, in_flight = len(self._everything.parts) == 1, self.run.options.max_concurrent_generations
+            if alone:
                 tune_allocator()
-                in_flight = self.run.options.max_concurrent_generations
-                engine.intake.on_first = functools.partial(tune_collector, in_flight)
+            engine.intake.on_first = functools.partial(before_the_first_request, in_flight, alone)
             async with self._present(engine, self.stop):
                 self.stop.gently = engine.stop
                 try:

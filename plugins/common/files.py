@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import functools
 import os
 import re
 import shutil
@@ -22,7 +23,7 @@ from sdg_plugins.common import s3
 OBJECT_STORES = {"s3", "gcs", "abfs"}  # have no folders: creating one leaves an empty object
 PUT_BYTES = 16 << 20  # written at a time: more than the smallest part of an upload, so that pyarrow copies nothing
 PIECE = 1 << 20  # bytes of a file that are read at a time to hash it
-LOOKS, LOOKERS = 1000, 8  # files that are looked at together, by each of so many threads
+LOOKS, LOOKERS = 5000, 4  # files that are looked at together, and threads that do it
 ALIASES = {  # further suffixes of a format
     **dict.fromkeys(("ndjson", "json"), "jsonl"),
     **dict.fromkeys(("tsv", "tab", "psv"), "csv"),
@@ -164,6 +165,9 @@ def stamp_of(file: Any) -> Stamp:
         digest.update(piece)
         size += len(piece)
     return Stamp(size, digest.hexdigest())
+
+
+Sizes = Sequence[int | None]  # of files in bytes; None for what is no file
 
 
 class Fence(Protocol):
@@ -369,23 +373,28 @@ class Place:
         sizes = ((info.base_name, info.size) for info in infos)  # `is_file` makes an enum of each
         return {f"{folder}/{name}": size for name, size in sizes if size is not None}
 
-    def measuring(self, folder: str) -> Callable[[Sequence[str]], Sequence[int | None]]:
-        """A function that returns the sizes of files in a folder, by their names; None for what is no file.
+    def measuring(self, folder: str, pool: ThreadPoolExecutor) -> Callable[[Sequence[str]], Callable[[], Sizes]]:
+        """A function that begins to look at files in a folder, by their names; what it returns waits for their sizes.
 
-        Local files are looked at one by one, and then only those that are named, without a list of all in memory. An
-        object store is listed once, here. Both raise OutputError.
+        Local files are looked at one by one, and only those that are named, without a list of all in memory. An object
+        store is listed once, here. Both raise OutputError.
         """
         if self.local:
-            return self._measure
+            return functools.partial(self._look, pool)
         sizes = self.sizes(folder)
-        return lambda names: [sizes.get(name) for name in names]
+        return lambda names: lambda: [sizes.get(name) for name in names]
 
-    def _measure(self, names: Sequence[str]) -> Sequence[int | None]:
-        paths = [f"{self.root}/{name}" for name in names]
-        parts = [paths[i : i + LOOKS] for i in range(0, len(paths), LOOKS)]
+    def _look(self, pool: ThreadPoolExecutor, names: Sequence[str]) -> Callable[[], Sizes]:
+        folder = self.path("")
+        parts = [[folder + name for name in names[i : i + LOOKS]] for i in range(0, len(names), LOOKS)]
         # Arrow looks without the GIL: two cores take half the time, and network file systems do not wait for each file.
-        with access_errors(self.uri, sdg.OutputError), ThreadPoolExecutor(LOOKERS) as pool:
-            return [info.size for infos in pool.map(self.fs.get_file_info, parts) for info in infos]
+        looks = pool.map(self.fs.get_file_info, parts)
+
+        def sizes() -> Sizes:
+            with access_errors(self.uri, sdg.OutputError):
+                return [info.size for infos in looks for info in infos]
+
+        return sizes
 
 
 def uses_spool(options: argparse.Namespace) -> bool:

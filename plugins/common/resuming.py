@@ -7,17 +7,19 @@ for become objects.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import sqlite3
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import orjson
 
 import sdg
-from sdg_plugins.common.files import rank_file, split_uri
+from sdg_plugins.common.files import LOOKERS, Sizes, rank_file, split_uri
 from sdg_plugins.common.outputs import chunk_names
 from sdg_plugins.common.recorded import state_of
 
@@ -27,7 +29,7 @@ UNKNOWN = -1  # size of a file that an earlier version of sdg, or a plugin's wri
 COMPLETE = "written AND count >= min(:size, :most - start) AND (failed = '[]' OR NOT :retry)"
 ROWS = "(filtered = '[]' AND failed = '[]') OR json_array_length(filtered) + json_array_length(failed) < count"
 SIZE = f"CASE WHEN {ROWS} THEN ifnull(size, {UNKNOWN}) END"  # NULL: there are no rows, and so no file
-Sizes = Sequence[int | None]  # of files in bytes; None where there is none
+Batch = tuple[list[int], Sizes]  # indices of chunks, and the sizes of their files as recorded; None: no rows
 
 
 class Span(NamedTuple):
@@ -79,20 +81,20 @@ def known_chunks(run: sdg.Run) -> Known:
         OutputError: a file has another size than the one that was written: it may be valuable.
         StateError: the state cannot be read.
     """
-    options, comparing = run.options, Comparing(run)
+    options, lost, spans = run.options, list[int](), list[Span]()
     values = {"size": options.records_per_chunk, "most": options.max_documents or sys.maxsize}
     values["retry"] = options.retry_failed
-    with state_of(rank_file(run.state, options.rank, "sqlite3")) as state:
+    with state_of(rank_file(run.state, options.rank, "sqlite3")) as state, ThreadPoolExecutor(LOOKERS) as pool:
+        comparing = Comparing(run, pool)
         rest = state.execute(f"SELECT * FROM chunks WHERE NOT ({COMPLETE})", values)
         others = {row[0]: sdg.chunk_of(row) for row in rest}
         written = [chunk for chunk in others.values() if chunk.written]
         sizes: Sizes = [(UNKNOWN if chunk.size is None else chunk.size) if chunk.rows else None for chunk in written]
-        lost, spans = comparing.lost([chunk.index for chunk in written], sizes), list[Span]()
-        for indices, sizes in _complete(state, values):
-            gone = set(comparing.lost(indices, sizes))
+        for _, gone in comparing.lost([([chunk.index for chunk in written], sizes)]):
             lost += gone
-            kept = [index for index in indices if index not in gone] if gone else indices
-            _add_spans(spans, kept, options.world_size)
+        for indices, gone in comparing.lost(_complete(state, values)):
+            lost += gone
+            _add_spans(spans, sorted({*indices}.difference(gone)) if gone else indices, options.world_size)
         found = state.execute(
             "SELECT * FROM chunks WHERE chunk IN (SELECT value FROM json_each(?))", (json.dumps(lost),)
         )
@@ -107,7 +109,7 @@ def known_chunks(run: sdg.Run) -> Known:
     return Known(spans, others, sorted(lost))
 
 
-def _complete(state: sqlite3.Connection, values: dict[str, int]) -> Iterator[tuple[list[int], Sizes]]:
+def _complete(state: sqlite3.Connection, values: dict[str, int]) -> Iterator[Batch]:
     """Indices of the complete chunks, and sizes of their files. SQLite makes the lists at once, without the GIL."""
     some = f"SELECT chunk, {SIZE} AS size FROM chunks WHERE chunk > :after AND {COMPLETE} ORDER BY chunk LIMIT :batch"
     sql = f"SELECT json_group_array(chunk), json_group_array(size) FROM ({some})"
@@ -136,25 +138,36 @@ def _add_spans(spans: list[Span], indices: list[int], step: int) -> None:
 class Comparing:
     """Compares the files of chunks with what is recorded of them. Those on the Hub are compared by `verify`."""
 
-    def __init__(self, run: sdg.Run) -> None:
+    def __init__(self, run: sdg.Run, pool: ThreadPoolExecutor) -> None:
         self._run, options = run, run.options
         own_scheme = split_uri(options.output)[0] == options.writer
-        self._sizes_of: Callable[[Sequence[str]], Sizes] | None = None
+        self._look: Callable[[Sequence[str]], Callable[[], Sizes]] | None = None
         if not own_scheme and run.plugins.writers[options.writer].package == "sdg":
-            self._sizes_of = run.output.measuring(os.path.dirname(chunk_names(run, [0])[0]))
+            self._look = run.output.measuring(os.path.dirname(chunk_names(run, [0])[0]), pool)
 
-    def lost(self, indices: list[int], expected: Sizes) -> list[int]:
-        """The chunks whose files are gone or empty. Raises OutputError if one has another size.
+    def lost(self, batches: Iterable[Batch]) -> Iterator[tuple[list[int], list[int]]]:
+        """The chunks of each batch, and those whose files are gone or empty; meanwhile the next batch is read.
 
-        Args:
-            indices: of chunks.
-            expected: sizes as recorded; None if a chunk has no rows.
+        Raises OutputError if a file has another size.
         """
-        if self._sizes_of is None:
-            return []
-        sizes = self._sizes_of(chunk_names(self._run, indices))
+        waiting: list[Callable[[], tuple[list[int], list[int]]]] = []
+        for indices, expected in batches:
+            if self._look is None:
+                yield indices, []
+                continue
+            sizes = self._look(chunk_names(self._run, indices))
+            waiting.append(functools.partial(self._compared, indices, expected, sizes))
+            if len(waiting) > 1:
+                yield waiting.pop(0)()
+        for compared in waiting:
+            yield compared()
+
+    def _compared(
+        self, indices: list[int], expected: Sizes, measured: Callable[[], Sizes]
+    ) -> tuple[list[int], list[int]]:
+        sizes = measured()
         if sizes == expected and 0 not in sizes:  # as almost always
-            return []
+            return indices, []
         lost = []
         for index, size, before in zip(indices, sizes, expected, strict=True):
             if before is None:
@@ -167,4 +180,4 @@ class Comparing:
                     f"{path} has {size:,} bytes, but {before:,} were written: "
                     "restore it, or move it away and have it generated again"
                 )
-        return lost
+        return indices, lost

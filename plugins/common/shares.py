@@ -53,6 +53,7 @@ class Shares:
         self.config, self._run = config, run
         self.tried: set[int] = set()
         self.closed = False
+        self._finished: set[int] = set()  # what a thousand ranks have recorded is not read again for each that is taken
         self._goal: str | None = None
         self._seen: dict[tuple[str, float], float] = {}  # when each renewal of a lease was seen, on the monotonic clock
 
@@ -143,12 +144,10 @@ class Shares:
 
     def _candidates(self, state: Path) -> list[int]:
         """Ranks that have not finished, those last that have failed: their documents may fail again."""
-        ranks = {
-            rank: status
-            for rank in range(self.config.options.world_size)
-            if rank not in self.tried and (status := self._status(state, rank)) != "finished"
-        }
-        return sorted(ranks, key=lambda rank: ranks[rank] == "failed")
+        others = set(range(self.config.options.world_size)) - self.tried - self._finished
+        ranks = {rank: self._status(state, rank) for rank in others}
+        self._finished.update(rank for rank in ranks if ranks[rank] == "finished")
+        return sorted(ranks.keys() - self._finished, key=lambda rank: (ranks[rank] == "failed", rank))
 
     def _status(self, state: Path, rank: int) -> str:
         figures = statistics_of(rank_file(state, rank, "stats.json"))

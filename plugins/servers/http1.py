@@ -13,6 +13,7 @@ import contextlib
 import errno
 import functools
 import select
+import socket
 import sys
 import zlib
 from collections.abc import AsyncIterator, Mapping
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 CONNECT_TIMEOUT = 30.0  # s for a connection, with TLS
 OTHER_ADDRESS = 5.0  # s for an address of a host that has others
 TICK = 0.25  # s between two looks at the time-outs
+NO_PORT = 24  # IP_BIND_ADDRESS_NO_PORT: `connect` chooses the port
 OWN = 251  # last part of the further loopback addresses of a process that shares its work with no other
 CLOSED = "the server closed the connection"
 MOST_HEAD = 1 << 18  # bytes of headers, those of interim responses included
@@ -408,25 +410,45 @@ class Http1:
 
         async def connect() -> Connection:
             make = functools.partial(Connection, self._loop, self.brake)
-            _, made = await self._loop.create_connection(make, address, origin.port, local_addr=source, **secure)
+            if source is None:
+                _, made = await self._loop.create_connection(make, address, origin.port, **secure)
+            else:
+                own = await self._connected(source, (address, origin.port))
+                _, made = await self._loop.create_connection(make, sock=own, **secure)
             return made
 
         try:
             return await connect()
         except OSError as exc:
-            if exc.errno not in {errno.EMFILE, errno.ENFILE} or not sum(
+            if exc.errno == errno.EADDRNOTAVAIL and source:  # a machine on which only 127.0.0.1 is its own
+                source = None
+            elif exc.errno not in {errno.EMFILE, errno.ENFILE} or not sum(
                 each.clear() for each in self._origins.values()
             ):
                 raise
         await asyncio.sleep(0)  # the connections that were idle, with other servers, are closed by then
         return await connect()
 
-    def _source_for(self, address: str) -> tuple[str, int] | None:
+    def _source_for(self, address: str) -> str | None:
         """Where a connection to an address comes from, if not from the usual address: each has ports of its own."""
         turn = len(self._busy) // PORTS
         if sys.platform != "linux" or not address.startswith("127.") or not (turn or self._source):
             return None
-        return f"127.0.{1 + turn % 250}.{self._source.rpartition('.')[2] or OWN}", 0
+        return f"127.0.{1 + turn % 250}.{self._source.rpartition('.')[2] or OWN}"
+
+    async def _connected(self, source: str, target: tuple[str, int]) -> socket.socket:
+        """A connected socket. Ports taken by `bind` would be missing elsewhere until a minute after their last use."""
+        made = socket.socket()
+        try:
+            made.setblocking(False)
+            with contextlib.suppress(OSError):
+                made.setsockopt(socket.IPPROTO_IP, NO_PORT, 1)
+            made.bind((source, 0))
+            await self._loop.sock_connect(made, target)
+        except BaseException:
+            made.close()
+            raise
+        return made
 
     async def _tls(self) -> ssl.SSLContext:
         """What TLS needs: made once, which takes some hundredths of a second of CPU."""

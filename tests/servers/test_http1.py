@@ -80,6 +80,15 @@ def test_thousands_of_connections_to_this_machine_come_from_several_addresses(mo
     assert came == ["127.0.0.1"] * 2 + ["127.0.2.251"] * 2 + ["127.0.3.251"]
 
 
+def test_an_address_that_the_machine_does_not_have_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Http1, "_source_for", lambda client, address: "203.0.113.1")
+
+    async def ask(client: Http1, url: str) -> bytes:
+        return (await client.post(url, b"{}")).body
+
+    assert with_client(RawServer([PLAIN]), ask) == b"hello"
+
+
 @pytest.mark.parametrize("name", WHOLE)
 def test_a_response_may_be_split_at_every_byte(name: str) -> None:
     raw = b"".join(step for step in WHOLE[name] if isinstance(step, bytes))
