@@ -181,7 +181,7 @@ class Job:
             self._everything.parts.discard(self.stop)
             self.stop.cancel, self.stop.gently = before, None
             if self.abreast:
-                self.abreast.join(self.begun_all)  # it may have ended before that
+                self.abreast.leave(self.begun_all)  # it may have ended before that
         self.problem = self.problem or self.stop.reason
 
     async def _finish(self) -> None:

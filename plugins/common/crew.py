@@ -102,7 +102,7 @@ class Crew:
         self._begun_all.set()
         self._places.changed.set()
         if self.abreast:
-            self.abreast.join(self._begun_all)
+            self.abreast.leave(self._begun_all)
 
     def end(self) -> None:
         """Give rollouts a moment to end, then cancel them."""

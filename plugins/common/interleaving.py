@@ -17,6 +17,8 @@ SAME = (
     *("requests_per_minute", "tokens_per_minute", "request_timeout"),
 )
 
+PATIENCE = 5.0  # s that jobs wait for the next document of another one, which may wait for a document that takes long
+
 
 class Abreast:
     """Lets documents of several jobs over one input begin in the order of the input, whichever job they belong to.
@@ -27,14 +29,18 @@ class Abreast:
     """
 
     def __init__(self, jobs: Sequence[object], most: int) -> None:
-        self._missing, self._most = set(jobs), most
-        self._active = 0
-        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
+        self._most, self._active = most, 0
+        self._waiting: list[tuple[int, int, object, asyncio.Future[None]]] = []
+        self._waits = dict.fromkeys(jobs, 0)  # documents of each job that wait
+        self._awaited = set(jobs)  # jobs that have further documents
+        self._joined: set[object] = set()
+        self._overdue: set[object] = set()  # jobs whose next document the others have waited for, in vain
         self._number = itertools.count()
+        self._patience: asyncio.TimerHandle | None = None
 
-    def join(self, job: object) -> None:
-        """A job has documents that wait, or will have none."""
-        self._missing.discard(job)
+    def leave(self, job: object) -> None:
+        """A job has no further documents."""
+        self._awaited.discard(job)
         self._grant()
 
     async def turn(self, job: object, index: int, waiting: set[asyncio.Future[Any]]) -> None:
@@ -46,9 +52,12 @@ class Abreast:
             waiting: what is waited for is in this set meanwhile; it may be canceled.
         """
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        heapq.heappush(self._waiting, (index, next(self._number), future))
+        heapq.heappush(self._waiting, (index, next(self._number), job, future))
+        self._waits[job] += 1
         waiting.add(future)
-        self.join(job)
+        self._joined.add(job)
+        self._overdue.discard(job)
+        self._grant()
         try:
             await future
         except asyncio.CancelledError:
@@ -64,11 +73,31 @@ class Abreast:
         self._grant()
 
     def _grant(self) -> None:
-        while self._waiting and not self._missing and self._active < self._most:
-            _, _, future = heapq.heappop(self._waiting)
+        while self._waiting and self._active < self._most and not self._must_wait():
+            _, _, job, future = heapq.heappop(self._waiting)
+            self._waits[job] -= 1
             if not future.done():
                 self._active += 1
                 future.set_result(None)
+
+    def _must_wait(self) -> bool:
+        """True if the next document of a job is not known yet: it may be an earlier one."""
+        late = self._late()
+        if self._patience and not late:
+            self._patience.cancel()
+            self._patience = None
+        elif late and not self._patience and late <= self._joined:
+            self._patience = asyncio.get_running_loop().call_later(PATIENCE, self._go_on)
+        return bool(late)
+
+    def _late(self) -> set[object]:
+        return {job for job in self._awaited - self._overdue if not self._waits[job]}
+
+    def _go_on(self) -> None:
+        """Wait no longer for the documents that are late."""
+        self._patience = None
+        self._overdue |= self._late()
+        self._grant()
 
 
 def check_interleaved(every: Sequence[argparse.Namespace]) -> None:

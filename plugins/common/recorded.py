@@ -142,10 +142,12 @@ def chunks_of(run: sdg.Run, which: str = "TRUE") -> Iterator[sdg.Chunk]:
 
 def _chunks_from(path: Path, which: str) -> Iterator[sdg.Chunk]:
     """A rank's chunks. The database is closed in between: its process may need it for itself."""
-    sql, last = f"WHERE ({which}) AND chunk > ? ORDER BY chunk LIMIT {BATCH}", -1
-    while found := chunks_in(path, sql, last):
+    limit = BATCH if os.access(path.parent, os.W_OK) else -1  # otherwise it is copied each time; see `readable`
+    sql, last, found = f"WHERE ({which}) AND chunk > ? ORDER BY chunk LIMIT {limit}", -1, dict[int, sdg.Chunk]()
+    while last < 0 or len(found) == limit:
+        found = chunks_in(path, sql, last)
         yield from found.values()
-        last = max(found)
+        last = max(found, default=0)
 
 
 def chunks_in(path: Path, which: str = "ORDER BY chunk", *values: int) -> dict[int, sdg.Chunk]:

@@ -86,12 +86,11 @@ def measure_size(chunks: int, rounds: int) -> list[Finished]:
 
 def multiply(output: Path, chunks: int) -> None:
     """Give a finished run more chunks, which have the content of its first one."""
-    names = [output / "data" / f"00000_{index:05d}.parquet" for index in range(chunks)]
-    for start in range(GENERATED, chunks, LINKS):
-        first, *others = names[start : start + LINKS]
-        shutil.copyfile(names[0], first)
-        for name in others:
-            os.link(first, name)
+    name = f"{output}/data/00000_{{:05d}}.parquet".format  # no list of all: the memory of a child begins with ours
+    for first in range(GENERATED, chunks, LINKS):
+        shutil.copyfile(name(0), name(first))
+        for index in range(first + 1, min(first + LINKS, chunks)):
+            os.link(name(first), name(index))
     with contextlib.closing(sqlite3.connect(output / ".sdg" / "00000.sqlite3")) as state, state:
         _, _, *first = state.execute("SELECT * FROM chunks WHERE chunk = 0").fetchone()
         marks = ",".join("?" * (2 + len(first)))

@@ -110,6 +110,25 @@ def test_the_nearest_bookmark_before_a_chunk_is_known(tmp_path: Path) -> None:
     assert [*known_chunks(run).to_read(range(9))] == [(3, "at 2"), (4, None), (7, "at 6"), (8, None)]
 
 
+@pytest.mark.parametrize("remote", [False, True])
+def test_files_of_another_size_are_refused_and_missing_ones_lost_wherever_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], remote: bool
+) -> None:
+    run = run_of(tmp_path)
+    if remote:
+        run.output = Place(f"memory://{tmp_path.name}/out")  # a file system of fsspec, which is listed
+    record(run, [sdg.Chunk(i, i * SIZE, SIZE, None, True, size=5) for i in range(6)])
+    for i in (0, 1, 3, 5):
+        run.output.write(run.path_of(sdg.Chunk(i, 0)), lambda file, i=i: file.write(b"" if i == 3 else b"12345"))
+
+    known = known_chunks(run)
+    assert known.lost == [index for index, _ in known.to_read(range(6))] == [2, 3, 4]
+    assert "00000_00002.parquet and 2 more" in capsys.readouterr().err
+    run.output.write(run.path_of(sdg.Chunk(5, 0)), lambda file: file.write(b"1234"))
+    with pytest.raises(sdg.OutputError, match=r"00000_00005.parquet has 4 bytes, but 5 were written: restore it"):
+        known_chunks(run)
+
+
 def test_a_complete_chunk_costs_no_call_of_a_python_function(tmp_path: Path) -> None:
     """Of a million chunks, a call for each takes seconds, and an object of each hundreds of megabytes."""
     calls = {}
@@ -138,6 +157,7 @@ def test_the_chunks_of_all_ranks_come_in_order(tmp_path: Path, monkeypatch: pyte
 
     every = [i for i in range(24) if i % 3 != 1]
     assert [chunk.index for chunk in recorded.chunks_of(run)] == every
+    assert not [*recorded.chunks_of(run, "failed != '[]'")]
     assert [chunk.index for chunk in recorded.chunks_of(run, "written OR chunk = 3")] == [
         i for i in every if i % 2 == 0 or i == 3
     ]
