@@ -500,7 +500,8 @@ def test_eight_runs_on_one_machine_do_not_take_each_others_ports(launch: Launch)
     launch.input(documents(8))
     runs = [launch.start(rank=rank, world_size=8, records_per_chunk=1) for rank in range(8)]
 
-    assert [run.finish(90).rc for run in runs] == [0] * 8
+    ended = [run.finish(90) for run in runs]
+    assert [finished for finished in ended if finished.rc] == []
     everything(launch, 8)
     assert len({start["port"] for start in launch.starts}) == 8
 
