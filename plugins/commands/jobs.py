@@ -207,10 +207,9 @@ class Job:
         remember_source(self.run)
         async with self._engine(await self._reader(), servers) as engine:
             await self._observe()
-            alone, in_flight = len(self._everything.parts) == 1, self.run.options.max_concurrent_generations
-            if alone:
+            if alone := len(self._everything.parts) == 1:
                 tune_allocator()
-            engine.intake.on_first = functools.partial(before_the_first_request, in_flight, alone)
+            engine.intake.on_first = functools.partial(before_the_first_request, alone)
             async with self._present(engine, self.stop):
                 self.stop.gently = engine.stop
                 try:
