@@ -42,7 +42,7 @@ from sdg_plugins.common.files import output_place, rank_file
 from sdg_plugins.common.interleaving import Abreast
 from sdg_plugins.common.lease import Fenced, Lease
 from sdg_plugins.common.locks import lock_rank
-from sdg_plugins.common.memory import before_the_first_request, tune_allocator
+from sdg_plugins.common.memory import before_the_first_request, tune_memory
 from sdg_plugins.common.progress import Course, progress, put, report
 from sdg_plugins.common.rereading import changed_rows
 from sdg_plugins.common.secrets import hide_secrets
@@ -207,9 +207,8 @@ class Job:
         remember_source(self.run)
         async with self._engine(await self._reader(), servers) as engine:
             await self._observe()
-            if alone := len(self._everything.parts) == 1:
-                tune_allocator()
-            engine.intake.on_first = functools.partial(before_the_first_request, alone)
+            tune_memory()
+            engine.intake.on_first = lambda: before_the_first_request(alone=len(self._everything.parts) == 1)
             async with self._present(engine, self.stop):
                 self.stop.gently = engine.stop
                 try:
@@ -349,7 +348,7 @@ class FreeRank(Job):
 
 
 def _probe(run: sdg.Run) -> str:
-    """The file that tries the rights on an output. Two runs that begin at the same time do not delete each other's."""
+    """The file that tries the rights on an output: states have one each, so that no run deletes another one's."""
     config, rank = run.options.output_config.replace("/", "-"), run.options.rank
     return f".sdg-access-{config}-{rank:05d}-{xxhash.xxh3_64_hexdigest(bytes(run.state) + platform.node().encode())}"
 

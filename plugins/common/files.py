@@ -377,12 +377,12 @@ class Place:
         """A function that begins to look at files in a folder, by their names; what it returns waits for their sizes.
 
         Local files are looked at one by one, and only those that are named, without a list of all in memory. An object
-        store is listed once, here. Both raise OutputError.
+        store is listed once, when there is the first file to look at. Both raise OutputError.
         """
         if self.local:
             return functools.partial(self._look, pool)
-        sizes = self.sizes(folder)
-        return lambda names: lambda: [sizes.get(name) for name in names]
+        listed = functools.cache(lambda: self.sizes(folder))
+        return lambda names: lambda: [listed().get(name) for name in names]
 
     def _look(self, pool: ThreadPoolExecutor, names: Sequence[str]) -> Callable[[], Sizes]:
         folder = self.path("")

@@ -5,7 +5,13 @@ from __future__ import annotations
 import contextlib
 
 
-def tune_allocator() -> None:
+def tune_memory() -> None:
+    """Set up the C library and the garbage collector, for all jobs of this process. It may be called several times."""
+    _tune_allocator()
+    _tune_collector()
+
+
+def _tune_allocator() -> None:
     """Have glibc return the memory of large responses at once.
 
     It keeps what it believes to need again: 400 responses of a megabyte at once took 1,550 MB instead of 980.
@@ -18,19 +24,6 @@ def tune_allocator() -> None:
         libc.mallopt(-8, 2)  # M_ARENA_MAX: each thread could have its own
 
 
-def before_the_first_request(alone: bool) -> None:
-    """Do what would hold all requests for a while if it were done in the middle of a run.
-
-    Args:
-        alone: no other job of this process has any yet.
-    """
-    import pyarrow as pa
-
-    pa.array(["if pandas is installed, Arrow imports it here"])
-    if alone:
-        _tune_collector()
-
-
 def _tune_collector() -> None:
     """Make garbage collection rare: 10,000 requests in flight are a million objects, and full passes half the time.
 
@@ -40,6 +33,20 @@ def _tune_collector() -> None:
     """
     import gc
 
-    gc.collect()
-    gc.freeze()
     gc.set_threshold(100_000, 50, 50)
+
+
+def before_the_first_request(alone: bool) -> None:
+    """Do what would hold all requests for a while if it were done in the middle of a run.
+
+    Args:
+        alone: no other job of this process is at work, whose requests would wait.
+    """
+    import gc
+
+    import pyarrow as pa
+
+    pa.array(["if pandas is installed, Arrow imports it here"])
+    if alone:
+        gc.collect()
+        gc.freeze()

@@ -438,7 +438,7 @@ class Http1:
 
     async def _connected(self, source: str, target: tuple[str, int]) -> socket.socket:
         """A connected socket. Ports taken by `bind` would be missing elsewhere until a minute after their last use."""
-        made = socket.socket()
+        made = socket.socket(proto=socket.IPPROTO_TCP)  # by which asyncio knows that it is TCP
         try:
             made.setblocking(False)
             with contextlib.suppress(OSError):

@@ -4,7 +4,7 @@
     python tests/bench/rerun.py --chunks 100000
 
 Each chunk is one document, and so one file. Only the first ones are generated; all others are links to one of them,
-recorded in the state as it is. The run is started again a few times; and the same for a tenth of the chunks, so that
+recorded in the state like it. The run is started again a few times; and the same for a tenth of the chunks, so that
 the time for a million can be told from the difference if there are fewer.
 """
 

@@ -7,6 +7,7 @@ import contextlib
 import os
 import resource
 import socket
+import sys
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -17,6 +18,8 @@ from test_http import OK, PLAIN, WHOLE
 from sdg_plugins.servers import http1
 from sdg_plugins.servers.http1 import Broken, Http1, Unreached
 from sdg_plugins.servers.streaming import Take
+
+only_linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a machine has 127.0.0.1 alone")
 
 
 def with_client(server: RawServer, work: Callable[[Http1, str], Awaitable[Any]], timeout: float = 20.0) -> Any:
@@ -29,6 +32,7 @@ def with_client(server: RawServer, work: Callable[[Http1, str], Awaitable[Any]],
     return asyncio.run(both())
 
 
+@only_linux
 def test_connections_to_this_machine_come_from_the_address_that_is_asked_for() -> None:
     """Each of several processes has its own, and so its own ports."""
     came: list[str] = []
@@ -51,6 +55,7 @@ def test_connections_to_this_machine_come_from_the_address_that_is_asked_for() -
     assert came == ["127.0.0.1", "127.0.1.9"]
 
 
+@only_linux
 def test_thousands_of_connections_to_this_machine_come_from_several_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel looks for long for a free port when most of those of an address are in use."""
     monkeypatch.setattr(http1, "PORTS", 2)
