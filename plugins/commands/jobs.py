@@ -318,7 +318,12 @@ class FreeRank(Job):
     @classmethod
     async def first(cls, config: Config, everything: Stop, name: str, **setting: Any) -> FreeRank | None:
         """A job for a rank of this config; None if none is free, which is said."""
-        return await cls._take(Shares(config, open_run(config, everything)), True, everything, name, **setting)
+        shares = Shares(config, open_run(config, everything))
+        if not config.options.part:  # else its parent has done it
+            if job := await cls._take(shares, False, everything, name, **setting):
+                return job
+            await asyncio.to_thread(shares.reopen)
+        return await cls._take(shares, True, everything, name, **setting)
 
     @classmethod
     async def _take(

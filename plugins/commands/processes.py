@@ -161,6 +161,7 @@ class WholeJob(Job):
     async def _run_processes(self, whole: Whole, servers: Mapping[str, Servers]) -> None:
         """Run processes until no rank is free, or something ends the run."""
         options = self.run.options
+        await asyncio.to_thread(Shares(self._config, self.run).reopen)
         part = Part(0, most_processes(options), self._config.name, options.world_size, time.time())
         shares = Shares(Config(argparse.Namespace(**{**vars(options), "part": part}), self._config.plugins), self.run)
         for turn in range(ROUNDS + 1):

@@ -77,6 +77,7 @@ def discrepancies(run: sdg.Run, counts: Counter[str], unfinished: Counter[str]) 
     yield from discrepancies_of_input(run, reader)
     writer = run.plugins.writers[file_writer(options)].factory(run)
     on_hub, published = reconcile_with_hub(run)
+    files = files_of(run)  # before the records: a run that is at work adds to both
     expected, seen, doubled = set(), SeenIds(), 0
     for opened, chunk in with_records(run, all_chunks(run, reader)):
         if opened is None:
@@ -102,12 +103,17 @@ def discrepancies(run: sdg.Run, counts: Counter[str], unfinished: Counter[str]) 
             counts["failed"] += len(chunk.failed)
     if doubled:  # every document is accounted for nevertheless
         sdg.say(f"{counted(doubled, 'document')} have the id of an earlier one: see --id-column")
-    failed_folder = os.path.dirname(run.failed_path_of(sdg.Chunk(0, 0)))
-    failed = [file for file, size in run.output.sizes(failed_folder).items() if size]  # emptied where not deletable
-    for file in [*output_files(run), *failed]:
+    for file in files:
         if file not in expected:
             yield f"{run.output.path(file)} does not belong to a finished chunk"
     yield from on_hub
+
+
+def files_of(run: sdg.Run) -> list[str]:
+    """The files of rows and of failed documents in the output, without those that a run is just writing."""
+    sizes = run.output.sizes(os.path.dirname(run.failed_path_of(sdg.Chunk(0, 0))))
+    failed = [file for file, size in sizes.items() if size and not os.path.basename(file).startswith(".")]
+    return [*output_files(run), *failed]  # empty ones could not be deleted
 
 
 def reconcile_with_hub(run: sdg.Run) -> tuple[list[str], set[str]]:

@@ -74,8 +74,12 @@ class Known:
                 bookmark = None
 
 
-def known_chunks(run: sdg.Run) -> Known:
-    """What a run's rank has recorded, compared with its output; reports the chunks whose files are gone or empty.
+def known_chunks(run: sdg.Run, aloud: bool = True) -> Known:
+    """What a run's rank has recorded, compared with its output.
+
+    Args:
+        run: of the rank.
+        aloud: report the chunks whose files are gone or empty.
 
     Raises:
         OutputError: a file has another size than the one that was written: it may be valuable.
@@ -102,7 +106,7 @@ def known_chunks(run: sdg.Run) -> Known:
             others[chunk.index] = dataclasses.replace(chunk, written=False, filtered=(), failed=())
         sql = "SELECT bookmark FROM chunks WHERE chunk = ?"
         spans = [span._replace(bookmark=state.execute(sql, (span.last,)).fetchone()[0]) for span in spans]
-    if lost:
+    if lost and aloud:
         others_gone = f" and {len(lost) - 1:,} more" * (len(lost) > 1)
         first = run.output.path(chunk_names(run, [min(lost)])[0])
         sdg.say(f"missing from the output, will be written again: {first}{others_gone}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +20,9 @@ from sdg_plugins.common.command_line import Config
 from sdg_plugins.common.files import rank_file
 from sdg_plugins.common.lease import BEAT, FREE, Lease, acquire, age_of, held_folder, renewed_at
 from sdg_plugins.common.locks import fenced, locked
+from sdg_plugins.common.resuming import known_chunks
 from sdg_plugins.common.state import goal_of
-from sdg_plugins.common.statistics import statistics_of
+from sdg_plugins.common.statistics import statistics_of, write_rank
 
 
 class Share:
@@ -141,6 +143,29 @@ class Shares:
             with contextlib.suppress(sdg.StateError), locked(self._run.state, rank):
                 found.append(rank)
         return found
+
+    def reopen(self) -> None:
+        """Have finished ranks run again whose files are gone from the output.
+
+        Raises:
+            OutputError: a file has another size than the one that was written.
+            StateError: the state cannot be read.
+        """
+        for rank in range(self._run.options.world_size):
+            options = argparse.Namespace(**{**vars(self._run.options), "rank": rank})
+            with contextlib.ExitStack() as held:
+                try:
+                    held.enter_context(locked(self._run.state, rank))
+                except sdg.StateError:  # another process has it
+                    continue
+                if self._status(self._run.state, rank) == "finished":
+                    self._reopen(dataclasses.replace(self._run, options=options))
+        self._finished.clear()
+
+    def _reopen(self, run: sdg.Run) -> None:
+        if known_chunks(run, aloud=False).lost:
+            figures = statistics_of(rank_file(run.state, run.options.rank, "stats.json"))
+            write_rank(run, figures, {**figures["rank"], "goal": None})
 
     def _candidates(self, state: Path) -> list[int]:
         """Ranks that have not finished, those last that have failed: their documents may fail again."""

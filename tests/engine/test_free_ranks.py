@@ -47,6 +47,31 @@ def test_a_finished_run_has_no_free_rank_until_its_input_grows(shared: Job, serv
     assert shared.verify().rc == 0
 
 
+@pytest.mark.parametrize("processes", [None, 2])
+def test_finished_ranks_whose_files_are_gone_run_again(shared: Job, server: FakeServer, processes: int | None) -> None:
+    if processes:
+        shared.options |= {"processes": processes, "rank": None}
+    shared.succeed()
+    server.forget()
+    first, second, *_, last = sorted(shared.output.path.glob("data/*.parquet"))
+    first.unlink()
+    last.write_bytes(b"")
+
+    again = shared()
+
+    assert again.rc == 0, again
+    assert again.stderr.count("missing from the output, will be written again") == 2
+    assert len(server.prompts) == 10
+    assert sorted(shared.output.ids()) == sorted(row["id"] for row in documents(120))
+    assert shared.verify().rc == 0
+    second.write_bytes(b"other")
+
+    refused = shared()
+
+    assert refused.rc == 1
+    assert refused.says(second.name, "has 5 bytes", "move it away")
+
+
 def test_the_rank_of_a_killed_process_is_taken_by_another(shared: Job, server: FakeServer) -> None:
     answered = documents(120)[2]["text"]
     server.behave(lambda payload, n: None if answered in str(payload) else Hang())
