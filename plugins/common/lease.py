@@ -108,8 +108,9 @@ def held_folder(state: Path, rank: int) -> Path | None:
     """The folder of a rank's holder, or the one that is free; None if no process has ever had a lease of this rank."""
     with contextlib.suppress(FileNotFoundError):
         for _ in range(10):  # while it is renamed, it may not be listed
-            if found := [Path(entry.path) for entry in os.scandir(home_of(state, rank)) if entry.is_dir()]:
-                return found[0]
+            with os.scandir(home_of(state, rank)) as entries:
+                if found := [Path(entry.path) for entry in entries if entry.is_dir()]:
+                    return found[0]
     return None
 
 
@@ -165,8 +166,11 @@ def acquire(state: Path, rank: int, locked: bool) -> Lease | None:
     try:
         take_possession(lease, locked)
     except BaseException as exc:
+        overtaken = (
+            isinstance(exc, FileNotFoundError) and not lease.outer.exists()
+        )  # stopped in between, even with lock
         release(lease)
-        if isinstance(exc, FileNotFoundError | sdg.StateError) and not locked:
+        if overtaken or (isinstance(exc, FileNotFoundError | sdg.StateError) and not locked):
             return None  # another process was faster, or the earlier holder is still at work
         raise
     return lease
@@ -230,13 +234,14 @@ def release(lease: Lease) -> None:
 
 def clear(outer: Path) -> None:
     """Delete the inner folders. An earlier holder may still write into one."""
-    for entry in os.scandir(outer):
+    for name in os.listdir(outer):
+        inner = outer / name
         while True:
-            for file in os.scandir(entry.path):
+            for file in os.listdir(inner):
                 with contextlib.suppress(FileNotFoundError):
-                    os.unlink(file.path)
+                    os.unlink(inner / file)
             try:
-                os.rmdir(entry.path)
+                os.rmdir(inner)
                 break
             except OSError as exc:
                 if exc.errno != errno.ENOTEMPTY:

@@ -6,9 +6,11 @@ import contextlib
 import os
 import shutil
 import sqlite3
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -123,6 +125,68 @@ def test_a_kill_at_any_step_of_taking_a_rank_over_loses_nothing(tmp_path: Path) 
         if ended:
             break
     assert step > 8
+
+
+@pytest.mark.parametrize("has_lock", [True, False])
+@pytest.mark.parametrize("then", ["goes on", "has finished"])
+def test_who_is_stopped_at_any_step_of_taking_a_rank_learns_that_another_has_it(
+    then: str, has_lock: bool, tmp_path: Path
+) -> None:
+    overtaken = 0
+    for step in range(400):
+        state = tmp_path / str(step)
+        if not has_lock:
+            silence(taken(state, True))
+        others: list[Lease] = []
+
+        def overtake(state: Path = state, others: list[Lease] = others) -> None:
+            if (folder := held_folder(state, 3)) and folder.name != leases.FREE:
+                for path in (folder, folder / folder.name / leases.HOLDER):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.utime(path, (0, 0))
+                others.extend(filter(None, [acquire(state, 3, locked=False)]))
+                for other in others:
+                    leases._beats.remove(other)
+                    if then == "has finished":
+                        release(other)
+
+        with stopped_at(step, overtake) as stopped:
+            lease = acquire(state, 3, has_lock)
+        if others and then != "has finished":
+            assert not any(other.is_lost() for other in others), step
+            assert lease is None or lease.is_lost(), step
+        overtaken += bool(others)
+        if lease:
+            release(lease)
+        if not stopped:
+            break
+
+    assert not stopped
+    assert overtaken > 8
+
+
+@contextlib.contextmanager
+def stopped_at(step: int, meanwhile: Callable[[], None]) -> Iterator[list[int]]:
+    """Do something before the n-th line that is run of `lease.py`. Yields a list that has the line then."""
+    lines: list[int] = []
+    left = [step]
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        if frame.f_code.co_filename != leases.__file__ or frame.f_code.co_qualname.startswith("Beats"):
+            return None  # `Beats` has a lock, which both processes have in this test
+        if event == "line":
+            left[0] -= 1
+            if left[0] == -1:
+                lines.append(frame.f_lineno)
+                meanwhile()
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield lines
+    finally:
+        sys.settrace(before)
 
 
 def begin(db: sqlite3.Connection, mode: str) -> None:
