@@ -998,14 +998,17 @@ class Store:
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def open(cls, path: Path, counts: Counter[str]) -> AsyncIterator[Store]:
+    async def open(cls, path: Path, counts: Counter[str], confirm: Callable[[], object] = bool) -> AsyncIterator[Store]:
         """Open the state file and commit what is handed in; the last commit is made on the way out.
+
+        `confirm` is called when the file is open: what raises there keeps this process from writing.
 
         Raises:
             StateError: the file has another version.
             sqlite3.Error: the file is broken, or the last commit failed.
         """
         async with _database(path) as db:
+            confirm()
             store = cls(db, counts)
             await store._prepare(path)
             async with asyncio.TaskGroup() as tasks:

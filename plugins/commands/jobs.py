@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import os
 import platform
-import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +20,7 @@ import xxhash
 
 import sdg
 from sdg_plugins.commands.relay import Relay
-from sdg_plugins.commands.stop import Stop
+from sdg_plugins.commands.stop import Stop, explained
 from sdg_plugins.common import retrying
 from sdg_plugins.common.attempts import begin_attempt, end_attempt
 from sdg_plugins.common.checks import (
@@ -36,12 +35,12 @@ from sdg_plugins.common.chunks import Intake, Outlet
 from sdg_plugins.common.claims import release_claims
 from sdg_plugins.common.command_line import Config
 from sdg_plugins.common.crew import Crew, Places
-from sdg_plugins.common.database import shrink
+from sdg_plugins.common.database import create, shrink
 from sdg_plugins.common.ending import same_folder, signals
 from sdg_plugins.common.files import output_place, rank_file
 from sdg_plugins.common.interleaving import Abreast
 from sdg_plugins.common.lease import Fenced, Lease
-from sdg_plugins.common.locks import lock_rank
+from sdg_plugins.common.locks import confirm, lock_rank
 from sdg_plugins.common.memory import before_the_first_request, tune_memory
 from sdg_plugins.common.progress import Course, progress, put, report
 from sdg_plugins.common.rereading import changed_rows
@@ -54,6 +53,7 @@ from sdg_plugins.common.state import (
     columns_of,
     discarded,
     goal_of,
+    private_folder,
     promised_fields,
     remember_source,
     start_over,
@@ -136,7 +136,7 @@ class Job:
         assert task
         self.stop = Stop(task.cancel, everything, name)
         self.run = open_run(config, self.stop)
-        self.stop.explain = functools.partial(explained, run=self.run)
+        self.stop.explain = self._explained
         self.problem: BaseException | None = None
         self.finished = False
         self.begun_all = asyncio.Event()
@@ -174,7 +174,7 @@ class Job:
                 raise
             task.uncancel()
         except Exception as exc:  # noqa: BLE001 - it is raised when all jobs have run that can
-            self.problem = self.stop.reason or explained(exc, self.run)
+            self.problem = self.stop.reason or self._explained(exc)
             if isinstance(self.problem, sdg.ServerError):  # the other jobs would ask the same server
                 self._everything.reason = self._everything.reason or self.problem
         finally:
@@ -195,10 +195,21 @@ class Job:
         if isinstance(lease := self.run.output.fence, Lease):
 
             def stop() -> None:
-                with contextlib.suppress(RuntimeError):  # the loop is closed
-                    loop.call_soon_threadsafe(self.stop, lease.error())
+                if self.stop in self._everything.parts:  # otherwise its work has ended meanwhile
+                    self.stop(lease.error())
 
-            lease.on_loss = stop
+            def lost() -> None:
+                with contextlib.suppress(RuntimeError):  # the loop is closed
+                    loop.call_soon_threadsafe(stop)
+
+            lease.on_loss = lost
+
+    def _explained(self, exc: BaseException) -> BaseException:
+        """The exception to report: whatever fails after the rank was lost fails for that reason."""
+        exc = sdg.first_cause(exc)
+        if isinstance(lease := self.run.output.fence, Lease) and lease.is_lost():
+            return exc if isinstance(exc, Fenced) else lease.error()
+        return explained(exc, self.run)
 
     async def _work(self, servers: Mapping[str, Servers]) -> None:
         check_state_dir(self.run)
@@ -239,7 +250,9 @@ class Job:
                 only_failed = claim_state(run, reader, functools.partial(changed_rows, run, reader))
                 check_number_of_files(run, reader)
             path = rank_file(run.state, run.options.rank, "sqlite3")
-            store = await stack.enter_async_context(sdg.Store.open(path, run.counts))
+            await asyncio.to_thread(create, path, private_folder(run))
+            opening = sdg.Store.open(path, run.counts, functools.partial(confirm, run))
+            store = await stack.enter_async_context(opening)
             brakes = [of.client.transport.brake for of in (run, *run.models.values()) if of.client]
             stack.enter_context(watching(store, brakes))
             send = run.plugins.linked(run)
@@ -296,7 +309,7 @@ class Job:
                 if problem := self.problem or self._everything.reason:
                     raise problem
         except (asyncio.CancelledError, Exception) as exc:  # noqa: BLE001 - it is raised when all jobs are left
-            raised, ended = explained(exc, self.run), self._everything.reason or self.problem
+            raised, ended = self._explained(exc), self._everything.reason or self.problem
             if isinstance(raised, Fenced):
                 self.problem = raised
                 return
@@ -348,6 +361,8 @@ class FreeRank(Job):
         """Leave this rank's observers. A rank that another process has taken is no problem of this one."""
         await self.leave()
         if isinstance(self.problem, Fenced):
+            if not self.problem.said:
+                sdg.say(f"{self._name}{self.problem}")
             self.problem = None
         self._shares.closed = self._shares.closed or self.problem is not None
 
@@ -472,22 +487,3 @@ async def serve(jobs: list[Job], stop: Stop, connections: Connections, starting:
     except (asyncio.CancelledError, Exception) as exc:  # noqa: BLE001 - raised when all observers are left
         for job in jobs:
             job.problem = job.problem or stop.reason or explained(exc, run)
-
-
-def explained(exc: BaseException, run: sdg.Run) -> BaseException:
-    """The exception to report for a failure: those of databases and disks do not say what they concern."""
-    exc = sdg.first_cause(exc)
-    if isinstance(lease := run.output.fence, Lease) and lease.is_lost():
-        return exc if isinstance(exc, Fenced) else lease.error()
-    state = f"state {run.options.state_dir}"
-    error: sdg.Error
-    if type(exc) is sqlite3.DatabaseError:
-        error = sdg.StateError(f"{state} is broken ({exc}): restore it from a backup, or start over with --fresh")
-    elif isinstance(exc, sqlite3.Error):
-        error = sdg.StateError(f"{state}: {sdg.reason_of(exc)}")
-    elif isinstance(exc, OSError):
-        error = sdg.OutputError(f"{exc.filename or run.options.output}: {sdg.reason_of(exc)}")
-    else:
-        return exc
-    error.__cause__ = exc
-    return error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 from collections.abc import Callable
 
@@ -62,3 +63,20 @@ class Stop:
             hint = f" (what is in flight has {GRACE:.0f} s to end; interrupt again to cut it off)" if working else ""
             sdg.say(f"{self._name}{reason}{hint}")
             reason.said = True
+
+
+def explained(exc: BaseException, run: sdg.Run) -> BaseException:
+    """The exception to report for a failure: those of databases and disks do not say what they concern."""
+    exc = sdg.first_cause(exc)
+    state = f"state {run.options.state_dir}"
+    error: sdg.Error
+    if type(exc) is sqlite3.DatabaseError:
+        error = sdg.StateError(f"{state} is broken ({exc}): restore it from a backup, or start over with --fresh")
+    elif isinstance(exc, sqlite3.Error):
+        error = sdg.StateError(f"{state}: {sdg.reason_of(exc)}")
+    elif isinstance(exc, OSError):
+        error = sdg.OutputError(f"{exc.filename or run.options.output}: {sdg.reason_of(exc)}")
+    else:
+        return exc
+    error.__cause__ = exc
+    return error

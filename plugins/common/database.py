@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,28 @@ def pragmas_for(path: Path) -> list[str]:
         *(f"journal_mode={mode}", "synchronous=FULL", "cache_size=-8192"),
         *("secure_delete=OFF", "wal_autocheckpoint=16000"),
     ]
+
+
+def create(path: Path, folder: Path) -> None:
+    """Make the database of a rank with its tables, unless it exists: other processes see it whole, or not at all.
+
+    Args:
+        path: of the database.
+        folder: where it is made; see `state.private_folder`.
+
+    Raises:
+        OSError, sqlite3.Error: it cannot be made.
+    """
+    if path.exists():
+        return
+    made = folder / f".{path.name}.new"
+    for suffix in ("", "-journal"):
+        Path(f"{made}{suffix}").unlink(missing_ok=True)
+    with contextlib.closing(sqlite3.connect(made)) as db:
+        db.executescript(f"BEGIN; {sdg.TABLES} PRAGMA user_version={sdg.STATE_VERSION}; COMMIT;")
+    files.sync(made)
+    os.rename(made, path)
+    files.sync(path.parent)
 
 
 def transact(

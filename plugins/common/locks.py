@@ -36,6 +36,12 @@ def fenced(run: sdg.Run, lease: Lease) -> Iterator[None]:
             run.output.fence = None
 
 
+def confirm(run: sdg.Run) -> None:
+    """Check that this process still has its rank. Raises Fenced."""
+    if isinstance(lease := run.output.fence, Lease) and lease.is_lost():
+        raise lease.error()
+
+
 def taken(state: Path, rank: int) -> sdg.StateError:
     """The error for a rank that another process has."""
     who = holder_of(state, rank)

@@ -213,6 +213,85 @@ def test_the_rank_of_a_stopped_process_is_taken_by_another_and_it_writes_nothing
     assert sorted(shared.output.ids()) == [row["id"] for row in documents(120)]
 
 
+STOPS = """
+    import os, pathlib, signal
+    from sdg_plugins.commands import jobs
+    from sdg_plugins.common import database
+    import sdg
+
+    def stop_in(module, name):
+        work = getattr(module, name)
+        def stopping(*arguments):
+            if os.environ.get("STOPS"):
+                pathlib.Path("stopped").touch()
+                os.kill(os.getpid(), signal.SIGSTOP)
+            return work(*arguments)
+        setattr(module, name, stopping)
+
+    stop_in({where})
+
+    @sdg.hookimpl
+    def register_rollouts(register):
+        register("stops", stops)
+
+    async def stops(document, generate):
+        return await generate(document.text)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["database, 'pragmas_for'", "jobs, 'begin_attempt'", "jobs, 'status_of'"])
+def test_a_process_that_is_stopped_where_a_rank_begins_or_ends_is_in_nobodys_way(
+    where: str, shared: Job, server: FakeServer
+) -> None:
+    shared.options["plugin"] = shared.plugin("stops", STOPS.format(where=where))
+    stopped = shared.start(env={"SDG_LEASE": "3", "STOPS": "1"})
+    wait_until(shared.folder.joinpath("stopped").exists)
+
+    finished = shared(env={"SDG_LEASE": "3"})
+
+    assert finished.rc == 0
+    assert "rank 0 is taken over" in finished.stderr
+    written = files_of(shared, 0)
+    stopped.send(signal.SIGCONT)
+    ended = stopped.finish()
+    assert ended.rc == 0
+    assert "rank 0: another process has taken it" in ended.stderr
+    assert files_of(shared, 0) == written
+    assert shared.verify().rc == 0
+
+
+def test_a_rank_that_was_lost_at_its_end_does_not_end_the_process(shared: Job) -> None:
+    shared.options["plugin"] = shared.plugin(
+        "late",
+        """
+        import sdg
+        from sdg_plugins.commands.jobs import Job
+
+        work = Job.work
+
+        async def noticed_late(self, servers):
+            heed, found = self._heed_lease, []
+            self._heed_lease = lambda loop: (heed(loop), found.append(self.run.output.fence))
+            await work(self, servers)
+            found[0].on_loss()
+
+        Job.work = noticed_late
+
+        @sdg.hookimpl
+        def register_rollouts(register):
+            register("late", late)
+
+        async def late(document, generate):
+            return await generate(document.text)
+        """,
+    )
+
+    output = shared.succeed()
+
+    assert sorted(output.ids()) == [row["id"] for row in documents(120)]
+
+
 def files_of(job: Job, rank: int) -> dict[str, bytes]:
     """The files of a rank, in the output and the state."""
     names = [f"data/{rank:05d}_*", f".sdg/{rank:05d}.*", f".sdg/ranks/{rank:05d}/*.sqlite3*"]

@@ -12,13 +12,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import orjson
+import pytest
 from hypothesis import given, settings, strategies as st
 
 import sdg
+from sdg_plugins.common import files
 from sdg_plugins.common.chunks import Intake
-from sdg_plugins.common.database import shrink
+from sdg_plugins.common.database import create, shrink
 from sdg_plugins.common.identity import differences
 from sdg_plugins.common.kinds import array_of
+from sdg_plugins.common.recorded import chunks_in
 from sdg_plugins.common.results import fit, infer_fields, results_type, unfit
 from sdg_plugins.common.values import values_of
 
@@ -131,6 +134,39 @@ def test_the_space_of_deleted_responses_is_given_back(tmp_path: Path) -> None:
     shrink(path)
     assert path.stat().st_size < 1_000_000
     assert sqlite3.connect(path).execute("SELECT count FROM chunks").fetchall() == [(40,)]
+
+
+def test_a_database_appears_with_its_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, sync, seen = tmp_path / "state.sqlite3", files.sync, list[bool]()
+
+    def look(name: str | Path) -> None:
+        seen.append(path.exists())
+        sync(name)
+
+    monkeypatch.setattr(files, "sync", look)
+    (tmp_path / f".{path.name}.new").write_bytes(b"left by a process that was killed")
+    create(path, tmp_path)
+
+    assert seen == [False, True]
+    assert chunks_in(path) == {}
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_process_that_has_lost_its_rank_changes_nothing_in_the_database(tmp_path: Path) -> None:
+    path = tmp_path / "state.sqlite3"
+    create(path, tmp_path)
+    before = path.read_bytes()
+
+    def lost() -> None:
+        raise sdg.StateError("the rank is lost")
+
+    async def work() -> None:
+        with pytest.raises(sdg.StateError):
+            async with sdg.Store.open(path, Counter(requests=1), lost):
+                raise AssertionError
+
+    asyncio.run(work())
+    assert path.read_bytes() == before
 
 
 def test_totals_add_up_over_processes(tmp_path: Path) -> None:
