@@ -89,13 +89,15 @@ def discrepancies(run: sdg.Run, counts: Counter[str], unfinished: Counter[str]) 
             unfinished.update(chunks=1, documents=opened.chunk.count)
             if chunk:  # written before, and open again for what was added or failed
                 expected |= {run.path_of(chunk), run.failed_path_of(chunk)}
-        elif chunk.count != opened.chunk.count:
+        elif chunk.count > opened.chunk.count:
             yield f"chunk {chunk.index} ({rows}) was written with {counted(chunk.count, 'document')}"
         else:
+            added = opened.chunk.count - chunk.count  # to the input, since its last chunk was written
+            unfinished += Counter(chunks=int(added > 0), documents=added)  # without what is 0
             expected |= {run.path_of(chunk), *([run.failed_path_of(chunk)] if chunk.failed else [])}
             if not same_rows(opened, chunk):
                 yield f"{rows} ({', '.join(opened.files)}) have changed since chunk {chunk.index} was made of them"
-            ids = opened.own_ids(id_column := id_column_of(options, reader.schema))
+            ids = opened.own_ids(id_column := id_column_of(options, reader.schema))[: chunk.count]
             doubled += seen.add(list(map(id_text, ids))) if id_column else 0
             yield from discrepancies_of_chunk(run, chunk, ids, writer, published)
             counts["rows"] += chunk.rows

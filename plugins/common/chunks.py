@@ -21,7 +21,7 @@ from sdg_plugins.common.features import described
 from sdg_plugins.common.identity import edited, provenance
 from sdg_plugins.common.ids import SeenIds
 from sdg_plugins.common.kinds import decoder, has_nan, parse_json, relaxed
-from sdg_plugins.common.outputs import output_files, read_failed
+from sdg_plugins.common.outputs import output_files, read_failed, read_rows
 from sdg_plugins.common.paths import follow, parse_path, prompt_column_of
 from sdg_plugins.common.recorded import chunks_in
 from sdg_plugins.common.results import infer_fields
@@ -453,7 +453,7 @@ class Outlet:
     def outcomes(self, chunk: sdg.Chunk) -> list[tuple[int, str, bytes]]:
         """The documents of a written chunk as the store would have them, from its files."""
         run, gone = self._run, set(chunk.filtered) | set(chunk.failed)
-        table = self.writer.read(chunk) if chunk.rows else None
+        table = read_rows(run, self.writer, chunk) if chunk.rows else None
         if chunk.rows and (table is None or len(self._shape.firsts(table)) != chunk.rows):
             path = run.output.path(run.path_of(chunk))
             raise sdg.OutputError(f"{path} is not as it was written: restore it, or use --fresh")

@@ -13,6 +13,7 @@ import sdg
 from sdg_plugins.common import recorded
 from sdg_plugins.common.command_line import parse_config
 from sdg_plugins.common.files import file_writer, split_uri
+from sdg_plugins.common.outputs import read_rows
 from sdg_plugins.common.rows import NUMBERS
 from sdg_plugins.common.state import recorded_fields
 
@@ -68,7 +69,7 @@ class Recorded:
         for chunk in recorded.chunks_of(self._run, "written"):
             if not chunk.rows:
                 continue
-            table = self._writer.read(chunk)
+            table = read_rows(self._run, self._writer, chunk)
             if table is None:
                 path = self._run.output.path(self._run.path_of(chunk))
                 raise sdg.OutputError(f"{path} is gone: run the same command as before to write it again")

@@ -9,12 +9,15 @@ import re
 import sqlite3
 import string
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sdg
 from sdg_plugins.common.files import access_errors, rank_file
 from sdg_plugins.common.kinds import parse_json
 from sdg_plugins.common.streams import BROKEN, Stream
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 MARKS = {"reasoning", "finish_reason", "usage", "truncated", "extra"}  # fields of every result
 
@@ -33,6 +36,14 @@ def has_output(run: sdg.Run) -> bool:
     with access_errors(run.output.uri, sdg.OutputError), gone, os.scandir(folder) as entries:
         return any(not entry.name.startswith(".") and entry.is_file() for entry in entries)
     return False
+
+
+def read_rows(run: sdg.Run, writer: sdg.Writer, chunk: sdg.Chunk) -> pa.Table | None:
+    """The rows of a chunk from its file; None if that is gone. Raises OutputError if it cannot be read."""
+    try:
+        return writer.read(chunk)
+    except (OSError, ValueError) as exc:  # those of Arrow are among them
+        raise sdg.OutputError(f"{run.output.path(run.path_of(chunk))} cannot be read: {sdg.one_line(exc)}") from exc
 
 
 def chunk_names(run: sdg.Run, indices: Iterable[int]) -> list[str]:

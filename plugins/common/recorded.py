@@ -176,7 +176,8 @@ def state_of(path: Path) -> Iterator[sqlite3.Connection]:
 def readable(path: Path) -> Iterator[str]:
     """The URI of a database, or of a copy if its folder is read-only: SQLite has to write beside it."""
     if os.access(path.parent, os.W_OK):
-        yield f"{path.absolute().as_uri()}?mode=ro"
+        writable = os.access(path, os.W_OK)  # the last one that closes it deletes its journal
+        yield f"{path.absolute().as_uri()}?mode={'rw' if writable else 'ro'}"
         return
     with tempfile.TemporaryDirectory(prefix="sdg-state-") as folder:
         for suffix in ("", "-wal", "-journal"):

@@ -14,8 +14,8 @@ import sdg
 from sdg_plugins.common import recorded
 from sdg_plugins.common.checks import reading
 from sdg_plugins.common.chunks import OpenChunk
-from sdg_plugins.common.files import file_writer, format_of, rank_file
-from sdg_plugins.common.outputs import read_failed
+from sdg_plugins.common.files import access_errors, file_writer, format_of, rank_file
+from sdg_plugins.common.outputs import read_failed, read_rows
 from sdg_plugins.common.values import id_column_of, id_text, rows_of
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Records:
             chunks: that are in files; None for all.
         """
         for chunk in self.written if chunks is None else chunks:
-            if chunk.rows and (table := self._writer.read(chunk)) is not None:
+            if chunk.rows and (table := read_rows(self.run, self._writer, chunk)) is not None:
                 yield chunk, table
 
     def rows(self, limit: int) -> Iterator[Record]:
@@ -133,10 +133,11 @@ class Records:
             return
         here = {run.output.path(name) for name in run.output.list(run.options.output_config)}
         files = [path for path, chunk in chunks.items() if chunk.rows and path in here]
-        data = pyarrow.dataset.dataset(files, filesystem=run.output.fs, format="parquet")
-        column = run.options.id_column if run.options.id_column in data.schema.names else "id"
-        same = pyarrow.dataset.field(column).cast(pa.string()) == id_
-        found = data.to_table(columns=["__filename"], filter=same) if files else None
+        with access_errors(run.output.path(run.options.output_config), sdg.OutputError):
+            data = pyarrow.dataset.dataset(files, filesystem=run.output.fs, format="parquet")
+            column = run.options.id_column if run.options.id_column in data.schema.names else "id"
+            same = pyarrow.dataset.field(column).cast(pa.string()) == id_
+            found = data.to_table(columns=["__filename"], filter=same) if files else None
         for path in found.column(0).unique().to_pylist() if found else ():
             table = self._writer.read(chunks[path])
             if table is not None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import sdg
 from sdg_plugins.common import recorded
 from sdg_plugins.common.files import file_writer, split_uri
+from sdg_plugins.common.outputs import read_rows
 from sdg_plugins.common.statistics import rank_statistics
 from sdg_plugins.common.steps import SCHEME
 
@@ -61,7 +62,7 @@ class StepReader:
     def _rows_of(self, chunk: sdg.Chunk) -> pa.Table:
         """The rows of one chunk of the step before; the last one is kept."""
         if self._table is None or self._table[0] != chunk.index:
-            table = self._writer.read(chunk)
+            table = read_rows(self._before, self._writer, chunk)
             if table is None:
                 path = self._before.output.path(self._before.path_of(chunk))
                 raise sdg.InputError(f"step {self._step}: {path}, of the step {self._name}, is gone")

@@ -83,6 +83,17 @@ def test_document_that_does_not_exist_is_one_line(critic: Job) -> None:
     assert shown.stdout == ""
 
 
+def test_a_file_that_cannot_be_read_is_one_line(critic: Job) -> None:
+    first = critic.output.path / critic.output.written()[0]
+    first.write_bytes(b"PAR1")
+
+    for options in ([], ["--id", "d2"]):
+        shown = critic.sdg("show", "--output", critic.output.path, *options)
+        assert shown.rc == 1
+        assert shown.says(critic.output.path.name, "cannot be")
+        assert "report" not in shown.stderr
+
+
 def test_folder_of_another_tool_is_one_line(job: Job) -> None:
     (job.folder / "output" / "data").mkdir(parents=True)
     pq.write_table(pa.table({"text": ["a"]}), job.folder / "output" / "data" / "x.parquet")

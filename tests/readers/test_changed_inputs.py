@@ -91,6 +91,23 @@ def test_a_change_in_the_middle_of_a_file_is_noticed(suffix: str, job: Job) -> N
     assert f"rows 10 to 19 of the input ({path.name})" in resumed.message
 
 
+def test_rows_that_were_added_to_the_input_are_no_discrepancy(job: Job) -> None:
+    path = job.folder / "in.jsonl"
+    job.options |= {"input": path, "records_per_chunk": 10}
+    path.write_bytes(lines(0, 25))
+    output = job.succeed()
+    path.write_bytes(lines(0, 28))
+
+    verified = job.verify()
+
+    assert verified.rc == 1
+    assert "25 documents: 25 rows, 0 filtered, 0 failed; nothing is wrong" in verified.stdout
+    assert "not finished: 1 chunk with 3 documents" in verified.stdout
+    job.succeed()
+    assert job.verify().rc == 0
+    assert not list(output.state.glob("*.sqlite3-*"))  # journals, which nothing needs any more
+
+
 def test_a_copy_of_the_input_is_the_same_input(job: Job, server: FakeServer) -> None:
     (job.folder / "in.jsonl").write_bytes(lines(0, 10))
     job.succeed(input="in.jsonl", records_per_chunk=5)
