@@ -166,9 +166,8 @@ def acquire(state: Path, rank: int, locked: bool) -> Lease | None:
     try:
         take_possession(lease, locked)
     except BaseException as exc:
-        overtaken = (
-            isinstance(exc, FileNotFoundError) and not lease.outer.exists()
-        )  # stopped in between, even with lock
+        # Even with the lock: by another process, while this one was stopped in between.
+        overtaken = isinstance(exc, FileNotFoundError) and not lease.outer.exists()
         release(lease)
         if overtaken or (isinstance(exc, FileNotFoundError | sdg.StateError) and not locked):
             return None  # another process was faster, or the earlier holder is still at work
