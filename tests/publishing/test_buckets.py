@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ import hf_xet
 import pytest
 from fake_hub import FakeHub, Rights
 from fake_xet import Bucket
-from running import Job, documents
+from running import Job, documents, program
 
 BUCKET = "alice/store"
 URI = f"hf://buckets/{BUCKET}"
@@ -80,7 +78,7 @@ LOAD = """
 def test_datasets_loads_a_bucket_as_the_readme_says(job: Job) -> None:
     output = f"{URI}/run-1"
     assert job(output=output).rc == 0
-    script = [sys.executable, "-c", textwrap.dedent(LOAD), f"{output}/data/**/*.parquet"]
+    script = [*program(LOAD), f"{output}/data/**/*.parquet"]
     answer = subprocess.run(script, env={**os.environ, **job.env}, capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stderr
     assert [json.loads(line) for line in answer.stdout.splitlines()] == [[row["id"] for row in documents(12)]] * 2

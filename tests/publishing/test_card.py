@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import yaml
 from fake_server import FakeServer, Hang, Status, prompt_of
 from huggingface_hub import DatasetCard
 from hypothesis import Phase, example, given, settings, strategies as st
-from running import ROOT, Job, Output, documents, wait_until
+from running import ROOT, Job, Output, documents, program, wait_until
 
 import sdg
 from sdg_plugins.common import recorded
@@ -814,8 +813,9 @@ def load(folder: Path, *arguments: str) -> list[str]:
     """
     cache = folder.parent / "cache"
     env = {"HF_HOME": str(cache), "HF_DATASETS_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "PATH": ""}
-    program = [sys.executable, "-c", textwrap.dedent(script), str(folder), *arguments]
-    done = subprocess.run(program, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*program(script), str(folder), *arguments], env=env, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     ids = json.loads(done.stdout)
     assert isinstance(ids, list)

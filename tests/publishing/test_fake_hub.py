@@ -6,7 +6,6 @@ import io
 import os
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ from huggingface_hub import (
     errors,
 )
 from huggingface_hub.utils import close_session
+from running import program
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's way to upload a file
 CARD = b"---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/*.parquet\n---\n# Docs"
@@ -212,7 +212,7 @@ def test_datasets_loads(hub, tmp_path, card):
     code = "import datasets; print(datasets.load_dataset('alice/docs', split='train').num_rows)"
     environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_read", "HF_HOME": str(tmp_path)}
     environment |= {"HF_UPDATE_DOWNLOAD_COUNTS": "0", "PATH": os.environ["PATH"], "HF_HUB_DISABLE_XET": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(program(code), env=environment, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "15", done.stderr
 
 

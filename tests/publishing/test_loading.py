@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 from fake_hub import FakeHub, Rights
 from fake_s3 import FakeS3
-from running import Job
+from running import Job, program
 
 PARTS = {"everywhere": "..k.kk..", "compressed": ".k.k.", "lines": ".k.k."}
 FORMATS = ("parquet", "jsonl.gz", "jsonl")
@@ -47,7 +46,7 @@ def load(folder: Path, *places: Any, env: dict[str, str] | None = None, library:
     """The ids that `datasets` reads, not streaming and streaming, from each place: arguments of `load_dataset`."""
     environment = {**os.environ, "HF_HOME": str(folder / "loading"), "HF_UPDATE_DOWNLOAD_COUNTS": "0", **(env or {})}
     environment |= {"PYTHONPATH": library, "HF_HUB_OFFLINE": "0" if env else "1"}
-    script = [sys.executable, "-c", textwrap.dedent(LOAD), json.dumps(places)]
+    script = [*program(LOAD), json.dumps(places)]
     answer = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stderr
     return [json.loads(line) for line in answer.stdout.splitlines()]
@@ -102,7 +101,7 @@ def check_an_output_without_rows(job: Job, library: str = "") -> None:
     script = f"import datasets; rows = datasets.load_dataset({str(output.path)!r}, split='train', streaming=True); "
     script += "print(list(rows), list(rows.features))"
     environment = {**os.environ, "PYTHONPATH": library, "HF_HUB_OFFLINE": "1", "HF_HOME": str(job.folder / "loading")}
-    answer = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    answer = subprocess.run(program(script), env=environment, capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[] ['id', 'text', 'rollout_results']"
     assert job.verify().rc == 0
 

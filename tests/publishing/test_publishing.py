@@ -16,8 +16,6 @@ import shutil
 import signal
 import sqlite3
 import subprocess
-import sys
-import textwrap
 import threading
 import time
 from collections import Counter
@@ -32,7 +30,7 @@ import pytest
 from fake_hub import FakeHub, Fault, Rights
 from fake_server import Delay, Hang, Status
 from hypothesis import given, settings, strategies as st
-from running import Finished, Job, Output, Started, documents, wait_until
+from running import Finished, Job, Output, Started, documents, program, wait_until
 
 import sdg
 from sdg_plugins.common import hub as hub_plugin, recorded
@@ -144,7 +142,7 @@ def test_chunks_failures_and_the_card_are_published_and_datasets_reads_them(job:
             print(*sorted(rows["id"]))
     """
     environment = {**os.environ, **job.env, "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
-    answer = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], env=environment, capture_output=True)
+    answer = subprocess.run(program(script), env=environment, capture_output=True)
     expected = " ".join(f"d{i:04}" for i in range(23) if i != 7)
     assert answer.stdout.decode().splitlines() == [expected, expected], answer.stderr.decode()
 

@@ -7,8 +7,6 @@ import json
 import os
 import random
 import subprocess
-import sys
-import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from fake_hub import FakeHub, Rights
 from fake_server import FakeServer, Status, prompt_of
-from running import Job, documents
+from running import Job, documents, program
 
 pytestmark = pytest.mark.slow
 
@@ -77,7 +75,7 @@ def loaded(folder: Path, hub: FakeHub, *configs: str) -> dict[str, list[str]]:
     """The ids that the client of `datasets` loads of each config, sorted."""
     folder.mkdir(exist_ok=True)
     env = {**os.environ, **hub.environment(folder, "hf_write"), "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
-    script = [sys.executable, "-c", textwrap.dedent(LOAD), *configs]
+    script = [*program(LOAD), *configs]
     answer = subprocess.run(script, env=env, capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stderr
     return {name: sorted(ids) for name, ids in json.loads(answer.stdout).items()}

@@ -7,7 +7,6 @@ import json
 import logging
 import signal
 import subprocess
-import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from hub_layouts import LAYOUTS, TWICE, Layout
 from huggingface_hub import HfApi, constants
 from huggingface_hub.utils import close_session
 from hypothesis import given, settings, strategies as st
-from running import Job, Output, wait_until
+from running import Job, Output, program, wait_until
 
 import sdg
 
@@ -153,9 +152,13 @@ def published() -> Iterator[FakeHub]:
 def loaded(published: FakeHub, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What `datasets.load_dataset` finds in each layout: rows of each split of each config, "" being the default."""
     environment = published.environment(tmp_path_factory.mktemp("datasets")) | {"HF_UPDATE_DOWNLOAD_COUNTS": "0"}
-    command = [sys.executable, "-c", LOAD]
     done = subprocess.run(
-        command, env=environment, input=json.dumps(list(NAMES.values())), capture_output=True, text=True, timeout=120
+        program(LOAD),
+        env=environment,
+        input=json.dumps(list(NAMES.values())),
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -240,6 +240,15 @@ class Sdg:
             started.close()
 
 
+def program(source: str) -> list[str]:
+    """A program for a process of its own, which uses a library such as `datasets`.
+
+    It leaves without the end of the interpreter, in which native threads of such libraries can abort it.
+    """
+    leave = "import os, sys; sys.stdout.flush(); sys.stderr.flush(); os._exit(0)"
+    return [sys.executable, "-c", f"{textwrap.dedent(source)}\n{leave}\n"]
+
+
 class Job:
     """A run with defaults: `job(records_per_chunk=2)` is `sdg.py ... --records-per-chunk 2`; None leaves one out."""
 
