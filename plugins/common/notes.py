@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 import sdg
-from sdg_plugins.common.outputs import read_failed
+from sdg_plugins.common.outputs import read_failed, read_rows
 from sdg_plugins.common.rows import shape_of
 from sdg_plugins.common.values import id_text, rows_of
 
@@ -132,7 +132,7 @@ class Notes:
         rows: Iterator[dict[str, Any]] = iter(())
         failures: Iterator[dict[str, Any]] = iter(())
         if chunk.written:
-            table = engine.outlet.writer.read(chunk)
+            table = read_rows(engine.run, engine.outlet.writer, chunk)
             table = self._tables.get(chunk.index) if table is None else table  # some writers cannot read
             if table is not None:  # a chunk without rows is not written
                 self.schema, rows = self.schema or table.schema, iter(rows_of_documents(engine.run, table))

@@ -139,7 +139,7 @@ class Records:
             same = pyarrow.dataset.field(column).cast(pa.string()) == id_
             found = data.to_table(columns=["__filename"], filter=same) if files else None
         for path in found.column(0).unique().to_pylist() if found else ():
-            table = self._writer.read(chunks[path])
+            table = read_rows(self.run, self._writer, chunks[path])
             if table is not None:
                 yield chunks[path], table
 
