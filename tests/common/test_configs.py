@@ -217,12 +217,15 @@ def test_a_shared_server_that_is_down_ends_all(configs: Configs) -> None:
     assert not (configs.job.folder / "out" / ".sdg" / "math" / "run.json").exists()
 
 
-def test_a_launched_server_that_cannot_start_ends_all_and_is_reported_once(configs: Configs) -> None:
-    configs.job.options |= {"server": "command", "base_url": None, "model": "m"}
-    finished = configs(server_command="/no/such/program {port}")
+@pytest.mark.parametrize("command", ["/no/such/program {port}", "sh -c 'sleep 2; exit 1' {port}"])
+def test_a_launched_server_that_cannot_start_ends_all_and_is_reported_once(configs: Configs, command: str) -> None:
+    finished = configs(server="command", base_url=None, model="m", server_command=command)
     assert finished.rc == 1
     assert finished.stderr.count("command failed to start") == 1
-    assert not (configs.job.folder / "out" / ".sdg" / "math" / "run.json").exists()
+    assert not [*configs.rows("faq"), *configs.rows("math")]
+    # The second one may have begun while the server was loading; it is not in the way of other options.
+    assert configs().rc == 0
+    assert len(configs.rows("faq")) == len(configs.rows("math")) == 2
 
 
 def test_an_interrupt_ends_all(configs: Configs) -> None:
