@@ -148,6 +148,25 @@ def test_a_step_is_checked_for_slurm_alone_when_the_one_before_has_run(chain: Jo
     assert "open-ranks none" in alone.stdout
 
 
+@pytest.mark.parametrize(
+    ("above", "first", "shape"),
+    [("", "flat = true", {}), ("flat = true", "", {}), ("", "", {"flat": True})],
+)
+def test_the_text_of_a_flat_step_is_found_whether_its_source_has_a_text_or_not(
+    chain: Job, server: FakeServer, above: str, first: str, shape: dict[str, bool]
+) -> None:
+    chain.options["config"].write_text(
+        f"prompt-column = 'question'\n{above}\n[[steps]]\n{first}\n"
+        "[[steps]]\nplugin = 'translate'\ndrop-columns = 'rollout,sample'\n"
+    )
+    chain.input([{"id": "one", "question": "Why?"}])
+
+    output = chain.succeed(**shape)
+
+    (text,) = pq.read_table(output.path / "summarize")["text"].to_pylist()
+    assert server.prompts[-1].startswith(text)
+
+
 def test_a_chain_can_be_previewed(chain: Job) -> None:
     finished = chain(preview=1)
 
