@@ -126,7 +126,7 @@ across=()
 checked=$("${sdg[@]}" check "${options[@]}" --rank 0 ${across[@]+"${across[@]}"})
 field() { sed -n "s/^$1 //p" <<<"$checked"; }
 if [[ $(field output-config | wc -l) -gt 1 ]]; then
-    fail "each config needs its own monitor and card: submit one at a time, with --output-config NAME"
+    fail "each config and each step needs its own monitor and card: submit one at a time, with --output-config NAME"
 fi
 output=$(field output) state=$(field state-dir) unfinished=$(field open-ranks)
 where=(--output "$output" --output-config "$(field output-config)" --state-dir "$state")

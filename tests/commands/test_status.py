@@ -160,6 +160,10 @@ def test_equal_failures_are_one_group_with_its_nodes_and_the_command_that_repeat
         "/code/slurm/submit.sh --ranks 4 --gpus-per-node=8 --array 0-2 --exclude=node2 -- "
         "--input 'my docs/' --array-like x"
     )
+    workers = ["77", str(state.folder), "submit.sh", "--ranks", "4", "--workers", "2", "--", "--input", "x"]
+    (state.path / "submission").write_text("".join(f"{part}\0" for part in workers))
+    again = state(squeue="echo 9 9").stdout.splitlines()[-1].strip()
+    assert again == "submit.sh --ranks 4 --workers 2 --exclude=node2 -- --input x"  # they take whichever rank is open
     state.rank(1, "failed", error="vllm failed to start: no GPU", host="node3", slurm_job="77")
     assert "node2, node3" in state(squeue="echo 9 9").stdout
 
