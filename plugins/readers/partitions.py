@@ -53,11 +53,12 @@ def _without(run: sdg.Run, names: list[str]) -> sdg.Run:
     """A run whose recorded schema lacks some columns; it has none if these are all."""
     import pyarrow as pa
 
-    if not names or run.source_schema is None:
+    known = run.source_schema
+    if not names or known is None:
         return run
     run = copy.copy(run)
-    kept = [field for field in run.source_schema if field.name not in names]
-    run.source_schema = pa.schema(kept, run.source_schema.metadata) if kept else None
+    kept = [field for field in known if field.name not in names]
+    run.source_schema = pa.schema(kept, known.metadata) if kept else None
     return run
 
 
