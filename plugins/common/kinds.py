@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -115,7 +115,7 @@ def type_of(values: Iterable[Any], exact: bool = False) -> pa.DataType:
     Args:
         values: nulls among them say nothing.
         exact: an object that lacks a key of others, or has it as null, makes the JSON type: a struct would not tell
-            one from the other.
+            one from the other. So do integers beside floats, which would become floats.
     """
     import pyarrow as pa
 
@@ -129,7 +129,7 @@ def type_of(values: Iterable[Any], exact: bool = False) -> pa.DataType:
     if kinds == {list}:
         return pa.list_(type_of((item for value in values if value for item in value), exact))
     if kinds in ({int}, {float}, {int, float}):
-        return _number_of(values, float in kinds)
+        return json_type() if exact and len(kinds) > 1 else _number_of(values, float in kinds)
     plain = {str: pa.string(), bool: pa.bool_()}
     return plain.get(kinds.pop(), json_type()) if len(kinds) == 1 else json_type()
 
@@ -166,13 +166,19 @@ def _number_of(values: list[Any], floats: bool) -> pa.DataType:
     return pa.uint64() if least >= 0 and most < 2**64 else json_type()
 
 
-def type_of_prompts(values: list[Any]) -> pa.DataType:
+def type_of_prompts(values: list[Any], steps: Sequence[int | str] = ()) -> pa.DataType:
     """The Arrow type of a prompt column. Whatever lies below the messages of chats is kept exactly as it is.
 
     Keys of a message itself may be missing, because those that are null are not sent.
+
+    Args:
+        values: of the column.
+        steps: to the prompt inside each value; see `parse_path`.
     """
     import pyarrow as pa
 
+    if steps:
+        return _type_around_prompts(values, steps)
     chats = [value for value in values if value is not None]
     if not chats or not all(isinstance(chat, list) for chat in chats):
         return type_of(chats, exact=True)
@@ -186,6 +192,21 @@ def type_of_prompts(values: list[Any]) -> pa.DataType:
     return pa.list_(pa.struct(list(fields.items()))) if 0 < len(fields) <= MOST_FIELDS else json_type()
 
 
+def _type_around_prompts(values: list[Any], steps: Sequence[int | str]) -> pa.DataType:
+    """As `type_of`, but for what the steps lead to."""
+    import pyarrow as pa
+    import pyarrow.types as t
+
+    kind = type_of(values)
+    present = [value for value in values if value is not None]
+    if isinstance(steps[0], int) and t.is_list(kind):
+        return pa.list_(type_of_prompts([item for value in present for item in value], steps[1:]))
+    if t.is_struct(kind) and kind.get_field_index(str(steps[0])) >= 0:
+        inner = type_of_prompts(columns_of(present)[str(steps[0])], steps[1:])
+        return pa.struct([field.with_type(inner) if field.name == steps[0] else field for field in kind])
+    return kind
+
+
 # ── Checks and conversions ───────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -196,7 +217,7 @@ def checker(kind: pa.DataType, exact: bool = False, huge: bool = True) -> Check:
 
     Args:
         kind: the type.
-        exact: as for `type_of`: below the top, null and missing keys do not fit.
+        exact: as for `type_of`: below the top, null and missing keys do not fit, nor do integers in place of floats.
         huge: accept floats that may have been integers beyond 64 bits.
     """
     import pyarrow.types as t
@@ -222,7 +243,7 @@ def checker(kind: pa.DataType, exact: bool = False, huge: bool = True) -> Check:
         return lambda value: (
             value is None
             or (type(value) is float and (huge or -HUGE < value < HUGE))
-            or (type(value) is int and -EXACT <= value <= EXACT)
+            or (not exact and type(value) is int and -EXACT <= value <= EXACT)
         )
     return (
         (lambda value: value is None or isinstance(value, str)) if t.is_string(kind) else (lambda value: value is None)
@@ -251,10 +272,19 @@ def _struct_checker(kind: pa.DataType, exact: bool, huge: bool) -> Check:
     return fits
 
 
-def prompt_checker(kind: pa.DataType, huge: bool = True) -> Check:
+def prompt_checker(kind: pa.DataType, huge: bool = True, steps: Sequence[int | str] = ()) -> Check:
     """As `checker`, for a type from `type_of_prompts`."""
     import pyarrow.types as t
 
+    if steps and isinstance(steps[0], int) and t.is_list(kind):
+        item = prompt_checker(kind.value_type, huge, steps[1:])
+        return lambda value: value is None or (isinstance(value, list) and all(map(item, value)))
+    if steps and t.is_struct(kind) and kind.get_field_index(str(steps[0])) >= 0:
+        step, whole = str(steps[0]), checker(kind, huge=huge)
+        inner = prompt_checker(kind.field(step).type, huge, steps[1:])
+        return lambda value: value is None or (whole(value) and inner(value.get(step)))
+    if steps:
+        return checker(kind, huge=huge)
     if not t.is_list(kind) or not t.is_struct(kind.value_type):
         return checker(kind, True, huge)
     fields = {field.name: checker(field.type, True, huge) for field in kind.value_type}

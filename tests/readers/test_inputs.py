@@ -431,27 +431,43 @@ CHATS: dict[str, list[Any]] = {
     "text and parts": [[{"role": "user", "content": "a"}, {"role": "user", "content": [{"type": "text"}]}]],
     "tool calls": [[{"role": "assistant", "tool_calls": [CALL]}], [{"role": "user", "content": "b"}]],
     "strings": ["just text", [{"role": "user", "content": "b"}]],
+    "numbers": [[{"role": "assistant", "content": [{"x": number}], "weight": number}] for number in (1, 2.5, 3)],
+}
+# Where a chat stands in a row
+PLACES: dict[str, Callable[[Any], Any]] = {
+    "m": lambda chat: {"m": chat},
+    "d.m": lambda chat: {"d": {"other": 1, "m": chat}},
+    "d[-1].m": lambda chat: {"d": [{"m": None}, {"m": chat}]},
 }
 
 
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", CHATS)
-def test_chats_of_json_lines_are_sent_as_they_stand(name: str, tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"m": chat}) + "\n" for chat in CHATS[name]))
+def test_chats_of_json_lines_are_sent_as_they_stand(name: str, place: str, tmp_path: Path) -> None:
+    rows = [{"n": n, **PLACES[place](chat)} for n, chat in enumerate(CHATS[name])]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    found = documents(str(tmp_path / "a.jsonl"), "m")
+    found = documents(str(tmp_path / "a.jsonl"), place)
 
-    assert [d.messages or d.text for d in found if isinstance(d, sdg.Document)] == CHATS[name]
+    sent = [d.messages or d.text for d in found if isinstance(d, sdg.Document)]
+    assert json.dumps(sent) == json.dumps(CHATS[name])  # 1 is not 1.0
 
 
-def test_keys_that_first_appear_after_the_sample_are_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("place", PLACES)
+def test_keys_that_first_appear_after_the_sample_are_sent(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("sdg_plugins.readers.jsonl.SAMPLE", 200)
-    chats: list[Any] = [[{"role": "user", "content": f"number {n}"}] for n in range(20)]
+    chats: list[Any] = [[{"role": "user", "content": f"number {n}", "weight": 0.5}] for n in range(20)]
     chats += [[{"role": "user", "content": "late", "name": "x"}], [{"role": "tool", "content": [{"a": None}]}], "text"]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"id": n, "m": c}) + "\n" for n, c in enumerate(chats)))
+    chats += [[{"role": "user", "content": "an integer", "weight": 1}]]
+    rows = [{"id": n, **PLACES[place](chat)} for n, chat in enumerate(chats)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    found = documents(str(tmp_path / "a.jsonl"), "m")
+    found = documents(str(tmp_path / "a.jsonl"), place)
 
-    assert [d.messages or d.text for d in found if isinstance(d, sdg.Document)] == chats
+    sent = [d.messages or d.text for d in found if isinstance(d, sdg.Document)]
+    assert json.dumps(sent) == json.dumps(chats)  # 1 is not 1.0
 
 
 def test_null_keys_are_not_sent(tmp_path: Path) -> None:
