@@ -1,7 +1,8 @@
 """JSON values as Arrow columns: types that hold every value exactly, and Arrow's JSON type where there is none.
 
 A column of the JSON type (`arrow.json`, which `datasets`, DuckDB and polars know) holds JSON as text. It stands where
-values have several types, where a type cannot be told (only nulls, empty objects), and for objects of very many keys.
+values have several types, where a type cannot be told (only nulls, empty objects), and for objects of very many keys
+or very many levels.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 MOST_FIELDS = 500  # of a struct: a column for each of thousands of keys makes footers of megabytes
+MOST_LEVELS = 40  # of lists and structs: parquet files with 100 are unreadable (a list is two), Arrow's with 64
 EXACT = 2**53  # integers up to here are exact as floats
 LARGEST_FLOAT32 = 3.4e38
+OF_MAP = {b"sdg.map": b"key"}  # metadata of a field
 PLAIN_VALUES = {str, int, bool, type(None)}
 HUGE = float(2**63)  # orjson reads integers from here on as floats, which are not exact
 
@@ -109,13 +112,14 @@ def json_text(value: Any) -> str:
 # ── Types of values ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def type_of(values: Iterable[Any], exact: bool = False) -> pa.DataType:
+def type_of(values: Iterable[Any], exact: bool = False, levels: int = MOST_LEVELS) -> pa.DataType:
     """The Arrow type that holds some JSON values; the JSON type if no other one does.
 
     Args:
         values: nulls among them say nothing.
         exact: an object that lacks a key of others, or has it as null, makes the JSON type: a struct would not tell
             one from the other. So do integers beside floats, which would become floats.
+        levels: how deep lists and structs may be nested; what lies deeper has the JSON type.
     """
     import pyarrow as pa
 
@@ -124,17 +128,19 @@ def type_of(values: Iterable[Any], exact: bool = False) -> pa.DataType:
     if exact and type(None) in kinds:
         return json_type()
     kinds.discard(type(None))
+    if not levels and kinds & {dict, list}:
+        return json_type()
     if kinds == {dict}:
-        return _struct_of([value for value in values if value is not None], exact)
+        return _struct_of([value for value in values if value is not None], exact, levels - 1)
     if kinds == {list}:
-        return pa.list_(type_of((item for value in values if value for item in value), exact))
+        return pa.list_(type_of((item for value in values if value for item in value), exact, levels - 1))
     if kinds in ({int}, {float}, {int, float}):
         return json_type() if exact and len(kinds) > 1 else _number_of(values, float in kinds)
     plain = {str: pa.string(), bool: pa.bool_()}
     return plain.get(kinds.pop(), json_type()) if len(kinds) == 1 else json_type()
 
 
-def _struct_of(objects: list[dict[str, Any]], exact: bool) -> pa.DataType:
+def _struct_of(objects: list[dict[str, Any]], exact: bool, levels: int) -> pa.DataType:
     import pyarrow as pa
 
     fields = columns_of(objects)
@@ -142,7 +148,7 @@ def _struct_of(objects: list[dict[str, Any]], exact: bool) -> pa.DataType:
         return json_type()
     if exact and any(len(values) < len(objects) or None in values for values in fields.values()):
         return json_type()
-    return pa.struct([(name, type_of(values, exact)) for name, values in fields.items()])
+    return pa.struct([(name, type_of(values, exact, levels)) for name, values in fields.items()])
 
 
 def columns_of(objects: Iterable[Mapping[str, Any]]) -> dict[str, list[Any]]:
@@ -363,7 +369,8 @@ def writable(kind: pa.DataType) -> pa.DataType:
     """The type in which a column is written.
 
     Objects without fields are JSON, because parquet cannot hold them. What `datasets` cannot read becomes what it can:
-    UUIDs are text, maps are lists of {key, value}, and Arrow's other extension types are what they are stored as.
+    UUIDs are text, maps are lists of {key, value}, and Arrow's other extension types are what they are stored as. What
+    parquet cannot hold does, too: dictionaries of views.
     """
     import pyarrow as pa
     import pyarrow.types as t
@@ -373,7 +380,11 @@ def writable(kind: pa.DataType) -> pa.DataType:
     if t.is_struct(kind):
         return pa.struct([relaxed(field) for field in kind]) if kind.num_fields else json_type()
     if t.is_map(kind):
-        return pa.list_(pa.struct([("key", writable(kind.key_type)), ("value", writable(kind.item_type))]))
+        key = pa.field("key", writable(kind.key_type), metadata=OF_MAP)
+        return pa.list_(pa.struct([key, ("value", writable(kind.item_type))]))
+    if t.is_dictionary(kind) and kind.value_type in {pa.string_view(), pa.binary_view()}:
+        plain = pa.string() if t.is_string_view(kind.value_type) else pa.binary()
+        return pa.dictionary(kind.index_type, plain, kind.ordered)
     if t.is_decimal32(kind) or t.is_decimal64(kind):
         return pa.decimal128(kind.precision, kind.scale)
     if t.is_list_view(kind) or t.is_large_list_view(kind):
@@ -385,6 +396,16 @@ def writable(kind: pa.DataType) -> pa.DataType:
     if t.is_list(kind):
         return pa.list_(relaxed(kind.value_field))
     return kind
+
+
+def was_map(kind: pa.DataType) -> bool:
+    """True for lists of {key, value} that `writable` has made of maps."""
+    import pyarrow.types as t
+
+    entry = getattr(kind, "value_type", None)
+    if entry is None or not t.is_struct(entry) or not entry.num_fields:
+        return False
+    return OF_MAP.items() <= (entry.field(0).metadata or {}).items()
 
 
 def _text(_: pa.DataType) -> pa.DataType:

@@ -486,6 +486,47 @@ def test_null_keys_are_not_sent(tmp_path: Path) -> None:
     assert first.messages == [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
 
 
+def test_maps_inside_of_chats_are_objects(tmp_path: Path) -> None:
+    kind = pa.list_(
+        pa.struct(
+            [("role", pa.string()), ("tool_calls", pa.list_(pa.struct([("f", pa.map_(pa.string(), pa.int8()))])))]
+        )
+    )
+    chat = [{"role": "assistant", "tool_calls": [{"f": [("a", 1), ("b", None)]}, {"f": []}, {"f": None}]}]
+    pairs = [{"role": "assistant", "tool_calls": [{"f": [{"key": "a", "value": 1}]}]}]
+    pq.write_table(pa.table({"m": pa.array([chat], kind)}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"m": pa.array([chat], kind), "other": ["x"]}), tmp_path / "b.parquet")
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"m": pairs}))
+
+    for path in ("a.parquet", "*.parquet"):
+        document, *_ = documents(str(tmp_path / path), "m")
+        assert isinstance(document, sdg.Document)
+        assert document.messages == [
+            {"role": "assistant", "tool_calls": [{"f": {"a": 1, "b": None}}, {"f": {}}, {}]},
+        ]
+    (document,) = documents(str(tmp_path / "pairs.jsonl"), "m")
+    assert isinstance(document, sdg.Document)
+    assert document.messages == pairs
+
+
+def test_values_of_any_depth_stay_what_they_are_and_make_readable_files(tmp_path: Path) -> None:
+    nested: dict[str, Any] = {"text": "a", "thread": "leaf", "lists": 1}
+    for _ in range(60):
+        nested["thread"] = {"body": "x", "replies": [nested["thread"]]}
+        nested["lists"] = [nested["lists"]]
+    (tmp_path / "a.jsonl").write_text(json.dumps(nested))
+
+    _, chunk = opened(str(tmp_path / "a.jsonl"))
+    results = chunk.table.add_column(0, "results", pa.array([[{"own": row} for row in chunk.table.to_pylist()]]))
+    pq.write_table(results, tmp_path / "a.parquet")
+    with pa.ipc.new_file(tmp_path / "a.arrow", results.schema) as file:
+        file.write_table(results)
+
+    assert chunk.row(0) == nested
+    assert pq.read_table(tmp_path / "a.parquet").num_rows == 1
+    assert pa.ipc.open_file(tmp_path / "a.arrow").read_all().num_rows == 1
+
+
 def test_sharegpt_is_understood(tmp_path: Path) -> None:
     turns = [("system", "s"), ("human", "h"), ("gpt", "g"), ("tool", "t")]
     (tmp_path / "a.jsonl").write_text(json.dumps({"c": [{"from": who, "value": text} for who, text in turns]}))
