@@ -49,13 +49,19 @@ def check(argv: list[str]) -> int:
     Options, plugins, columns and folders are checked, and that no run with different options exists. What depends on
     the machine of the run (GPUs, an installed engine, the URL of a server) is not.
     """
-    for config in parse_configs(argv):
-        check_config(config)
+    configs = parse_configs(argv)
+    for config in configs:
+        check_config(config, alone=len(configs) == 1)
     return 0
 
 
-def check_config(config: Config) -> None:
-    """Check that one config could be run, and print what scripts need to know of it, as `KEY VALUE` lines."""
+def check_config(config: Config, alone: bool) -> None:
+    """Check that one config could be run, and print what scripts need to know of it, as `KEY VALUE` lines.
+
+    Args:
+        config: to check.
+        alone: the only one; otherwise the step that it follows may not have run.
+    """
     from sdg_plugins.servers.models import runs_of
 
     options, plugins = config
@@ -74,7 +80,8 @@ def check_config(config: Config) -> None:
         check_writable(folder)
     check_state_dir(run)
     remember_source(run)
-    if options.reader == SCHEME:  # the step before it has not run
+    if options.reader == SCHEME and not alone:
+        print(f"output-config {options.output_config}")
         return
     entry = plugins.readers[options.reader]
     with reading(options.input, entry.factory):

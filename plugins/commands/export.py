@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,17 +13,18 @@ from typing import TYPE_CHECKING, Any
 import sdg
 from sdg_plugins.common import recorded
 from sdg_plugins.common.exported import Source, source_of
-from sdg_plugins.common.files import expanded, sync
+from sdg_plugins.common.files import ALIASES, codec_of, expanded, split_uri, suffix_of, sync
 from sdg_plugins.common.markdown import counted
 from sdg_plugins.common.options import Parser, number
 from sdg_plugins.common.paths import follow, parse_path
 from sdg_plugins.common.rows import NUMBERS, Flat, Results, shape_of
-from sdg_plugins.common.values import Chat, in_base64, json_line, parse_prompt, plain, rows_of, values_of
+from sdg_plugins.common.values import Chat, id_text, in_base64, json_line, parse_prompt, rows_of, values_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 FORMATS = ("flat", "messages", "preference")
+OF_TOOLS = ("tool_calls", "tool_call_id", "function_call")  # of messages that are more than text
 
 
 @sdg.hookimpl
@@ -40,7 +42,7 @@ def export(argv: list[str]) -> int:
     parser = Parser(prog="sdg.py export", description=export.__doc__, epilog=example)
     recorded.add_run_options(parser)
     text = "a .parquet or .jsonl file, or a folder for a file of each chunk"
-    parser.add_argument("--to", required=True, type=expanded, metavar="PATH", help=text)
+    parser.add_argument("--to", required=True, type=place, metavar="PATH", help=text)
     text = "flat: a row for each result; messages: chats; preference: the best and the worst result of each document"
     parser.add_argument("--format", required=True, choices=FORMATS, help=text)
     text = "column of what was asked, such as text or messages [--prompt-column of the run]"
@@ -58,6 +60,16 @@ def export(argv: list[str]) -> int:
     return 0
 
 
+def place(path: str) -> str:
+    """A converter for --to: where an export goes."""
+    known = {*ALIASES, *ALIASES.values()} - {"parquet", "jsonl"}
+    if split_uri(path)[0] != "file":
+        raise argparse.ArgumentTypeError(f"{sdg.redact(path)}: an export is a local file or folder: copy it afterwards")
+    if (suffix_of(path) in known or codec_of(path)) and not Path(expanded(path)).is_dir():
+        raise argparse.ArgumentTypeError(f"{path}: expected a .parquet or .jsonl file, or a folder")
+    return expanded(path)
+
+
 class Exporter:
     """Converts the rows of a run's files.
 
@@ -69,7 +81,7 @@ class Exporter:
         self.source, self.args = source, args
         self.shape, self.fields = shape_of(source.options), source.fields
         self.prompt_column = args.prompt_column or source.options.prompt_column
-        self.single = self.without_messages = 0
+        self.single = self.without_messages = self.without_text = 0
         self.dropped: list[str] = []
         if args.format == "preference" and args.score not in self.fields:
             known = ", ".join(self.fields) or "none, because nothing is written yet"
@@ -89,7 +101,7 @@ class Exporter:
             return table
         results = self.shape.results(table, self.fields)
         rows = table.take(pa.array(self.shape.firsts(table), pa.int64())) if isinstance(self.shape, Flat) else table
-        ids = [str(value) for value in rows.column("id").to_pylist()]
+        ids = [id_text(value) for value in values_of(rows.column("id"))]
         if self.args.format == "flat":
             options = argparse.Namespace(**{**vars(self.source.options), "flat": True, "keep_columns": None})
             options.drop_columns = [self.shape.column, *(name for name in NUMBERS if name in rows.column_names)]
@@ -133,54 +145,70 @@ class Exporter:
     def messages(self, prompt: Chat, results: Results) -> Iterator[dict[str, Any]]:
         """A chat for each result with a text."""
         for result in results:
-            chat = self.chat(prompt, result)
-            if chat:
-                yield {"messages": plain_chat(chat)}
+            if chat := self.chat(prompt, result):
+                yield {"messages": chat}
 
     def chat(self, prompt: Chat, result: dict[str, Any]) -> Chat:
-        """The messages of a result: those that were kept, else the prompt column and the text."""
-        if result.get("messages"):
-            kept: Chat = result["messages"]
-            return kept
-        self.without_messages += 1
-        text = result.get("text")
-        return [*prompt, {"role": "assistant", "content": text}] if prompt and text else []
+        """The messages of a result: those that were kept, else the prompt column and the text. [] if it has none."""
+        chat: Chat = result.get("messages") or []
+        if not chat:
+            self.without_messages += 1
+            text = result.get("text")
+            chat = [*prompt, {"role": "assistant", "content": text}] if prompt and text else []
+        told = plain_chat(chat)
+        if not told or not told[-1]["content"]:
+            self.without_text += 1
+            return []
+        return told
 
     def preference(self, prompt: Chat, results: Results) -> Iterator[dict[str, Any]]:
-        """The best and the worst result of a document."""
-        name = self.args.score
-        scored = [result for result in results if isinstance(result.get(name), int | float)]
-        ranked = sorted(
-            (result for result in scored if self.chat(prompt, result)), key=lambda result: -float(result[name])
+        """The best and the worst result of a document; of several prompts the one whose results differ most."""
+        answers: dict[str, list[tuple[float, Chat]]] = {}
+        for result in results:
+            score = result.get(self.args.score)
+            if isinstance(score, int | float) and not math.isnan(score) and (chat := self.chat(prompt, result)):
+                answers.setdefault(repr(chat[:-1]), []).append((float(score), chat))
+        ranked = [sorted(each, key=lambda answer: -answer[0]) for each in answers.values()]
+        best, worst = max(
+            ((each[0], each[-1]) for each in ranked), key=lambda pair: pair[0][0] - pair[1][0], default=((0.0, []),) * 2
         )
-        margin = float(ranked[0][name]) - float(ranked[-1][name]) if ranked else 0.0
-        if margin <= 0 or margin < self.args.min_margin:
+        margin = best[0] - worst[0]
+        if not margin > 0 or margin < self.args.min_margin or best[1] == worst[1]:
             self.single += 1
             return
-        *asked, chosen = plain_chat(self.chat(prompt, ranked[0]))
-        rejected = plain_chat(self.chat(prompt, ranked[-1]))[-1]
-        scores = {"score_chosen": float(ranked[0][name]), "score_rejected": float(ranked[-1][name]), "margin": margin}
-        yield {"prompt": asked, "chosen": [chosen], "rejected": [rejected], **scores}
+        *asked, chosen = best[1]
+        scores = {"score_chosen": best[0], "score_rejected": worst[0], "margin": margin}
+        yield {"prompt": asked, "chosen": [chosen], "rejected": worst[1][-1:], **scores}
 
     def remark(self) -> str:
         """What a user should know of the rows; "" if there is nothing."""
         if self.dropped:
             return f"the source's columns {', '.join(self.dropped)} are left out: the names are those of the numbers"
+        said = []
         if self.single:
-            return f"{counted(self.single, 'document')} left out: no two results whose scores differ enough"
+            said.append(f"{counted(self.single, 'document')} left out: no two results whose scores differ enough")
+        if self.without_text:
+            what = "no text, or a chat with tool calls or images"
+            said.append(f"{counted(self.without_text, 'result')} left out: {what}")
         if self.without_messages and self.args.format == "messages":
-            return "the prompts are those of the prompt column, without templates: --keep-messages keeps what was sent"
-        return ""
+            said.append(
+                "the prompts are those of the prompt column, without templates: --keep-messages keeps what was sent"
+            )
+        return "; ".join(said)
 
 
-def plain_chat(messages: Chat) -> list[dict[str, str]]:
-    """Messages with role and text alone."""
-    import orjson
-
-    def text(content: Any) -> str:
-        return content if isinstance(content, str) else orjson.dumps(content, default=plain).decode()
-
-    return [{"role": str(message["role"]), "content": text(message.get("content") or "")} for message in messages]
+def plain_chat(messages: Chat) -> Chat:
+    """Messages with role and text alone; [] if they have more, which would be lost."""
+    found = []
+    for message in messages:
+        content = message.get("content") or ""
+        if isinstance(content, list):
+            texts = [part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
+            content = "\n".join(texts) if len(texts) == len(content) else None
+        if not isinstance(content, str) or any(message.get(key) for key in OF_TOOLS):
+            return []
+        found.append({"role": str(message["role"]), "content": content})
+    return found
 
 
 # ── Files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -190,7 +218,8 @@ def write_all(parts: Iterator[tuple[str, pa.Table]], to: Path) -> tuple[int, int
     """Write all parts to a file, or each to its own in a folder. Returns the numbers of files and rows."""
     import pyarrow.parquet as pq
 
-    if to.suffix in {".parquet", ".jsonl"}:
+    suffix = to.suffix.lower()
+    if suffix in {".parquet", ".jsonl"}:
         to.parent.mkdir(parents=True, exist_ok=True)
         temporary = to.with_name(f".{to.name}.tmp")
         total = 0
@@ -199,7 +228,7 @@ def write_all(parts: Iterator[tuple[str, pa.Table]], to: Path) -> tuple[int, int
             writer: Any = None
             for _, table in parts:
                 total += table.num_rows
-                if to.suffix == ".jsonl":
+                if suffix == ".jsonl":
                     sink.write(lines_of(table))
                     continue
                 writer = writer or stack.enter_context(pq.ParquetWriter(sink, table.schema, compression="zstd"))
@@ -209,9 +238,12 @@ def write_all(parts: Iterator[tuple[str, pa.Table]], to: Path) -> tuple[int, int
         return 1, total
     to.mkdir(parents=True, exist_ok=True)
     files = total = 0
-    others = {path.name for path in to.glob("*.parquet")}
+    others, made = {path.name for path in to.glob("*.parquet")}, set[Path]()
     for name, table in parts:
         path = to / f"{name}.parquet"
+        if path in made:
+            raise sdg.UsageError(f"two files of rows would be {path}: export to one file, such as --to {to}.parquet")
+        made.add(path)
         files, total = files + 1, total + table.num_rows
         others.discard(path.name)
         if holds(path, table):

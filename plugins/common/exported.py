@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 import sdg
 from sdg_plugins.common import recorded
 from sdg_plugins.common.command_line import parse_config
-from sdg_plugins.common.files import file_writer, split_uri
+from sdg_plugins.common.files import file_writer, split_uri, suffix_of
 from sdg_plugins.common.outputs import read_rows
 from sdg_plugins.common.rows import NUMBERS
 from sdg_plugins.common.state import recorded_fields
@@ -73,7 +73,7 @@ class Recorded:
             if table is None:
                 path = self._run.output.path(self._run.path_of(chunk))
                 raise sdg.OutputError(f"{path} is gone: run the same command as before to write it again")
-            yield os.path.basename(self._run.path_of(chunk)).partition(".")[0], table
+            yield stem(self._run.path_of(chunk)), table
 
 
 class Found:
@@ -98,12 +98,14 @@ class Found:
 
         names, last = schema.names, NUMBERS[-1]
         options = self.options
-        if last in names and names[names.index(last) - 1] == NUMBERS[0]:
+        lists = [field for field in schema if t.is_list(field.type) and t.is_struct(field.type.value_type)]
+        results = [field for field in lists if field.type.value_type.get_field_index("extra") >= 0]
+        numbered = last in names and names[names.index(last) - 1] == NUMBERS[0]
+        # Flat rows may be the input of a run whose own results are lists, and the other way round: what is last counts.
+        if numbered and not (results and names.index(results[-1].name) > names.index(last)):
             options.flat, start = True, names.index(last) + 1
             source = names[: start - 2]
             return {own_name(name, source): schema.field(name).type for name in names[start:-1]}
-        lists = [field for field in schema if t.is_list(field.type) and t.is_struct(field.type.value_type)]
-        results = [field for field in lists if field.type.value_type.get_field_index("extra") >= 0]
         if not results:
             raise sdg.InputError(f"no column holds results; the columns are {', '.join(names)}")
         options.results_column = results[-1].name
@@ -115,7 +117,7 @@ class Found:
         import pyarrow as pa
 
         for file, blocks in itertools.groupby(self._blocks(), key=lambda block: block.file):
-            yield os.path.basename(file).partition(".")[0], pa.Table.from_batches([block.batch for block in blocks])
+            yield stem(file), pa.Table.from_batches([block.batch for block in blocks])
 
     def _blocks(self) -> Iterator[sdg.Block]:
         while found := self._reader.read(READ_ROWS):
@@ -123,6 +125,13 @@ class Found:
                 if isinstance(part, sdg.BadRow):
                     raise sdg.OutputError(f"{part.file}, row {part.row}: {part.reason}")
                 yield part
+
+
+def stem(path: str) -> str:
+    """The name of a file without its suffix, whatever other dots are in it, and without one for compression."""
+    name = os.path.basename(path)
+    suffix = suffix_of(name)
+    return name[: name.lower().rindex(f".{suffix}")] if suffix else name
 
 
 def own_name(column: str, source: list[str]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import sdg
 from sdg_plugins.common.command_line import CORE, OPTIONS
 from sdg_plugins.common.models import OF_THE_RUN
+from sdg_plugins.common.steps import SCHEME
 
 CODE = ("plugin_version", "resources", "wrappers")  # what of an identity are versions of code
 EDITED = "sdg_plugin_version"  # key of a result of other code than the run began with; kept in `extra`
@@ -120,9 +121,10 @@ def different_run(run: sdg.Run, changes: list[str]) -> sdg.StateError:
         if edited
         else "Restore the original options, choose another --output"
     )
+    again = f"--fresh --output-config {run.options.output_config}" if run.options.reader == SCHEME else "--fresh"
+    what = "; ".join(changes[:10])
     return sdg.StateError(
-        f"state {run.state} belongs to a different run: {'; '.join(changes[:10])}. "
-        f"{restore}, or start over with --fresh"
+        f"state {run.state} belongs to a different run: {what}. {restore}, or start over with {again}"
     )
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 DEFAULT = "text"
+OF_FLAT_ROWS = "generated_text"  # the texts of flat results, beside a column `text` of their source
 PATH = re.compile(r"([^.\[\]]+)((?:\[-?\d+\]|\.[^.\[\]]+)+)")
 STEP = re.compile(r"\[(-?\d+)\]|\.([^.\[\]]+)")
 OF_RESULTS = {"text", "reasoning", "finish_reason", "usage", "truncated"}  # fields that every result has
@@ -28,14 +29,14 @@ def parse_path(path: str, names: list[str]) -> tuple[str, list[int | str]]:
     return found[1], [int(step[1]) if step[1] else step[2] for step in steps]
 
 
-def type_at(schema: pa.Schema, path: str) -> pa.DataType:
-    """The type of the values at a path. Raises InputError, with what there is."""
+def type_at(schema: pa.Schema, path: str, option: str = "--prompt-column") -> pa.DataType:
+    """The type of the values at a path, which an option names. Raises InputError, with what there is."""
     import pyarrow.types as t
 
     root, steps = parse_path(path, schema.names)
     if root not in schema.names:
         known = ", ".join(schema.names)
-        raise sdg.InputError(f"--prompt-column {path}: the input has no such column; available: {known}")
+        raise sdg.InputError(f"{option} {path}: the input has no such column; available: {known}")
     kind = schema.field(root).type
     at = root
     for step in steps:
@@ -44,13 +45,13 @@ def type_at(schema: pa.Schema, path: str) -> pa.DataType:
         inner = kind.value_type if t.is_dictionary(kind) else kind
         if isinstance(step, int):
             if not is_list(inner):
-                raise sdg.InputError(f"--prompt-column {path}: {at} holds {inner}, expected lists")
+                raise sdg.InputError(f"{option} {path}: {at} holds {inner}, expected lists")
             kind, at = inner.value_type, f"{at}[{step}]"
             continue
         fields = {field.name: field.type for field in inner} if t.is_struct(inner) else {}
         if step not in fields:
             hint = f"available: {', '.join(fields)}" if fields else f"it holds {inner}"
-            raise sdg.InputError(f"--prompt-column {path}: {at} has no field {step}; {hint}")
+            raise sdg.InputError(f"{option} {path}: {at} has no field {step}; {hint}")
         kind, at = fields[step], f"{at}.{step}"
     return kind
 
@@ -90,6 +91,8 @@ def results_columns(schema: pa.Schema) -> list[str]:
 def prompt_column_of(options: argparse.Namespace, schema: pa.Schema) -> str | None:
     """The path of the prompts; None if the template names all the columns that it needs."""
     column: str = options.prompt_column
+    if options.reader == "step" and column == OF_FLAT_ROWS and column not in schema.names:
+        column = DEFAULT  # the source of the step before has no such column, so its results have the name
     absent = column == DEFAULT and column not in schema.names
     return None if absent and (options.reader == "vary" or names_its_columns(options)) else column
 

@@ -194,12 +194,26 @@ def with_messages(results: Results, asked: Sequence[Sequence[Any]]) -> Results:
     found = []
     for result in results:
         text = result.get("text")
-        matching = [pair for pair in answered if any(choice.text == text for choice in pair[1].choices)]
-        payload, reply = (matching or answered)[-1]
+        same = [pair for pair in answered if any(choice.text == text for choice in pair[1].choices)]
+        payload, reply = (same or holding(result, answered) or answered)[-1]
         prompt = payload.get("messages") or [{"role": "user", "content": payload.get("prompt")}]
-        answer = {"role": "assistant", "content": text if matching else reply.text}
+        answer = {"role": "assistant", "content": text if same else reply.text}
+        if reply.tool_calls:
+            answer["tool_calls"] = reply.tool_calls
         found.append({"messages": [*prompt, answer], **result})
     return found
+
+
+def holding(result: Mapping[str, Any], answered: list[Any]) -> list[Any]:
+    """The one request whose answer holds the texts of a result, which was stripped or taken apart; [] if it is open."""
+    own = {name: value for name, value in result.items() if name not in {"reasoning", "finish_reason"}}
+    texts = [
+        value.strip()
+        for value in ([result.get("text")] if result.get("text") else own.values())
+        if isinstance(value, str)
+    ]
+    found = [pair for pair in answered if any(texts) and all(text in pair[1].text for text in texts)]
+    return found if len(found) == 1 else []
 
 
 def messages_type() -> pa.DataType:

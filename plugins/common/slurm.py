@@ -92,7 +92,9 @@ class Submission(NamedTuple):
             if not skip and word != "--array" and not word.startswith("--array="):
                 own.append(word)
             skip = word == "--array" and not skip
+        workers = any(word.partition("=")[0] == "--workers" for word in own)  # take whichever rank is open
+        ranks = [] if workers else ["--array", array]
         excluded = [f"--exclude={exclude}"] if exclude else []
-        command = shlex.join([self.script, *own, "--array", array, *excluded, *options])
+        command = shlex.join([self.script, *own, *ranks, *excluded, *options])
         here = os.path.realpath(self.folder) == os.getcwd()
         return command if here else f"cd {shlex.quote(self.folder)} && {command}"

@@ -11,9 +11,11 @@ from typing import Any
 import orjson
 
 import sdg
-from sdg_plugins.common.paths import prompt_column_of, type_at
+from sdg_plugins.common.kinds import Convert, json_text
+from sdg_plugins.common.paths import follow, parse_path, prompt_column_of, type_at
+from sdg_plugins.common.values import jsonable, prune
 
-PLACEHOLDER = re.compile(r"\[\[([^\[\]]+)\]\]")
+PLACEHOLDER = re.compile(r"\[\[([^\[\]]+(?:\[-?\d+\][^\[\]]*)*)\]\]")  # a column, or a path in its values
 
 
 class Jinja(str):
@@ -40,7 +42,8 @@ def filler_of(template: str, run: sdg.Run) -> Callable[[sdg.Document], str]:
     """A function that fills the template; raises UsageError if it cannot."""
     check_places(template, run)
     if not isinstance(template, Jinja):
-        return functools.partial(fill, template)
+        clean = {field.name: convert for field in run.schema or () if (convert := prune(field.type))}
+        return functools.partial(fill, template, clean=clean)
     compiled = environment().from_string(template)
     return lambda document: str(compiled.render({**document.row, "id": document.id, "document": document.text}))
 
@@ -74,7 +77,9 @@ def check_places(template: str, run: sdg.Run) -> None:
     text = "document" if isinstance(template, Jinja) else "DOCUMENT"
     names = [text, *dict.fromkeys(["id", *run.schema.names])]
     for name in sorted(used):
-        if name not in names:
+        if not isinstance(template, Jinja) and parse_path(name, names)[0] in run.schema.names:
+            type_at(run.schema, name, "--prompt-template")
+        elif name not in names:
             shown = name if isinstance(template, Jinja) else f"[[{name}]]"
             known = ", ".join(names if isinstance(template, Jinja) else [f"[[{known}]]" for known in names])
             raise sdg.UsageError(f"--prompt-template: the input has no column for {shown}; available: {known}")
@@ -87,14 +92,32 @@ def check_places(template: str, run: sdg.Run) -> None:
         raise sdg.UsageError(f"{message}; omit the template, or name a column of text")
 
 
-def fill(template: str, document: sdg.Document) -> str:
-    """The template with its placeholders replaced. Placeholders in the replacements are left alone."""
+def fill(template: str, document: sdg.Document, clean: Mapping[str, Convert] | None = None) -> str:
+    """The template with its placeholders replaced. Placeholders in the replacements are left alone.
+
+    Args:
+        template: the text.
+        document: whose values replace them.
+        clean: what to do with the values of a column first, by its name.
+    """
     others = set(PLACEHOLDER.findall(template)) - {"DOCUMENT"}
     row: Mapping[str, Any] = {"id": document.id, **document.row} if others else {}
-    values = {"DOCUMENT": document.text, **{name: text_of(row[name]) for name in others}}
+    values = {"DOCUMENT": document.text, **{name: text_of(value_at(row, name, clean or {})) for name in others}}
     return PLACEHOLDER.sub(lambda match: values[match[1]], template)
+
+
+def value_at(row: Mapping[str, Any], path: str, clean: Mapping[str, Convert]) -> Any:
+    """The value at a path in a row, which may be a column."""
+    root, steps = parse_path(path, list(row))
+    value = clean[root](row[root]) if root in clean else row[root]
+    return follow(value, steps)
 
 
 def text_of(value: Any) -> str:
     """A column's value for a prompt: text unchanged, anything else as JSON."""
-    return value if isinstance(value, str) else orjson.dumps(value, default=sdg.plain).decode()
+    if isinstance(value, str):
+        return value
+    try:
+        return orjson.dumps(value, default=sdg.plain).decode()
+    except TypeError:  # integers beyond 64 bits
+        return json_text(jsonable(value))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import json
 import re
 import urllib.parse
 from collections.abc import Callable
@@ -11,22 +13,62 @@ from typing import TYPE_CHECKING, Any
 import sdg
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from sdg_plugins.common.inputs import InputFiles
 
 NULL = "__HIVE_DEFAULT_PARTITION__"
+KEY = b"sdg.partitions"  # in the metadata of a recorded schema: names of the columns that the files do not have
 
 
 def partitioned(open_reader: Callable[[sdg.Run], Any]) -> Callable[[sdg.Run], Any]:
-    """Add the columns of partitions to a reader that has its `files`, if there are any."""
+    """Add the columns of partitions to a reader that has its `files`, if there are any.
+
+    The reader itself never sees them in the schema that an earlier process has recorded: it would read them as null.
+    """
 
     @functools.wraps(open_reader, updated=())
     def opened(run: sdg.Run) -> Any:
-        reader = open_reader(run)
+        known = run.source_schema
+        recorded = json.loads((known.metadata or {}).get(KEY, b"[]")) if known is not None else []
+        reader = open_reader(_without(run, recorded))
         values = partitions_of(reader.files)
-        names = [name for name in dict.fromkeys(n for row in values for n in row) if name not in reader.schema.names]
-        return Partitioned(reader, names, dict(zip(reader.files.names, values, strict=True))) if names else reader
+        names = list(dict.fromkeys(name for row in values for name in row))
+        if known is not None and names and not recorded:  # by an earlier version, or the files have these columns
+            own = open_reader(_without(run, known.names)).schema.names
+            if recorded := [name for name in known.names if name in names and name not in own]:
+                reader = open_reader(_without(run, recorded))
+        if known is None:
+            fields = [(name, _type_of(values, name)) for name in names if name not in reader.schema.names]
+        else:
+            fields = [(name, known.field(name).type) for name in recorded]
+            if new := [name for name in names if name not in known.names]:
+                sdg.say(f"--input: {', '.join(new)} is not among the columns that this run began with: left out")
+        return Partitioned(reader, fields, values) if fields else reader
 
     return opened
+
+
+def _without(run: sdg.Run, names: list[str]) -> sdg.Run:
+    """A run whose recorded schema lacks some columns; it has none if these are all."""
+    import pyarrow as pa
+
+    known = run.source_schema
+    if not names or known is None:
+        return run
+    run = copy.copy(run)
+    kept = [field for field in known if field.name not in names]
+    run.source_schema = pa.schema(kept, known.metadata) if kept else None
+    return run
+
+
+def _type_of(values: list[dict[str, str | None]], name: str) -> pa.DataType:
+    """The type of a partition's values: integers if all of them are."""
+    import pyarrow as pa
+
+    texts = [row.get(name) for row in values]
+    numbers = all(text is None or re.fullmatch(r"0|-?[1-9]\d{0,17}", text) for text in texts)
+    return pa.int64() if numbers else pa.string()
 
 
 def partitions_of(files: InputFiles) -> list[dict[str, str | None]]:
@@ -39,18 +81,27 @@ def partitions_of(files: InputFiles) -> list[dict[str, str | None]]:
 
 
 class Partitioned:
-    """A reader whose rows have the columns of their file's partition. Values are integers if all of them are."""
+    """A reader whose rows have the columns of their file's partition.
 
-    def __init__(self, reader: Any, names: list[str], values: dict[str, dict[str, str | None]]) -> None:
+    Args:
+        reader: of the files.
+        fields: name and type of each column to add.
+        values: the partition of each file.
+    """
+
+    def __init__(self, reader: Any, fields: list[tuple[str, pa.DataType]], values: list[dict[str, str | None]]) -> None:
         import pyarrow as pa
 
-        self._reader, self._values = reader, values
-        self._fields = []
-        for name in names:
-            texts = [row.get(name) for row in values.values()]
-            numbers = all(text is None or re.fullmatch(r"0|-?[1-9]\d{0,17}", text) for text in texts)
-            self._fields.append(pa.field(name, pa.int64() if numbers else pa.string()))
-        self.schema = pa.schema([*reader.schema, *self._fields], reader.schema.metadata)
+        self._reader, self._fields = reader, fields
+        self._values = dict(zip(reader.files.names, values, strict=True))
+        for name, kind in fields:
+            if kind == pa.int64() and _type_of(values, name) != kind:
+                raise sdg.InputError(
+                    f"--input: the folders {name}=… had numbers as this run began, and now there are others: "
+                    "choose another --output, or start over with --fresh"
+                )
+        metadata = {**(reader.schema.metadata or {}), KEY: json.dumps([name for name, _ in fields])}
+        self.schema = pa.schema([*reader.schema, *(pa.field(*field) for field in fields)], metadata)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._reader, name)
@@ -64,8 +115,8 @@ class Partitioned:
 
         values = self._values[block.file]
         columns = [
-            pa.array([values.get(field.name)]).cast(field.type).take(pa.array([0] * block.batch.num_rows))
-            for field in self._fields
+            pa.array([values.get(name)], pa.string()).cast(kind).take(pa.array([0] * block.batch.num_rows))
+            for name, kind in self._fields
         ]
         batch = pa.RecordBatch.from_arrays([*block.batch.columns, *columns], schema=self.schema)
         return sdg.Block(batch, block.file, block.row)

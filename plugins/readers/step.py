@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import xxhash
+
 import sdg
 from sdg_plugins.common import recorded
 from sdg_plugins.common.files import file_writer, split_uri
@@ -99,6 +101,11 @@ class StepReader:
                     rows -= batch.num_rows
             first += size
         return blocks
+
+    def stamp(self, files: int) -> list[Any]:
+        """What changes when chunks of the step before are written again, with other rows or as more than before."""
+        *others, last = [(chunk.index, chunk.count, chunk.hash) for chunk in self._chunks]
+        return [xxhash.xxh3_64_hexdigest(repr(others).encode()), *last[1:]]
 
     def total(self) -> int | None:
         """See `sdg.Reader`. Of flat rows it is known as far as they were read."""

@@ -160,6 +160,10 @@ def test_equal_failures_are_one_group_with_its_nodes_and_the_command_that_repeat
         "/code/slurm/submit.sh --ranks 4 --gpus-per-node=8 --array 0-2 --exclude=node2 -- "
         "--input 'my docs/' --array-like x"
     )
+    workers = ["77", str(state.folder), "submit.sh", "--ranks", "4", "--workers", "2", "--", "--input", "x"]
+    (state.path / "submission").write_text("".join(f"{part}\0" for part in workers))
+    again = state(squeue="echo 9 9").stdout.splitlines()[-1].strip()
+    assert again == "submit.sh --ranks 4 --workers 2 --exclude=node2 -- --input x"  # they take whichever rank is open
     state.rank(1, "failed", error="vllm failed to start: no GPU", host="node3", slurm_job="77")
     assert "node2, node3" in state(squeue="echo 9 9").stdout
 
@@ -407,6 +411,24 @@ def test_workers_share_the_ranks(job: Job) -> None:
     assert "leave out --array" in submit(job, "--dry-run", "--ranks=8", "--workers=3", "--array=1").stderr
     assert "leave out --nodes" in submit(job, "--dry-run", "--ranks=8", "--workers=3", "--nodes=2").stderr
     assert "--workers must be whole numbers" in submit(job, "--dry-run", "--workers=0").stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--ranks=4", "--array=3-1"], "ranks are numbered 0 to 3"),
+        (["--ranks=4", "--array=0-9:2"], "ranks are numbered 0 to 3"),
+        (["--ranks=4", "--export=NONE"], "--export=NONE: jobs take their settings"),
+        (["--ranks=4", "--export", "PATH"], "add ALL to it"),
+    ],
+)
+def test_what_would_go_wrong_on_the_nodes_is_refused(job: Job, arguments: list[str], words: str) -> None:
+    job.documents("one")
+
+    done = submit(job, "--dry-run", *arguments)
+
+    assert done.returncode == 2
+    assert words in done.stderr
 
 
 def test_a_dry_run_prints_the_three_commands(job: Job) -> None:

@@ -117,6 +117,56 @@ def test_more_documents_pass_through_all_steps(chain: Job, server: FakeServer) -
     assert len(server.requests) == 15
 
 
+def test_a_step_is_refused_when_the_rows_of_the_one_before_have_changed(chain: Job, server: FakeServer) -> None:
+    chain.succeed()
+    server.forget()
+    server.behave(lambda payload, n: Answer("other words"))
+    chain.succeed(fresh=True, output_config="summarize")
+
+    finished = chain()
+
+    assert finished.rc == 1
+    assert finished.says("summarize", "are not those that chunk 0 was made of", "--fresh --output-config french")
+    assert len(server.requests) == 5
+    chain.succeed(fresh=True, output_config="french")
+    chain.succeed(fresh=True, output_config="prompt")
+    assert chain().rc == 0
+
+
+def test_a_step_is_checked_for_slurm_alone_when_the_one_before_has_run(chain: Job) -> None:
+    arguments = ["check", *chain.command_line({})]
+
+    whole = chain.sdg(*arguments)
+    too_early = chain.sdg(*arguments, "--output-config", "french")
+    chain.succeed()
+    alone = chain.sdg(*arguments, "--output-config", "french")
+
+    configs = [line.split()[1] for line in whole.stdout.splitlines() if line.startswith("output-config")]
+    assert configs == ["summarize", "french", "prompt"]
+    assert too_early.rc == 1
+    assert too_early.says("step french works on the step summarize, which has not run")
+    assert "open-ranks none" in alone.stdout
+
+
+@pytest.mark.parametrize(
+    ("above", "first", "shape"),
+    [("", "flat = true", {}), ("flat = true", "", {}), ("", "", {"flat": True})],
+)
+def test_the_text_of_a_flat_step_is_found_whether_its_source_has_a_text_or_not(
+    chain: Job, server: FakeServer, above: str, first: str, shape: dict[str, bool]
+) -> None:
+    chain.options["config"].write_text(
+        f"prompt-column = 'question'\n{above}\n[[steps]]\n{first}\n"
+        "[[steps]]\nplugin = 'translate'\ndrop-columns = 'rollout,sample'\n"
+    )
+    chain.input([{"id": "one", "question": "Why?"}])
+
+    output = chain.succeed(**shape)
+
+    (text,) = pq.read_table(output.path / "summarize")["text"].to_pylist()
+    assert server.prompts[-1].startswith(text)
+
+
 def test_a_chain_can_be_previewed(chain: Job) -> None:
     finished = chain(preview=1)
 

@@ -166,11 +166,13 @@ FILES: dict[str, tuple[Content, list[Any]]] = {
 }
 
 
-def opened(path: str, prompt: str = "text", **options: Any) -> tuple[sdg.Reader, OpenChunk]:
-    """The reader of an input, and all its rows as one chunk."""
+def opened(
+    path: str, prompt: str = "text", known: pa.Schema | None = None, **options: Any
+) -> tuple[sdg.Reader, OpenChunk]:
+    """The reader of an input, and all its rows as one chunk. `known` is the schema from an earlier process."""
     plugins, _ = sdg.Plugins.load([])
     given = {"input": path, "prompt_column": prompt, "id_column": None, "records_per_chunk": 10_000, "world_size": 1}
-    run = SimpleNamespace(options=SimpleNamespace(**given, rank=0, max_documents=None, **options), source_schema=None)
+    run = SimpleNamespace(options=SimpleNamespace(**given, rank=0, max_documents=None, **options), source_schema=known)
     name = input_format(path, plugins.readers)
     assert name, path
     reader: sdg.Reader = plugins.readers[name].factory(run)
@@ -269,6 +271,58 @@ def test_partitions_are_columns(suffix: str, tmp_path: Path) -> None:
 
     assert [(row["year"], row["lang"]) for row in rows[::2]] == [(2023, "en"), (2024, None), (2024, "pt/BR")]
     assert len(rows) == 6
+
+
+def write_both(path: Path, content: pa.Table) -> None:
+    """Write a table in the format that the suffix of a path names."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pq.write_table(content, path)
+    elif path.suffix == ".arrow":
+        arrow_file(content, str(path))
+    elif path.suffix == ".csv":
+        path.write_text(
+            "".join(
+                ",".join(map(str, row)) + "\n"
+                for row in [content.column_names, *zip(*content.to_pydict().values(), strict=True)]
+            )
+        )
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in content.to_pylist()))
+
+
+@pytest.mark.parametrize("own", [False, True])  # the files have a column of a partition themselves, too
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".arrow", ".csv"])
+def test_later_processes_of_a_run_read_the_same_partitions(suffix: str, own: bool, tmp_path: Path) -> None:
+    for year in (2023, 2024):
+        content = pa.table({"text": ["a", "b"], **({"lang": [str(year)] * 2} if own else {})})
+        write_both(tmp_path / f"year={year}/lang=en/part{suffix}", content)
+
+    reader, first = opened(str(tmp_path))
+    recorded = pa.ipc.read_schema(reader.schema.serialize())
+    for known in (recorded, recorded.remove_metadata()):  # as an earlier version has recorded it
+        again, later = opened(str(tmp_path), known=known)
+        assert again.schema == reader.schema
+        assert later.table.equals(first.table)
+
+    assert first.table.column("year").to_pylist() == [2023, 2023, 2024, 2024]
+    assert first.table.column("lang").to_pylist() == (["2023", "2023", "2024", "2024"] if own else ["en"] * 4)
+
+
+def test_the_columns_of_partitions_stay_as_a_run_began(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put(tmp_path / "year=2023/a.jsonl", "a")
+    known = opened(str(tmp_path))[0].schema
+
+    put(tmp_path / "year=2024/lang=en/a.jsonl", "b")
+    assert opened(str(tmp_path), known=known)[1].table.to_pylist() == [
+        {"text": "a", "year": 2023},
+        {"text": "b", "year": 2024},
+    ]
+    assert "lang is not among the columns that this run began with" in capsys.readouterr().err
+
+    put(tmp_path / "year=later/a.jsonl", "c")
+    with pytest.raises(sdg.InputError, match="year=… had numbers as this run began"):
+        opened(str(tmp_path), known=known)
 
 
 def test_the_output_of_a_run_is_not_read_beside_other_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

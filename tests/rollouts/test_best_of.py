@@ -111,6 +111,84 @@ def test_exports_are_deterministic_and_a_folder_is_completed(job: Job) -> None:
     assert "rollout_results" not in flat[0]
 
 
+PAIRS = """
+    import asyncio
+    import sdg
+
+    @sdg.hookimpl
+    def register_rollouts(register):
+        register("pairs", pairs)
+
+    async def pairs(document, generate):
+        kinds = ("Poem", "Recipe", "Recipe")
+        replies = await asyncio.gather(*(generate(f"{kind}: {document.text}", seed=i) for i, kind in enumerate(kinds)))
+        scores = [9.0, float("nan") if document.text == "odd" else 2.0, 5.0]
+        return [{"text": f"{reply} ".strip(), "score": score} for reply, score in zip(replies, scores)]
+"""
+
+
+def test_pairs_are_two_answers_to_one_prompt_and_a_score_that_is_no_number_makes_none(
+    job: Job, server: FakeServer
+) -> None:
+    job.documents("even", "odd")
+    server.behave(lambda payload, n: Answer(f" {payload['messages']!s} number {payload['seed']} "))
+    output = job.succeed(plugin=job.plugin("pairs", PAIRS), keep_messages=True)
+
+    exported = job.sdg("export", "--output", output.path, "--format", "preference", "--to", "pairs.jsonl")
+
+    assert exported.rc == 0, exported
+    assert "1 document left out" in exported.stderr
+    (pair,) = map(json.loads, (job.folder / "pairs.jsonl").read_text().splitlines())
+    assert pair["prompt"] == [{"role": "user", "content": "Recipe: even"}]
+    assert (pair["chosen"][0]["content"][-10:], pair["rejected"][0]["content"][-10:]) == (" number 2 ", " number 1 ")
+    assert pair["margin"] == 3.0
+
+
+def test_chats_that_role_and_text_cannot_hold_are_left_out_and_counted(job: Job, server: FakeServer) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    called = [
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "3", "tool_call_id": "c"},
+    ]
+    chats = [[{"role": "user", "content": "Hi"}, *called], [{"role": "user", "content": parts}]]
+    lines = [json.dumps({"id": name, "chat": chat}) for name, chat in zip(("tool", "parts"), chats, strict=True)]
+    (job.folder / "chats.jsonl").write_text("\n".join(lines))
+    output = job.succeed(input=job.folder / "chats.jsonl", prompt_column="chat", keep_messages=True)
+
+    exported = job.sdg("export", "--output", output.path, "--format", "messages", "--to", "chats.JSONL")
+
+    assert exported.rc == 0, exported
+    assert "1 result left out: no text, or a chat with tool calls" in exported.stderr
+    (chat,) = map(json.loads, (job.folder / "chats.JSONL").read_text().splitlines())
+    assert (chat["id"], chat["messages"][0]) == ("parts", {"role": "user", "content": "one\ntwo"})
+
+
+def test_a_folder_gets_each_file_whatever_dots_are_in_its_name(job: Job) -> None:
+    job.input(documents(4))
+    output = job.succeed(records_per_chunk=2, output_filename="v1.${chunk_index}.parquet")
+
+    for more in ([], ["--state-dir", job.folder / "elsewhere"]):
+        if more:
+            (output.path / ".sdg").rename(job.folder / "moved")
+        done = job.sdg("export", "--output", output.path, "--format", "flat", "--to", "rows")
+        assert done.rc == 0, done
+        assert sorted(path.name for path in (job.folder / "rows").iterdir()) == ["v1.00000.parquet", "v1.00001.parquet"]
+        assert pq.read_table(job.folder / "rows").num_rows == 4
+
+
+def test_results_in_lists_on_flat_rows_are_exported_without_the_state(job: Job) -> None:
+    job.input(documents(2))
+    flat = job.succeed(flat=True, output="flat")
+    output = job.succeed(input=flat.path / "data", prompt_column="generated_text", output="lists")
+    (output.path / ".sdg").rename(job.folder / "moved")
+
+    done = job.sdg("export", "--output", output.path, "--format", "messages", "--to", "chats.jsonl")
+
+    assert done.rc == 0, done
+    assert len((job.folder / "chats.jsonl").read_text().splitlines()) == 2
+
+
 def test_flat_rows_are_not_taken_for_the_prompts_of_a_run_whose_template_names_columns(job: Job) -> None:
     job.input([{"id": "one", "question": "What is bread?"}])
     output = job.succeed(plugin="prompt", prompt_template="Answer: [[question]]", flat=True)
@@ -131,6 +209,9 @@ def test_flat_rows_are_not_taken_for_the_prompts_of_a_run_whose_template_names_c
         (["--format", "preference", "--to", "p.jsonl"], ("no field score", "available for --score: text")),
         (["--format", "pairs", "--to", "p.jsonl"], ("invalid choice", "pairs")),
         (["--format", "flat"], ("--to",)),
+        (["--format", "flat", "--to", "s3://bucket/rows"], ("s3://bucket/rows", "copy it afterwards")),
+        (["--format", "flat", "--to", "rows.jsonl.gz"], ("rows.jsonl.gz", ".parquet or .jsonl")),
+        (["--format", "flat", "--to", "rows.csv"], ("rows.csv", ".parquet or .jsonl")),
     ],
 )
 def test_an_export_that_cannot_be_is_explained(job: Job, arguments: list[str], words: tuple[str, ...]) -> None:

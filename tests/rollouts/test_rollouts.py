@@ -514,6 +514,19 @@ def test_a_template_for_a_column_of_messages_is_refused_with_the_reason(job: Job
     assert not server.requests
 
 
+def test_a_template_names_places_inside_values_and_shows_what_the_row_has(job: Job, server: FakeServer) -> None:
+    rows = [{"meta": {"a": 1}, "found": [{"why": "short"}]}, {"meta": {"b": 2}, "found": [{"why": "long"}]}]
+    (job.folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = {"input": job.folder / "rows.jsonl", "plugin": "prompt"}
+
+    job.succeed(**options, prompt_template="[[meta]] because [[found[0].why]]")
+    refused = job(**options, prompt_template="because [[found[0].what]]", output="other")
+
+    assert sorted(server.prompts) == ['{"a":1} because short', '{"b":2} because long']
+    assert refused.rc == 1
+    assert refused.says("--prompt-template found[0].what", "no field what", "available: why")
+
+
 TEXTS = st.text(st.sampled_from("[]aDOCUMENTid{}\\g<1> "), max_size=30)
 
 

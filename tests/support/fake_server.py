@@ -171,7 +171,12 @@ class FakeServer:
         self._loop.call_soon_threadsafe(self._released.clear)
 
     def forget(self) -> None:
-        """Start a new recording; whatever is scripted begins anew."""
+        """Start a new recording, without what was sent before; whatever is scripted begins anew."""
+        self._call(self._forget())
+
+    async def _forget(self) -> None:
+        for _ in range(20):  # the loop's turns until what a killed process has sent is accepted, read and recorded
+            await asyncio.sleep(0)
         self.requests = []
         self.model_requests, self.probes = [], []
         self.tokenize_requests = []
