@@ -81,8 +81,10 @@ done
 if [[ -n $array ]]; then
     [[ $array =~ ^[0-9]+(-[0-9]+)?(:[0-9]+)?(,[0-9]+(-[0-9]+)?(:[0-9]+)?)*$ ]] ||
         fail "--array $array: expected ranks such as 0-3,7; limit how many run at a time with --at-once M"
-    for number in ${array//[^0-9]/ }; do
-        [[ $array == *[:%]* ]] || ((10#$number < ranks)) || fail "--array $array: ranks are numbered 0 to $((ranks - 1))"
+    for range in ${array//,/ }; do
+        range=${range%:*}
+        ((10#${range%-*} <= 10#${range#*-} && 10#${range#*-} < ranks)) ||
+            fail "--array $array: ranks are numbered 0 to $((ranks - 1))"
     done
 fi
 
@@ -145,11 +147,16 @@ if [[ -n $workers ]]; then
 fi
 
 # What Slurm would refuse, or what would go wrong only on the nodes
+inherited() { # VALUE NAME: jobs have the variables above
+    [[ ,$1, == *,ALL,* ]] || fail "$2=$1: jobs take their settings from the environment of submit.sh: add ALL to it"
+}
+[[ -z ${SBATCH_EXPORT:-} ]] || inherited "$SBATCH_EXPORT" SBATCH_EXPORT
 given='' flag='' # GPUs of a node, as far as a flag gives them; unknown if they are of several types
 number='([^:,]+:)?([1-9][0-9]*)' # perhaps with a type
 for word in ${flags[@]+"${flags[@]}"}; do
     [[ $word != --*=* ]] || { flag=${word%%=*} && word=${word#*=}; }
     case $flag in
+    --export) inherited "$word" "$flag" ;;
     --gpus-per-node | --gpus | -G)
         given=''
         [[ ! $word =~ ^$number$ ]] || given=${BASH_REMATCH[2]}

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 DEFAULT = "text"
+OF_FLAT_ROWS = "generated_text"  # the texts of flat results, beside a column `text` of their source
 PATH = re.compile(r"([^.\[\]]+)((?:\[-?\d+\]|\.[^.\[\]]+)+)")
 STEP = re.compile(r"\[(-?\d+)\]|\.([^.\[\]]+)")
 OF_RESULTS = {"text", "reasoning", "finish_reason", "usage", "truncated"}  # fields that every result has
@@ -90,6 +91,8 @@ def results_columns(schema: pa.Schema) -> list[str]:
 def prompt_column_of(options: argparse.Namespace, schema: pa.Schema) -> str | None:
     """The path of the prompts; None if the template names all the columns that it needs."""
     column: str = options.prompt_column
+    if options.reader == "step" and column == OF_FLAT_ROWS and column not in schema.names:
+        column = DEFAULT  # the source of the step before has no such column, so its results have the name
     absent = column == DEFAULT and column not in schema.names
     return None if absent and (options.reader == "vary" or names_its_columns(options)) else column
 

@@ -23,7 +23,7 @@ from sdg_plugins.common.statistics import retries_in, rows_in
 from sdg_plugins.common.time_to_go import TimeToGo
 
 BAR_INTERVAL = 0.5  # s between two updates on a terminal
-USUAL = {"stop", "length", "tool_calls", "None"}  # reasons to finish that need no word
+USUAL = {"stop", "length", "tool_calls"}  # reasons to finish that need no word
 LONG_WAIT = 5.0  # s that no server takes requests, before it is shown
 LINE_INTERVAL = 10.0  # s between two lines in a log
 AGAIN = "run the same command again to go on"
@@ -273,6 +273,7 @@ def report(engine: sdg.Engine, figures: dict[str, Any], in_files: int) -> str:
             "--long-documents split processes all of a document, part by part"
         )
     if unusual := {name: n for name, n in figures["finish_reasons"].items() if name not in USUAL}:
+        unusual = {"without one" if name == "None" else name: n for name, n in unusual.items()}
         named = ", ".join(f"{n:,} {name}" for name, n in sorted(unusual.items(), key=lambda item: -item[1]))
         lines.append(f"ends    completions that did not end as usual, by finish_reason: {named}")
     if empty := figures["empty"]:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import sdg
 from sdg_plugins.common.options import text_or_file
-from sdg_plugins.common.paths import needs_no_document
+from sdg_plugins.common.paths import OF_FLAT_ROWS, needs_no_document
 
 SCHEME = "step"
 # Options of the input: above the tables and on the command line they are the first step's.
@@ -37,9 +37,11 @@ def step_tables(steps: Any, common: dict[str, Any], argv: list[str]) -> dict[str
     """
     if not isinstance(steps, list) or not steps or not all(isinstance(step, dict) for step in steps):
         raise sdg.UsageError("steps must be tables, each of them [[steps]]")
+    shape = shape_in(argv)
     of_the_input = {key: common.pop(key) for key in OF_THE_INPUT if key in common}
     tables: dict[str, dict[str, Any]] = {}
     before: tuple[str, dict[str, Any]] | None = None
+    whole: list[tuple[str, dict[str, Any]]] = []  # the steps whose columns are all there
     for step in steps:
         table = {key.replace("_", "-"): value for key, value in step.items()}
         name = unused(str(table.pop("name", "") or name_of(table, common)), tables)
@@ -48,10 +50,39 @@ def step_tables(steps: Any, common: dict[str, Any], argv: list[str]) -> dict[str
         else:
             table = {"input": f"{SCHEME}://{before[0]}", **following(before[1], name, table)}
         tables[name] = table
-        before = name, table
+        before = name, {**common, **table, **shape}
+        whole = whole if before[1].keys().isdisjoint(("keep-columns", "drop-columns")) else []
+        check_columns(before, whole)
+        whole.append(before)
     take_input(argv, tables)
     argv[:] = without(argv, OF_THE_INPUT)
     return tables
+
+
+def check_columns(step: tuple[str, Mapping[str, Any]], others: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+    """Raise UsageError if a step would write columns that the rows of an earlier one have.
+
+    Args:
+        step: name and options.
+        others: earlier ones whose columns are kept.
+    """
+    name, options = step
+    for other, theirs in others:
+        if options.get("flat") and theirs.get("flat"):
+            message = f"steps {other} and {name} are both flat, and number their rows in columns rollout and sample"
+            raise sdg.UsageError(f'{message}: add drop-columns = "rollout,sample" to {name}')
+        column = options.get("results-column", RESULTS)
+        if not options.get("flat") and not theirs.get("flat") and column == theirs.get("results-column", RESULTS):
+            message = f"steps {other} and {name} would both have their results in a column {column}"
+            raise sdg.UsageError(f"{message}: give one of them another results-column")
+
+
+def shape_in(argv: list[str]) -> dict[str, Any]:
+    """The options of a command line that say where a step's results are."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument("--flat", action="store_true")
+    parser.add_argument("--results-column", dest="results-column")
+    return vars(parser.parse_known_args(argv)[0])
 
 
 def name_of(table: Mapping[str, Any], common: Mapping[str, Any]) -> str:
@@ -82,7 +113,7 @@ def following(before: Mapping[str, Any], name: str, table: dict[str, Any]) -> di
     template = table.get("prompt-template")
     if not (isinstance(template, str) and needs_no_document(text_or_file(template))):
         column = before.get("results-column", RESULTS)
-        defaults["prompt-column"] = "generated_text" if before.get("flat") else f"{column}[0].text"
+        defaults["prompt-column"] = OF_FLAT_ROWS if before.get("flat") else f"{column}[0].text"
     return {**defaults, **table}
 
 

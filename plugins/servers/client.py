@@ -17,6 +17,7 @@ from sdg_plugins.servers.refusals import WHATEVER_IS_ASKED, error_inside, refuse
 from sdg_plugins.servers.responses import (
     count_choices,
     error_text,
+    is_error,
     merged,
     parse_reply,
     read_json,
@@ -251,7 +252,7 @@ class Client:
             content, body = read_json(answer.body)
         except ValueError as exc:
             raise sdg.RequestFailed("body", f"the response is not JSON: {exc}: {error_text(answer.body)}") from exc
-        if isinstance(content, dict) and content.get("error") and not content.get("choices"):
+        if is_error(content):
             raise error_inside(answer, upstream.url, self.secrets)
         for name, number in tokens_in(content).items():
             self.counts[name] += number

@@ -18,18 +18,15 @@ import orjson
 import sdg
 from sdg_plugins.common.returned import FIELDS
 
-# Reasons to finish by which a server says that it gave up: vLLM and SGLang abort, OpenRouter, GLM and DeepSeek fail.
-GAVE_UP = {
-    "abort",
-    "aborted",
-    "canceled",
-    "cancelled",
-    "engine_error",
-    "error",
-    "failed",
-    "insufficient_system_resource",
-}
-GAVE_UP |= {"internal_error", "internal_server_error", "network_error", "server_error", "timeout", "unavailable"}
+# Reasons to finish, in lower case, by which a server says that it gave up: vLLM and SGLang abort, OpenRouter, GLM,
+# DeepSeek and Cohere fail.
+GAVE_UP = {"abort", "aborted", "canceled", "cancelled", "engine_error", "error", "failed", "incomplete"}
+GAVE_UP |= {"insufficient_system_resource", "internal_error", "internal_server_error", "network_error", "overloaded"}
+GAVE_UP |= {"server_error", "timeout", "unavailable", "user_cancel"}
+# Reasons, in lower case, for which an empty completion would be empty again: Cohere, Mistral and Gemini have their own.
+CUT_OFF = {"length", "max_tokens", "max_output_tokens", "model_length"}
+FILTERED = {"content_filter", "blocklist", "prohibited_content", "recitation", "safety", "spii"}
+TEXT_PARTS = {None, "text", "output_text"}  # types of the parts of a message's content that are its text
 # How much a reason to finish spoils a result that several replies made: the last one here most.
 SEVERITY = ("stop", "tool_calls", "function_call", "", "repetition", "length", "content_filter")
 RANK = {reason: number for number, reason in enumerate(SEVERITY)}
@@ -104,8 +101,8 @@ def parse_reply(answer: Any, keep_empty: bool = False) -> sdg.Reply:
     replies: list[sdg.Reply] = []
     for choice in choices:
         reply = _parse_choice(choice, None if replies else usage, truncated)
-        if reply.finish_reason in GAVE_UP or choice.get("error"):
-            raise _broken_off(choice, reply)
+        if gave_up(reply.finish_reason) or choice.get("error") or answer.get("error"):
+            raise _broken_off(choice.get("error") or answer.get("error"), reply)
         replies.append(reply)
     kept = [reply for reply in replies if reply.text or reply.tool_calls]
     if not kept and not keep_empty:
@@ -120,9 +117,7 @@ def _parse_choice(choice: dict[str, Any], usage: sdg.Usage | None, truncated: bo
     message = choice.get("message")
     if not isinstance(message, dict):
         message = {"content": choice.get("text")}
-    content = message.get("content")
-    if isinstance(content, list):  # of parts
-        content = "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
+    content, thought = texts_in(message.get("content"))
     calls = message.get("tool_calls") or None
     if not calls and isinstance(message.get("function_call"), dict):  # the form before `tools`
         calls = [{"type": "function", "function": message["function_call"]}]
@@ -130,8 +125,8 @@ def _parse_choice(choice: dict[str, Any], usage: sdg.Usage | None, truncated: bo
     if isinstance(reason, dict):  # SGLang's own API has an object
         reason = reason.get("type")
     return sdg.Reply(
-        content if isinstance(content, str) else "",
-        message.get("reasoning_content") or message.get("reasoning"),
+        content,
+        message.get("reasoning_content") or message.get("reasoning") or thought or None,
         reason if isinstance(reason, str) else None,
         usage,
         calls,
@@ -140,9 +135,28 @@ def _parse_choice(choice: dict[str, Any], usage: sdg.Usage | None, truncated: bo
     )
 
 
-def _broken_off(choice: dict[str, Any], reply: sdg.Reply) -> sdg.RequestFailed:
+def texts_in(content: Any) -> tuple[str, str]:
+    """The text and the reasoning in the content of a message, which is a text or a list of parts."""
+    if isinstance(content, str):
+        return content, ""
+    texts: tuple[list[str], list[str]] = [], []
+    for part in content if isinstance(content, list) else ():
+        if isinstance(part, dict):
+            inner = part.get("text") or part.get("thinking")
+            if isinstance(inner, list):  # Mistral's reasoning
+                inner = "".join([str(each.get("text") or "") for each in inner if isinstance(each, dict)])
+            texts[part.get("type") not in TEXT_PARTS].append(str(inner or ""))
+    return "".join(texts[0]), "".join(texts[1])
+
+
+def gave_up(reason: str | None) -> bool:
+    """True if a reason to finish says that the text before it is not a completion."""
+    reason = (reason or "").lower()
+    return reason in GAVE_UP or reason.startswith("error_")
+
+
+def _broken_off(error: Any, reply: sdg.Reply) -> sdg.RequestFailed:
     """The failure for a choice that a server gave up on: the text in it is not a completion."""
-    error = choice.get("error")
     words = error_text(orjson.dumps({"error": error})) if error else f"finish_reason {reply.finish_reason}"
     failure = sdg.RequestFailed("aborted", f"the server broke the completion off: {words}")
     failure.reply = reply
@@ -156,11 +170,11 @@ def _empty(choice: dict[str, Any], reply: sdg.Reply) -> sdg.RequestFailed:
     if isinstance(refusal, str) and refusal.strip():
         failure = sdg.RequestFailed("refusal", f"the model refused: {shown(refusal.encode())}", retry=False)
     else:
-        reason = reply.finish_reason
+        reason = (reply.finish_reason or "").lower()
         thought = ", all of its tokens are reasoning" if reply.reasoning else ""
-        hint = "; raise --max-tokens" if reason == "length" else ""
-        message = f"the completion is empty (finish_reason {reason}){thought}{hint}"
-        failure = sdg.RequestFailed("empty", message, retry=reason not in {"length", "content_filter"})
+        hint = "; raise --max-tokens" if reason in CUT_OFF else ""
+        message = f"the completion is empty (finish_reason {reply.finish_reason}){thought}{hint}"
+        failure = sdg.RequestFailed("empty", message, retry=reason not in CUT_OFF | FILTERED)
         failure.most_attempts = EMPTY_ATTEMPTS
     failure.reply, failure.refusal = reply, refusal if isinstance(refusal, str) else None
     return failure
@@ -233,6 +247,14 @@ def error_text(raw: bytes) -> str:
             return shown(value.encode(errors="replace") if isinstance(value, str) else orjson.dumps(value, default=str))
     title = re.search(rb"<title[^>]*>(.*?)</title>", raw[:20_000], re.IGNORECASE | re.DOTALL)
     return shown(title[1]) if title and re.match(rb"\s*<", raw) else shown(raw)
+
+
+def is_error(content: Any) -> bool:
+    """True if a response is an error and not a completion: nested in `error`, or flat, as older vLLM and SGLang do."""
+    if not isinstance(content, dict) or content.get("choices"):
+        return False
+    flat = content.get("object") == "error" or ("message" in content and code_in(content) is not None)
+    return bool(content.get("error")) or flat
 
 
 def code_in(error: Mapping[str, Any]) -> int | None:

@@ -7,6 +7,8 @@ from typing import Any
 
 import orjson
 
+from sdg_plugins.servers.responses import is_error, read_json, texts_in
+
 LOGPROBS = b'"logprobs":{'  # in an event that has them, which are many times as long as its text
 BOM = b"\xef\xbb\xbf"  # may begin a stream
 TEXTS = ("content", "reasoning_content", "reasoning", "refusal")  # fields of a delta that are continued
@@ -34,7 +36,8 @@ class Assembly:
     """A response that grows piece by piece (https://html.spec.whatwg.org/multipage/server-sent-events.html).
 
     Attributes:
-        complete: True once the stream was ended by the server, or each choice has its reason to finish.
+        complete: True once each choice has its reason to finish, or there is an error.
+        done: True once the server has said that the stream ends.
         size: bytes that are kept, about.
         malformed: the first event that is not a part of a completion: the response is then no JSON.
     """
@@ -45,23 +48,29 @@ class Assembly:
         self._head: dict[str, Any] = {}
         self._choices: dict[int, dict[str, Any]] = {}
         self._texts: dict[tuple[int, str], list[str]] = {}  # pieces: to append to a long text copies it each time
-        self._done = False
+        self.done = False
         self.size = 0
         self.malformed = b""
 
     @property
     def complete(self) -> bool:
-        """True if nothing is missing."""
-        finished = self._choices and all(choice.get("finish_reason") for choice in self._choices.values())
-        return self._done or bool(finished) or "error" in self._head or bool(self.malformed)
+        """True if nothing is missing. That the stream was ended is not enough: a server may do so when it gives up."""
+        finished = all(choice.get("finish_reason") for choice in self._choices.values())
+        ended = finished if self._choices else self.done
+        return ended or "error" in self._head or bool(self.malformed)
 
     def feed(self, piece: bytes) -> None:
         """Take in some bytes."""
         self._rest.append(piece)
-        if b"\n" not in piece:
+        if b"\n" not in piece and b"\r" not in piece:
             return
-        *lines, rest = b"".join(self._rest).replace(b"\r\n", b"\n").split(b"\n")
-        self._rest = [rest]
+        content = b"".join(self._rest)
+        half = content[-1:] if content.endswith(b"\r") else b""  # the other half of this end of a line may follow
+        content = content[: len(content) - len(half)]
+        if b"\r" in content:
+            content = content.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        *lines, rest = content.split(b"\n")
+        self._rest = [rest + half]
         for line in lines:
             if line.startswith((b"data:", BOM + b"data:")):
                 self._event.append(line.removeprefix(BOM)[5:].removeprefix(b" "))
@@ -81,10 +90,10 @@ class Assembly:
 
     def _take(self, data: bytes) -> None:
         if data.strip() == b"[DONE]":
-            self._done = True
+            self.done = True
             return
         try:
-            event = orjson.loads(data) if data.strip() else {}
+            event = read_json(data)[0] if data.strip() else {}
             if isinstance(event, dict):
                 self._add_event(event)
                 self.size += len(data) if LOGPROBS in data else 0
@@ -92,6 +101,8 @@ class Assembly:
             self.malformed = self.malformed or data
 
     def _add_event(self, event: dict[str, Any]) -> None:
+        if is_error(event):
+            event = {"error": event.get("error") or event}
         self._head |= {name: value for name, value in event.items() if name not in {"choices", "object"} and value}
         for part in event.get("choices") or []:
             index = int(part.get("index") or 0)
@@ -105,11 +116,14 @@ class Assembly:
     def _add(self, choice: dict[str, Any], part: dict[str, Any]) -> None:
         """Continue a choice by a part of it."""
         self._append(choice["index"], "text", part.get("text"))
-        delta = part.get("delta") or part.get("message")
+        delta = part["delta"] if "delta" in part else part.get("message")  # the last part may repeat the whole message
         if isinstance(delta, dict):
             message = choice.setdefault("message", {"role": "assistant"})
             for name in TEXTS:
                 self._append(choice["index"], name, delta.get(name))
+            if isinstance(delta.get("content"), list):
+                for name, text in zip(TEXTS, texts_in(delta["content"]), strict=False):
+                    self._append(choice["index"], name, text or None)
             for call in delta.get("tool_calls") or []:
                 continue_call(message.setdefault("tool_calls", []), call)
         if isinstance(logprobs := part.get("logprobs"), dict):

@@ -241,7 +241,8 @@ def whole(assembly: Assembly) -> bytes:
     """The response that a stream of events amounts to. Raises Broken if the stream ended early."""
     assembly.feed(b"\n\n")  # the last event may lack its end
     if not assembly.complete:
-        raise Broken("the stream ended before the completion did")
+        why = "without a finish_reason for each completion" if assembly.done else "before the completion did"
+        raise Broken(f"the stream ended {why}")
     return assembly.body()
 
 

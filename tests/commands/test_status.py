@@ -413,6 +413,24 @@ def test_workers_share_the_ranks(job: Job) -> None:
     assert "--workers must be whole numbers" in submit(job, "--dry-run", "--workers=0").stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--ranks=4", "--array=3-1"], "ranks are numbered 0 to 3"),
+        (["--ranks=4", "--array=0-9:2"], "ranks are numbered 0 to 3"),
+        (["--ranks=4", "--export=NONE"], "--export=NONE: jobs take their settings"),
+        (["--ranks=4", "--export", "PATH"], "add ALL to it"),
+    ],
+)
+def test_what_would_go_wrong_on_the_nodes_is_refused(job: Job, arguments: list[str], words: str) -> None:
+    job.documents("one")
+
+    done = submit(job, "--dry-run", *arguments)
+
+    assert done.returncode == 2
+    assert words in done.stderr
+
+
 def test_a_dry_run_prints_the_three_commands(job: Job) -> None:
     job.input(documents(30))
 

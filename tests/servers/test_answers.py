@@ -36,7 +36,7 @@ def raw(content: Any, status: int = 200) -> Raw:
 # ── Completions that are none ────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("reason", ["abort", "error", "network_error", "insufficient_system_resource", "timeout"])
+@pytest.mark.parametrize("reason", ["abort", "error", "network_error", "TIMEOUT", "USER_CANCEL", "ERROR_TOXIC"])
 def test_a_completion_that_the_server_broke_off_is_requested_again(job: Job, server: FakeServer, reason: str) -> None:
     job.documents("a", "b")
     server.behave(lambda payload, n: Answer("A part", finish_reason=reason) if n <= 2 else "Whole.")
@@ -59,6 +59,17 @@ def test_an_error_in_a_choice_breaks_it_off_whatever_its_reason(job: Job, server
     (record,) = job.output.failures()
     assert "Provider disconnected" in record["error"]
     assert (record["attempts"], record["finish_reason"]) == (2, "stop")
+
+
+def test_an_error_beside_completions_breaks_them_off_whatever_its_code(job: Job, server: FakeServer) -> None:
+    job.documents("a", "b")
+    beside = {"choices": [choice("A part")], "error": {"code": 400, "message": "upstream died"}}
+    server.behave(lambda payload, n: raw(beside) if n == 1 else "Whole.")
+
+    output = job.succeed()
+
+    assert output.texts() == {"a": ["Whole."], "b": ["Whole."]}
+    assert output.stats()["retries"] == {"aborted": 2}
 
 
 def test_unusual_final_reasons_are_kept_and_counted(job: Job, server: FakeServer) -> None:
@@ -117,6 +128,8 @@ def test_the_worst_reason_is_the_one_that_spoils_most() -> None:
         ({"content": None, "refusal": "I cannot help with that."}, 1, "I cannot help with that."),
         ({"content": "", "reason": "content_filter"}, 1, "content_filter"),
         ({"content": "", "reason": "length", "reasoning_content": "Long thoughts"}, 1, "--max-tokens"),
+        ({"content": "", "reason": "SAFETY"}, 1, "SAFETY"),
+        ({"content": "", "reason": "MAX_TOKENS"}, 1, "--max-tokens"),
         ({"content": None, "reasoning_content": "All of it"}, 2, "reasoning"),
         ({"content": ""}, 2, "empty"),
     ],
@@ -133,7 +146,7 @@ def test_empty_completions_cost_few_attempts_and_leave_what_there_was(
     (record,) = job.output.failures()
     assert len(server.requests) == record["attempts"] == attempts
     assert words in record["error"]
-    assert ("--max-tokens" in record["error"]) is (reason == "length")
+    assert ("--max-tokens" in record["error"]) is (reason in {"length", "MAX_TOKENS"})
     assert record["finish_reason"] == reason
     assert record["usage"]["prompt_tokens"] == 1
     assert record.get("reasoning") == message.get("reasoning_content")
@@ -571,9 +584,11 @@ def test_json_is_read_as_servers_write_it(job: Job, server: FakeServer) -> None:
     job.documents(*ODD)
     server.behave(lambda payload, n: Raw(ODD[prompt_of(payload)]))
 
-    output = job.succeed()
+    finished = job()
 
-    assert output.texts() == {name: ["fine"] for name in ODD}
+    assert finished.rc == 0
+    assert job.output.texts() == {name: ["fine"] for name in ODD}
+    assert f"by finish_reason: {len(ODD)} without one" in finished.stdout
 
 
 @given(st.recursive(st.none() | st.floats() | st.text() | st.integers(-(2**53), 2**53), st.lists, max_leaves=8))
@@ -670,6 +685,64 @@ def test_a_stream_may_be_cut_into_pieces_anywhere(data: st.DataObject) -> None:
     assert [each.finish_reason for each in reply.choices] == ["stop", "length"]
     assert reply.usage == {"prompt_tokens": 3}
     assert reply.choices[1].reasoning == "hm"
+
+
+def assembled(*parts: dict[str, Any]) -> Assembly:
+    """What a stream of events amounts to."""
+    assembly = Assembly()
+    assembly.feed(b"".join(b"data: " + json.dumps(part).encode() + b"\n\n" for part in parts) + b"data: [DONE]\n\n")
+    return assembly
+
+
+def delta(content: Any, reason: str | None = None, index: int = 0, **more: Any) -> dict[str, Any]:
+    """An event of a stream."""
+    return {"choices": [{"index": index, "delta": {"content": content}, "finish_reason": reason, **more}]}
+
+
+@pytest.mark.parametrize("reason", [None, "stop"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        {"error": {"message": "EngineCore died", "code": 500}},
+        {"object": "error", "message": "EngineCore died", "code": "x"},
+        {"message": "EngineCore died", "code": 500},
+    ],
+)
+def test_an_error_ends_a_stream_and_breaks_the_completion_off(error: dict[str, Any], reason: str | None) -> None:
+    assembly = assembled(delta("half of it", reason), error)
+    assert assembly.complete
+    with pytest.raises(sdg.RequestFailed, match="EngineCore died") as caught:
+        parse_reply(json.loads(assembly.body()))
+    assert (caught.value.cause, caught.value.retry) == ("aborted", True)
+
+
+def test_a_stream_without_a_reason_for_each_completion_is_incomplete() -> None:
+    assert not assembled(delta("half")).complete
+    assert not assembled(delta("whole", "stop"), delta("half", index=1)).complete
+    assert assembled(delta("whole", "stop"), delta("whole", "stop", index=1)).complete
+
+
+PARTS = [{"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]}, {"type": "reasoning", "text": "So."}]
+PARTS += [{"type": "text", "text": "It "}, {"text": "rains"}, {"type": "output_text", "text": "."}]
+
+
+def test_parts_of_a_message_are_text_or_reasoning() -> None:
+    at_once = {"choices": [choice(PARTS)]}  # type: ignore[arg-type]
+    streamed = assembled(delta(PARTS[:3]), delta("rains"), delta(PARTS[4:], "stop"))
+    for content in (at_once, json.loads(streamed.body())):
+        reply = parse_reply(content)
+        assert (reply.text, reply.reasoning, reply.finish_reason) == ("It rains.", "Hm.So.", "stop")
+
+
+def test_a_stream_may_repeat_the_whole_message_at_its_end() -> None:
+    repeated = {**delta("", "stop")["choices"][0], "delta": {}, "message": {"content": "It rains."}}
+    stream = assembled(delta("It "), delta("rains."), {"choices": [repeated]})
+    assert parse_reply(json.loads(stream.body())).text == "It rains."
+
+
+def test_events_of_a_stream_are_read_as_servers_write_json() -> None:
+    stream = assembled(delta("It rains.", "stop", logprobs={"content": [{"logprob": float("-inf")}]}))
+    assert parse_reply(json.loads(stream.body())).text == "It rains."
 
 
 def test_tool_calls_of_a_stream_are_put_together() -> None:

@@ -345,7 +345,7 @@ def test_a_stream_is_assembled_whether_it_was_asked_for_or_not(client: str, aske
 
 
 @pytest.mark.parametrize("size", [1, 3, 1000])
-@pytest.mark.parametrize("line", [b"\n", b"\r\n"])
+@pytest.mark.parametrize("line", [b"\n", b"\r\n", b"\r"])
 def test_a_stream_may_begin_with_a_mark_and_lack_its_last_line(client: str, line: bytes, size: int) -> None:
     stream = b"\xef\xbb\xbf" + (line + line).join(b"data: " + json.dumps(event).encode() for event in [*PARTS, LAST])
     pieces = [stream[i : i + size] for i in range(0, len(stream), size)]
@@ -354,9 +354,9 @@ def test_a_stream_may_begin_with_a_mark_and_lack_its_last_line(client: str, line
     assert json.loads(answer.body)["choices"][0]["message"]["content"] == "It rains."
 
 
-@pytest.mark.parametrize("end", [Then.CLOSE, Then.RESET, b"0\r\n\r\n"])
-def test_a_stream_that_ends_early_is_broken(client: str, end: bytes | Then) -> None:
-    assert outcome(client, RawServer([STREAM, *events(*PARTS), end]), streamed=True) == "Broken"
+@pytest.mark.parametrize("end", [[Then.CLOSE], [Then.RESET], [b"0\r\n\r\n"], [*events(b"[DONE]"), b"0\r\n\r\n"]])
+def test_a_stream_that_ends_early_is_broken(client: str, end: list[bytes | Then]) -> None:
+    assert outcome(client, RawServer([STREAM, *events(*PARTS), *end]), streamed=True) == "Broken"
 
 
 MALFORMED: list[Any] = [
