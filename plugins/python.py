@@ -15,8 +15,6 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import xxhash
-
 import sdg
 from sdg_plugins.commands.jobs import Present, record_end, run_all
 from sdg_plugins.commands.stop import Stop
@@ -28,6 +26,7 @@ from sdg_plugins.common.recorded import MEMORY
 from sdg_plugins.common.records import Records
 from sdg_plugins.common.statistics import heartbeat, rank_statistics, rows_in, sum_statistics
 from sdg_plugins.common.tables import TableReader
+from sdg_plugins.common.versions import version_of_function
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -225,18 +224,13 @@ def _config_of(rollout: Any, input: Any, options: Mapping[str, Any]) -> Config:
 
 
 def _add_function(plugins: sdg.Plugins, function: Any) -> str:
-    """Register a function as a rollout; its source takes the place of a plugin's version. Returns its name."""
+    """Register a function as a rollout; returns its name. See `version_of_function`."""
     name = getattr(function, "__name__", type(function).__name__)
     if name == "<lambda>":
         message = "a lambda cannot be a rollout: write an `async def` function of (document, generate)"
         raise sdg.PluginError(message)
-    try:
-        source = inspect.getsource(function)
-    except (OSError, TypeError):  # typed at a prompt
-        code = getattr(function, "__code__", None)
-        source = repr((code.co_code, code.co_consts, code.co_names)) if code else repr(type(function))
     plugins.rollouts.pop(name, None)
-    version = xxhash.xxh3_64_hexdigest(source.encode(errors="replace"))
+    version = version_of_function(function)
     file = getattr(getattr(inspect.unwrap(function), "__code__", None), "co_filename", None)
     _add_module(plugins, name, version, file, rollout=function)
     return name

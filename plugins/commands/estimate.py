@@ -26,6 +26,7 @@ from sdg_plugins.common.markdown import counted
 from sdg_plugins.common.options import Parser, number
 from sdg_plugins.common.prices import Tokens, cost_of, estimated_tokens, in_money, tokens_of
 from sdg_plugins.common.progress import progress
+from sdg_plugins.common.recorded import run_id
 from sdg_plugins.common.state import documents_in, replace_file
 
 if TYPE_CHECKING:
@@ -66,9 +67,12 @@ def estimate(argv: list[str]) -> int:
         name = engine.run.options.output_config
         documents = await asyncio.to_thread(documents_in, engine.intake.reader)
         engine.intake.chosen = chosen_rows(engine.run.options, documents, own.sample)
-        meters[name].begin(engine)
-        async with progress(engine):
-            yield
+        await meters[name].begin(engine)
+        try:
+            async with progress(engine):
+                yield
+        finally:
+            meters[name].keep()
         if stop.reason is None:
             result = await meters[name].forecast(engine)
             print(json.dumps(result.as_json(), indent=2) if own.json else result.text(), flush=True)
@@ -102,6 +106,8 @@ class Meter:
 
     def __init__(self, options: argparse.Namespace, sample: int) -> None:
         self.documents: dict[int, dict[str, list[float]]] = {}
+        self.unmeasured: set[int] = set()  # sampled documents that an earlier process has finished without a record
+        self._known: dict[str, Any] = {}  # what earlier estimates of the run have recorded
         self._narrow = asyncio.Semaphore(max(1, min(options.max_concurrent_generations, sample) // 8))
         self._left = min(NARROW, sample // 5)  # requests that are still sent with few others
         self._wide = asyncio.Event()
@@ -128,12 +134,19 @@ class Meter:
 
         return measured
 
-    def begin(self, engine: sdg.Engine) -> None:
+    async def begin(self, engine: sdg.Engine) -> None:
         """The sample begins."""
-        self._engine = engine
-        path = engine.run.state / FILE
-        if path.exists():  # an earlier estimate's documents are not run again
-            self.documents = {int(index): of for index, of in json.loads(path.read_bytes())["documents"].items()}
+        self._engine, path = engine, engine.run.state / FILE
+        known = json.loads(path.read_bytes()) if path.exists() else {}
+        if known.get("run") == run_id(engine.run.state):  # its documents are not run again
+            self._known = known
+            self.documents = {int(index): of for index, of in known["documents"].items()}
+        chunks, size = await engine.store.chunks(), engine.run.options.records_per_chunk
+        for index, positions in (engine.intake.chosen or {}).items():
+            if chunk := chunks.get(index):
+                final = positions if chunk.written else positions & (await engine.store.finished_in(chunk)).keys()
+                self.unmeasured |= {index * size + position for position in final}
+        self.unmeasured -= self.documents.keys()
         # The seconds of a pool begin with its first request.
         self._start = self._middle = {
             name: look._replace(seconds=0.0, area=0.0) for name, look in self._snapshot().items()
@@ -177,18 +190,26 @@ class Meter:
 
     async def forecast(self, engine: sdg.Engine) -> Forecast:
         """What follows from the sample, which is kept for the next estimate."""
-        end, path = self._snapshot(), engine.run.state / FILE
+        end = self._snapshot()
         took = {name: self._took.get(name, []) for name in end}
         takes = {name: forecast.takes_of(of) for name, of in took.items()}
         looks = {name: (self._start[name], self._middle[name], look) for name, look in end.items()}
         paces = {name: paces_of(looks[name], took[name], takes[name]) for name in end}
-        if path.exists() and not any(pace.work for both in paces.values() for pace in both):  # all was known
-            known = json.loads(path.read_bytes())
-            paces = {name: (Pace(*narrow), Pace(*wide)) for name, (narrow, wide) in known["paces"].items()}
-            takes = {name: Takes(*took) for name, took in known["takes"].items()}
-        kept = {"documents": {str(index): of for index, of in self.documents.items()}, "paces": paces, "takes": takes}
-        await asyncio.to_thread(replace_file, engine.run, FILE, json.dumps(kept).encode())
-        return Forecast(engine, self.documents, paces, takes, await asyncio.to_thread(lengths_of, engine))
+        if "paces" in self._known and not any(pace.work for both in paces.values() for pace in both):  # all was known
+            paces = {name: (Pace(*narrow), Pace(*wide)) for name, (narrow, wide) in self._known["paces"].items()}
+            takes = {name: Takes(*took) for name, took in self._known["takes"].items()}
+        lengths = await asyncio.to_thread(lengths_of, engine)
+        for row in sorted(lengths.each.keys() - self.documents.keys() - self.unmeasured):
+            self.documents[row] = {}  # it has sent no request
+        self._known |= {"paces": paces, "takes": takes}
+        self.keep()
+        return Forecast(engine, self.documents, paces, takes, lengths)
+
+    def keep(self) -> None:
+        """Record what is known, for the next estimate of the run."""
+        run = self._engine.run
+        self._known |= {"run": run_id(run.state), "documents": {str(index): of for index, of in self.documents.items()}}
+        replace_file(run, FILE, json.dumps(self._known).encode())
 
 
 class Look(NamedTuple):
@@ -288,10 +309,11 @@ class Forecast:
         if not self.sample:
             raise sdg.StateError("no document of the sample has an outcome: run the same command again")
         self.population = population = self.sample if self.total is None else max(self.total, self.sample)
-        rows = [*documents, *sorted(lengths.each.keys() - documents.keys())]  # some send no request
-        sent = [documents.get(row, {}) for row in rows]
-        known = lengths.mean is not None and all(row in lengths.each for row in rows)
-        sizes = [lengths.each[row] for row in rows] if known else None
+        if not documents:
+            raise sdg.StateError("all documents of the sample were finished by an earlier run: give a larger --sample")
+        sent = list(documents.values())
+        known = lengths.mean is not None and all(row in lengths.each for row in documents)
+        sizes = [lengths.each[row] for row in documents] if known else None
         self.models = {
             name: [
                 forecast.mean_of(forecast.per_document(sent, name, kind), population, sizes, lengths.mean)

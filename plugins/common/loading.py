@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -10,13 +11,14 @@ import pkgutil
 import re
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 import sdg
+from sdg_plugins.common.versions import note_version, texts_of, version_of_file, version_of_module
 
 # Folders of plugins/ whose modules are loaded as plugins if they have hooks.
 ROOMS = ("commands", "readers", "resources", "rollouts", "servers", "servers.launching", "truncation", "writers")
@@ -61,7 +63,7 @@ def add_named(plugins: sdg.Plugins, spec: str) -> tuple[str, list[str]]:
         package = target
     elif re.fullmatch(r"\w+(\.\w+)*", target) and importlib.util.find_spec(target.partition(".")[0]):
         module = _import(f"plugin {target}", functools.partial(importlib.import_module, target))
-        version, package = str(getattr(module, "__version__", "")) or _hash_of(module), target
+        version, package = str(getattr(module, "__version__", "")) or version_of_module(module), target
     elif Path(f"{spec}.py").is_file():
         raise sdg.UsageError(f"unknown rollout {spec!r}; did you mean --plugin ./{spec}.py?")
     else:
@@ -81,12 +83,6 @@ def named_object(spec: str) -> Any:
     target, _, name = spec.rpartition(":")
     file = Path(target).expanduser()
     return getattr(_import_file(file)[0] if target.endswith(".py") else importlib.import_module(target), name)
-
-
-def _hash_of(module: types.ModuleType) -> str:
-    """Stands for the version of a module that has none."""
-    file = getattr(module, "__file__", None)
-    return xxhash.xxh3_64_hexdigest(Path(file).read_bytes()) if file else ""
 
 
 @functools.cache
@@ -111,17 +107,35 @@ def _import(what: str, load: Callable[[], Any], file: str | None = None) -> type
 
 
 def _import_file(path: Path) -> tuple[types.ModuleType, str]:
-    """Import a plugin file, once; its version is a hash of its text."""
+    """Import a plugin file, again if its text, or that of a module which it imports, has changed since.
+
+    Returns the module and its version; see `version_of_file`.
+    """
     if not path.is_file():
         raise sdg.UsageError(f"--plugin {path}: no such file")
     sys.modules.setdefault("sdg_plugin_files", types.ModuleType("sdg_plugin_files"))  # needed to pickle its contents
     name, file = f"sdg_plugin_files.{path.stem}", str(path.resolve())
     if name in sys.modules and sys.modules[name].__file__ != file:  # another file with the same name
         name += f"_{xxhash.xxh3_64_hexdigest(file.encode())}"
-    module = sys.modules.get(name) or _import(
-        f"plugin {path}", functools.partial(sdg.exec_file, name, Path(file)), file
-    )
-    return module, xxhash.xxh3_64_hexdigest(path.read_bytes())
+    module, version = sys.modules.get(name), version_of_file(Path(file))
+    if module is None or version_of_module(module) != version:
+        if module:
+            _forget(texts_of(Path(file)))
+        module = _import(f"plugin {path}", functools.partial(sdg.exec_file, name, Path(file)), file)
+        note_version(module, version)
+    return module, version
+
+
+def _forget(files: Collection[Path]) -> None:
+    """Have some files compiled again, and imported again together with what is in the same packages."""
+    for file in files:  # Python takes an edit of equal length within a second for no edit
+        with contextlib.suppress(OSError):
+            Path(importlib.util.cache_from_source(file)).unlink()
+    loaded = [(name, getattr(module, "__file__", None)) for name, module in sys.modules.items()]
+    tops = {name.partition(".")[0] for name, file in loaded if file and Path(file).resolve() in files}
+    for name, _ in loaded:
+        if name.partition(".")[0] in tops - {"__main__", "sdg_plugin_files"}:
+            del sys.modules[name]
 
 
 def contributing(plugins: sdg.Plugins, rollout: str) -> set[str]:

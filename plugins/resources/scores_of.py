@@ -8,16 +8,15 @@ import contextlib
 import functools
 import inspect
 import re
+import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
-
-import xxhash
 
 import sdg
 from sdg_plugins.common.loading import named_object
+from sdg_plugins.common.versions import version_of_module
 from sdg_plugins.resources.ask import Ask
 
 Messages = list[dict[str, Any]]
@@ -54,8 +53,8 @@ def preference(value: str) -> str:
         function = named_object(value)
     except (ImportError, AttributeError, sdg.Error) as exc:
         raise argparse.ArgumentTypeError(f"{value}: {exc}") from exc
-    file = sdg.file_of(function)
-    return f"{value}@{xxhash.xxh3_64_hexdigest(Path(file).read_bytes())}" if file else value
+    version = version_of_module(sys.modules[function.__module__])
+    return f"{value}@{version}" if version else value
 
 
 def pattern(value: str) -> str:

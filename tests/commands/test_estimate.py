@@ -82,13 +82,34 @@ def test_options_may_change_after_an_estimate_but_not_after_a_run(job: Job) -> N
     job.server.behave(lambda payload, n: words(payload))
     job.input(rows(200))
     assert estimate(job, "--sample", 5).rc == 0
-    other = estimate(job, "--sample", 5, max_tokens=7)
+    other = estimate(job, "--sample", 5, "--json", max_tokens=7)
     assert other.rc == 0
+    counted = sum(len(prompt) for prompt in job.server.prompts[5:])
+    assert json.loads(other.stdout)["tokens"]["model"]["prompt_tokens"]["value"] == pytest.approx(40 * counted, rel=0.1)
     assert "holds an estimate with other options (max_tokens: null → 7): it is replaced" in other.stderr
     job.succeed(max_tokens=7)
     refused = estimate(job, "--sample", 5, max_tokens=8)
     assert refused.rc == 1
     assert "belongs to a different run" in refused.stderr
+
+
+def test_documents_that_an_earlier_run_has_finished_count_only_if_they_were_measured(job: Job) -> None:
+    job.server.behave(lambda payload, n: words(payload))
+    job.input([{"text": "x" * 100}] * 100)
+    budget = {"max_total_tokens": 1500, "max_concurrent_generations": 2, "records_per_chunk": 10}
+    assert job(**budget).rc == 4
+    options = {**budget, "max_total_tokens": 10**6}
+
+    def prompt_tokens(sample: int) -> Any:
+        return json.loads(estimate(job, "--sample", sample, "--json", **options).stdout)["tokens"]["model"]
+
+    assert prompt_tokens(100)["prompt_tokens"]["value"] == 10_000
+    before = len(job.server.requests)
+    assert prompt_tokens(100)["prompt_tokens"]["value"] == 10_000
+    assert len(job.server.requests) == before
+    job.succeed(**options)
+    (job.output.state / "estimate.json").unlink()
+    assert "were finished by an earlier run" in estimate(job, "--sample", 5, **options).message
 
 
 def test_preview_ends_with_the_tokens_of_the_whole_input(job: Job) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import json
 import signal
@@ -152,3 +153,23 @@ def test_interrupt_saves_what_was_answered(call: Any, server: FakeServer) -> Non
     helper.join()
     assert len(call(shout, DOCUMENTS, name="broken")) == 3
     assert len(server.requests) == 6
+
+
+def test_edit_of_a_plugin_or_of_what_a_function_uses_counts_within_a_process(
+    call: Any, server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "import sdg\n@sdg.hookimpl\ndef register_rollouts(register):\n    register('own', own)\n"
+    text += "async def own(document, generate):\n    return await generate('{} ' + document.text)\n"
+    for word in ("one", "two"):
+        (tmp_path / "own_edited.py").write_text(text.format(word))
+        call("./own_edited.py", DOCUMENTS[:1], output=word)
+    assert server.prompts == ["one document 0", "two document 0"]
+
+    async def styled(document: sdg.Document, generate: sdg.Generate, style: str = "") -> sdg.Reply:
+        return await generate(style + document.text)
+
+    for style in ("dry", "dry"):
+        call(functools.partial(styled, style=style), DOCUMENTS[:1], output="styled")
+    with pytest.raises(sdg.StateError, match="the plugin's code has changed"):
+        call(functools.partial(styled, style="loud"), DOCUMENTS[:1], output="styled")
+    assert len(server.requests) == 3
