@@ -23,9 +23,9 @@ from sdg_plugins.common.ids import SeenIds
 from sdg_plugins.common.kinds import decoder, has_nan, parse_json, relaxed
 from sdg_plugins.common.outputs import output_files, read_failed, read_rows
 from sdg_plugins.common.paths import follow, parse_path, prompt_column_of
-from sdg_plugins.common.recorded import chunks_in
+from sdg_plugins.common.recorded import chunks_in, chunks_of
 from sdg_plugins.common.results import infer_fields
-from sdg_plugins.common.resuming import Known, known_chunks
+from sdg_plugins.common.resuming import ROWS, Known, known_chunks
 from sdg_plugins.common.returned import no_prompt, results_of, status_of
 from sdg_plugins.common.rows import NUMBER, empty_rows, numbered, shape_of, with_messages
 from sdg_plugins.common.state import fixed_fields, promised_fields, recorded_fields, settle_fields, spool_folder
@@ -418,9 +418,18 @@ class Outlet:
             return
         path, files = run.path_of(first), output_files(run)
         if path in files and len(files) > 1:
-            run.output.delete(path)
-        elif not files and not run.options.rank:
+            self._delete(path)
+        elif not files and not run.options.rank and not next(chunks_of(run, f"written AND ({ROWS})"), None):
             self._write_rows(first, self._no_rows(run.schema))
+
+    def _delete(self, path: str) -> None:
+        """Delete a file without rows. Where that is not permitted, it stays, and the run goes on."""
+        try:
+            self._run.output.delete(path)
+        except sdg.OutputError as exc:
+            if self._run.output.local:
+                raise
+            sdg.say(f"{exc}. This file has no rows: `datasets` may fail to load the output until you delete it")
 
     def check(self, schema: pa.Schema) -> None:
         """Have the writer prove that it can write rows of this input: before a request is paid for."""

@@ -136,7 +136,7 @@ def _claims_in(run: sdg.Run) -> dict[str, str]:
 def _claim_objects(run: sdg.Run, mine: str) -> None:
     own = CLAIM.format(_config_of(run), mine, run.options.rank)
     mark = rank_file(run.state, run.options.rank, CLAIMED)
-    if mark.exists() and run.output.exists(own):
+    if mark.exists() and mark.read_text() == own and run.output.exists(own):
         return
     content = json.dumps({"run": mine, "state": str(run.state), "host": platform.node()}).encode()
     run.output.write(own, lambda file: file.write(content))
@@ -147,7 +147,7 @@ def _claim_objects(run: sdg.Run, mine: str) -> None:
             f"{run.options.output} is in use by another run{_described(run, others[0])}: choose another --output. If "
             f"that run is gone, delete {run.output.path(others[0])}, or start over with --fresh"
         )
-    mark.write_text(own)
+    os.replace(write_temporary(run.state, mark.name, own.encode(), writer_of(run)), mark)
 
 
 def _described(run: sdg.Run, name: str) -> str:

@@ -61,7 +61,7 @@ def untouched(run: sdg.Run) -> bool:
     if (ranks != mine and not run.options.processes) or has_output(run):
         return False
     for path in run.state.glob("[0-9]*.sqlite3"):
-        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:
+        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=60)) as db:
             tables = ("documents", "requests", "chunks WHERE written")
             if any(db.execute(f"SELECT EXISTS (SELECT 1 FROM {table})").fetchone()[0] for table in tables):
                 return False

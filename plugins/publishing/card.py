@@ -23,6 +23,7 @@ from sdg_plugins.common.files import default_state_dir, format_of
 from sdg_plugins.common.markdown import counted, fence, inline, rows_in_table, table, visible
 from sdg_plugins.common.outputs import has_output
 from sdg_plugins.common.prices import in_money
+from sdg_plugins.common.rows import kept_columns
 from sdg_plugins.common.state import recorded_fields, schema_of
 from sdg_plugins.common.statistics import rank_statistics, rows_in, sum_statistics
 from sdg_plugins.publishing.dataset_info import features_of, with_features
@@ -175,15 +176,17 @@ def facts_of(run: sdg.Run, record: dict[str, Any], folder: str, published: bool)
     """What the front matter needs of a config: number of rows, its files as a glob, and a hash of its columns."""
     import xxhash
 
-    results = recorded_fields(run.state) or {}
-    columns = [(field.name, str(field.type)) for field in schema_of(record["source_schema"])]
+    results, source = recorded_fields(run.state) or {}, schema_of(record["source_schema"])
+    kept = kept_columns(run.options, source.names)
+    columns = [(field.name, str(field.type)) for field in source if field.name in kept]
     columns += [(name, str(kind)) for name, kind in results.items()]
+    place = True if getattr(run.options, "flat", False) else run.options.results_column  # of results in a row
     suffix = re.search(r"\.\w+(\.(gz|zst))?$", run.options.output_filename)
     return {
         "rows": rows_in(sum_statistics(rank_statistics(run.state)), run.options),
         "files": posixpath.join(glob.escape(folder), run.options.output_config, f"**/*{suffix[0] if suffix else ''}"),
         "exist": published or has_output(run),
-        "columns": xxhash.xxh3_64_hexdigest(json.dumps([*columns, run.options.results_column]).encode()),
+        "columns": xxhash.xxh3_64_hexdigest(json.dumps([*columns, place]).encode()),
         "tasks": tasks_of(record["options"]),
         "run": record["run"][:12],
     }

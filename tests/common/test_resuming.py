@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import sqlite3
 import sys
 import tempfile
@@ -12,14 +13,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings, strategies as st
 
 import sdg
 from sdg_plugins.common import recorded, resuming
+from sdg_plugins.common.chunks import Outlet
 from sdg_plugins.common.files import Place
-from sdg_plugins.common.outputs import chunk_names, has_output
+from sdg_plugins.common.outputs import chunk_names, has_output, untouched
 from sdg_plugins.common.resuming import known_chunks
+from sdg_plugins.common.state import as_text
 
 SIZE = 4  # documents in a chunk
 CHUNKS = st.lists(
@@ -178,3 +182,41 @@ def test_hidden_files_and_folders_are_no_output(tmp_path: Path) -> None:
     (tmp_path / "out" / "data" / "rows.parquet").touch()
     assert has_output(run)
     assert not has_output(run_of(tmp_path, output_config="another"))
+
+
+@pytest.mark.parametrize("name", ["my%20run", "run #2", "who?"])
+def test_what_was_paid_for_is_seen_in_a_folder_of_any_name(name: str, tmp_path: Path) -> None:
+    other, run = (run_of(tmp_path / folder, processes=None) for folder in ("my run", name))
+    record(other, [])
+    record(run, [sdg.Chunk(0, 0, SIZE, written=True)])
+
+    assert untouched(other)
+    assert not untouched(run)
+
+
+class Kept:
+    """A writer that only remembers what it was given."""
+
+    def __init__(self) -> None:
+        self.written: list[int] = []
+
+    def write(self, chunk: sdg.Chunk, rows: pa.Table) -> None:
+        self.written.append(chunk.index)
+
+
+@pytest.mark.parametrize(("filtered", "written"), [((0, 1, 2, 3), [0]), ((0,), [])])
+def test_a_file_without_rows_is_left_only_if_no_chunk_has_rows_whether_their_files_are_there_or_not(
+    filtered: tuple[int, ...], written: list[int], tmp_path: Path
+) -> None:
+    run, other = (
+        run_of(tmp_path, rank=rank, world_size=2, results_column="generated", rollout="mine") for rank in (0, 1)
+    )
+    record(run, [sdg.Chunk(0, 0, SIZE, written=True, filtered=(0, 1, 2, 3))])
+    record(other, [sdg.Chunk(1, SIZE, SIZE, written=True, filtered=filtered)])
+    (run.state / "schema.json").write_text(json.dumps({"arrow": as_text(pa.schema([("text", pa.string())]))}))
+    run.schema = pa.schema([("id", pa.string())])
+    writer = Kept()
+
+    Outlet(run, writer).finish()
+
+    assert writer.written == written

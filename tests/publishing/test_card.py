@@ -508,10 +508,12 @@ def test_a_config_of_a_run_named_all_holds_only_its_own_files(past: Past) -> Non
 def test_configs_of_different_columns_or_formats_are_not_offered_as_one(past: Past) -> None:
     two = cards.render(cards.render(None, past.run()), past.run(config="terse"))
     formats = cards.render(two, past.run(config="terse", output_filename="${chunk_index}.jsonl.gz"))
-    columns = cards.render(two, past.run(config="terse", results_column="other"))
 
     assert paths_of(formats) == {"data": "data/**/*.parquet", "terse": "terse/**/*.jsonl.gz"}
-    assert list(paths_of(columns)) == ["data", "terse"]
+    for shape in ({"results_column": "other"}, {"flat": True}, {"drop_columns": ["text"]}, {"keep_columns": ["id"]}):
+        columns = cards.render(two, past.run(config="terse", **shape))
+        assert list(paths_of(columns)) == ["data", "terse"]
+        assert list(paths_of(cards.render(columns, past.run(**shape)))) == ["data", "terse", "all"]
 
 
 def test_a_default_set_by_hand_is_kept(past: Past) -> None:
