@@ -90,14 +90,14 @@ def refuse_owned(run: sdg.Run, mine: str | None) -> None:
 
 
 def refuse_nested(run: sdg.Run) -> None:
-    """Raise OutputError if a local output lies in a config's folder of another one: their rows would be loaded as one."""
+    """Raise OutputError if a local output lies in a config's folder of another one: it would have both rows."""
     if not run.output.local or split_uri(run.options.output)[0] != "file":
         return
     inner = Path(os.path.realpath(run.output.root))
-    for outer, config in [(outer, config) for config in (inner, *inner.parents) for outer in config.parents]:
-        if (Path(default_state_dir(str(outer), str(config.relative_to(outer)))) / "run.json").exists():
+    for outer, folder in ((outer, folder) for folder in (inner, *inner.parents) for outer in folder.parents):
+        if (Path(default_state_dir(str(outer), str(folder.relative_to(outer)))) / "run.json").exists():
             raise sdg.OutputError(
-                f"--output {run.options.output} lies in the folder {config} of another output, whose rows are loaded "
+                f"--output {run.options.output} lies in the folder {folder} of another output, whose rows are loaded "
                 "from it: choose another --output"
             )
 
