@@ -145,7 +145,7 @@ if not TYPE_CHECKING:
 
 Usage = dict[str, int]  # tokens of a request as counted by the server, under the names in TOKENS
 TOKENS = ("prompt_tokens", "completion_tokens", "total_tokens")
-OVERLOADED = {429, 503, 529, *range(520, 528), 530}  # HTTP statuses: 529 is Anthropic's, 520 to 530 Cloudflare's
+OVERLOADED = {429, 498, 503, 529, *range(520, 528), 530}  # 498 is Groq's, 529 Anthropic's, 520 to 530 Cloudflare's
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

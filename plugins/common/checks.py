@@ -110,7 +110,11 @@ def check_columns(schema: pa.Schema, options: argparse.Namespace, fields: Iterab
         raise sdg.InputError(f"--id-column {name}: the input has no such column; available: {', '.join(schema.names)}")
     if schema.names.count(name) > 1:
         raise sdg.InputError(f"--id-column {name}: the input has {schema.names.count(name)} columns of this name")
-    if options.results_column in kept_columns(options, schema.names) and not options.flat:
+    kept = kept_columns(options, schema.names)
+    if double := next((name for name in kept if kept.count(name) > 1), None):
+        message = f"the input has {kept.count(double)} columns {double}: rename them"
+        raise sdg.InputError(f"{message}, or leave them out with --drop-columns {double}")
+    if options.results_column in kept and not options.flat:
         other = free_name(options.results_column, schema.names)
         message = f"the input already has a column {options.results_column}: choose another"
         raise sdg.InputError(f"{message}, such as --results-column {other}")

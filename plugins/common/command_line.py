@@ -21,6 +21,7 @@ from sdg_plugins.common.interleaving import check_interleaved
 from sdg_plugins.common.loading import contributing
 from sdg_plugins.common.options import (
     BriefHelp,
+    Item,
     Option,
     Options,
     Parser,
@@ -470,10 +471,11 @@ def as_arguments(table: Mapping[str, Any], argv: list[str]) -> list[str]:
             continue
         if name in given or value is False:
             continue
-        items = value if isinstance(value, list) else [value]
+        items = value if isinstance(value, list | tuple) else [value]
         if key == "input" and len(items) > 1:
             raise sdg.UsageError("input: several are given; name a folder, or a glob")
         for item in items:
             text = json.dumps(item, default=str) if isinstance(item, dict) else str(item)
-            arguments.append(name if item is True else f"{name}={text}")
+            word = name if item is True else f"{name}={text}"
+            arguments.append(Item(word) if len(items) > 1 else word)
     return arguments

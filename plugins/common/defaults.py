@@ -8,7 +8,7 @@ import os
 import re
 
 import sdg
-from sdg_plugins.common.files import default_state_dir, expanded, format_of, split_uri
+from sdg_plugins.common.files import default_state_dir, expanded, format_of, split_uri, suffix_of
 from sdg_plugins.common.inputs import input_format
 from sdg_plugins.common.options import number
 from sdg_plugins.common.processes import derive_processes
@@ -138,7 +138,7 @@ def by_scheme_or_suffix(plugins: sdg.Plugins, kind: str, uri: str) -> str:
     if kind == "readers":
         found = input_format(uri, entries, lambda name: inspect.unwrap(entries[name].factory))
     else:
-        found = format_of(path)
+        found = suffix if (suffix := suffix_of(path)) in entries else format_of(path)
     if found in entries:
         return str(found)
     option = {"readers": "--input ", "writers": "--output-filename "}.get(kind, "")

@@ -1,14 +1,15 @@
 """JSON values as Arrow columns: types that hold every value exactly, and Arrow's JSON type where there is none.
 
 A column of the JSON type (`arrow.json`, which `datasets`, DuckDB and polars know) holds JSON as text. It stands where
-values have several types, where a type cannot be told (only nulls, empty objects), and for objects of very many keys.
+values have several types, where a type cannot be told (only nulls, empty objects), and for objects of very many keys
+or very many levels.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -17,8 +18,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 MOST_FIELDS = 500  # of a struct: a column for each of thousands of keys makes footers of megabytes
+MOST_LEVELS = 40  # of lists and structs: parquet files with 100 are unreadable (a list is two), Arrow's with 64
 EXACT = 2**53  # integers up to here are exact as floats
 LARGEST_FLOAT32 = 3.4e38
+OF_MAP = {b"sdg.map": b"key"}  # metadata of a field
 PLAIN_VALUES = {str, int, bool, type(None)}
 HUGE = float(2**63)  # orjson reads integers from here on as floats, which are not exact
 
@@ -109,13 +112,14 @@ def json_text(value: Any) -> str:
 # ── Types of values ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def type_of(values: Iterable[Any], exact: bool = False) -> pa.DataType:
+def type_of(values: Iterable[Any], exact: bool = False, levels: int = MOST_LEVELS) -> pa.DataType:
     """The Arrow type that holds some JSON values; the JSON type if no other one does.
 
     Args:
         values: nulls among them say nothing.
         exact: an object that lacks a key of others, or has it as null, makes the JSON type: a struct would not tell
-            one from the other.
+            one from the other. So do integers beside floats, which would become floats.
+        levels: how deep lists and structs may be nested; what lies deeper has the JSON type.
     """
     import pyarrow as pa
 
@@ -124,17 +128,19 @@ def type_of(values: Iterable[Any], exact: bool = False) -> pa.DataType:
     if exact and type(None) in kinds:
         return json_type()
     kinds.discard(type(None))
+    if not levels and kinds & {dict, list}:
+        return json_type()
     if kinds == {dict}:
-        return _struct_of([value for value in values if value is not None], exact)
+        return _struct_of([value for value in values if value is not None], exact, levels - 1)
     if kinds == {list}:
-        return pa.list_(type_of((item for value in values if value for item in value), exact))
+        return pa.list_(type_of((item for value in values if value for item in value), exact, levels - 1))
     if kinds in ({int}, {float}, {int, float}):
-        return _number_of(values, float in kinds)
+        return json_type() if exact and len(kinds) > 1 else _number_of(values, float in kinds)
     plain = {str: pa.string(), bool: pa.bool_()}
     return plain.get(kinds.pop(), json_type()) if len(kinds) == 1 else json_type()
 
 
-def _struct_of(objects: list[dict[str, Any]], exact: bool) -> pa.DataType:
+def _struct_of(objects: list[dict[str, Any]], exact: bool, levels: int) -> pa.DataType:
     import pyarrow as pa
 
     fields = columns_of(objects)
@@ -142,7 +148,7 @@ def _struct_of(objects: list[dict[str, Any]], exact: bool) -> pa.DataType:
         return json_type()
     if exact and any(len(values) < len(objects) or None in values for values in fields.values()):
         return json_type()
-    return pa.struct([(name, type_of(values, exact)) for name, values in fields.items()])
+    return pa.struct([(name, type_of(values, exact, levels)) for name, values in fields.items()])
 
 
 def columns_of(objects: Iterable[Mapping[str, Any]]) -> dict[str, list[Any]]:
@@ -166,13 +172,19 @@ def _number_of(values: list[Any], floats: bool) -> pa.DataType:
     return pa.uint64() if least >= 0 and most < 2**64 else json_type()
 
 
-def type_of_prompts(values: list[Any]) -> pa.DataType:
+def type_of_prompts(values: list[Any], steps: Sequence[int | str] = ()) -> pa.DataType:
     """The Arrow type of a prompt column. Whatever lies below the messages of chats is kept exactly as it is.
 
     Keys of a message itself may be missing, because those that are null are not sent.
+
+    Args:
+        values: of the column.
+        steps: to the prompt inside each value; see `parse_path`.
     """
     import pyarrow as pa
 
+    if steps:
+        return _type_around_prompts(values, steps)
     chats = [value for value in values if value is not None]
     if not chats or not all(isinstance(chat, list) for chat in chats):
         return type_of(chats, exact=True)
@@ -186,6 +198,21 @@ def type_of_prompts(values: list[Any]) -> pa.DataType:
     return pa.list_(pa.struct(list(fields.items()))) if 0 < len(fields) <= MOST_FIELDS else json_type()
 
 
+def _type_around_prompts(values: list[Any], steps: Sequence[int | str]) -> pa.DataType:
+    """As `type_of`, but for what the steps lead to."""
+    import pyarrow as pa
+    import pyarrow.types as t
+
+    kind = type_of(values)
+    present = [value for value in values if value is not None]
+    if isinstance(steps[0], int) and t.is_list(kind):
+        return pa.list_(type_of_prompts([item for value in present for item in value], steps[1:]))
+    if t.is_struct(kind) and kind.get_field_index(str(steps[0])) >= 0:
+        inner = type_of_prompts(columns_of(present)[str(steps[0])], steps[1:])
+        return pa.struct([field.with_type(inner) if field.name == steps[0] else field for field in kind])
+    return kind
+
+
 # ── Checks and conversions ───────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -196,7 +223,7 @@ def checker(kind: pa.DataType, exact: bool = False, huge: bool = True) -> Check:
 
     Args:
         kind: the type.
-        exact: as for `type_of`: below the top, null and missing keys do not fit.
+        exact: as for `type_of`: below the top, null and missing keys do not fit, nor do integers in place of floats.
         huge: accept floats that may have been integers beyond 64 bits.
     """
     import pyarrow.types as t
@@ -222,7 +249,7 @@ def checker(kind: pa.DataType, exact: bool = False, huge: bool = True) -> Check:
         return lambda value: (
             value is None
             or (type(value) is float and (huge or -HUGE < value < HUGE))
-            or (type(value) is int and -EXACT <= value <= EXACT)
+            or (not exact and type(value) is int and -EXACT <= value <= EXACT)
         )
     return (
         (lambda value: value is None or isinstance(value, str)) if t.is_string(kind) else (lambda value: value is None)
@@ -251,10 +278,19 @@ def _struct_checker(kind: pa.DataType, exact: bool, huge: bool) -> Check:
     return fits
 
 
-def prompt_checker(kind: pa.DataType, huge: bool = True) -> Check:
+def prompt_checker(kind: pa.DataType, huge: bool = True, steps: Sequence[int | str] = ()) -> Check:
     """As `checker`, for a type from `type_of_prompts`."""
     import pyarrow.types as t
 
+    if steps and isinstance(steps[0], int) and t.is_list(kind):
+        item = prompt_checker(kind.value_type, huge, steps[1:])
+        return lambda value: value is None or (isinstance(value, list) and all(map(item, value)))
+    if steps and t.is_struct(kind) and kind.get_field_index(str(steps[0])) >= 0:
+        step, whole = str(steps[0]), checker(kind, huge=huge)
+        inner = prompt_checker(kind.field(step).type, huge, steps[1:])
+        return lambda value: value is None or (whole(value) and inner(value.get(step)))
+    if steps:
+        return checker(kind, huge=huge)
     if not t.is_list(kind) or not t.is_struct(kind.value_type):
         return checker(kind, True, huge)
     fields = {field.name: checker(field.type, True, huge) for field in kind.value_type}
@@ -333,7 +369,8 @@ def writable(kind: pa.DataType) -> pa.DataType:
     """The type in which a column is written.
 
     Objects without fields are JSON, because parquet cannot hold them. What `datasets` cannot read becomes what it can:
-    UUIDs are text, maps are lists of {key, value}, and Arrow's other extension types are what they are stored as.
+    UUIDs are text, maps are lists of {key, value}, and Arrow's other extension types are what they are stored as. What
+    parquet cannot hold does, too: dictionaries of views.
     """
     import pyarrow as pa
     import pyarrow.types as t
@@ -343,7 +380,11 @@ def writable(kind: pa.DataType) -> pa.DataType:
     if t.is_struct(kind):
         return pa.struct([relaxed(field) for field in kind]) if kind.num_fields else json_type()
     if t.is_map(kind):
-        return pa.list_(pa.struct([("key", writable(kind.key_type)), ("value", writable(kind.item_type))]))
+        key = pa.field("key", writable(kind.key_type), metadata=OF_MAP)
+        return pa.list_(pa.struct([key, ("value", writable(kind.item_type))]))
+    if t.is_dictionary(kind) and kind.value_type in {pa.string_view(), pa.binary_view()}:
+        plain = pa.string() if t.is_string_view(kind.value_type) else pa.binary()
+        return pa.dictionary(kind.index_type, plain, kind.ordered)
     if t.is_decimal32(kind) or t.is_decimal64(kind):
         return pa.decimal128(kind.precision, kind.scale)
     if t.is_list_view(kind) or t.is_large_list_view(kind):
@@ -355,6 +396,16 @@ def writable(kind: pa.DataType) -> pa.DataType:
     if t.is_list(kind):
         return pa.list_(relaxed(kind.value_field))
     return kind
+
+
+def was_map(kind: pa.DataType) -> bool:
+    """True for lists of {key, value} that `writable` has made of maps."""
+    import pyarrow.types as t
+
+    entry = getattr(kind, "value_type", None)
+    if entry is None or not t.is_struct(entry) or not entry.num_fields:
+        return False
+    return OF_MAP.items() <= (entry.field(0).metadata or {}).items()
 
 
 def _text(_: pa.DataType) -> pa.DataType:

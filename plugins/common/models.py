@@ -41,6 +41,9 @@ def file_settings(tables: Any, argv: list[str], as_arguments: Callable[..., list
     arguments = []
     for name, table in tables.items():
         named = {key: value for key, value in table.items() if f"{name}.{key}".replace("_", "-") not in taken}
+        for key, value in named.items():
+            if isinstance(value, list) and key.replace("-", "_") in {"model", *SAMPLING}:
+                raise sdg.UsageError(f"[models.{name}]: {key} takes one value, not a list")
         arguments += [f"--models={name}.{word[2:]}" for word in as_arguments(named, [])]
     return arguments
 

@@ -208,6 +208,12 @@ def refusing() -> Iterator[None]:
         _refusing.reset(token)
 
 
+class Item(str):
+    """An argument that is one of several items of a list, in a file or in Python."""
+
+    __slots__ = ()
+
+
 class Parser(argparse.ArgumentParser):
     """A parser that suggests close matches for unknown options, and calls the program as it was called."""
 
@@ -229,7 +235,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """See `argparse`."""
-        options, unknown = self.parse_known_args(args, namespace)
+        options, unknown = self.parse_known_args(args and self._joined(args), namespace)
         if unknown:
             word = unknown[0].partition("=")[0]
             near = [DATATROVE[word]] if DATATROVE.get(word) in self.flags else []
@@ -239,6 +245,20 @@ class Parser(argparse.ArgumentParser):
                 hint = "; put a glob in quotes, otherwise the shell expands it to several words"
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return options
+
+    def _joined(self, args: Sequence[str]) -> list[str]:
+        """Arguments with the items of a list of names as one; `argparse` would only keep the last one."""
+        words: dict[str, str] = {}
+        for number, word in enumerate(args):
+            flag, _, value = word.partition("=")
+            action = self._option_string_actions.get(flag) if isinstance(word, Item) else None
+            if action is None or type(action) is not argparse._StoreAction:
+                words[f"{number}"] = word
+            elif action.type is names:
+                words[flag] = f"{words[flag]},{value}" if flag in words else word
+            else:
+                self.error(f"{flag} takes one value, not a list")
+        return list(words.values())
 
 
 class BriefHelp(argparse.Action):

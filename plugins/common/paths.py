@@ -114,9 +114,9 @@ def check_prompts(options: argparse.Namespace, schema: pa.Schema) -> None:
     if column is None:
         return
     root, steps = parse_path(column, schema.names)
-    kind = type_at(schema, column)
     if schema.names.count(root) > 1:
         raise sdg.InputError(f"--prompt-column {root}: the input has {schema.names.count(root)} columns of this name")
+    kind = type_at(schema, column)
     if not is_text(kind) and not is_json(kind) and not (is_list(kind) and is_message(kind.value_type)):
         inside = results_columns(schema)
         hint = f"; the texts are in --prompt-column {root}[0].text" if root in inside and not steps else ""

@@ -14,7 +14,7 @@ import sdg
 from sdg_plugins.common import recorded
 from sdg_plugins.common.checks import reading
 from sdg_plugins.common.chunks import OpenChunk
-from sdg_plugins.common.files import access_errors, file_writer, format_of, rank_file
+from sdg_plugins.common.files import access_errors, file_writer, rank_file
 from sdg_plugins.common.outputs import read_failed, read_rows
 from sdg_plugins.common.values import id_column_of, id_text, rows_of
 
@@ -128,7 +128,7 @@ class Records:
         import pyarrow.dataset
 
         run, chunks = self.run, {self.run.output.path(self.run.path_of(chunk)): chunk for chunk in self.written}
-        if format_of(run.options.output_filename) != "parquet" or not chunks:
+        if file_writer(run.options) != "parquet" or not chunks:
             yield from self.tables()
             return
         here = {run.output.path(name) for name in run.output.list(run.options.output_config)}

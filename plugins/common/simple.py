@@ -21,6 +21,7 @@ from sdg_plugins.common.values import plain
 if TYPE_CHECKING:
     import pyarrow as pa
 
+END = object()
 FIRST = 1000  # rows from which the columns and the identity of an input are learned
 READABLE = {"parquet", "orc", "csv", "arrow", "feather"}  # formats that pyarrow reads back
 
@@ -68,15 +69,15 @@ class RowsReader:
         first = list(itertools.islice(rows, FIRST))
         self._rows: Iterator[Mapping[str, Any]] = itertools.chain(first, rows)
         self._total = len(first) if len(first) < FIRST else None
-        self._digests = [xxhash.xxh3_64_hexdigest(as_bytes(row)) for row in first]
         self.schema = schema_of(first, f"the reader {self._name}{sdg.place_of(function)}")
+        self._digests = [xxhash.xxh3_64_hexdigest(as_bytes(row)) for row in first]
         self.identity = self._identity(len(first))
 
     def seek(self, row: int, bookmark: str | None) -> None:
         """See `sdg.Reader`."""
         if row < self._row:
             self._restart()
-        while self._row < row and next(self._rows, None) is not None:
+        while self._row < row and next(self._rows, END) is not END:
             self._row += 1
 
     def tell(self) -> str | None:
@@ -114,7 +115,7 @@ class RowsReader:
         try:
             if rows:
                 yield sdg.Block(self._batch(rows), self._name, start)
-        except (TypeError, ValueError, pa.ArrowException) as exc:
+        except (TypeError, ValueError, OverflowError, pa.ArrowException) as exc:
             if len(rows) == 1:
                 reason = f"row {start} of {self._name}: {sdg.one_line(exc)}"
                 yield sdg.BadRow(self._name, start, reason, str(rows[0])[:2000])
@@ -145,8 +146,8 @@ def schema_of(rows: list[Any], what: str) -> pa.Schema:
     for name in dict.fromkeys(name for row in rows for name in row):
         try:
             kind = pa.array([row.get(name) for row in rows]).type
-        except (pa.ArrowException, OverflowError) as exc:
-            message = f"{what}: the column {name!r} has values of several types: {sdg.one_line(exc)}"
+        except (pa.ArrowException, ValueError, OverflowError) as exc:
+            message = f"{what}: the column {name!r} has values of several types, or an invalid one: {sdg.one_line(exc)}"
             raise sdg.PluginError(message) from exc
         fields.append((str(name), pa.string() if pa.types.is_null(kind) else kind))
     return pa.schema(fields)

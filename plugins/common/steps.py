@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ def step_tables(steps: Any, common: dict[str, Any], argv: list[str]) -> dict[str
     of_the_input = {key: common.pop(key) for key in OF_THE_INPUT if key in common}
     tables: dict[str, dict[str, Any]] = {}
     before: tuple[str, dict[str, Any]] | None = None
+    whole: list[tuple[str, dict[str, Any]]] = []  # the steps whose columns are all there
     for step in steps:
         table = {key.replace("_", "-"): value for key, value in step.items()}
         name = unused(str(table.pop("name", "") or name_of(table, common)), tables)
@@ -50,9 +51,30 @@ def step_tables(steps: Any, common: dict[str, Any], argv: list[str]) -> dict[str
             table = {"input": f"{SCHEME}://{before[0]}", **following(before[1], name, table)}
         tables[name] = table
         before = name, {**common, **table, **shape}
+        whole = whole if before[1].keys().isdisjoint(("keep-columns", "drop-columns")) else []
+        check_columns(before, whole)
+        whole.append(before)
     take_input(argv, tables)
     argv[:] = without(argv, OF_THE_INPUT)
     return tables
+
+
+def check_columns(step: tuple[str, Mapping[str, Any]], others: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+    """Raise UsageError if a step would write columns that the rows of an earlier one have.
+
+    Args:
+        step: name and options.
+        others: earlier ones whose columns are kept.
+    """
+    name, options = step
+    for other, theirs in others:
+        if options.get("flat") and theirs.get("flat"):
+            message = f"steps {other} and {name} are both flat, and number their rows in columns rollout and sample"
+            raise sdg.UsageError(f'{message}: add drop-columns = "rollout,sample" to {name}')
+        column = options.get("results-column", RESULTS)
+        if not options.get("flat") and not theirs.get("flat") and column == theirs.get("results-column", RESULTS):
+            message = f"steps {other} and {name} would both have their results in a column {column}"
+            raise sdg.UsageError(f"{message}: give one of them another results-column")
 
 
 def shape_in(argv: list[str]) -> dict[str, Any]:

@@ -125,13 +125,13 @@ def common_nested(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
     import pyarrow.types as t
 
     if t.is_struct(one) and t.is_struct(other):
-        fields = {field.name: field.type for field in one}
+        fields = {field.name: field for field in one}
         for field in other:
-            kind = common_type(fields[field.name], field.type) if field.name in fields else field.type
-            if kind is None:
+            known = fields.setdefault(field.name, field)
+            if (kind := common_type(known.type, field.type)) is None:
                 return None
-            fields[field.name] = kind
-        return pa.struct(list(fields.items()))
+            fields[field.name] = known.with_type(kind)
+        return pa.struct(list(fields.values()))
     if is_list(one) and is_list(other):
         item = common_type(one.value_type, other.value_type)
         large = t.is_large_list(one) or t.is_large_list(other)
@@ -198,6 +198,10 @@ def converted(array: pa.Array, kind: pa.DataType) -> pa.Array:
         return converted(array.cast(pa.list_(entry)), kind)
     if is_list(kind) and not t.is_fixed_size_list(kind):
         return _list(array, kind)
+    if t.is_dictionary(kind) and t.is_dictionary(array.type):
+        return pa.DictionaryArray.from_arrays(
+            array.indices.cast(kind.index_type), converted(array.dictionary, kind.value_type), ordered=kind.ordered
+        )
     return array.cast(kind)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import orjson
 
 import sdg
-from sdg_plugins.common.kinds import Convert, array_of, decoder, json_text, json_type
+from sdg_plugins.common.kinds import Convert, array_of, decoder, json_text, json_type, was_map
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -144,10 +144,15 @@ def null_row(schema: pa.Schema) -> pa.RecordBatch:
 def prune(kind: pa.DataType) -> Convert | None:
     """Return a function that drops the keys of a value's structs that are null: this row does not have them.
 
-    What is JSON is left as it stands. None if the type has no structs.
+    Maps become objects, with all their keys. What is JSON is left as it stands. None if the type has no structs.
     """
     import pyarrow.types as t
 
+    if was_map(kind):
+        of_value = prune(kind.value_type.field(1).type) or (lambda value: value)
+        return lambda value: (
+            None if value is None else {id_text(item["key"]): of_value(item["value"]) for item in value}
+        )
     if t.is_struct(kind):
         fields = {field.name: prune(field.type) for field in kind}
         return lambda value: (

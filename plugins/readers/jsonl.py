@@ -27,6 +27,7 @@ from sdg_plugins.common.kinds import (
     type_of,
     type_of_prompts,
 )
+from sdg_plugins.common.paths import parse_path
 from sdg_plugins.common.streams import BLOCK, Stream
 from sdg_plugins.readers.lines import Lines, LinesReader, split_lines
 from sdg_plugins.readers.partitions import partitioned
@@ -60,8 +61,9 @@ class JsonlReader(LinesReader):
 
     def _checkers(self, huge: bool) -> dict[str, Any]:
         checks = {field.name: checker(field.type, huge=huge) for field in self.schema}
-        if self._prompt in checks:
-            checks[self._prompt] = prompt_checker(self.schema.field(self._prompt).type, huge)
+        root, steps = parse_path(self._prompt, self.schema.names)
+        if root in checks:
+            checks[root] = prompt_checker(self.schema.field(root).type, huge, steps)
         return checks
 
     def rows_of_file(self) -> Iterator[bytes]:
@@ -170,7 +172,9 @@ def infer_schema(lines: Lines, prompt: str) -> pa.Schema:
     while lines.file < most and size < SAMPLE:
         for piece in lines:
             size += len(piece)
-            with contextlib.suppress(ValueError):  # a broken line says nothing about the columns; it fails when read
+            with contextlib.suppress(
+                ValueError, RecursionError
+            ):  # a broken line says nothing about the columns; it fails when read
                 rows.append(parse_row(piece))
             if size >= SAMPLE:
                 break
@@ -180,10 +184,13 @@ def infer_schema(lines: Lines, prompt: str) -> pa.Schema:
     columns = columns_of(rows)
     if not columns:
         raise sdg.InputError(f"--input: {lines.files.names[0]} has no line with a JSON object")
+    root, steps = parse_path(prompt, list(columns))
     if len(columns) > MOST_COLUMNS:
         complete = False
-        often = sorted(columns, key=lambda name: (name != prompt, -len(columns[name])))[:MOST_COLUMNS]
+        often = sorted(columns, key=lambda name: (name != root, -len(columns[name])))[:MOST_COLUMNS]
         columns = {name: columns[name] for name in columns if name in set(often)}
         sdg.say(f"--input: the objects have more than {MOST_COLUMNS:,} keys: the rarest are kept in {EXTRA}")
-    fields = [(name, type_of_prompts(found) if name == prompt else type_of(found)) for name, found in columns.items()]
+    fields = [
+        (name, type_of_prompts(found, steps) if name == root else type_of(found)) for name, found in columns.items()
+    ]
     return pa.schema(fields if complete or EXTRA in columns else [*fields, (EXTRA, json_type())])

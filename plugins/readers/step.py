@@ -13,8 +13,10 @@ import sdg
 from sdg_plugins.common import recorded
 from sdg_plugins.common.files import file_writer, split_uri
 from sdg_plugins.common.outputs import read_rows
+from sdg_plugins.common.paths import OF_RESULTS, follow, parse_path, prompt_column_of, type_at
 from sdg_plugins.common.statistics import rank_statistics
 from sdg_plugins.common.steps import SCHEME
+from sdg_plugins.common.values import values_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -52,6 +54,24 @@ class StepReader:
         chunks = [[chunk.count, len(chunk.filtered), len(chunk.failed)] for chunk in self._chunks]
         self.identity: Mapping[str, Any] = {"step": before.fingerprint, "chunks": chunks}
         self._row = 0
+        self._check_prompts(run, self._rows_of(first))
+
+    def _check_prompts(self, run: sdg.Run, rows: pa.Table) -> None:
+        """Raise InputError if no row has a prompt: the results of a judge, for example, have fields but no text."""
+        path = prompt_column_of(run.options, self.schema)
+        if path is None:
+            return
+        type_at(self.schema, path)
+        root, steps = parse_path(path, self.schema.names)
+        values = values_of(rows.column(root))
+        if any(follow(value, steps) is not None for value in values):
+            return
+        results = values[0] if root == self._before.options.results_column else []
+        fields = {name: value for result in results for name, value in result.items() if name not in OF_RESULTS}
+        texts = [f"{root}[0].{name}" for name, value in fields.items() if isinstance(value, str)]
+        message = f"step {self._step}: {path} is null in the rows of the step before it, {self._name}"
+        known = f", such as {', '.join(texts)}" if texts else ""
+        raise sdg.InputError(f"{message}: give it another prompt-column{known}; or a prompt-template")
 
     def _check_finished(self) -> None:
         options = self._before.options

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -25,7 +26,7 @@ from sdg_plugins.servers.responses import (
     tokens_in,
     worst,
 )
-from sdg_plugins.servers.transport import Answer, Transport
+from sdg_plugins.servers.transport import SUCCESS, Answer, Transport
 
 if TYPE_CHECKING:
     from sdg_plugins.servers.pool import Pool, Suspicion
@@ -57,6 +58,7 @@ class Tries:
         self.most, self.answered = most, answered
         self.sent = self.spent = self.alone = self._storms = 0
         self.pause = 0.0
+        self._failures: Counter[str] = Counter()  # by cause
         self.failure: sdg.RequestFailed | None = None
         self.suspicion: Suspicion | None = None
 
@@ -75,8 +77,10 @@ class Tries:
             longest = min(LONGEST_PAUSE, 0.5 * 2.0 ** min(self.spent, 10))
             self.pause = max(failure.retry_after or 0.0, random.uniform(0, longest))  # full jitter
         self.answered = answered
-        most = self.most if failure.most_attempts is None else min(self.most, failure.most_attempts - 1)
-        return failure.retry and self.spent <= most and self._storms <= STORM_PATIENCE * self.most
+        self._failures[failure.cause] += 1
+        fruitless = failure.most_attempts is not None and self._failures[failure.cause] >= failure.most_attempts
+        left = self.spent <= self.most and self._storms <= STORM_PATIENCE * max(1, self.most)
+        return failure.retry and left and not fruitless
 
     def failed_alone(self, answered: int) -> None:
         """The server has capacity, but had none for this request; raise the last failure if no attempt is left."""
@@ -246,7 +250,7 @@ class Client:
 
     def understood(self, upstream: sdg.Upstream, answer: Answer, path: str) -> sdg.Response:
         """The response in an answer of an endpoint. Raises RequestFailed."""
-        if answer.status != 200:
+        if answer.status not in SUCCESS:
             raise refused(answer, answer.status, upstream.url, self.secrets)
         try:
             content, body = read_json(answer.body)

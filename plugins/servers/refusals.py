@@ -16,11 +16,12 @@ from sdg_plugins.servers.transport import Answer, redirected
 if TYPE_CHECKING:
     from sdg_plugins.common.secrets import Secrets
 
-RETRIED = {408, 409, 425, 429}  # of the 4xx: another attempt may be answered
+RETRIED = {408, 409, 425, 429, 498}  # of the 4xx: another attempt may be answered
 WHATEVER_IS_ASKED = {401, 402, 403, 404, 405, 410}  # that say more of the account or the URL than of one request
 # Codes and types by which an account cannot go on, whatever the status: OpenAI's and those who follow
 ACCOUNT = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "account_deactivated"}
 ACCOUNT |= {"access_terminated", "insufficient_user_quota", "insufficient_balance", "exceeded_current_quota_error"}
+TOO_MANY = {"rate_limit_exceeded", "rate_limit_error", "rate_limit"}  # codes and types of a 429
 HI = "Hi"  # a prompt that no server can find fault with
 FEW_TOKENS = 16  # of a completion: some models take no fewer
 
@@ -49,9 +50,9 @@ def refused(answer: Answer, status: int, url: str, secrets: Secrets) -> sdg.Requ
 
 def error_inside(answer: Answer, url: str, secrets: Secrets) -> sdg.RequestFailed:
     """The failure for a 200 that holds an error: its own code decides; without one it is tried a second time."""
-    error = error_in(answer.body)
-    if (code := code_in(error)) or ACCOUNT & words_in(error):
-        return refused(answer, code or 402, url, secrets)
+    error, words = error_in(answer.body), words_in(error_in(answer.body))
+    if code := code_in(error) or (402 if ACCOUNT & words else 429 if TOO_MANY & words else None):
+        return refused(answer, code, url, secrets)
     message = f"an error inside the response of {sdg.redact(url)}: {secrets.hidden_in(error_text(answer.body))}"
     failure = sdg.RequestFailed("body", message)
     failure.body, failure.most_attempts = answer.body, UNCODED_ATTEMPTS

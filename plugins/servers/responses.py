@@ -76,9 +76,12 @@ def reply_without_text(answer: Any) -> sdg.Reply:
 
 
 def usage_in(answer: Any) -> sdg.Usage | None:
-    """The tokens that a response counts, by their names; None if it counts none."""
+    """The tokens that a response counts, by their names; None if it counts none of a prompt or a completion."""
     usage = answer.get("usage") if isinstance(answer, dict) else None
-    return {name: usage[name] for name in sdg.TOKENS if is_count(usage.get(name))} if isinstance(usage, dict) else None
+    if not isinstance(usage, dict):
+        return None
+    counts = {name: usage[name] for name in sdg.TOKENS if is_count(usage.get(name))}
+    return counts if any(counts.get(name) for name in sdg.TOKENS[:2]) else None
 
 
 def parse_reply(answer: Any, keep_empty: bool = False) -> sdg.Reply:

@@ -27,12 +27,14 @@ from sdg_plugins.servers.http1 import (
     parsed,
 )
 from sdg_plugins.servers.origins import IDLE
-from sdg_plugins.servers.streaming import Assembly, Take
+from sdg_plugins.servers.streaming import BOM, Assembly, Take
 
 if TYPE_CHECKING:
     import aiohttp
 
 LARGE = 1 << 20  # bytes of a body that is sent in pieces
+EVENTS = (b"data:", b"event:", b"id:", b":")  # how a stream begins, which JSON does not
+SUCCESS = {200, 201, 203}  # statuses of a response: 202 says that there is none yet
 
 
 class Answer(NamedTuple):
@@ -173,7 +175,8 @@ class Transport:
         finally:
             self.brake.end(turns)
         decoder.end()
-        return events.body() if events and streamed else b"".join(pieces)
+        content = b"".join(pieces)
+        return events.body(content) if events else content
 
     async def _post_lean(self, lean: Http1, url: str, body: bytes, progressed: Callable[[], None] | None) -> Answer:
         events = Events(progressed)
@@ -181,7 +184,7 @@ class Transport:
             status, reason, headers, content = await lean.post(url, body, events, progressed is not None)
         except TimeoutError as exc:
             raise self._late(progressed) from exc
-        return Answer(status, headers, events.body() if events.assembly else content, reason)
+        return Answer(status, headers, events.body(content), reason)
 
     def _late(self, progressed: Callable[[], None] | None) -> TimeoutError:
         if progressed:
@@ -212,10 +215,12 @@ class Events(Take):
     def __init__(self, progressed: Callable[[], None] | None) -> None:
         self._progressed = progressed
         self.assembly: Assembly | None = None
+        self._successful = False
 
     def wanted(self, status: int, headers: Mapping[str, str]) -> bool:
         """See `Take`."""
-        self.assembly = Assembly() if status == 200 and is_stream(headers) else None
+        self._successful = status in SUCCESS
+        self.assembly = Assembly() if self._successful and is_stream(headers) else None
         return self.assembly is not None
 
     def piece(self, piece: bytes) -> None:
@@ -226,10 +231,16 @@ class Events(Take):
         self.assembly.feed(piece)
         self.kept = self.assembly.size
 
-    def body(self) -> bytes:
-        """The whole response. Raises Broken if the stream ended early."""
-        assert self.assembly
-        return whole(self.assembly)
+    def body(self, content: bytes) -> bytes:
+        """The whole response, if it did not come in pieces `content`; that may be a stream under another type.
+
+        Raises:
+            Broken: the stream ended early.
+        """
+        if self._successful and not self.assembly and content.removeprefix(BOM).startswith(EVENTS):
+            self.assembly = Assembly()
+            self.assembly.feed(content)
+        return whole(self.assembly) if self.assembly else content
 
 
 def is_stream(headers: Mapping[str, str]) -> bool:

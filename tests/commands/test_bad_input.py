@@ -557,6 +557,16 @@ def test_an_endpoint_without_address_asks_for_one(silent_job: Job) -> None:
 # ── Options ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def test_columns_of_one_name_are_refused_unless_rows_do_without_them(job: Job, server: FakeServer) -> None:
+    job.input(pa.table([["one"], ["two"], ["three"]], names=["text", "x", "x"]))
+    refused = job()
+    assert refused.rc == 1
+    assert refused.says("the input has 2 columns x", "--drop-columns x")
+    assert job.succeed(drop_columns="x").rows()[0].keys() == {"text", "id", "rollout_results"}
+    job.input(pa.table([["one"], ["two"]], names=["text", "text"]))
+    assert job(output="other").says("--prompt-column text", "2 columns of this name")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

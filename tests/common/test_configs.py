@@ -319,6 +319,8 @@ def test_a_preview_shows_each_config(configs: Configs) -> None:
         ('[config.faq]\ntemperature = 0\n', ["run.toml", "[configs.NAME]"]),
         ('[configs.faq]\nplugin = "summarize"\npairs = 3\n', ["--pairs", "qa"]),
         ("[configs]\nfaq = 5\n", ["run.toml", "configs"]),
+        ("[configs.faq]\ntemperature = [0.1, 0.9]\n", ["[configs.faq]", "--temperature takes one value"]),
+        ("[models.judge]\ntemperature = [0.1, 0.9]\n", ["[models.judge]", "temperature takes one value"]),
     ],
 )  # fmt: skip
 def test_invalid_options_are_refused_and_the_config_is_named(configs: Configs, text: str, words: list[str]) -> None:
@@ -346,6 +348,16 @@ def test_commands_name_the_available_configs(configs: Configs, command: str) -> 
     assert finished.rc == 1
     assert finished.says("faq, math", "--output-config")
     assert configs.job.sdg(command, "--output", "out", "--output-config", "faq").rc == 0
+
+
+def test_list_of_names_is_the_same_as_names_with_commas(configs: Configs) -> None:
+    configs.job.input([{"text": "a", "secret": 1, "id2": 2, "kept": 3}])
+    configs.write('drop-columns = ["secret", "id2"]\nplugin = "prompt"\n[configs.faq]\n')
+    assert configs().rc == 0
+    assert configs.rows("faq")[0].keys() == {"text", "kept", "id", "rollout_results"}
+    assert configs(drop_columns="id2,kept", output="other").rc == 0  # the command line wins
+    (path,) = configs.job.folder.glob("other/faq/*")
+    assert {*pq.read_schema(path).names} == {"text", "secret", "id", "rollout_results"}
 
 
 def test_several_inputs_are_refused(configs: Configs) -> None:

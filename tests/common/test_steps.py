@@ -181,6 +181,11 @@ def test_a_chain_can_be_previewed(chain: Job) -> None:
         ("[steps]\nplugin = 'summarize'\n", ("steps must be tables", "[[steps]]")),
         ("[[steps]]\n[configs.a]\nmax-tokens = 5\n", ("configs and steps",)),
         ("[[steps]]\nplugin = 'summarise'\n", ("unknown rollout 'summarise'",)),
+        ("flat = true\n[[steps]]\n[[steps]]\n", ("both flat", 'drop-columns = "rollout,sample" to summarize-2')),
+        (
+            "results-column = 'x'\n[[steps]]\n[[steps]]\nresults-column = 'x'\n",
+            ("both have their results in a column x",),
+        ),
         ("[[steps]]\n[[steps]]\nprompt-column = 'rollout_results[0].txet'\n", ("no field txet", "available: text")),
     ],
 )
@@ -191,6 +196,17 @@ def test_mistakes_in_steps_are_named(chain: Job, toml: str, words: tuple[str, ..
 
     assert finished.rc in {1, 2}
     assert all(word in finished.message for word in words), finished
+
+
+def test_a_step_after_results_without_a_text_says_what_they_have(chain: Job, server: FakeServer) -> None:
+    chain.options["config"].write_text("[[steps]]\nplugin = 'judge'\n[[steps]]\nplugin = 'summarize'\n")
+    server.behave(lambda payload, n: Answer('{"reason": "dull", "score": 1}'))
+
+    finished = chain()
+
+    assert finished.rc == 1
+    assert finished.says("rollout_results[0].text is null in the rows of the step before it, judge", "[0].reason")
+    assert len(server.requests) == 5
 
 
 def test_a_step_whose_input_has_no_rows_says_so(chain: Job, server: FakeServer) -> None:

@@ -25,6 +25,10 @@ SIMPLE = """
                 yield {"text": "strange", "n": "not a number"}
             elif i == 1501:
                 yield {"text": "more", "n": i, "new": 1}
+            elif i == 1502:
+                yield None
+            elif i == 1503:
+                yield {"text": "large", "n": 2**70}
             else:
                 yield {"text": f"number {i}", "n": i}
 
@@ -57,6 +61,26 @@ def test_generator_of_dicts_is_a_reader_and_a_function_a_writer(simple: Job) -> 
     assert grown.rc == 0, grown
     assert len(simple.server.requests) == 45
     assert "rows: 2" in simple(preview=2).stdout
+
+
+def test_writer_may_have_a_suffix_of_a_bundled_format(job: Job) -> None:
+    source = """
+        import sdg
+
+        @sdg.hookimpl
+        def register_writers(register):
+            register("json", write)
+            register("txt", write)
+
+        def write(path, rows):
+            with open(path, "w") as file:
+                file.write(f"{rows.num_rows} rows")
+    """
+    job.options["plugin"] = [job.plugin("own", source), job.options["plugin"]]
+    job.documents("one", "two")
+    for suffix in ("json", "txt"):
+        output = job.succeed(output_filename=f"${{chunk_index}}.{suffix}", output=suffix)
+        assert (output.path / "data" / f"00000.{suffix}").read_text() == "2 rows"
 
 
 ONE_READER = """
@@ -94,9 +118,13 @@ def test_rows_that_differ_from_the_first_ones_fail_alone(simple: Job) -> None:
     finished = simple(records_per_chunk=400)
     assert finished.rc == 0, finished
     failed = {record["id"]: record["error"] for record in simple.output.failures()}
-    assert failed.keys() == {"numbers/1500", "numbers/1501"}
+    assert failed.keys() == {f"numbers/{i}" for i in range(1500, 1504)}
     assert "the column 'new' is not in the first 1,000 rows" in failed["numbers/1501"]
-    assert len(simple.server.requests) == 1598
+    assert len(simple.server.requests) == 1596
+    (simple.folder / "rows.txt").write_text("1603")
+    assert simple(records_per_chunk=400).rc == 0  # the rows before are skipped, whatever they are
+    assert {"number 1600", "number 1601", "number 1602"} < {*simple.server.prompts}
+    assert len(simple.server.requests) == 1599
 
 
 @pytest.mark.parametrize(
@@ -105,6 +133,8 @@ def test_rows_that_differ_from_the_first_ones_fail_alone(simple: Job) -> None:
         ("yield 3", "yielded a int, expected dicts"),
         ("return; yield", "yielded no rows"),
         ("yield {'text': 'a'}; yield {'text': 1}", "the column 'text' has values of several types"),
+        ("yield {'text': 'a', 'n': 2**70}", "the column 'n' has values of several types, or an invalid one"),
+        ("yield {'text': '\\ud800'}", "the column 'text' has values of several types, or an invalid one"),
         ("yield {'text': 'a'}; raise ValueError('feed is down')", "ValueError: feed is down"),
     ],
 )

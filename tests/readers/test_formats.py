@@ -454,6 +454,22 @@ def test_categories_and_views_pass_unchanged(job: Job) -> None:
     assert output.table().column("view").to_pylist() == pq.read_table(path).column("view").to_pylist()
 
 
+def test_categories_of_views_are_written_as_categories(job: Job) -> None:
+    """Polars writes them."""
+    categories = pa.array(["a", "b", "a", None]).dictionary_encode()
+    views = pa.DictionaryArray.from_arrays(categories.indices, categories.dictionary.cast(pa.string_view()))
+    table = pa.table(
+        {"text": ["1", "2", "3", "4"], "category": views, "inside": pa.StructArray.from_arrays([views], ["x"])}
+    )
+    with pa.ipc.new_file(job.folder / "in.arrow", table.schema) as file:
+        file.write_table(table)
+
+    rows = job.succeed(input="in.arrow").rows()
+
+    assert [row["category"] for row in rows] == ["a", "b", "a", None]
+    assert [row["inside"] for row in rows] == [{"x": "a"}, {"x": "b"}, {"x": "a"}, {"x": None}]
+
+
 def test_a_folder_of_several_formats_is_refused_and_backups_are_not_read(job: Job, server: FakeServer) -> None:
     folder = job.folder / "in"
     folder.mkdir()
@@ -579,6 +595,9 @@ SHAPES = """
         answer = await generate(document.text)
         result = {"answer": answer, "score": math.nan if n % 2 else 0.5, "table": [[1, 2], [n]]}
         result["call"] = {"arguments": {}}
+        result["thread"] = {"body": "last"}
+        for _ in range(40):
+            result["thread"] = {"body": "x", "replies": [result["thread"]]}
         return result if n < 2 else {"later": n}
 
     class Judged(TypedDict):
@@ -603,6 +622,7 @@ def test_results_keep_their_shape(job: Job) -> None:
     assert first["answer"]["text"].startswith("answer ")
     assert first["table"] == [[1, 2], [0]]
     assert json.loads(first["call"]["arguments"]) == {}
+    assert first["thread"]["replies"][0]["body"] == "x"
     assert first["score"] == 0.5
     assert str(second["score"]) == "nan"
     assert json.loads(third["extra"]) == {"later": 2}  # the fields are those of the first chunk of the input

@@ -69,6 +69,8 @@ FILES: dict[str, tuple[Content, list[Any]]] = {
     "bom_and_crlf.jsonl": (b"\xef\xbb\xbf" + LINES.replace(b"\n", b"\r\n") + b"\r\n\r\n", ROWS),
     "utf16.jsonl": (LINES.decode().encode("utf-16"), ROWS),
     "utf16_without_bom.json": (LINES.decode().encode("utf-16-le"), ROWS),
+    "utf32.jsonl": (LINES.decode().encode("utf-32"), ROWS),
+    "too_deep.jsonl": (LINES + b'{"text": ' + b"[" * 1000 + b"]" * 1000 + b"}\n", [*ROWS, BROKEN]),
     "broken_line.jsonl": (
         b'{"text": "Hello.", "n": "1"}\n{"text": \n{"text": "Fine.", "n": "2"}\n',
         [ONE[0], BROKEN, TWO[1]],
@@ -254,6 +256,18 @@ def test_the_card_of_a_folder_decides_on_configs(tmp_path: Path) -> None:
     assert texts(tmp_path, input_split="train", input_config="de") == ["hallo"]
 
 
+def test_what_datasets_notes_beside_arrow_files_is_not_input(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        table([{"text": split}], arrow_stream)(tmp_path / split / "data-00000-of-00001.arrow")
+        (tmp_path / split / "state.json").write_text("{}")
+        (tmp_path / split / "dataset_info.json").write_text("{}")
+    (tmp_path / "dataset_dict.json").write_text("{}")
+
+    assert texts(tmp_path) == ["test", "train"]
+    assert texts(tmp_path / "train") == ["train"]
+
+
 def test_a_folder_without_a_card_is_read_whole_unless_a_split_is_asked_for(tmp_path: Path) -> None:
     for name in ("test", "train"):
         put(tmp_path / f"{name}.jsonl", name)
@@ -431,27 +445,43 @@ CHATS: dict[str, list[Any]] = {
     "text and parts": [[{"role": "user", "content": "a"}, {"role": "user", "content": [{"type": "text"}]}]],
     "tool calls": [[{"role": "assistant", "tool_calls": [CALL]}], [{"role": "user", "content": "b"}]],
     "strings": ["just text", [{"role": "user", "content": "b"}]],
+    "numbers": [[{"role": "assistant", "content": [{"x": number}], "weight": number}] for number in (1, 2.5, 3)],
+}
+# Where a chat stands in a row
+PLACES: dict[str, Callable[[Any], Any]] = {
+    "m": lambda chat: {"m": chat},
+    "d.m": lambda chat: {"d": {"other": 1, "m": chat}},
+    "d[-1].m": lambda chat: {"d": [{"m": None}, {"m": chat}]},
 }
 
 
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", CHATS)
-def test_chats_of_json_lines_are_sent_as_they_stand(name: str, tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"m": chat}) + "\n" for chat in CHATS[name]))
+def test_chats_of_json_lines_are_sent_as_they_stand(name: str, place: str, tmp_path: Path) -> None:
+    rows = [{"n": n, **PLACES[place](chat)} for n, chat in enumerate(CHATS[name])]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    found = documents(str(tmp_path / "a.jsonl"), "m")
+    found = documents(str(tmp_path / "a.jsonl"), place)
 
-    assert [d.messages or d.text for d in found if isinstance(d, sdg.Document)] == CHATS[name]
+    sent = [d.messages or d.text for d in found if isinstance(d, sdg.Document)]
+    assert json.dumps(sent) == json.dumps(CHATS[name])  # 1 is not 1.0
 
 
-def test_keys_that_first_appear_after_the_sample_are_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("place", PLACES)
+def test_keys_that_first_appear_after_the_sample_are_sent(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("sdg_plugins.readers.jsonl.SAMPLE", 200)
-    chats: list[Any] = [[{"role": "user", "content": f"number {n}"}] for n in range(20)]
+    chats: list[Any] = [[{"role": "user", "content": f"number {n}", "weight": 0.5}] for n in range(20)]
     chats += [[{"role": "user", "content": "late", "name": "x"}], [{"role": "tool", "content": [{"a": None}]}], "text"]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"id": n, "m": c}) + "\n" for n, c in enumerate(chats)))
+    chats += [[{"role": "user", "content": "an integer", "weight": 1}]]
+    rows = [{"id": n, **PLACES[place](chat)} for n, chat in enumerate(chats)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    found = documents(str(tmp_path / "a.jsonl"), "m")
+    found = documents(str(tmp_path / "a.jsonl"), place)
 
-    assert [d.messages or d.text for d in found if isinstance(d, sdg.Document)] == chats
+    sent = [d.messages or d.text for d in found if isinstance(d, sdg.Document)]
+    assert json.dumps(sent) == json.dumps(chats)  # 1 is not 1.0
 
 
 def test_null_keys_are_not_sent(tmp_path: Path) -> None:
@@ -468,6 +498,47 @@ def test_null_keys_are_not_sent(tmp_path: Path) -> None:
     (first,) = documents(str(tmp_path / "b.parquet"), "m")
     assert isinstance(first, sdg.Document)
     assert first.messages == [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
+
+
+def test_maps_inside_of_chats_are_objects(tmp_path: Path) -> None:
+    kind = pa.list_(
+        pa.struct(
+            [("role", pa.string()), ("tool_calls", pa.list_(pa.struct([("f", pa.map_(pa.string(), pa.int8()))])))]
+        )
+    )
+    chat = [{"role": "assistant", "tool_calls": [{"f": [("a", 1), ("b", None)]}, {"f": []}, {"f": None}]}]
+    pairs = [{"role": "assistant", "tool_calls": [{"f": [{"key": "a", "value": 1}]}]}]
+    pq.write_table(pa.table({"m": pa.array([chat], kind)}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"m": pa.array([chat], kind), "other": ["x"]}), tmp_path / "b.parquet")
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"m": pairs}))
+
+    for path in ("a.parquet", "*.parquet"):
+        document, *_ = documents(str(tmp_path / path), "m")
+        assert isinstance(document, sdg.Document)
+        assert document.messages == [
+            {"role": "assistant", "tool_calls": [{"f": {"a": 1, "b": None}}, {"f": {}}, {}]},
+        ]
+    (document,) = documents(str(tmp_path / "pairs.jsonl"), "m")
+    assert isinstance(document, sdg.Document)
+    assert document.messages == pairs
+
+
+def test_values_of_any_depth_stay_what_they_are_and_make_readable_files(tmp_path: Path) -> None:
+    nested: dict[str, Any] = {"text": "a", "thread": "leaf", "lists": 1}
+    for _ in range(60):
+        nested["thread"] = {"body": "x", "replies": [nested["thread"]]}
+        nested["lists"] = [nested["lists"]]
+    (tmp_path / "a.jsonl").write_text(json.dumps(nested))
+
+    _, chunk = opened(str(tmp_path / "a.jsonl"))
+    results = chunk.table.add_column(0, "results", pa.array([[{"own": row} for row in chunk.table.to_pylist()]]))
+    pq.write_table(results, tmp_path / "a.parquet")
+    with pa.ipc.new_file(tmp_path / "a.arrow", results.schema) as file:
+        file.write_table(results)
+
+    assert chunk.row(0) == nested
+    assert pq.read_table(tmp_path / "a.parquet").num_rows == 1
+    assert pa.ipc.open_file(tmp_path / "a.arrow").read_all().num_rows == 1
 
 
 def test_sharegpt_is_understood(tmp_path: Path) -> None:
@@ -525,6 +596,24 @@ def test_reading_continues_at_every_bookmark(name: str, tmp_path: Path) -> None:
         later.seek(row, bookmark)
         rest = OpenChunk(sdg.Chunk(0, 0), later.read(10_000), later.schema)
         assert rest.table.equals(chunk.table.slice(row)) or "nan" in name
+
+
+@pytest.mark.parametrize(
+    ("content", "broken"),
+    [
+        ('{"text": 1\n', '{"text": 1\n'),
+        ('text,n\n"a ""b" c,1\nFine.,2\n', '"a ""b" c,1\n'),
+        ("text,n\nFine.\n", "Fine."),
+        (b"text,n\nCaf\xe9.,1\n".replace(b"text", "tëxt".encode()), "Caf\ufffd.,1"),
+    ],
+)
+def test_a_broken_row_is_shown_as_it_stands(content: str | bytes, broken: str, tmp_path: Path) -> None:
+    path = tmp_path / ("a.jsonl" if content[:1] == "{" else "a.csv")
+    write(path, LINES + content.encode() if path.suffix == ".jsonl" and isinstance(content, str) else content)
+
+    _, chunk = opened(str(path))
+
+    assert [row.raw for row in chunk.bad.values()] == [broken]
 
 
 # ── Standard input ───────────────────────────────────────────────────────────────────────────────────────────────────

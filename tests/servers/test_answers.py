@@ -205,8 +205,10 @@ def _fields(reply: sdg.Reply) -> dict[str, Any]:
 
 
 def test_the_code_of_an_error_inside_a_200_decides(job: Job, server: FakeServer) -> None:
-    job.documents("busy", "bad", "odd", "fine")
+    job.documents("busy", "flat", "words", "bad", "odd", "fine")
     errors = {
+        "flat": {"object": "error", "message": "Rate limit reached", "type": "RateLimit", "code": 429},
+        "words": {"error": {"message": "Rate limit reached", "type": "x", "code": "rate_limit_exceeded"}},
         "busy": {"choices": None, "error": {"message": "Provider returned error", "code": 429}},
         "bad": {"error": {"message": "not like this", "code": "400"}},
         "odd": {"status": "FAILED", "error": "err.supplier_error"},
@@ -214,24 +216,56 @@ def test_the_code_of_an_error_inside_a_200_decides(job: Job, server: FakeServer)
 
     def behave(payload: dict[str, Any], n: int) -> Any:
         name = prompt_of(payload)
-        return None if name == "fine" or (name == "busy" and n > 3) else raw(errors[name])
+        return None if name == "fine" or (name in {"busy", "flat", "words"} and n > 3) else raw(errors[name])
 
     server.behave(behave)
     output_of_run = job(max_failure_rate=1)
 
     assert output_of_run.rc == 0
-    assert sorted(job.output.ids()) == ["busy", "fine"]
+    assert sorted(job.output.ids()) == ["busy", "fine", "flat", "words"]
     failed = job.output.failed()
     assert (failed["bad"]["attempts"], failed["odd"]["attempts"]) == (1, 2)
     assert "not like this" in failed["bad"]["error"]
     assert "err.supplier_error" in failed["odd"]["error"]
-    assert job.output.stats()["retries"] == {"429": 3, "body": 1}
+    assert job.output.stats()["retries"] == {"429": 9, "body": 1}
+
+
+@pytest.mark.parametrize("odd", [raw({"choices": [choice("")]}), raw({"error": {"message": "oops"}})])
+def test_another_failure_before_leaves_an_empty_or_odd_response_its_attempts(
+    job: Job, server: FakeServer, odd: Raw
+) -> None:
+    job.documents("a")
+    server.behave(lambda payload, n: [Status(502), odd, "Text."][n - 1])
+    assert job.succeed().texts() == {"a": ["Text."]}
+
+
+def test_a_completion_with_another_status_of_success_is_one(job: Job, server: FakeServer) -> None:
+    job.documents("201", "203")
+    server.behave(lambda payload, n: raw({"choices": [choice("fine")]}, int(prompt_of(payload))))
+    assert job.succeed().texts() == {"201": ["fine"], "203": ["fine"]}
+
+
+def test_an_error_is_no_response_of_another_endpoint(job: Job, server: FakeServer) -> None:
+    job.documents("a")
+    error = {"object": "error", "message": "busy", "code": 503}
+    server.behave(lambda payload, n: raw(error) if n == 1 else None)
+
+    output = job.succeed(plugin="embed")
+
+    assert output.stats()["retries"] == {"503": 1}
+    assert "embedding" in str(output.rows())
+
+
+def test_an_overloaded_request_is_sent_again_though_failures_are_not(job: Job, server: FakeServer) -> None:
+    job.input(documents(30))
+    server.behave(lambda payload, n: Status(498) if n == 1 and "7" in prompt_of(payload) else None)
+    assert len(job.succeed(max_retries=0).rows()) == 30
 
 
 # ── Overload ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("status", [429, 503, 529, 522])
+@pytest.mark.parametrize("status", [429, 503, 522])
 def test_an_outage_costs_time_and_no_document(job: Job, server: FakeServer, status: int) -> None:
     job.input(documents(40))
     began: list[float] = []

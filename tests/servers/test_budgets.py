@@ -17,9 +17,12 @@ import sdg
 SIZE = 30  # tokens of each request
 
 
-def counted(server: FakeServer, seconds: float = 0.0, usage: bool = True) -> None:
+USAGE = {"prompt_tokens": 20, "completion_tokens": 10, "total_tokens": SIZE}
+
+
+def counted(server: FakeServer, seconds: float = 0.0, usage: dict[str, int] | None = USAGE) -> None:
     """Let each request cost 20 prompt tokens and 10 completion tokens."""
-    tokens = {"usage": {"prompt_tokens": 20, "completion_tokens": 10, "total_tokens": SIZE}} if usage else {}
+    tokens = {} if usage is None else {"usage": usage}
     choice = {"index": 0, "message": {"role": "assistant", "content": "x" * 40}, "finish_reason": "stop"}
     body = Raw(orjson.dumps({"choices": [choice], **tokens}))
     server.behave(lambda payload, n: Delay(seconds, body) if seconds else body)
@@ -63,8 +66,9 @@ def test_four_ranks_share_a_budget(job: Job) -> None:
     assert sum(shares.values()) == SIZE * len(job.server.requests)
 
 
-def test_tokens_are_estimated_if_the_server_reports_none(job: Job) -> None:
-    counted(job.server, usage=False)
+@pytest.mark.parametrize("usage", [None, {"total_tokens": 22}, dict.fromkeys(USAGE, 0)])
+def test_tokens_are_estimated_if_the_server_reports_none(job: Job, usage: dict[str, int] | None) -> None:
+    counted(job.server, usage=usage)
     job.input(documents(50))
     ended = job(max_cost=0.001, price_input=0, price_output=10)
     assert ended.rc == 4

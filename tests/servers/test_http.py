@@ -337,11 +337,19 @@ LAST = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
 
 
 @pytest.mark.parametrize("asked", [True, False])
-def test_a_stream_is_assembled_whether_it_was_asked_for_or_not(client: str, asked: bool) -> None:
-    server = RawServer([STREAM, *events(*PARTS, LAST, b"[DONE]"), b"0\r\n\r\n"])
+@pytest.mark.parametrize("kind", [b"text/event-stream", b"text/plain"])
+def test_a_stream_is_assembled_whether_it_was_asked_for_or_not(client: str, kind: bytes, asked: bool) -> None:
+    head = STREAM.replace(b"text/event-stream", kind)
+    server = RawServer([head, *events(*PARTS, LAST, b"[DONE]"), b"0\r\n\r\n"])
     answer = ask(client, server, streamed=asked)
     (choice,) = json.loads(answer.body)["choices"]
     assert (choice["message"]["content"], choice["finish_reason"]) == ("It rains.", "stop")
+
+
+def test_an_error_that_is_sent_as_an_event_keeps_its_status(client: str) -> None:
+    head = STREAM.replace(b"200 OK", b"503 Busy")
+    answer = ask(client, RawServer([head, *events({"error": {"message": "busy"}}), b"0\r\n\r\n"]), streamed=True)
+    assert answer.status == 503
 
 
 @pytest.mark.parametrize("size", [1, 3, 1000])

@@ -291,6 +291,8 @@ class FakeServer:
         fault = self._behaviour(record.payload, record.n)
         if isinstance(fault, Status):
             return _error(fault)
+        if isinstance(fault, Raw):
+            return web.Response(status=fault.status, body=fault.body, content_type="application/json")
         texts = record.payload["input"]
         texts = [texts] if isinstance(texts, str) else texts
         data = [{"index": i, "embedding": [len(text) / 8, 0.1, *[0.5] * 6]} for i, text in enumerate(texts)]
