@@ -36,6 +36,8 @@ DATA = {
     *("sqlite", "sqlite3", "db", "duckdb", "conll", "conllu", "msgpack", "bson"),
 }
 
+# Files that `datasets` writes beside the Arrow files of a dataset that is saved to disk
+SAVED = {"state.json", "dataset_info.json", "dataset_dict.json"}
 
 # Keys of a card by which a folder is a dataset
 CARD_KEYS = {"configs", "dataset_info", "size_categories", "task_categories"}
@@ -44,7 +46,8 @@ CARD_KEYS = {"configs", "dataset_info", "size_categories", "task_categories"}
 def list_files(uri: str) -> list[tuple[str, int]]:
     """Paths and sizes (bytes) of the files of a URI, sorted: one file, a folder with everything below it, or a glob.
 
-    Hidden files and folders below the URI (`.git`, `_temporary`) and the outputs of runs are skipped.
+    Hidden files and folders below the URI (`.git`, `_temporary`), the outputs of runs, and what `datasets` notes beside
+    Arrow files are skipped.
 
     Raises:
         InputError: there are none, or the place cannot be read.
@@ -74,7 +77,7 @@ def listed_files(uri: str) -> list[Listed]:
     local = isinstance(fs, pyarrow.fs.LocalFileSystem)
     root = fixed_folder(path)
     with access_errors(uri, sdg.InputError):
-        if not glob.has_magic(path) or (local and os.path.exists(path)):
+        if not glob.has_magic(path) or fs.get_file_info(path).type:
             files, root = _files_below(uri, path), path
         elif local:
             names_here = filter(os.path.isfile, glob.glob(path, recursive=True))
@@ -84,6 +87,8 @@ def listed_files(uri: str) -> list[Listed]:
     names = {file.path: file.path[len(root) :].lstrip("/") for file in files}
     outputs = tuple({f"{state[1]}/" for name in names.values() if (state := STATE.match(name))})
     found = [file for file in files if not UNREAD.search(name := names[file.path]) and not name.startswith(outputs)]
+    if any(format_of(file.path) == "arrow" for file in found):
+        found = [file for file in found if os.path.basename(file.path) not in SAVED]
     if not found:
         raise sdg.InputError(f"--input {uri}: no files found")
     for file in found if local else ():

@@ -12,7 +12,8 @@ from typing import Any
 BLOCK = 1 << 20  # bytes read at a time; what is found out about a file is found in its first ones
 BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeError)  # raised while reading a damaged file
 MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-BOMS = {codecs.BOM_UTF8: None, codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+BOMS = {codecs.BOM_UTF8: None, codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
+BOMS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # the first one begins that of UTF-32
 
 
 class Stream:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import sdg
 from sdg_plugins.common.inputs import InputFiles
 from sdg_plugins.common.unify import conformed, unified
-from sdg_plugins.readers.parquet import EAGER, EAGER_REMOTE, FOOTERS, no_fit
+from sdg_plugins.readers.parquet import EAGER, EAGER_REMOTE, FOOTERS, no_fit, no_reader
 from sdg_plugins.readers.partitions import partitioned
 
 if TYPE_CHECKING:
@@ -114,6 +114,8 @@ class ArrowReader:
             is_file = file.read(len(MAGIC)) == MAGIC
             file.seek(0)
             return pa.ipc.open_file(file) if is_file else pa.ipc.open_stream(file)
+        except pa.ArrowNotImplementedError as exc:
+            raise no_reader(self.files.names[i], exc) from exc
         except (pa.ArrowException, OSError) as exc:
             raise sdg.InputError(f"{self.files.names[i]} is not a complete Arrow file: {sdg.one_line(exc)}") from exc
 

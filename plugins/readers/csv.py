@@ -169,6 +169,11 @@ class CsvReader(LinesReader):
             raise ValueError(f"{len(raw)} fields, expected {len(header)}")
         return dict(zip(header, raw, strict=False))
 
+    def shown(self, raw: list[str] | Broken) -> str:
+        """See `LinesReader`."""
+        text = raw.text if isinstance(raw, Broken) else self._form.separator.join(raw)
+        return super().shown(text.encode("utf-8", "surrogateescape"))
+
 
 def parsed(form: Form, lines: list[str]) -> Iterator[list[str]]:
     """The records in some lines, as far as they can be parsed."""

@@ -172,7 +172,9 @@ def infer_schema(lines: Lines, prompt: str) -> pa.Schema:
     while lines.file < most and size < SAMPLE:
         for piece in lines:
             size += len(piece)
-            with contextlib.suppress(ValueError):  # a broken line says nothing about the columns; it fails when read
+            with contextlib.suppress(
+                ValueError, RecursionError
+            ):  # a broken line says nothing about the columns; it fails when read
                 rows.append(parse_row(piece))
             if size >= SAMPLE:
                 break

@@ -175,6 +175,10 @@ class LinesReader:
         """
         raise NotImplementedError
 
+    def shown(self, raw: Any) -> str:
+        """The beginning of a broken row's text, for `failed/`."""
+        return str(raw[:SHOWN].decode(errors="replace"))
+
     def seek(self, row: int, bookmark: str | None) -> None:
         """See `sdg.Reader`."""
         known = json.loads(bookmark) if bookmark else [0, 0, 0, 0, 0]
@@ -211,10 +215,10 @@ class LinesReader:
                 end_block()
             try:
                 values = self.parse(raw)
-            except ValueError as exc:
+            except (ValueError, RecursionError) as exc:
                 end_block()
-                shown = raw[:SHOWN].decode(errors="replace") if isinstance(raw, bytes) else str(raw)[:SHOWN]
-                found.append(sdg.BadRow(name, row, f"{name} line {self.lines.line}: {exc}", shown))
+                reason = "is nested too deeply" if isinstance(exc, RecursionError) else exc
+                found.append(sdg.BadRow(name, row, f"{name} line {self.lines.line}: {reason}", self.shown(raw)))
                 continue
             if not good:
                 start = (name, row)

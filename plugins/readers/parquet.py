@@ -204,8 +204,7 @@ class ParquetReader:
                 parquet = pq.ParquetFile(file)
                 return parquet.metadata, parquet.schema_arrow
         except pa.ArrowNotImplementedError as exc:
-            hint = "convert the column to a type that pyarrow reads"
-            raise sdg.InputError(f"{self.files.names[i]} cannot be read: {sdg.one_line(exc)}; {hint}") from exc
+            raise no_reader(self.files.names[i], exc) from exc
         except (pa.ArrowException, OSError) as exc:
             raise sdg.InputError(f"{self.files.names[i]} is not a complete parquet file: {sdg.one_line(exc)}") from exc
 
@@ -293,3 +292,9 @@ class ParquetReader:
 def no_fit(name: str, exc: Exception) -> sdg.InputError:
     """The error for a file whose values do not fit the columns of all files."""
     return sdg.InputError(f"{name} has values that do not fit the columns of the other files: {sdg.one_line(exc)}")
+
+
+def no_reader(name: str, exc: Exception) -> sdg.InputError:
+    """The error for a file with a type that pyarrow does not have."""
+    hint = "convert the column to a type that pyarrow reads"
+    return sdg.InputError(f"{name} cannot be read: {sdg.one_line(exc)}; {hint}")

@@ -69,6 +69,8 @@ FILES: dict[str, tuple[Content, list[Any]]] = {
     "bom_and_crlf.jsonl": (b"\xef\xbb\xbf" + LINES.replace(b"\n", b"\r\n") + b"\r\n\r\n", ROWS),
     "utf16.jsonl": (LINES.decode().encode("utf-16"), ROWS),
     "utf16_without_bom.json": (LINES.decode().encode("utf-16-le"), ROWS),
+    "utf32.jsonl": (LINES.decode().encode("utf-32"), ROWS),
+    "too_deep.jsonl": (LINES + b'{"text": ' + b"[" * 1000 + b"]" * 1000 + b"}\n", [*ROWS, BROKEN]),
     "broken_line.jsonl": (
         b'{"text": "Hello.", "n": "1"}\n{"text": \n{"text": "Fine.", "n": "2"}\n',
         [ONE[0], BROKEN, TWO[1]],
@@ -252,6 +254,18 @@ def test_the_card_of_a_folder_decides_on_configs(tmp_path: Path) -> None:
 
     assert texts(tmp_path, input_split="train", input_config=None) == ["hello"]
     assert texts(tmp_path, input_split="train", input_config="de") == ["hallo"]
+
+
+def test_what_datasets_notes_beside_arrow_files_is_not_input(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        table([{"text": split}], arrow_stream)(tmp_path / split / "data-00000-of-00001.arrow")
+        (tmp_path / split / "state.json").write_text("{}")
+        (tmp_path / split / "dataset_info.json").write_text("{}")
+    (tmp_path / "dataset_dict.json").write_text("{}")
+
+    assert texts(tmp_path) == ["test", "train"]
+    assert texts(tmp_path / "train") == ["train"]
 
 
 def test_a_folder_without_a_card_is_read_whole_unless_a_split_is_asked_for(tmp_path: Path) -> None:
@@ -582,6 +596,24 @@ def test_reading_continues_at_every_bookmark(name: str, tmp_path: Path) -> None:
         later.seek(row, bookmark)
         rest = OpenChunk(sdg.Chunk(0, 0), later.read(10_000), later.schema)
         assert rest.table.equals(chunk.table.slice(row)) or "nan" in name
+
+
+@pytest.mark.parametrize(
+    ("content", "broken"),
+    [
+        ('{"text": 1\n', '{"text": 1\n'),
+        ('text,n\n"a ""b" c,1\nFine.,2\n', '"a ""b" c,1\n'),
+        ("text,n\nFine.\n", "Fine."),
+        (b"text,n\nCaf\xe9.,1\n".replace(b"text", "tëxt".encode()), "Caf\ufffd.,1"),
+    ],
+)
+def test_a_broken_row_is_shown_as_it_stands(content: str | bytes, broken: str, tmp_path: Path) -> None:
+    path = tmp_path / ("a.jsonl" if content[:1] == "{" else "a.csv")
+    write(path, LINES + content.encode() if path.suffix == ".jsonl" and isinstance(content, str) else content)
+
+    _, chunk = opened(str(path))
+
+    assert [row.raw for row in chunk.bad.values()] == [broken]
 
 
 # ── Standard input ───────────────────────────────────────────────────────────────────────────────────────────────────

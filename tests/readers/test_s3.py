@@ -237,6 +237,8 @@ def test_globs_and_folders_on_s3(s3: FakeS3) -> None:
     assert found("in") == found("in/") == ["a1.parquet", "a2.parquet", "b1.parquet", "deep/a3.parquet"]
     with pytest.raises(sdg.InputError, match="no files found"):
         found("in/c*.parquet")
+    s3.put("in/[b]1.parquet", b"")
+    assert found("in/[b]1.parquet") == ["[b]1.parquet"]
 
 
 @pytest.mark.parametrize(
