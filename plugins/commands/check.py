@@ -31,6 +31,7 @@ from sdg_plugins.common.state import (
 from sdg_plugins.common.statistics import statistics_of
 from sdg_plugins.common.steps import SCHEME
 from sdg_plugins.common.templates import check_places
+from sdg_plugins.publishing.card import check_beside
 from sdg_plugins.servers import command, sglang
 from sdg_plugins.servers.launching import launching
 
@@ -83,13 +84,7 @@ def check_config(config: Config, alone: bool) -> None:
     if options.reader == SCHEME and not alone:
         print(f"output-config {options.output_config}")
         return
-    entry = plugins.readers[options.reader]
-    with reading(options.input, entry.factory):
-        reader = entry.factory(run)
-    check_reader(reader, f"the reader {options.reader!r} of plugin {entry.plugin}")
-    with columns_of(run, reader):
-        check_columns(reader.schema, options)
-    run.schema = reader.schema
+    reader = reader_of(run)
     if (
         "prompt_of" in inspect.signature(plugins.rollouts[options.rollout].factory).parameters
         and options.prompt_template
@@ -110,6 +105,18 @@ def check_config(config: Config, alone: bool) -> None:
         print(f"gpus {gpus}")
     print(f"open-ranks {ranges(open_ranks(run, reader)) or 'none'}")
     print(shares_of(documents, options))
+
+
+def reader_of(run: sdg.Run) -> sdg.Reader:
+    """Open the input, and check its columns; sets `run.schema`."""
+    entry = run.plugins.readers[run.options.reader]
+    with reading(run.options.input, entry.factory):
+        reader: sdg.Reader = entry.factory(run)
+    check_reader(reader, f"the reader {run.options.reader!r} of plugin {entry.plugin}")
+    with columns_of(run, reader):
+        check_columns(reader.schema, run.options)
+    run.schema = reader.schema
+    return reader
 
 
 def gpus_of(run: sdg.Run) -> int:
@@ -171,8 +178,12 @@ def check_publishing(run: sdg.Run) -> None:
 
 
 def check_earlier_run(run: sdg.Run, reader: sdg.Reader) -> None:
-    """Raise StateError if the state belongs to a different run. Without --model, any model of that run is accepted."""
+    """Raise StateError if the state belongs to a different run. Without --model, any model of that run is accepted.
+
+    A run that begins must not have rows that could not be loaded beside those of others: OutputError.
+    """
     refuse_strangers(run)
+    check_beside(run)
     if not (run.state / "run.json").exists():
         return
     record = recorded.load_record(run.state)

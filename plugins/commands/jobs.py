@@ -68,6 +68,7 @@ from sdg_plugins.common.statistics import (
     write_statistics,
 )
 from sdg_plugins.common.steps import SCHEME
+from sdg_plugins.publishing.card import check_beside
 from sdg_plugins.servers.brake import watching
 from sdg_plugins.servers.connecting import Connections, connect, limits_of
 from sdg_plugins.servers.models import Connect, Servers, connect_models, start
@@ -213,6 +214,7 @@ class Job:
 
     async def _work(self, servers: Mapping[str, Servers]) -> None:
         check_state_dir(self.run)
+        check_beside(self.run)
         if self.run.options.fresh or discarded(self.run):
             start_over(self.run)
         remember_source(self.run)

@@ -44,6 +44,7 @@ from sdg_plugins.common.state import (
     start_over,
 )
 from sdg_plugins.common.statistics import rank_statistics, sum_statistics, write_statistics
+from sdg_plugins.publishing.card import check_beside
 from sdg_plugins.servers.connecting import connect
 from sdg_plugins.servers.models import Servers, connect_models
 
@@ -116,6 +117,7 @@ class WholeJob(Job):
             if alone:
                 begin.enter_context(await asyncio.to_thread(first_rank, run))
             check_state_dir(run)
+            check_beside(run)
             if run.options.fresh or discarded(run):
                 start_over(run)
             remember_source(run)

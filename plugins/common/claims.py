@@ -89,6 +89,20 @@ def refuse_owned(run: sdg.Run, mine: str | None) -> None:
                 )
 
 
+def refuse_nested(run: sdg.Run) -> None:
+    """Raise OutputError if a local output lies in a config's folder of another one: it would have both rows."""
+    if not run.output.local or split_uri(run.options.output)[0] != "file":
+        return
+    inner = Path(os.path.realpath(run.output.root))
+    for folder in (inner, *inner.parents):
+        for outer in folder.parents:
+            if (Path(default_state_dir(str(outer), str(folder.relative_to(outer)))) / "run.json").exists():
+                raise sdg.OutputError(
+                    f"--output {run.options.output} lies in the folder {folder} of another output, whose rows are "
+                    "loaded from it: choose another --output"
+                )
+
+
 def claim_output(run: sdg.Run, mine: str) -> None:
     """Make the output this run's. A state in the default folder is a claim by itself.
 

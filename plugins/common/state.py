@@ -19,6 +19,7 @@ import sdg
 from sdg_plugins.common.claims import (
     claim_output,
     publish_in,
+    refuse_nested,
     refuse_owned,
     release_output,
     revoke_claims,
@@ -208,6 +209,7 @@ def check_beginning(run: sdg.Run) -> None:
     """Raise OutputError or StateError if there are things of a run, which this one does not continue."""
     refuse_strangers(run)
     refuse_owned(run, None)
+    refuse_nested(run)
     if orphans := sorted(run.state.glob("[0-9]*.sqlite3")):
         missing = f"{run.state / 'run.json'} does not: restore it, or start over with --fresh"
         raise sdg.StateError(f"{orphans[0]} exists, but {missing}")
@@ -364,10 +366,13 @@ def check_state_dir(run: sdg.Run) -> None:
     options, path = run.options, run.state / "run.json"
     default = options.state_dir == default_state_dir(options.output, options.output_config)
     local = split_uri(options.output)[0] == "file"
-    if local == default:
-        return
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a broken file is reported by its readers
-        theirs = str(json.loads(path.read_bytes())["options"]["output"])
+        recorded = json.loads(path.read_bytes())
+        theirs, config = str(recorded["options"]["output"]), recorded["options"]["output_config"]
+        if config != options.output_config and not options.fresh and not replaceable(run, recorded):
+            raise sdg.StateError(f"state {run.state} belongs to --output-config {config}: choose another --state-dir")
+        if local == default:
+            return
         moved = local and not os.path.exists(expanded(theirs))
         here, there = (
             (os.path.realpath if local else str)(expanded(uri).rstrip("/")) for uri in (options.output, theirs)

@@ -69,6 +69,8 @@ def duration(text: str) -> float:
 
 def from_now(seconds: float) -> float:
     """Seconds from now, of a number that may be a date."""
+    if seconds > 100 * EPOCH:  # in milliseconds
+        seconds /= 1000
     return seconds - time.time() if seconds > EPOCH else seconds
 
 
@@ -76,7 +78,7 @@ def quota_pause(headers: Mapping[str, str]) -> float:
     """Seconds until an exhausted quota is renewed; 0 if some of it is left, or unknown.
 
     OpenAI's headers (https://platform.openai.com/docs/guides/rate-limits), adopted by others: requests and tokens that
-    remain, and the time to the reset: a duration, a number of seconds, or a date in seconds since 1970.
+    remain, and the time to the reset: a duration, a number of seconds, or a date in seconds or milliseconds since 1970.
     """
     pause = 0.0
     for remaining, until in QUOTAS:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import sdg
 from sdg_plugins.common import recorded
-from sdg_plugins.common.files import default_state_dir, format_of
+from sdg_plugins.common.files import default_state_dir, format_of, uses_spool
 from sdg_plugins.common.markdown import counted, fence, inline, rows_in_table, table, visible
 from sdg_plugins.common.outputs import has_output
 from sdg_plugins.common.prices import in_money
@@ -66,6 +66,38 @@ def read(run: sdg.Run) -> str | None:
         return None
     except UnicodeDecodeError as exc:
         raise BrokenCard(f"{run.output.path(NAME)} is not UTF-8 ({exc}): it is left unchanged") from exc
+
+
+def check_beside(run: sdg.Run) -> None:
+    """Raise OutputError if a run that begins, on local disks or S3, cannot have a card with those before it."""
+    if uses_spool(run.options) or ((run.state / "run.json").exists() and not run.options.fresh):
+        return
+    with contextlib.suppress(BrokenCard):  # it is left unchanged, and reported at the end
+        check_others(read(run) or "", run, "")
+
+
+def check_others(readme: str, run: sdg.Run, folder: str) -> None:
+    """Raise OutputError if `load_dataset` would fail to load a run's rows, or mix them with those of another run.
+
+    Args:
+        readme: the card as it is.
+        run: whose rows are to come.
+        folder: folder of the repository for its output, "" for its root.
+    """
+    ours = files_of(run, folder)
+    for section in sections(readme):
+        theirs, place = section.facts["files"], section.facts["files"].partition("**/")[0]
+        if not theirs or not section.facts["exist"] or ours.partition("**/")[0] == place:
+            continue
+        name, output = section.name, sdg.redact(run.options.output)
+        if ours.startswith(place):
+            raise sdg.OutputError(f"--output {output}: the config {name} would have its rows, too: choose another")
+        mine, format = format_of(ours), format_of(theirs)
+        if mine and format and mine != format:
+            raise sdg.OutputError(
+                f"{output} has the config {name} in {format}, and `datasets` loads all configs of a dataset in one "
+                f"format: choose another --output, or an --output-filename in {format}"
+            )
 
 
 def render(
@@ -181,15 +213,20 @@ def facts_of(run: sdg.Run, record: dict[str, Any], folder: str, published: bool)
     columns = [(field.name, str(field.type)) for field in source if field.name in kept]
     columns += [(name, str(kind)) for name, kind in results.items()]
     place = True if getattr(run.options, "flat", False) else run.options.results_column  # of results in a row
-    suffix = re.search(r"\.\w+(\.(gz|zst))?$", run.options.output_filename)
     return {
         "rows": rows_in(sum_statistics(rank_statistics(run.state)), run.options),
-        "files": posixpath.join(glob.escape(folder), run.options.output_config, f"**/*{suffix[0] if suffix else ''}"),
+        "files": files_of(run, folder),
         "exist": published or has_output(run),
         "columns": xxhash.xxh3_64_hexdigest(json.dumps([*columns, place]).encode()),
         "tasks": tasks_of(record["options"]),
         "run": record["run"][:12],
     }
+
+
+def files_of(run: sdg.Run, folder: str) -> str:
+    """The files of a config, as a glob in the repository."""
+    suffix = re.search(r"\.\w+(\.(gz|zst))?$", run.options.output_filename)
+    return posixpath.join(glob.escape(folder), run.options.output_config, f"**/*{suffix[0] if suffix else ''}")
 
 
 class SectionRenderer(NamedTuple):

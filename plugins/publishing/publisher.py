@@ -107,6 +107,8 @@ class Publisher:
         if make or not options.fresh:
             self._inventory.identify_run()
         self._inventory.claim(fresh=options.fresh, record=make)
+        if not make and (options.fresh or not self._spool.begun):
+            card.check_others((self.repository.card or b"").decode(errors="replace"), self.run, self.address.folder)
         if (files := self._spool.expected() if self._spool.begun else 0) > MOST_CHUNKS:
             sdg.say(
                 f"this run makes about {files:,} files, and the Hub accepts 100,000 in a repository: "

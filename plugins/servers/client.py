@@ -178,7 +178,10 @@ class Client:
             await self._find_capacity(upstream, request)
             tries.failed_alone(self.pool.successes)
         tries.sent += 1
-        return await self._attempt(upstream, request)
+        response = await self._attempt(upstream, request)
+        for choice in response.reply.choices:
+            self.counts[f"finish_reasons.{choice.finish_reason}"] += 1
+        return response
 
     async def _find_capacity(self, upstream: sdg.Upstream, request: sdg.Request) -> None:
         """Send the smallest request. Raises RequestFailed if the server has no capacity for that either."""
@@ -261,8 +264,6 @@ class Client:
         for name, number in tokens_in(content).items():
             self.counts[name] += number
         reply = self._reply_in(content, path)
-        for choice in reply.choices:
-            self.counts[f"finish_reasons.{choice.finish_reason}"] += 1
         return sdg.Response(reply, body)
 
     def _learn(self, upstream: sdg.Upstream, failure: sdg.RequestFailed, sent: float) -> None:

@@ -169,7 +169,7 @@ class Connection(Pausable, asyncio.Protocol):
             self.deadline = self._loop.time() + self.patience
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserError as exc:
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as exc:
             if not self._complete:
                 self.fail(problem_of(exc))
                 return
@@ -261,8 +261,10 @@ class Connection(Pausable, asyncio.Protocol):
         waiter.set_result(Received(self._parser.get_status_code(), self._reason.decode("latin-1"), self._known, body))
 
 
-def problem_of(exc: httptools.HttpParserError) -> Exception:
+def problem_of(exc: Exception) -> Exception:
     """What is raised for a response that cannot be parsed: the parser wraps the exceptions of its callbacks."""
+    if isinstance(exc, httptools.HttpParserUpgrade):
+        return Broken("the server switched to another protocol")
     cause = exc.__context__ if isinstance(exc, httptools.HttpParserCallbackError) else None
     return cause if isinstance(cause, Exception) else Broken(f"the response is not HTTP: {exc}")
 

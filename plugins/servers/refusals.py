@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sdg_plugins.common.secrets import Secrets
 
 RETRIED = {408, 409, 425, 429, 498}  # of the 4xx: another attempt may be answered
-WHATEVER_IS_ASKED = {401, 402, 403, 404, 405, 410}  # that say more of the account or the URL than of one request
+WHATEVER_IS_ASKED = {401, 402, 403, 404, 405, 410, 412}  # that say more of the account or the URL than of one request
 # Codes and types by which an account cannot go on, whatever the status: OpenAI's and those who follow
 ACCOUNT = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "account_deactivated"}
 ACCOUNT |= {"access_terminated", "insufficient_user_quota", "insufficient_balance", "exceeded_current_quota_error"}
@@ -43,7 +43,8 @@ def refused(answer: Answer, status: int, url: str, secrets: Secrets) -> sdg.Requ
     retry = not account and (status in RETRIED or status >= 500)
     failure = sdg.RequestFailed(str(status), f"{status} from {sdg.redact(url)}: {said}", status=status, retry=retry)
     failure.body, failure.account = answer.body, account
-    asked, quota = retry_after(answer.headers, error), quota_pause(answer.headers)
+    asks = error if failure.overload or status >= 500 else None  # others may quote the document
+    asked, quota = retry_after(answer.headers, asks), quota_pause(answer.headers)
     failure.retry_after = max(asked or 0.0, quota) if asked is not None or quota else None
     return failure
 

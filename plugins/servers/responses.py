@@ -40,24 +40,29 @@ EMPTY_ATTEMPTS = 2  # at a request whose completion is empty though the model st
 def read_json(raw: bytes) -> tuple[Any, bytes]:
     """Parse JSON as servers write it: with NaN, infinities, lone surrogates, a byte order mark, or in UTF-16.
 
-    What JSON cannot hold is replaced: numbers by null, surrogates by U+FFFD.
+    What JSON cannot hold is replaced: numbers by null, integers beyond 64 bits by floats, surrogates by U+FFFD.
 
     Returns:
         The value, and strict JSON of it: `raw` itself if it is that.
 
     Raises:
-        ValueError: it is not JSON.
+        ValueError: it is not JSON, or is nested too deeply.
     """
     try:
         return orjson.loads(raw), raw
     except ValueError:
-        value = _clean(json.loads(raw))
-        return value, orjson.dumps(value)
+        try:
+            value = _clean(json.loads(raw))
+            return value, orjson.dumps(value)
+        except (RecursionError, TypeError) as exc:
+            raise ValueError("it is nested too deeply") from exc
 
 
 def _clean(value: Any) -> Any:
     if isinstance(value, str):
         return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, int) and value.bit_length() > 63:
+        return float(value) if value.bit_length() < 1024 else None
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, list):
@@ -71,7 +76,7 @@ def _clean(value: Any) -> Any:
 def reply_without_text(answer: Any) -> sdg.Reply:
     """What counts of a response that is not a completion, such as embeddings. Raises RequestFailed."""
     if not isinstance(answer, dict | list):
-        raise sdg.RequestFailed("body", f"the response is not an object: {shown(json.dumps(answer).encode())}")
+        raise sdg.RequestFailed("body", f"the response is not an object: {shown(compact(answer))}")
     return sdg.Reply("", usage=usage_in(answer))
 
 
@@ -98,7 +103,7 @@ def parse_reply(answer: Any, keep_empty: bool = False) -> sdg.Reply:
     """
     choices = answer.get("choices") if isinstance(answer, dict) else None
     if not isinstance(choices, list) or not choices or not all([isinstance(choice, dict) for choice in choices]):
-        raise sdg.RequestFailed("body", f"the response has no choices: {shown(json.dumps(answer).encode())}")
+        raise sdg.RequestFailed("body", f"the response has no choices: {shown(compact(answer))}")
     usage = usage_in(answer)
     truncated = bool(answer.get("sdg_truncated"))
     replies: list[sdg.Reply] = []
@@ -160,7 +165,7 @@ def gave_up(reason: str | None) -> bool:
 
 def _broken_off(error: Any, reply: sdg.Reply) -> sdg.RequestFailed:
     """The failure for a choice that a server gave up on: the text in it is not a completion."""
-    words = error_text(orjson.dumps({"error": error})) if error else f"finish_reason {reply.finish_reason}"
+    words = error_text(compact({"error": error})) if error else f"finish_reason {reply.finish_reason}"
     failure = sdg.RequestFailed("aborted", f"the server broke the completion off: {words}")
     failure.reply = reply
     return failure
@@ -247,7 +252,7 @@ def error_text(raw: bytes) -> str:
     for name in ("message", "detail", "error", "msg"):
         if error.get(name):
             value = error[name]
-            return shown(value.encode(errors="replace") if isinstance(value, str) else orjson.dumps(value, default=str))
+            return shown(value.encode(errors="replace") if isinstance(value, str) else compact(value))
     title = re.search(rb"<title[^>]*>(.*?)</title>", raw[:20_000], re.IGNORECASE | re.DOTALL)
     return shown(title[1]) if title and re.match(rb"\s*<", raw) else shown(raw)
 
@@ -274,6 +279,14 @@ def code_in(error: Mapping[str, Any]) -> int | None:
 def words_in(error: Mapping[str, Any]) -> set[str]:
     """The words by which an error says of what kind it is."""
     return {value for name in ("code", "type", "status") if isinstance(value := error.get(name), str)}
+
+
+def compact(value: Any) -> bytes:
+    """JSON of a value for a message."""
+    try:
+        return orjson.dumps(value)
+    except TypeError:
+        return b"nested too deeply"
 
 
 def shown(raw: bytes) -> str:

@@ -966,11 +966,13 @@ def test_the_state_of_one_output_is_not_taken_for_another(job: Job, server: Fake
     job.succeed(state_dir="state")
 
     other = job(state_dir="state", output="other")
+    beside = job(state_dir="state", output_config="beside")
     job.output.path.rename(job.folder / "moved")
     moved = job(state_dir="state", output="moved")
 
     assert other.rc == 1
     assert other.says("state", "belongs to the output output")
+    assert beside.says("state", "belongs to --output-config data", "--state-dir")
     assert moved.rc == 0
     assert len(server.requests) == 5
 

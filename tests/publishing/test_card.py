@@ -850,6 +850,23 @@ def test_load_dataset_finds_each_config_and_all_of_them(job: Job) -> None:
     assert len(load(output.path, "all")) == 5
 
 
+def test_rows_that_could_not_be_loaded_beside_those_of_other_runs_are_refused_before_they_are_paid_for(
+    job: Job, server: FakeServer
+) -> None:
+    job.input(documents(3))
+    job.succeed()
+    server.forget()
+    lines = {"output_config": "lines", "output_filename": "${rank}_${chunk_index}.jsonl"}
+
+    for other in (lines, {**lines, "processes": 2}):
+        assert job(**other).says("the config data in parquet", "one format", "another --output")
+    assert job(output="output/data/more").says("lies in the folder", "another --output")
+    assert job(output="output/inner").rc == 0
+    assert job(output_config="inner").says("output/inner/README.md was not written by a run", "--output-config")
+    assert job(**{**lines, "output_config": "data"}, fresh=True).rc == 0  # these replace the others
+    assert len(server.requests) == 6
+
+
 @pytest.mark.parametrize("how", ["failures", "signal"])
 def test_the_card_of_a_run_that_ended_early_says_so_and_names_no_machine(
     job: Job, server: FakeServer, how: str

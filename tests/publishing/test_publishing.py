@@ -242,6 +242,11 @@ def test_two_configs_share_the_card(job: HubJob) -> None:
     assert sum(name.startswith("other/") for name in job.there) == 5
     assert job.card.count("config_name: all") == 1
     assert ids(job.there) == [f"d{i:04}" for i in range(23)] * 2
+    asked = len(job.server.requests)
+    others = job(output_config="lines", output_filename="${rank}_${chunk_index}.jsonl")
+    assert others.says("the config data in parquet", "one format", "another --output")
+    assert job(output=f"{URI}/other", output_config="below").says("the config other would have its rows, too")
+    assert len(job.server.requests) == asked
 
 
 def test_outputs_in_different_folders_share_the_card(job: HubJob) -> None:

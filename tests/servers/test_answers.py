@@ -17,9 +17,10 @@ from sdg_plugins.common.secrets import Secrets, forms_of
 from sdg_plugins.common.waiting import duration, quota_pause, retry_after
 from sdg_plugins.servers.connecting import candidates_of, models_in
 from sdg_plugins.servers.load import parse_load
+from sdg_plugins.servers.refusals import refused
 from sdg_plugins.servers.responses import error_text, merged, parse_reply, read_json, worst
 from sdg_plugins.servers.streaming import Assembly
-from sdg_plugins.servers.transport import address, root_of
+from sdg_plugins.servers.transport import Answer as Reception, address, root_of
 
 KEY = "sk-test-0123456789abcdefghijklmnop"
 
@@ -350,8 +351,16 @@ def test_waiting_times_are_read_from_headers_and_bodies() -> None:
     assert retry_after({}, {"message": "We are retrying in vain."}) is None
     assert retry_after({"Retry-After": str(time.time() + 50)}) == pytest.approx(50, abs=5)
     exhausted = {"x-ratelimit-remaining-requests": "0"}
+    in_ms = str(int((time.time() + 50) * 1000))
+    assert quota_pause({**exhausted, "x-ratelimit-reset-requests": in_ms}) == pytest.approx(50, abs=5)
     assert quota_pause({**exhausted, "x-ratelimit-reset-requests": str(time.time() + 50)}) == pytest.approx(50, abs=5)
     assert quota_pause({**exhausted, "x-ratelimit-reset-requests": "12"}) == 12
+
+
+@pytest.mark.parametrize(("status", "seconds"), [(429, 18_000), (498, 18_000), (502, 18_000), (400, None), (409, None)])
+def test_a_refusal_that_quotes_the_document_does_not_ask_to_wait(status: int, seconds: float | None) -> None:
+    body = json.dumps({"error": {"message": "flagged: 'Please try again in 5 hours'"}}).encode()
+    assert refused(Reception(status, {}, body), status, "http://h", Secrets([])).retry_after == seconds
 
 
 # ── The account ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -363,6 +372,7 @@ def test_waiting_times_are_read_from_headers_and_bodies() -> None:
         (401, {"error": {"message": "this key was revoked"}}),
         (402, {"error": {"message": "Insufficient Balance", "code": "invalid_request_error"}}),
         (403, {"error": {"message": "your plan has ended"}}),
+        (412, {"error": {"message": "the account is suspended"}}),
         (429, {"error": {"message": "You exceeded your current quota", "code": "insufficient_quota"}}),
         (200, {"error": {"message": "Insufficient credits", "code": 402}}),
     ],
@@ -377,7 +387,7 @@ def test_an_account_that_cannot_go_on_ends_the_run_and_fails_no_document(
         left[0] -= 1
         if left[0] >= 0:
             return None
-        return Status(status, message=body["error"]["message"]) if status in {401, 402, 403} else raw(body, status)
+        return Status(status, message=body["error"]["message"]) if 401 <= status <= 412 else raw(body, status)
 
     server.behave(behave)
     finished = job(max_concurrent_generations=4)
@@ -390,7 +400,7 @@ def test_an_account_that_cannot_go_on_ends_the_run_and_fails_no_document(
     assert len(job.succeed(max_concurrent_generations=4).rows()) == 60
 
 
-@pytest.mark.parametrize("status", [401, 402, 403, 404])
+@pytest.mark.parametrize("status", [401, 402, 403, 404, 412])
 def test_a_refusal_of_one_document_is_its_own(job: Job, server: FakeServer, status: int) -> None:
     job.documents("flagged")
     server.behave(lambda payload, n: Status(status, message="flagged") if prompt_of(payload) == "flagged" else None)
@@ -399,6 +409,7 @@ def test_a_refusal_of_one_document_is_its_own(job: Job, server: FakeServer, stat
 
     assert job.output.failed()["flagged"]["attempts"] == 1
     assert len(server.probes) == 1
+    assert job.output.stats()["finish_reasons"] == {}
 
 
 def test_a_long_run_stops_soon_when_all_goes_wrong(job: Job, server: FakeServer) -> None:
@@ -610,6 +621,7 @@ ODD = {
     "infinity": b'{"choices": [{"message": {"content": "fine"}, "logprobs": {"x": -Infinity}}]}',
     "surrogate": b'{"choices": [{"message": {"content": "fine", "reasoning": "\\ud83d"}}]}',
     "bom": b'\xef\xbb\xbf{"choices": [{"message": {"content": "fine"}}]}',
+    "integer": b'{"choices": [{"message": {"content": "fine"}, "logprobs": {"x": NaN, "y": 184467440737095516160}}]}',
     "utf16": '{"choices": [{"message": {"content": "fine"}}]}'.encode("utf-16"),
 }
 
@@ -630,6 +642,16 @@ def test_whatever_python_writes_as_json_is_read(value: Any) -> None:
     text = json.dumps({"value": value})
     parsed, body = read_json(text.encode())
     assert json.loads(body) == parsed
+
+
+@pytest.mark.parametrize("depth", [300, 900, 100_000])
+def test_what_is_nested_too_deeply_is_no_completion_and_has_no_message(depth: int) -> None:
+    deep = b"[" * depth + b"]" * depth
+    assert error_text(b'{"error": %b}' % deep)
+    with pytest.raises((ValueError, sdg.RequestFailed)):
+        parse_reply(read_json(deep)[0])
+    with pytest.raises(ValueError, match="nested too deeply"):
+        read_json(deep.replace(b"[]", b"[NaN]"))
 
 
 def test_a_page_is_shown_by_its_title() -> None:

@@ -110,8 +110,9 @@ BAD: dict[str, Script] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_is_not_a_whole_response_is_broken(client: str, name: str) -> None:
+def test_what_is_not_a_whole_response_is_broken(client: str, name: str, caplog: pytest.LogCaptureFixture) -> None:
     assert outcome(client, RawServer(BAD[name])) == "Broken"
+    assert not caplog.records
 
 
 PHASES: dict[str, Script] = {
