@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,13 +28,13 @@ from sdg_plugins.servers.http1 import (
     parsed,
 )
 from sdg_plugins.servers.origins import IDLE
-from sdg_plugins.servers.streaming import BOM, Assembly, Take
+from sdg_plugins.servers.streaming import Assembly, Take
 
 if TYPE_CHECKING:
     import aiohttp
 
 LARGE = 1 << 20  # bytes of a body that is sent in pieces
-EVENTS = (b"data:", b"event:", b"id:", b":")  # how a stream begins, which JSON does not
+STREAM = re.compile(rb"(\xef\xbb\xbf)?((event|id|retry)?:[^\r\n]*[\r\n]+)*data:")  # how a stream begins
 SUCCESS = {200, 201, 203}  # statuses of a response: 202 says that there is none yet
 
 
@@ -237,7 +238,7 @@ class Events(Take):
         Raises:
             Broken: the stream ended early.
         """
-        if self._successful and not self.assembly and content.removeprefix(BOM).startswith(EVENTS):
+        if self._successful and not self.assembly and STREAM.match(content):
             self.assembly = Assembly()
             self.assembly.feed(content)
         return whole(self.assembly) if self.assembly else content
