@@ -26,7 +26,7 @@ from sdg_plugins.common.recorded import MEMORY
 from sdg_plugins.common.records import Records
 from sdg_plugins.common.statistics import heartbeat, rank_statistics, rows_in, sum_statistics
 from sdg_plugins.common.tables import TableReader, without_views
-from sdg_plugins.common.versions import version_of_function
+from sdg_plugins.common.versions import note_run, version_of_function
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -124,6 +124,9 @@ def run(
             with contextlib.suppress(sdg.Error):  # what ended the run says more, for example that the input is broken
                 exc.result = Result(ended[0], shown) if ended else None
             raise
+        finally:
+            if callable(rollout):
+                note_run(rollout, config.plugins.rollouts[config.options.rollout].version)
         return Result(ended[0], shown)
 
 

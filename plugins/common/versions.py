@@ -30,6 +30,7 @@ AS_JSON = orjson.OPT_NON_STR_KEYS | orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OP
 INSTALLED = {"site-packages", "dist-packages"}
 BUNDLED = {"sdg", "sdg_plugins"}  # have a version
 
+_begun: dict[str, str] = {}  # by the version of a function after a run that before it, if the run has changed a value
 _seen: dict[str, tuple[object, str]] = {}  # by the name of a module its spec and its version
 
 
@@ -131,8 +132,20 @@ def version_of_function(function: Any) -> str:
     """A hash of a function's source and of what it uses: default values, closure, attributes, and global names.
 
     Numbers, texts, and lists, tuples, sets, dicts and dataclasses of them count by their values; functions, classes and
-    modules by their source, unless they are installed. Of other objects only the type counts.
+    modules by their source, unless they are installed. Of other objects only the type counts. What the function itself
+    has changed in an earlier run of this process does not count; see `note_run`.
     """
+    version = _hash_of(function)
+    return _begun.get(version, version)
+
+
+def note_run(function: Any, version: str) -> None:
+    """Remember what a run of a function has changed, such as a list of what it has seen, as the same version."""
+    if (after := _hash_of(function)) != version:
+        _begun[after] = version
+
+
+def _hash_of(function: Any) -> str:
     try:
         text = "\n".join(_parts(function, set()))
     except RecursionError:  # a value is too deep

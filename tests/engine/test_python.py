@@ -221,3 +221,22 @@ def test_edit_of_a_plugin_or_of_what_a_function_uses_counts_within_a_process(
     with pytest.raises(sdg.StateError, match="the plugin's code has changed"):
         call(functools.partial(styled, style="loud"), DOCUMENTS[:1], output="styled")
     assert len(server.requests) == 3
+
+
+def test_what_a_function_changes_itself_is_not_an_edit_but_what_its_caller_changes_is(
+    call: Any, server: FakeServer
+) -> None:
+    seen: list[str] = []
+
+    async def counting(document: sdg.Document, generate: sdg.Generate) -> sdg.Reply:
+        seen.append(document.id)
+        return await generate(document.text)
+
+    for count in (1, 2, 3):
+        assert len(call(counting, DOCUMENTS[:count], name="counted")) == count
+    assert len(server.requests) == len(seen) == 3
+    seen.clear()
+    call(counting, DOCUMENTS[:3], name="counted")
+    seen.append("more")
+    with pytest.raises(sdg.StateError, match="the plugin's code has changed"):
+        call(counting, DOCUMENTS[:3], name="counted")
