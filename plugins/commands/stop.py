@@ -76,8 +76,9 @@ def explained(exc: BaseException, run: sdg.Run) -> BaseException:
         error = sdg.StateError(f"{state} is broken ({exc}): restore it from a backup, or start over with --fresh")
     elif isinstance(exc, sqlite3.Error):
         unwritten = getattr(exc, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_IOERR
-        full = unwritten and not shutil.disk_usage(run.state).free  # of its journals SQLite says only that
-        error = sdg.StateError(f"{state}: {sdg.reason_of(OSError(errno.ENOSPC, '') if full else exc)}")
+        full = unwritten and not shutil.disk_usage(run.state).free  # of its journals SQLite does not say that
+        hint = "; check the disk's space, quota and health, then run the same command again" * (unwritten and not full)
+        error = sdg.StateError(f"{state}: {sdg.reason_of(OSError(errno.ENOSPC, '') if full else exc)}{hint}")
     elif isinstance(exc, OSError):
         error = sdg.OutputError(f"{exc.filename or run.options.output}: {sdg.reason_of(exc)}")
     else:

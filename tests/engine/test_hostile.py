@@ -463,6 +463,6 @@ def test_a_journal_that_cannot_be_written_because_the_disk_is_full_says_so(
     broken = sqlite3.OperationalError("disk I/O error")
     broken.sqlite_errorcode = sqlite3.SQLITE_IOERR_WRITE
 
-    assert str(explained(broken, run)) == "state state: disk I/O error"
+    assert "state state: disk I/O error; check the disk's space, quota" in str(explained(broken, run))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=0))
     assert str(explained(broken, run)) == "state state: the disk is full: make room, then run the same command again"
