@@ -1746,7 +1746,7 @@ class Engine:
             outcomes = [task.result() for task in tasks]
         results = self.outlet.results_of(outcomes)
         failures = [outcome for outcome in outcomes if isinstance(outcome, dict)]
-        self.run.counts["failed_rollouts"] += len(failures)
+        self.run.counts["failed_rollouts"] += len(failures) * bool(results)  # of rows: failed documents may be retried
         self._finish(opened, position, results or (failures[0] if failures else None))
 
     def _finish(self, opened: OpenChunk, position: int, outcome: Outcome | None) -> None:

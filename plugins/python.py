@@ -25,8 +25,8 @@ from sdg_plugins.common.progress import Course, progress
 from sdg_plugins.common.recorded import MEMORY
 from sdg_plugins.common.records import Records
 from sdg_plugins.common.statistics import heartbeat, rank_statistics, rows_in, sum_statistics
-from sdg_plugins.common.tables import TableReader
-from sdg_plugins.common.versions import version_of_function
+from sdg_plugins.common.tables import TableReader, without_views
+from sdg_plugins.common.versions import note_run, version_of_function
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -49,7 +49,7 @@ class Result:
         records = Records(run)
         self.failed = [{"id": record.id, **(record.failure or {})} for record in records.failed()]
         self._table: pa.Table | None = None
-        self._load = functools.partial(_table_of, records, list(records.written))
+        self._load = functools.partial(_table_of, records, list(records.written), list(records.waiting()))
         if output is None:
             self.table()  # before the folder is deleted
 
@@ -73,10 +73,11 @@ class Result:
         return f"<sdg.run: {figures}{f', in {self.output}' if self.output else ''}>"
 
 
-def _table_of(records: Records, written: list[sdg.Chunk]) -> pa.Table:
+def _table_of(records: Records, written: list[sdg.Chunk], waiting: list[tuple[sdg.Chunk, pa.Table]]) -> pa.Table:
     import pyarrow as pa
 
-    tables = [table for _, table in records.tables(written)]
+    parts = [*records.tables(written), *waiting]
+    tables = [table for _, table in sorted(parts, key=lambda part: part[0].index)]
     if not tables:
         return pa.table({})
     return pa.concat_tables(tables, promote_options="permissive").replace_schema_metadata(None)
@@ -108,6 +109,7 @@ def run(
             `result` has what was made before.
         KeyboardInterrupt: completed responses are saved if there is an `output` or a `name`.
     """
+    _check_call(output, name, options)
     with contextlib.ExitStack() as stack:
         folder = str(output) if output is not None else ""
         if output is None:
@@ -119,9 +121,25 @@ def run(
         try:
             _in_thread(config, ended)
         except sdg.Error as exc:
-            exc.result = Result(ended[0], shown) if ended else None
+            with contextlib.suppress(sdg.Error):  # what ended the run says more, for example that the input is broken
+                exc.result = Result(ended[0], shown) if ended else None
             raise
+        finally:
+            if callable(rollout):
+                note_run(rollout, config.plugins.rollouts[config.options.rollout].version)
         return Result(ended[0], shown)
+
+
+def _check_call(output: str | Path | None, name: str | None, options: Mapping[str, Any]) -> None:
+    """Raise UsageError for what the command has and a call has not, or a name that is no name of a folder."""
+    if name and output is not None:
+        raise sdg.UsageError("name=… keeps the state of a run without an output: give name or output, not both")
+    if name and (Path(name).is_absolute() or ".." in Path(name).parts):
+        raise sdg.UsageError(f"name={name!r}: expected the name of a folder below .sdg/runs")
+    if options.get("config") is not None:
+        raise sdg.UsageError("config=… is not read by sdg.run: give the options in the call, **tomllib.load(file)")
+    if options.get("preview") is not None:
+        raise sdg.UsageError("preview=… is for the terminal: run a few documents, such as max_documents=3")
 
 
 # ── The run ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -229,6 +247,8 @@ def _add_function(plugins: sdg.Plugins, function: Any) -> str:
     if name == "<lambda>":
         message = "a lambda cannot be a rollout: write an `async def` function of (document, generate)"
         raise sdg.PluginError(message)
+    if isinstance(function, type):
+        raise sdg.PluginError(f"the class {name} cannot be a rollout: give an object of it, or an `async def` function")
     plugins.rollouts.pop(name, None)
     version = version_of_function(function)
     file = getattr(getattr(inspect.unwrap(function), "__code__", None), "co_filename", None)
@@ -256,18 +276,25 @@ def _table_from(given: Any) -> pa.Table:
         table = given if isinstance(given, pa.Table) else pa.Table.from_batches([given])
     elif isinstance(given, Sequence) and not isinstance(given, str | bytes):
         table = _from_rows(given)
+    elif isinstance(given, Mapping):  # a datasets.DatasetDict, or columns
+        kind = type(given).__name__
+        raise sdg.InputError(f"the input is a {kind}: give one of its splits, or a table: pyarrow.table(columns)")
     elif hasattr(given, "with_format") and hasattr(given, "column_names"):  # datasets.Dataset
         if not hasattr(given, "__len__"):
             raise sdg.InputError("the input is an iterable dataset: give it as a path, hf://datasets/OWNER/NAME")
         table = given.with_format("arrow")[:]
     elif hasattr(given, "__arrow_c_stream__"):  # data frames
-        table = pa.table(given)
+        try:
+            table = pa.table(given)
+        except pa.ArrowException as exc:
+            message = f"the input is a {type(given).__name__}: give a data frame, such as df[['text']]"
+            raise sdg.InputError(message) from exc
     else:
         kinds = "a path, a list of dicts, an Arrow table, a datasets.Dataset or a data frame"
         raise sdg.InputError(f"the input is a {type(given).__name__}, expected {kinds}")
     if not table.num_rows:
         raise sdg.InputError("the input is empty: it has no rows")
-    return table.replace_schema_metadata(None).combine_chunks()
+    return without_views(table.replace_schema_metadata(None).combine_chunks())
 
 
 def _from_rows(rows: Sequence[Any]) -> pa.Table:
@@ -281,6 +308,7 @@ def _from_rows(rows: Sequence[Any]) -> pa.Table:
     for name in dict.fromkeys(name for row in rows for name in row):
         try:
             columns[str(name)] = pa.array([row.get(name) for row in rows])
-        except (pa.ArrowException, OverflowError) as exc:
-            raise sdg.InputError(f"the input's column {name!r} has values of several types: {exc}") from exc
+        except (pa.ArrowException, ValueError, OverflowError) as exc:
+            message = f"the input's column {name!r} has values of several types, or an invalid one: {exc}"
+            raise sdg.InputError(message) from exc
     return pa.table(columns)

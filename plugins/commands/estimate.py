@@ -52,10 +52,15 @@ def estimate(argv: list[str]) -> int:
     example = "example: sdg.py estimate --sample 100 --input docs/ --base-url http://localhost:8000"
     parser = Parser(prog="sdg.py estimate", usage=usage, description=estimate.__doc__, epilog=example)
     parser.add_argument("--sample", type=number(int, 1), default=200, metavar="N", help="documents to run [200]")
-    parser.add_argument("--json", action="store_true", help="print the forecast as JSON, for programs")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print the forecast as JSON, for programs: one object, or one on a line for each config",
+    )
     own, rest = parser.parse_known_args(argv)
     configs = parse_configs(rest)
     meters = {config.name: Meter(config.options, own.sample) for config in configs}
+    found: dict[str, Forecast] = {}
     for config in configs:
         config.options.sample, config.options.max_failure_rate, config.plugins.quiet = own.sample, 1.0, True
         if config.options.any_rank:
@@ -74,11 +79,27 @@ def estimate(argv: list[str]) -> int:
         finally:
             meters[name].keep()
         if stop.reason is None:
-            result = await meters[name].forecast(engine)
-            print(json.dumps(result.as_json(), indent=2) if own.json else result.text(), flush=True)
+            found[name] = await meters[name].forecast(engine)
 
-    uvloop.run(run_all(configs, sampled))
+    try:
+        uvloop.run(run_all(configs, sampled))
+    finally:  # the run has ended well even if nobody reads this to its end, as with `| head`
+        show(found, own.json, len(configs) > 1)
     return 0
+
+
+def show(found: Mapping[str, Forecast], as_json: bool, named: bool) -> None:
+    """Print forecasts by the names of their configs; of several, the JSON of each is one line."""
+    for name, result in found.items():
+        if as_json:
+            print(
+                json.dumps(
+                    {"config": name, **result.as_json()} if named else result.as_json(), indent=None if named else 2
+                )
+            )
+        else:
+            print(f"config  {name}\n{result.text()}" if named else result.text())
+    sys.stdout.flush()
 
 
 def chosen_rows(options: argparse.Namespace, documents: int | None, sample: int) -> dict[int, frozenset[int]]:

@@ -20,7 +20,7 @@ import xxhash
 
 import sdg
 from sdg_plugins.commands.relay import Relay
-from sdg_plugins.commands.stop import Stop, explained
+from sdg_plugins.commands.stop import Stop, canceled, explained
 from sdg_plugins.common import retrying
 from sdg_plugins.common.attempts import begin_attempt, end_attempt
 from sdg_plugins.common.checks import (
@@ -487,5 +487,6 @@ async def serve(jobs: list[Job], stop: Stop, connections: Connections, starting:
                 if servers[""]:  # otherwise our GPUs were lent to a run elsewhere, which has ended
                     await Relay(jobs, servers, lambda: stop.reason).run()
     except (asyncio.CancelledError, Exception) as exc:  # noqa: BLE001 - raised when all observers are left
+        problem = stop.reason or (canceled(run) if isinstance(exc, asyncio.CancelledError) else explained(exc, run))
         for job in jobs:
-            job.problem = job.problem or stop.reason or explained(exc, run)
+            job.problem = job.problem or problem

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
 import sqlite3
 import threading
 from collections.abc import Callable
@@ -73,10 +75,22 @@ def explained(exc: BaseException, run: sdg.Run) -> BaseException:
     if type(exc) is sqlite3.DatabaseError:
         error = sdg.StateError(f"{state} is broken ({exc}): restore it from a backup, or start over with --fresh")
     elif isinstance(exc, sqlite3.Error):
-        error = sdg.StateError(f"{state}: {sdg.reason_of(exc)}")
+        unwritten = getattr(exc, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_IOERR
+        full = unwritten and not shutil.disk_usage(run.state).free  # of its journals SQLite does not say that
+        hint = "; check the disk's space, quota and health, then run the same command again" * (unwritten and not full)
+        error = sdg.StateError(f"{state}: {sdg.reason_of(OSError(errno.ENOSPC, '') if full else exc)}{hint}")
     elif isinstance(exc, OSError):
         error = sdg.OutputError(f"{exc.filename or run.options.output}: {sdg.reason_of(exc)}")
     else:
         return exc
     error.__cause__ = exc
     return error
+
+
+def canceled(run: sdg.Run) -> sdg.Error:
+    """The error of a run whose tasks were canceled without a reason: each stop of ours has one."""
+    entry = run.plugins.rollouts[run.options.rollout]
+    return sdg.PluginError(
+        "all tasks of the run were canceled, as `asyncio.all_tasks()` returns them: the rollout "
+        f"{run.options.rollout!r} of {entry.package or entry.plugin}, or what it calls, must cancel only its own tasks"
+    )

@@ -37,7 +37,7 @@ def derive(options: argparse.Namespace, plugins: sdg.Plugins) -> None:
     _check_filename(options.output_filename)
     if not re.fullmatch(r"[\w.-]+", options.output_config) or options.output_config in {"failed", ".", "..", ".sdg"}:
         raise sdg.UsageError(f"--output-config {options.output_config!r}: expected a folder name other than `failed`")
-    demo = options.server == "demo" or not options.input
+    demo = options.server == "demo"
     options.output = expanded(options.output or (DEMO_OUTPUT if demo else f"output/{options.rollout}"))
     check_uris(options)
     scheme, name = split_uri(options.output)[0], options.output_filename

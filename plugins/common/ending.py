@@ -204,6 +204,8 @@ def run_program(main: Callable[[], int]) -> NoReturn:
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 stream.flush()
         os._exit(code)
+    for signum in HANDLED:  # a callback of a plugin, or of a library, may hang at the interpreter's end
+        signal.signal(signum, lambda *_: os._exit(code))
     sys.exit(code)
 
 

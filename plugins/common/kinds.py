@@ -398,6 +398,23 @@ def writable(kind: pa.DataType) -> pa.DataType:
     return kind
 
 
+def in_json(kind: pa.DataType) -> pa.DataType:
+    """The type of a type's values in JSON: what JSON does not have is text there."""
+    import pyarrow as pa
+    import pyarrow.types as t
+
+    if t.is_struct(kind):
+        return pa.struct([field.with_type(in_json(field.type)) for field in kind])
+    if t.is_dictionary(kind):
+        return in_json(kind.value_type)
+    if hasattr(kind, "value_type"):
+        return pa.list_(in_json(kind.value_type))
+    same = is_json(kind) or t.is_integer(kind) or t.is_float32(kind) or t.is_float64(kind)
+    if same or t.is_boolean(kind) or t.is_null(kind):
+        return kind
+    return pa.float32() if t.is_float16(kind) else pa.string()
+
+
 def was_map(kind: pa.DataType) -> bool:
     """True for lists of {key, value} that `writable` has made of maps."""
     import pyarrow.types as t

@@ -243,6 +243,8 @@ class Parser(argparse.ArgumentParser):
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             if not word.startswith("-"):
                 hint = "; put a glob in quotes, otherwise the shell expands it to several words"
+                if "--output" in self.flags and "--input" not in self.flags:
+                    hint = f"; did you mean --output {word}?"
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return options
 

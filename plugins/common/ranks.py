@@ -122,7 +122,7 @@ class Looks:
         return [self._seen_here(rank) for rank in ranks_of(run.state, run.options.world_size)]
 
     def _seen_here(self, rank: Rank) -> Rank:
-        if rank.state not in {"running", "silent"} or rank.record.get("host") in {None, platform.node()}:
+        if rank.state not in {"running", "silent"} or by_our_clock(rank):
             return rank
         now = time.monotonic()
         beat, since, changed = self._seen.get(rank.number, (rank.updated, now, False))
@@ -135,12 +135,17 @@ class Looks:
         return rank._replace(state=state, figures={**rank.figures, "rank": record})
 
 
+def by_our_clock(rank: Rank) -> bool:
+    """True if the time of a rank's heartbeat is that of this machine's clock, which was not set back since then."""
+    return rank.record.get("host") in {None, platform.node()} and time.time() - rank.updated >= -HEARTBEAT / 2
+
+
 def in_doubt(rank: Rank) -> bool:
-    """True if one look cannot tell whether a rank is alive, because its machine's clock may differ from ours."""
-    if rank.state not in {"running", "silent"} or rank.record.get("host") in {None, platform.node()}:
+    """True if one look cannot tell whether a rank is alive, because its clock may differ from ours."""
+    if rank.state not in {"running", "silent"} or by_our_clock(rank):
         return False
     age = time.time() - rank.updated
-    return -SKEW < age < -HEARTBEAT / 2 or SILENT < age < SKEW
+    return age < -HEARTBEAT / 2 or SILENT < age < SKEW
 
 
 def looked_at_again(ranks: list[Rank], read: Callable[[], list[Rank]]) -> list[Rank]:

@@ -119,8 +119,8 @@ def configs_in(state: Path) -> list[str]:
 
 
 def reader_of(run: sdg.Run) -> sdg.Reader:
-    """Open the input of a run. Raises InputError, or StateError if the input was in memory."""
-    if run.options.input and split_uri(run.options.input)[0] == MEMORY:
+    """Open the input of a run. Raises InputError, or StateError if the input was in the memory of another process."""
+    if run.options.input and split_uri(run.options.input)[0] == MEMORY and MEMORY not in run.plugins.readers:
         raise sdg.StateError("the input of this run was given in Python, in memory: it cannot be read again")
     entry = run.plugins.find("readers", run.options.reader)
     with reading(run.options.input, entry.factory):

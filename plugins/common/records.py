@@ -16,7 +16,10 @@ from sdg_plugins.common.checks import reading
 from sdg_plugins.common.chunks import OpenChunk
 from sdg_plugins.common.files import access_errors, file_writer, rank_file
 from sdg_plugins.common.outputs import read_failed, read_rows
-from sdg_plugins.common.values import id_column_of, id_text, rows_of
+from sdg_plugins.common.results import infer_fields
+from sdg_plugins.common.rows import NUMBER, shape_of
+from sdg_plugins.common.state import fixed_fields, recorded_fields
+from sdg_plugins.common.values import id_column_of, id_text, pick, rows_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -86,6 +89,22 @@ class Records:
         for chunk in self.written if chunks is None else chunks:
             if chunk.rows and (table := read_rows(self.run, self._writer, chunk)) is not None:
                 yield chunk, table
+
+    def waiting(self) -> Iterator[tuple[sdg.Chunk, pa.Table]]:
+        """The rows of documents whose chunk is not in a file yet, as they will be written."""
+        options = self.run.options
+        shape, fields = shape_of(options), recorded_fields(self.run.state)
+        for chunk in recorded.chunks_of(self.run, "NOT written"):
+            found = dict(finished_in(self.run, chunk, "row"))
+            if not found:
+                continue
+            opened = self._open(chunk)
+            ids = self._ids(opened)
+            if fields is None:
+                own, fixed = infer_fields(result for body in found.values() for result in body), fixed_fields(options)
+                fields = fixed | {name: kind for name, kind in own.items() if name not in {*fixed, NUMBER, "extra"}}
+            rows = pick(opened.table, list(found))
+            yield chunk, shape.table(rows, [ids[position] for position in found], list(found.values()), fields)
 
     def rows(self, limit: int) -> Iterator[Record]:
         """The first rows, at most `limit`: those in files, then those that wait for the rest of their chunk."""

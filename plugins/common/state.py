@@ -86,12 +86,21 @@ def schema_of(text: str) -> pa.Schema:
 
 
 def recorded_fields(state: Path) -> dict[str, pa.DataType] | None:
-    """The fields of results that this run settled on; None if it has not yet."""
+    """The fields of results that this run settled on; None if it has not yet. Raises StateError."""
+    path = state / "schema.json"
     try:
-        recorded = json.loads((state / "schema.json").read_bytes())
+        content = path.read_bytes()
     except FileNotFoundError:
         return None
-    return {field.name: field.type for field in schema_of(recorded["arrow"])}
+    try:
+        return {field.name: field.type for field in schema_of(json.loads(content)["arrow"])}
+    except (ValueError, KeyError, TypeError, OSError) as exc:  # the last one is Arrow's
+        raise broken(path) from exc
+
+
+def broken(path: Path) -> sdg.StateError:
+    """The error for a file of the state that cannot be read."""
+    return sdg.StateError(f"state {path} is broken: restore it from a backup, or start over with --fresh")
 
 
 def fixed_fields(options: argparse.Namespace) -> dict[str, pa.DataType]:
@@ -320,7 +329,7 @@ def parse_run(path: Path, content: bytes) -> dict[str, Any]:
         if version == sdg.STATE_VERSION and not (int(recorded["options"]["world_size"]) and recorded["identity"]):
             raise ValueError("incomplete")
     except (ValueError, KeyError, TypeError, AttributeError) as exc:
-        raise sdg.StateError(f"state {path} is broken: restore it from a backup, or start over with --fresh") from exc
+        raise broken(path) from exc
     if version != sdg.STATE_VERSION:
         raise sdg.wrong_version(path, version)
     return cast("dict[str, Any]", recorded)

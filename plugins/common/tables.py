@@ -59,3 +59,23 @@ class TableReader:
                 positions = pa.array(range(start, min(start + 1000, rows)), pa.int64())
                 stream.write_table(self._table.take(positions).combine_chunks())  # a copy, without what lies around it
         return xxhash.xxh3_64_hexdigest(sink.getvalue())
+
+
+def without_views(table: pa.Table) -> pa.Table:
+    """A table whose texts and bytes are not views, as polars has them: Arrow cannot take rows of those."""
+    import pyarrow as pa
+
+    return table.cast(pa.schema([field.with_type(_without_views(field.type)) for field in table.schema]))
+
+
+def _without_views(kind: pa.DataType) -> pa.DataType:
+    import pyarrow as pa
+    import pyarrow.types as t
+
+    views = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
+    if t.is_struct(kind):
+        return pa.struct([field.with_type(_without_views(field.type)) for field in kind])
+    for is_list, make in ((t.is_list, pa.list_), (t.is_large_list, pa.large_list)):
+        if is_list(kind):
+            return make(kind.value_field.with_type(_without_views(kind.value_type)))
+    return views.get(kind, kind)

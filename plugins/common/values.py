@@ -30,7 +30,10 @@ Chat = list[dict[str, Any]]
 
 
 def values_of(column: pa.Array | pa.ChunkedArray) -> list[Any]:
-    """A column's values as Python has them: JSON parsed, invalid UTF-8 as bytes, nanoseconds and far years as text."""
+    """A column's values as Python has them: JSON parsed, invalid UTF-8 as bytes, nanoseconds and far years as text.
+
+    Infinite times and dates are None.
+    """
     try:
         values = cast("list[Any]", column.to_pylist())
     except (ValueError, OverflowError):
@@ -49,6 +52,9 @@ def _value_of(scalar: Any) -> Any:
             return {name: _value_of(value) for name, value in scalar.items()}
         if hasattr(scalar, "values"):
             return [_value_of(item) for item in scalar.values]
+        day_or_time = isinstance(scalar, pa.TimestampScalar | pa.Date32Scalar)
+        if day_or_time and abs(scalar.value) == 2 ** (scalar.type.bit_width - 1) - 1:
+            return None  # infinity, as DuckDB writes it: it has no text that others read
         return scalar.as_buffer().to_pybytes() if hasattr(scalar, "as_buffer") else scalar.cast(pa.string()).as_py()
 
 

@@ -7,9 +7,11 @@ such as the address of an object.
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import decimal
 import dis
+import enum
 import functools
 import inspect
 import re
@@ -20,12 +22,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import orjson
 import xxhash
 
-PLAIN = (bool, int, float, complex, str, bytes, decimal.Decimal, re.Pattern)  # count by their values
+PLAIN = (bool, int, float, complex, str, bytes, decimal.Decimal)  # count by their values
+AS_JSON = orjson.OPT_NON_STR_KEYS | orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME
 INSTALLED = {"site-packages", "dist-packages"}
 BUNDLED = {"sdg", "sdg_plugins"}  # have a version
 
+_begun: dict[str, str] = {}  # by the version of a function after a run that before it, if the run has changed a value
 _seen: dict[str, tuple[object, str]] = {}  # by the name of a module its spec and its version
 
 
@@ -127,9 +132,25 @@ def version_of_function(function: Any) -> str:
     """A hash of a function's source and of what it uses: default values, closure, attributes, and global names.
 
     Numbers, texts, and lists, tuples, sets, dicts and dataclasses of them count by their values; functions, classes and
-    modules by their source, unless they are installed. Of other objects only the type counts.
+    modules by their source, unless they are installed. Of other objects only the type counts. What the function itself
+    has changed in an earlier run of this process does not count; see `note_run`.
     """
-    return xxhash.xxh3_64_hexdigest("\n".join(_parts(function, set())).encode(errors="replace"))
+    version = _hash_of(function)
+    return _begun.get(version, version)
+
+
+def note_run(function: Any, version: str) -> None:
+    """Remember what a run of a function has changed, such as a list of what it has seen, as the same version."""
+    if (after := _hash_of(function)) != version:
+        _begun[after] = version
+
+
+def _hash_of(function: Any) -> str:
+    try:
+        text = "\n".join(_parts(function, set()))
+    except RecursionError:  # a value is too deep
+        text = _source(function)
+    return xxhash.xxh3_64_hexdigest(text.encode(errors="replace"))
 
 
 def _parts(thing: Any, seen: set[int]) -> Iterator[str]:
@@ -139,7 +160,11 @@ def _parts(thing: Any, seen: set[int]) -> Iterator[str]:
         thing: the value.
         seen: ids of functions and objects that have been looked at, and of the containers around the value.
     """
-    if thing is None or isinstance(thing, PLAIN):
+    if isinstance(thing, enum.Enum):
+        yield str(thing)
+    elif isinstance(thing, re.Pattern):
+        yield f"{thing.pattern!r} {thing.flags}"  # its own text is shortened
+    elif thing is None or isinstance(thing, PLAIN):
         yield repr(thing)
     elif id(thing) not in seen:
         seen.add(id(thing))
@@ -160,12 +185,16 @@ def _parts(thing: Any, seen: set[int]) -> Iterator[str]:
 
 def _items(container: Any, seen: set[int]) -> Iterator[str]:
     kind = type(container)
+    with contextlib.suppress(TypeError):  # a million rows take a second, and ten times as long one by one
+        text = orjson.dumps(container, option=AS_JSON)
+        yield f"{kind.__name__} {xxhash.xxh3_128_hexdigest(text)}"
+        return
     yield f"{kind.__name__} {len(container)}"
     if kind in {set, frozenset}:
-        yield from sorted("\n".join(_parts(item, seen)) for item in container)
+        yield from sorted("\n".join(_parts(item, seen)) for item in list(container))
         return
-    for item in container.items() if kind is dict else ((item,) for item in container):
-        for part in item:
+    for item in list(container.items() if kind is dict else container):  # another thread may change it
+        for part in item if kind is dict else (item,):
             yield from _parts(part, seen)
 
 

@@ -43,7 +43,7 @@ def partitioned(open_reader: Callable[[sdg.Run], Any]) -> Callable[[sdg.Run], An
         else:
             fields = [(name, known.field(name).type) for name in recorded]
             if new := [name for name in names if name not in known.names]:
-                sdg.say(f"--input: {', '.join(new)} is not among the columns that this run began with: left out")
+                sdg.say(f"--input: this run began without the partitions {', '.join(new)}=…: they are left out")
         return Partitioned(reader, fields, values) if fields else reader
 
     return opened

@@ -53,7 +53,8 @@ def preference(value: str) -> str:
         function = named_object(value)
     except (ImportError, AttributeError, sdg.Error) as exc:
         raise argparse.ArgumentTypeError(f"{value}: {exc}") from exc
-    version = version_of_module(sys.modules[function.__module__])
+    module = sys.modules.get(getattr(function, "__module__", None) or "")
+    version = version_of_module(module) if module else ""
     return f"{value}@{version}" if version else value
 
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import sdg
 from sdg_plugins.common.files import codec_of
-from sdg_plugins.common.kinds import array_of, holds, json_type, parse_json
-from sdg_plugins.common.results import results_type
+from sdg_plugins.common.kinds import array_of, checker, holds, in_json, json_type, parse_json
+from sdg_plugins.common.rows import empty_rows
 from sdg_plugins.common.state import recorded_fields
 from sdg_plugins.common.unify import is_bytes
 from sdg_plugins.common.values import in_base64, json_line, rows_of
@@ -65,7 +65,7 @@ class JsonlWriter:
             sdg.say(f"JSON has no binary values: those of {', '.join(binary)} are written in base64")
 
     def read(self, chunk: sdg.Chunk) -> pa.Table | None:
-        """See `sdg.Writer`. Types are inferred from the values; a column of several types comes back as JSON."""
+        """See `sdg.Writer`. All chunks have the same types; a column whose values do not fit is JSON."""
         import pyarrow as pa
 
         path = self._run.path_of(chunk)
@@ -76,16 +76,25 @@ class JsonlWriter:
         except FileNotFoundError:
             return None
         rows = [parse_json(line) for line in content.splitlines()]
-        fields = recorded_fields(self._run.state)
-        kinds = {self._run.options.results_column: fields and results_type(fields)}
+        kinds = self._types()
         names = dict.fromkeys(name for row in rows for name in row)
         return pa.table({name: column_of([row.get(name) for row in rows], kinds.get(name)) for name in names})
+
+    def _types(self) -> dict[str, pa.DataType]:
+        """The type of each column in JSON; none if the run has not settled them yet."""
+        run = self._run
+        source, fields = run.source_schema or run.schema, recorded_fields(run.state)
+        if source is None or fields is None:
+            return {}
+        return {field.name: in_json(field.type) for field in empty_rows(run.options, source, fields).schema}
 
 
 def column_of(values: list[Any], kind: pa.DataType | None) -> pa.Array:
     """JSON values as a column of a type, or of the type that is inferred; as JSON if they have several types."""
     import pyarrow as pa
 
+    if kind is not None and not all(map(checker(kind), values)):
+        return array_of(values, json_type())
     try:
         return pa.array(values) if kind is None else array_of(values, kind)
     except (pa.ArrowException, OverflowError):

@@ -112,6 +112,23 @@ def test_documents_that_an_earlier_run_has_finished_count_only_if_they_were_meas
     assert "were finished by an earlier run" in estimate(job, "--sample", 5, **options).message
 
 
+def test_forecasts_of_several_configs_are_named_and_may_be_cut_off(job: Job) -> None:
+    job.server.behave(lambda payload, n: words(payload))
+    job.input(rows(30))
+    (job.folder / "run.toml").write_text('plugin = "summarize"\n[configs.a]\nmax-tokens = 5\n[configs.b]\n')
+    options: dict[str, Any] = {"plugin": None, "config": "run.toml"}
+    shown = [json.loads(line) for line in estimate(job, "--sample", 5, "--json", **options).stdout.splitlines()]
+    assert [one["config"] for one in shown] == ["a", "b"]
+    text = estimate(job, "--sample", 5, **options).stdout.splitlines()
+    assert [line for line in text if line.startswith("config")] == ["config  a", "config  b"]
+
+    started = job.sdg.start("estimate", "--sample", 5, *job.command_line(options))
+    assert started.process.stdout
+    started.process.stdout.close()  # as `| head` does
+    assert started.process.wait(60) == 0
+    assert not [path for path in (job.output.state / "a").glob("*.stats.json") if "Broken" in path.read_text()]
+
+
 def test_preview_ends_with_the_tokens_of_the_whole_input(job: Job) -> None:
     job.server.behave(lambda payload, n: words(payload))
     job.input([{"text": "x" * 10}] * 1000)

@@ -365,3 +365,5 @@ def test_several_inputs_are_refused(configs: Configs) -> None:
     assert configs(input=None).says("input", "several", "glob")
     assert configs(input=["a.jsonl", "b.jsonl"]).says("--input is given twice")
     assert "in quotes" in configs.job.sdg("--input", "a.jsonl", "b.jsonl").message
+    for command in ("show", "verify"):
+        assert configs.job.sdg(command, "headlines").message.endswith("headlines; did you mean --output headlines?")

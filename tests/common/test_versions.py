@@ -14,10 +14,10 @@ from sdg_plugins.common import loading
 from sdg_plugins.common.versions import version_of_file, version_of_function
 
 FUNCTION = """
-import asyncio, dataclasses, enum, functools, threading
+import asyncio, dataclasses, enum, functools, re, threading
 
 class Tone(enum.Enum):
-    DRY = 1
+    DRY, WET = 1, 2
 
 @dataclasses.dataclass(slots=True)
 class Style:
@@ -30,13 +30,14 @@ class Rollout:
     async def method(self, document, generate): return await generate(self.prompt)
 
 PROMPT, OTHER, UNUSED, LOCK, STYLE = "one", "x", 1, threading.Lock(), Style(3)
+PATTERN, TONE = re.compile("a|" * 300 + "b"), Tone.DRY
 SETS = {"some", "words", "in", "any", "order"}
 
 def helper(text):
     return [text + PROMPT for _ in range(2)]
 
 async def direct(document, generate, style="plain", *, loud=False):
-    asyncio.sleep, LOCK, SETS, STYLE.words
+    asyncio.sleep, LOCK, SETS, STYLE.words, PATTERN, TONE
     return await generate(PROMPT + document.UNUSED)
 
 async def helped(document, generate):
@@ -71,9 +72,10 @@ def load(tmp_path: Path) -> Any:
         ("direct", "", "", True),  # another lock at another address, another order of the set
         ("direct", '"one"', '"two"', False),
         ("direct", "Style(3)", "Style(4)", False),
+        ("direct", '300 + "b"', '300 + "c"', False),
+        ("direct", '"b"), Tone.DRY', '"b"), Tone.WET', False),
         ("direct", '"order"', '"row"', False),
         ("direct", 'style="plain"', "style=PROMPT", False),
-        ("direct", "UNUSED, LOCK", "UNUSED, LOCK", True),
         ("direct", '"x", 1', '"y", 2', True),  # an attribute has the same name
         ("helped", '"one"', '"two"', False),
         ("helped", "range(2)", "range(3)", False),

@@ -117,6 +117,7 @@ def test_one_failed_rollout_leaves_its_siblings(job: Job, server: FakeServer) ->
     assert Counter(server.prompts) == {"partly": 3, "fully": 3, "fine": 3}
     stats = output.stats()
     assert (stats["documents"], stats["rows"], stats["failed"]) == (3, 2, 1)
+    assert stats["failed_rollouts"] == 1  # those of the failed document are counted with it
     assert job.verify().rc == 0
 
 

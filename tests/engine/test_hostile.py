@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import base64
+import shutil
 import signal
 import sqlite3
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -13,9 +17,10 @@ from typing import Any
 
 import pytest
 from fake_server import Delay, FakeServer
-from running import ECHO, Job, documents, wait_until
+from running import ECHO, ROOT, Job, documents, wait_until
 
 import sdg
+from sdg_plugins.commands.stop import explained
 from sdg_plugins.common import database
 
 HOSTILE = """
@@ -426,3 +431,38 @@ def test_the_process_does_not_wait_for_idle_threads_of_pools(job: Job) -> None:
     finished = job(plugin=job.plugin("idle", IDLE))
 
     assert "the interpreter has ended" in finished.stdout  # otherwise the process was cut off after a while
+
+
+HANGING = """
+import atexit, sys, time
+import sdg
+from sdg_plugins.common.ending import run_program
+
+def hang():
+    print("hangs", flush=True)
+    time.sleep(1000)
+
+atexit.register(hang)
+run_program(lambda: 3)
+"""
+
+
+def test_a_signal_ends_a_process_whose_interpreter_does_not_come_to_its_end() -> None:
+    process = subprocess.Popen([sys.executable, "-c", HANGING], cwd=ROOT, stdout=subprocess.PIPE)
+    assert process.stdout
+    assert process.stdout.readline() == b"hangs\n"
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=100)
+    assert process.returncode == 3  # that of the run, which was complete
+
+
+def test_a_journal_that_cannot_be_written_because_the_disk_is_full_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run: Any = argparse.Namespace(state=tmp_path, options=argparse.Namespace(state_dir="state"))
+    broken = sqlite3.OperationalError("disk I/O error")
+    broken.sqlite_errorcode = sqlite3.SQLITE_IOERR_WRITE
+
+    assert "state state: disk I/O error; check the disk's space, quota" in str(explained(broken, run))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=0))
+    assert str(explained(broken, run)) == "state state: the disk is full: make room, then run the same command again"

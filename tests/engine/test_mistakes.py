@@ -475,6 +475,15 @@ def test_a_task_that_a_rollout_cancels_itself_fails_only_its_document(job: Job) 
     assert job.verify().rc == 0
 
 
+def test_a_rollout_that_cancels_the_tasks_of_the_run_is_named(job: Job, server: FakeServer) -> None:
+    job.input(documents(4))
+    body = "for task in asyncio.all_tasks():\n    task.cancel()\nreturn await generate(document.text)"
+    finished = job(plugin=job.plugin("mine", rollout(body)))
+
+    assert finished.rc == 1
+    assert finished.says("'mine'", "mine.py", "must cancel only its own tasks")
+
+
 def test_a_resource_that_fails_is_named(job: Job) -> None:
     code = rollout("return ''").replace("(document, generate)", "(document, generate, broken)") + (
         "\n@sdg.hookimpl\ndef register_resources(register):\n    register('broken', broken)\n\n"

@@ -111,6 +111,41 @@ def test_failures_are_an_exception_that_has_what_was_made(call: Any) -> None:
     assert len(raised.value.result.rows()) == 3
 
 
+def test_input_may_be_a_data_frame_of_views_but_not_one_column(call: Any) -> None:
+    class Frame:
+        def __init__(self, data: pa.Table | pa.Array) -> None:
+            self.__arrow_c_stream__ = data.__arrow_c_stream__
+
+    rows = [{"text": "a", "n": 1, "tags": ["x"], "meta": {"of": "y"}}]
+    views = [pa.string_view(), pa.int64(), pa.large_list(pa.string_view()), pa.struct([("of", pa.string_view())])]
+    frame = Frame(pa.Table.from_pylist(rows, pa.schema([*zip(rows[0], views, strict=True)])))
+    (row,) = call(shout, frame).rows()
+    assert {name: row[name] for name in rows[0]} == rows[0]
+    with pytest.raises(sdg.InputError, match="the input is a Frame: give a data frame"):
+        call(shout, Frame(pa.chunked_array([["a"]])))
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_run_that_ends_early_has_the_rows_made_so_far(call: Any, flat: bool) -> None:
+    async def some(document: sdg.Document, generate: sdg.Generate) -> Any:
+        if document.row["n"] == 2:
+            raise ValueError("two")
+        return [{"text": (await generate(document.text)).text, "n": document.row["n"]}]
+
+    documents = [{"text": f"document {i} " * 20, "n": i} for i in range(50)]
+    options = {"max_total_tokens": 1000, "max_concurrent_generations": 2, "flat": flat, "keep_columns": "text"}
+    with pytest.raises(sdg.BudgetSpent) as raised:
+        call(some, documents, **options)
+    result = raised.value.result
+    assert [record["id"] for record in result.failed] == ["rows/2"]
+    assert len(result) == result.stats["rows"] > 5
+    rows = result.rows()
+    made = [row["n"] if flat else row["rollout_results"][0]["n"] for row in rows]
+    assert made == sorted({*made} - {2})
+    columns = {*rows[0]}
+    assert columns >= ({"text", "id", "generated_text", "sample"} if flat else {"text", "id", "rollout_results"})
+
+
 @pytest.mark.parametrize(
     ("rollout", "given", "options", "error", "message"),
     [
@@ -124,6 +159,19 @@ def test_failures_are_an_exception_that_has_what_was_made(call: Any) -> None:
         (shout, DOCUMENTS, {"prompt_column": "body"}, sdg.InputError, "no such column; available: text, n"),
         ("sumarize", DOCUMENTS, {}, sdg.UsageError, "did you mean summarize?"),
         (shout, "nowhere.parquet", {}, sdg.InputError, "no such file"),
+        (
+            shout,
+            [{"text": "\ud800"}],
+            {},
+            sdg.InputError,
+            "column 'text' has values of several types, or an invalid one",
+        ),
+        (shout, {"train": DOCUMENTS}, {}, sdg.InputError, "the input is a dict: give one of its splits"),
+        (str, DOCUMENTS, {}, sdg.PluginError, "the class str cannot be a rollout"),
+        (shout, DOCUMENTS, {"config": "run.toml"}, sdg.UsageError, "config=… is not read by sdg.run"),
+        (shout, DOCUMENTS, {"preview": 2}, sdg.UsageError, "preview=… is for the terminal"),
+        (shout, DOCUMENTS, {"name": "a", "output": "b"}, sdg.UsageError, "give name or output, not both"),
+        (shout, DOCUMENTS, {"name": "../b"}, sdg.UsageError, "name='../b': expected the name of a folder"),
     ],
 )
 def test_mistakes_are_one_exception(
@@ -173,3 +221,22 @@ def test_edit_of_a_plugin_or_of_what_a_function_uses_counts_within_a_process(
     with pytest.raises(sdg.StateError, match="the plugin's code has changed"):
         call(functools.partial(styled, style="loud"), DOCUMENTS[:1], output="styled")
     assert len(server.requests) == 3
+
+
+def test_what_a_function_changes_itself_is_not_an_edit_but_what_its_caller_changes_is(
+    call: Any, server: FakeServer
+) -> None:
+    seen: list[str] = []
+
+    async def counting(document: sdg.Document, generate: sdg.Generate) -> sdg.Reply:
+        seen.append(document.id)
+        return await generate(document.text)
+
+    for count in (1, 2, 3):
+        assert len(call(counting, DOCUMENTS[:count], name="counted")) == count
+    assert len(server.requests) == len(seen) == 3
+    seen.clear()
+    call(counting, DOCUMENTS[:3], name="counted")
+    seen.append("more")
+    with pytest.raises(sdg.StateError, match="the plugin's code has changed"):
+        call(counting, DOCUMENTS[:3], name="counted")

@@ -19,6 +19,9 @@ import pytest
 from fake_server import Delay, FakeServer, Hang, Status, prompt_of
 from running import ECHO, ROOT, Job, Started, documents, rollout, wait_until
 
+import sdg
+from sdg_plugins.common.state import recorded_fields
+
 FAULTS = ROOT / "tests" / "support" / "faults.py"
 
 TWO_STEPS = """
@@ -695,6 +698,14 @@ def test_a_state_without_its_identity_is_refused(job: Job, server: FakeServer) -
 
     assert refused.rc == 1
     assert refused.says("00000.sqlite3 exists, but", "run.json does not", "--fresh")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "null", '{"arrow": "AAAA"}'])
+def test_a_broken_schema_of_results_is_named_with_the_way_out(tmp_path: Path, content: str) -> None:
+    (tmp_path / "schema.json").write_text(content)
+
+    with pytest.raises(sdg.StateError, match=r"schema\.json is broken: restore it .*--fresh"):
+        recorded_fields(tmp_path)
 
 
 def test_two_states_cannot_claim_one_output(job: Job, server: FakeServer) -> None:

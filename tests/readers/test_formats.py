@@ -566,12 +566,16 @@ def test_ids_of_several_types_can_be_verified_as_jsonl(job: Job) -> None:
 
 def test_dates_beyond_pythons_range_do_not_block_failed_documents(job: Job) -> None:
     far = pa.array([2**62, 0, -(2**62)], pa.timestamp("us", tz="Asia/Tokyo"))
-    job.input(pa.table({"text": ["a", None, "c"], "when": far, "day": pa.array([2**30, 1, 2], pa.date32())}))
+    columns = {"text": ["a", None, "c"], "when": far, "day": pa.array([2**30, 1, 2], pa.date32())}
+    columns["infinite"] = pa.array([2**63 - 1, -(2**63) + 1, 0], pa.timestamp("us"))
+    columns["never"] = pa.array([2**31 - 1, -(2**31) + 1, 0], pa.date32())
+    job.input(pa.table(columns))
 
     for filename in ("${chunk_index}.parquet", "${chunk_index}.jsonl"):
         output = job.succeed(output=filename[-5:], output_filename=filename)
         assert output.stats()["rows"] == 2
-        assert len(output.failures()) == 1
+        (failure,) = output.failures()
+        assert failure["document"]["infinite"] is failure["document"]["never"] is None
 
 
 # ── Results ──────────────────────────────────────────────────────────────────────────────────────────────────────────

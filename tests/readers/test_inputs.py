@@ -332,7 +332,7 @@ def test_the_columns_of_partitions_stay_as_a_run_began(tmp_path: Path, capsys: p
         {"text": "a", "year": 2023},
         {"text": "b", "year": 2024},
     ]
-    assert "lang is not among the columns that this run began with" in capsys.readouterr().err
+    assert "this run began without the partitions lang=…" in capsys.readouterr().err
 
     put(tmp_path / "year=later/a.jsonl", "c")
     with pytest.raises(sdg.InputError, match="year=… had numbers as this run began"):

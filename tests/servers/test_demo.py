@@ -29,3 +29,11 @@ def test_a_demo_gives_way_to_the_first_files_with_all_their_columns(job: Job) ->
     (job.folder / "rows.jsonl").write_text('{"name": "x", "text": "A lake is wide. It has water."}\n')
     assert job(input="rows.jsonl", **demo).rc == 0
     assert job.output_of(output="output/demo").rows()[0]["name"] == "x"
+
+
+def test_a_real_server_does_not_write_where_the_demo_does(job: Job) -> None:
+    real = job(plugin=None, output=None, max_documents=2)
+    assert real.rc == 0, real
+    assert len(job.output_of(output="output/summarize").rows()) == 2
+    assert job(plugin=None, output=None, base_url=None, max_documents=2).rc == 0
+    assert len(job.output_of(output="output/demo").rows()) == 2

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -14,6 +16,10 @@ import sdg
 from sdg_plugins.commands import export
 from sdg_plugins.commands.verify import discrepancies_of_chunk
 from sdg_plugins.common.files import Place
+from sdg_plugins.common.rows import empty_rows
+from sdg_plugins.common.state import settle_fields
+from sdg_plugins.common.values import null_row, rows_of
+from sdg_plugins.writers.jsonl import JsonlWriter
 from sdg_plugins.writers.parquet import ParquetWriter
 
 SHELF = """
@@ -124,6 +130,53 @@ def test_chunks_that_are_written_in_pieces_hold_the_same_rows(job: Job, name: st
     else:
         assert pieces.data() == whole.data()
     assert job.verify(output="pieces").rc == 0
+
+
+def test_chunks_of_json_lines_come_back_with_the_same_types(tmp_path: Path) -> None:
+    options = Namespace(rank=0, world_size=1, output_config="data", output_filename="${chunk_index}.jsonl")
+    options.flat, options.keep_messages, options.rollouts_per_document = True, False, 1
+    run = sdg.Run(options, sdg.Plugins(), Place(str(tmp_path)), tmp_path, lambda reason: None)
+    kinds: dict[str, pa.DataType] = {
+        "id": pa.string(),
+        "note": pa.large_string(),
+        "meta": pa.struct([("a", pa.int8()), ("b", pa.list_(pa.float64()))]),
+        "any": pa.json_(pa.string()),
+        "category": pa.dictionary(pa.int8(), pa.string()),
+        "when": pa.timestamp("us"),
+        "blob": pa.binary(),
+    }
+    run.source_schema = pa.schema(list(kinds.items()))
+    fields = settle_fields(run, {"score": pa.float64(), "own": pa.list_(pa.int64())})
+    assert fields
+    writer, empty = JsonlWriter(run), empty_rows(options, run.source_schema, fields)
+    full = pa.Table.from_batches([pa.RecordBatch.from_pylist([FULL], schema=empty.schema)])
+    nulls = pa.Table.from_batches([null_row(empty.schema)])
+    tables = []
+    for index, rows in enumerate((full, nulls)):
+        writer.write(sdg.Chunk(index, index), rows)
+        tables.append(read := writer.read(sdg.Chunk(index, index)))
+        assert read
+
+    assert tables[0].schema.equals(tables[1].schema)
+    (row,) = rows_of(tables[0])
+    assert row == {**dict.fromkeys(empty.schema.names), **FULL, "when": "2024-01-01T00:00:00", "blob": "/w=="}
+    (tmp_path / "data/00001.jsonl").write_text('{"id": "x", "meta": {"a": 1, "new": 2}}')
+    edited = writer.read(sdg.Chunk(1, 1))
+    assert edited
+    assert rows_of(edited) == [{"id": "x", "meta": {"a": 1, "new": 2}}]  # nothing is lost
+
+
+FULL: dict[str, Any] = {
+    "id": "x",
+    "note": "n",
+    "meta": {"a": 1, "b": [0.5]},
+    "any": None,
+    "category": "c",
+    "when": dt.datetime(2024, 1, 1),
+    "blob": b"\xff",
+    "score": 1.0,
+    "own": [1],
+}
 
 
 class NeverWhole(ParquetWriter):
