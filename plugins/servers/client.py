@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 CHAT = "/chat/completions"
 STORM_PATIENCE = 10  # × --max-retries: overloaded responses that one request accepts while others are answered
 LONELY = 2  # overloaded responses in a row to one request, with no other answered: is it this request?
+MANY = 20  # refusals in a row with the same words, after answers: is it these requests?
 LONGEST_PAUSE = 60.0  # s: the longest pause between two attempts, unless the server asks for more
 
 
@@ -113,6 +114,8 @@ class Client:
         self._probing = asyncio.Lock()
         self._answered_at = 0.0  # loop time at which the last answered probe was sent
         self._probed_status: int | None = None  # of the last probe that was refused
+        self._refused: tuple[str, int] = ("", 0)  # the last refusal, and the responses before it
+        self._refusals = 0  # like it in a row
         self._ignores_n = False
 
     @property
@@ -159,7 +162,8 @@ class Client:
             died = doubtful and await self.pool.examine(upstream, crashes)
             if not self.lane.stopped and await self._refuses_everything(upstream, request, failure, streamed):
                 self._stop(sdg.ServerError(f"{failure}; {way_out(failure, self._options, self._doubt)}"))
-            if self.lane.stopped and (failure.retry or failure.account or failure.status in WHATEVER_IS_ASKED):
+            lasting = failure.account or failure.status in WHATEVER_IS_ASKED or self._refusals >= MANY
+            if self.lane.stopped and (failure.retry or lasting):
                 raise asyncio.CancelledError  # the run's fault, not the document's
             if failure.unreached:
                 continue  # the server is set aside or down: waiting for a slot is the pause
@@ -300,11 +304,13 @@ class Client:
         A server that refuses everything with 400 may respond only in streams: then the request is sent again.
         """
         status, came = failure.status or 0, self._time()
-        doubtful = status in WHATEVER_IS_ASKED or 300 <= status < 400
-        if failure.account or failure.retry or not (doubtful or (status == 400 and not streamed)):
+        if failure.account or failure.retry:
             return failure.account
+        doubtful = status in WHATEVER_IS_ASKED or 300 <= status < 400 or self._refuses_many(failure)
+        if not doubtful and (status != 400 or streamed):
+            return False
         async with self._probing:
-            if status == 400 and (self.stream or self.answers):
+            if status == 400 and not doubtful and (self.stream or self.answers):
                 failure.retry = self.stream
                 return False
             if self._answered_at > came or await self._answers(upstream, request, self.stream):
@@ -314,6 +320,13 @@ class Client:
                 sdg.say(f"{sdg.redact(upstream.url)} responds only in streams: --stream is on from now on")
                 self.stream = failure.retry = True
             return refuses
+
+    def _refuses_many(self, failure: sdg.RequestFailed) -> bool:
+        """True if the last requests were all refused in the same words, though others were answered before them."""
+        refused = (str(failure), self.pool.successes)
+        self._refusals = self._refusals + 1 if refused == self._refused else 1
+        self._refused = refused
+        return failure.status is not None and self.answers and self._refusals >= MANY
 
     async def _answers(self, upstream: sdg.Upstream, request: sdg.Request, stream: bool) -> bool:
         """True if a server answers the smallest possible request of this kind."""
@@ -328,7 +341,7 @@ class Client:
         except (Unreached, Broken, TimeoutError):
             self._probed_status = None
             return False
-        self._answered_at = sent
+        self._answered_at, self._refusals = sent, 0
         return True
 
     # Fewer completions than asked for

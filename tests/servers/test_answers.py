@@ -400,6 +400,28 @@ def test_an_account_that_cannot_go_on_ends_the_run_and_fails_no_document(
     assert len(job.succeed(max_concurrent_generations=4).rows()) == 60
 
 
+@pytest.mark.parametrize("every", [True, False])
+def test_refusals_in_a_row_with_the_same_words_end_the_run_if_nothing_is_answered(
+    job: Job, server: FakeServer, every: bool
+) -> None:
+    job.input(documents(60))
+    poor = Status(400, message="Your credit balance is too low")
+
+    def behave(payload: dict[str, Any], n: int) -> Any:
+        refused = every or 20 <= int(prompt_of(payload).split()[1]) < 45
+        return poor if len(server.requests) > 10 and refused else None
+
+    server.behave(behave)
+    finished = job(max_concurrent_generations=1, max_failure_rate=1)
+
+    assert finished.rc == every
+    assert len(server.probes) == 1 + every  # the second one asks for a stream
+    if every:
+        assert finished.says("Your credit balance is too low", "even the smallest request is refused")
+        server.behave(lambda payload, n: None)
+        assert len(job.succeed(max_failure_rate=1).rows()) == 60 - 19
+
+
 @pytest.mark.parametrize("status", [401, 402, 403, 404, 412])
 def test_a_refusal_of_one_document_is_its_own(job: Job, server: FakeServer, status: int) -> None:
     job.documents("flagged")
