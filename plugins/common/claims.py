@@ -94,13 +94,12 @@ def refuse_nested(run: sdg.Run) -> None:
     if not run.output.local or split_uri(run.options.output)[0] != "file":
         return
     inner = Path(os.path.realpath(run.output.root))
-    for folder in (inner, *inner.parents):
-        for outer in folder.parents:
-            if (Path(default_state_dir(str(outer), str(folder.relative_to(outer)))) / "run.json").exists():
-                raise sdg.OutputError(
-                    f"--output {run.options.output} lies in the folder {folder} of another output, whose rows are "
-                    "loaded from it: choose another --output"
-                )
+    for folder in (inner, *inner.parents)[:-1]:
+        if (Path(default_state_dir(str(folder.parent), folder.name)) / "run.json").exists():
+            raise sdg.OutputError(
+                f"--output {run.options.output} lies in the folder {folder} of another output, whose rows are loaded "
+                "from it: choose another --output"
+            )
 
 
 def claim_output(run: sdg.Run, mine: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import sdg
 from sdg_plugins.common import models
 from sdg_plugins.common.checks import check_rollout
-from sdg_plugins.common.defaults import check_uris, derive, derive_server, rank_or_any
+from sdg_plugins.common.defaults import check_formats, check_uris, derive, derive_server, rank_or_any
 from sdg_plugins.common.files import default_state_dir
 from sdg_plugins.common.idle_options import check_idle, uses
 from sdg_plugins.common.interleaving import check_interleaved
@@ -358,6 +358,7 @@ def parse_configs(argv: list[str]) -> list[Config]:
         if config.options.state_dir != default_state_dir(config.options.output, config.name):  # given, for all
             config.options.state_dir = os.path.join(config.options.state_dir, config.name)
     check_interleaved([config.options for config in configs])
+    check_formats([config.options for config in configs])
     return configs
 
 

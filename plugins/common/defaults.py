@@ -6,6 +6,7 @@ import argparse
 import inspect
 import os
 import re
+from pathlib import Path
 
 import sdg
 from sdg_plugins.common.files import default_state_dir, expanded, format_of, split_uri, suffix_of
@@ -82,6 +83,22 @@ def _check_filename(name: str) -> None:
         raise sdg.UsageError("--output-filename may contain only the placeholders ${rank} and ${chunk_index}")
     if "/" in name:
         raise sdg.UsageError(f"--output-filename {name}: must not contain a folder; --output-config names the folder")
+
+
+def check_formats(every: list[argparse.Namespace]) -> None:
+    """Raise UsageError if a config that has not begun has another format than the first one.
+
+    Args:
+        every: the options of each config; they share --output.
+    """
+    first = every[0]
+    for options in every:
+        ours, theirs = format_of(options.output_filename), format_of(first.output_filename)
+        if ours != theirs and not (Path(options.state_dir) / "run.json").exists():
+            raise sdg.UsageError(
+                f"--output-filename: [configs.{first.output_config}] is in {theirs} and "
+                f"[configs.{options.output_config}] in {ours}, and `datasets` loads all configs in one format"
+            )
 
 
 def check_uris(options: argparse.Namespace) -> None:

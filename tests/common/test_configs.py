@@ -314,6 +314,10 @@ def test_a_preview_shows_each_config(configs: Configs) -> None:
         ('[configs.faq]\ntemprature = 0\n', ["[configs.faq]", "--temprature", "--temperature"]),
         ('[configs.faq]\ntemperature = -1\n', ["--temperature", "-1"]),
         ('[configs.failed]\n', ["failed"]),
+        (
+            '[configs.a]\n[configs.b]\noutput-filename = "${chunk_index}.jsonl"\n',
+            ["--output-filename", "[configs.a] is in parquet", "[configs.b] in jsonl", "one format"],
+        ),
         ('[configs."a b"]\n', ["a b"]),
         ("configs = 5\n", ["run.toml", "configs"]),
         ('[config.faq]\ntemperature = 0\n', ["run.toml", "[configs.NAME]"]),
