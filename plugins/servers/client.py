@@ -306,12 +306,13 @@ class Client:
         status, came = failure.status or 0, self._time()
         if failure.account or failure.retry:
             return failure.account
-        doubtful = status in WHATEVER_IS_ASKED or 300 <= status < 400 or self._refuses_many(failure)
-        if not doubtful and (status != 400 or streamed):
+        certain = status in WHATEVER_IS_ASKED or 300 <= status < 400
+        if not (certain or self._refuses_many(failure) or (status == 400 and not streamed)):
             return False
         async with self._probing:
-            if status == 400 and not doubtful and (self.stream or self.answers):
-                failure.retry = self.stream
+            doubtful = certain or self._refusals >= MANY  # unless a probe was answered meanwhile
+            if self.lane.stopped or (not doubtful and (status != 400 or self.stream or self.answers)):
+                failure.retry = status == 400 and self.stream and not streamed
                 return False
             if self._answered_at > came or await self._answers(upstream, request, self.stream):
                 return False

@@ -8,7 +8,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from fake_server import Answer, FakeServer, Raw, Status, prompt_of
+from fake_server import PROBE, Answer, FakeServer, Raw, Status, prompt_of
 from hypothesis import given, strategies as st
 from running import Job, documents, wait_until
 
@@ -408,8 +408,10 @@ def test_refusals_in_a_row_with_the_same_words_end_the_run_if_nothing_is_answere
     poor = Status(400, message="Your credit balance is too low")
 
     def behave(payload: dict[str, Any], n: int) -> Any:
-        refused = every or 20 <= int(prompt_of(payload).split()[1]) < 45
-        return poor if len(server.requests) > 10 and refused else None
+        refused = (
+            len(server.requests) > 10 if every else 10 < len(server.requests) <= 35 and prompt_of(payload) != PROBE
+        )
+        return poor if refused else None
 
     server.behave(behave)
     finished = job(max_concurrent_generations=1, max_failure_rate=1)
