@@ -9,6 +9,7 @@ import io
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -22,7 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 from fake_s3 import DROP, FakeS3, Fault, Request
 from fake_server import FakeServer, Hang, Status, free_port
-from running import Finished, Job, Output, Sdg, Started, documents, wait_until
+from running import Finished, Job, Output, Sdg, Started, documents, rollout, wait_until
 
 import sdg
 from sdg_plugins.common import s3 as s3_client
@@ -343,6 +344,22 @@ def test_records_of_failures_are_emptied_where_deleting_is_not_permitted(
     assert "give the right to delete" in finished.stderr
     assert s3.output("out", tmp_path).ids() == [row["id"] for row in documents(10)]
     assert s3.output("out", tmp_path).failures() == []
+    assert verify(cloudy, env).rc == 0
+
+
+def test_a_file_without_rows_that_may_not_be_deleted_is_named_and_ends_no_run(
+    cloudy: Job, s3: FakeS3, env: dict[str, str], tmp_path: Path
+) -> None:
+    plugin = rollout("return await generate(document.text) if document.index > 7 else None")
+    cloudy.options["plugin"] = cloudy.plugin("mine", plugin)
+    assert cloudy(env, max_documents=4).rc == 0
+    s3.behave(lambda request: Fault(403, "AccessDenied") if request.method == "DELETE" else None)
+
+    finished = cloudy(env)
+
+    assert finished.rc == 0, finished
+    assert re.search(r"00000_00000.parquet.* This file has no rows: .* delete it", finished.stderr)
+    assert s3.output("out", tmp_path).ids() == ["d0008", "d0009"]
     assert verify(cloudy, env).rc == 0
 
 
