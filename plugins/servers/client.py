@@ -325,9 +325,9 @@ class Client:
     def _refuses_many(self, failure: sdg.RequestFailed) -> bool:
         """True if the last requests were all refused in the same words, though others were answered before them."""
         refused = (str(failure), self.pool.successes)
-        self._refusals = self._refusals + 1 if refused == self._refused else 1
+        self._refusals = self.answers * (self._refusals + 1 if refused == self._refused else 1)
         self._refused = refused
-        return failure.status is not None and self.answers and self._refusals >= MANY
+        return self._refusals >= MANY
 
     async def _answers(self, upstream: sdg.Upstream, request: sdg.Request, stream: bool) -> bool:
         """True if a server answers the smallest possible request of this kind."""
