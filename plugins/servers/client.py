@@ -325,7 +325,8 @@ class Client:
     def _refuses_many(self, failure: sdg.RequestFailed) -> bool:
         """True if the last requests were all refused in the same words, though others were answered before them."""
         refused = (str(failure), self.pool.successes)
-        self._refusals = self.answers * (self._refusals + 1 if refused == self._refused else 1)
+        again = self._refusals + 1 if refused == self._refused else 1
+        self._refusals = again if self.answers and failure.status else 0
         self._refused = refused
         return self._refusals >= MANY
 
