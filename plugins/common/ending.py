@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import math
 import os
@@ -184,8 +185,7 @@ def run_program(main: Callable[[], int]) -> NoReturn:
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] # a terminal may be in Latin-1
     try:
         code = main()
-        for signum in HANDLED:  # all work is done: a second Ctrl-C has nothing to hurry
-            signal.signal(signum, signal.SIG_IGN)
+        handle(signal.SIG_IGN)  # all work is done: a second Ctrl-C has nothing to hurry
     except KeyboardInterrupt:  # between those two lines
         code = 130
     dismiss_pools()
@@ -204,9 +204,16 @@ def run_program(main: Callable[[], int]) -> NoReturn:
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 stream.flush()
         os._exit(code)
-    for signum in HANDLED:  # a callback of a plugin, or of a library, may hang at the interpreter's end
-        signal.signal(signum, lambda *_: os._exit(code))
+    handle(lambda *_: os._exit(code))  # the callback of a plugin, or of a library, may hang
+    atexit._run_exitfuncs()
+    handle(signal.SIG_IGN)  # the interpreter would restore the default, which kills
     sys.exit(code)
+
+
+def handle(action: Any) -> None:
+    """Set what is done at the signals that end a run."""
+    for signum in HANDLED:
+        signal.signal(signum, action)
 
 
 def dismiss_pools() -> None:

@@ -36,6 +36,7 @@ class Assembly:
     """A response that grows piece by piece (https://html.spec.whatwg.org/multipage/server-sent-events.html).
 
     Attributes:
+        begun: True once there was a part of a completion, or an error.
         complete: True once each choice has its reason to finish, or there is an error.
         done: True once the server has said that the stream ends.
         size: bytes that are kept, about.
@@ -58,6 +59,11 @@ class Assembly:
         finished = all(choice.get("finish_reason") for choice in self._choices.values())
         ended = finished if self._choices else self.done
         return ended or "error" in self._head or bool(self.malformed)
+
+    @property
+    def begun(self) -> bool:
+        """True if there was a part of a completion, or an error."""
+        return bool(self._choices) or "error" in self._head
 
     def feed(self, piece: bytes) -> None:
         """Take in some bytes."""

@@ -239,8 +239,9 @@ class Events(Take):
             Broken: the stream ended early.
         """
         if self._successful and not self.assembly and STREAM.match(content):
-            self.assembly = Assembly()
-            self.assembly.feed(content)
+            found = Assembly()
+            found.feed(content)
+            self.assembly = found if found.begun else None
         return whole(self.assembly) if self.assembly else content
 
 
