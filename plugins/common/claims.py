@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import platform
@@ -29,9 +30,10 @@ def publish_in(folder: Path, name: str, content: bytes, by: str, within: Path | 
     with contextlib.suppress(FileExistsError):
         try:
             os.link(temporary, folder / name)
-        except FileExistsError:
-            raise
-        except OSError:  # a file system without hard links: the lock decides who is the first
+        except OSError as exc:
+            if exc.errno in {errno.EEXIST, errno.ENOSPC, errno.EDQUOT}:
+                raise
+            # A file system without hard links: the lock decides who is the first.
             _rename_unless_exists(temporary, folder / name)
     temporary.unlink(missing_ok=True)
     sync(folder)
