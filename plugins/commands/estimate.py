@@ -83,7 +83,7 @@ def estimate(argv: list[str]) -> int:
 
     try:
         uvloop.run(run_all(configs, sampled))
-    finally:  # the run has ended well even if nobody reads this to its end, as with `| head`
+    finally:  # the run has ended well even if this is not read to its end, as with `| head`
         show(found, own.json, len(configs) > 1)
     return 0
 
@@ -91,14 +91,12 @@ def estimate(argv: list[str]) -> int:
 def show(found: Mapping[str, Forecast], as_json: bool, named: bool) -> None:
     """Print forecasts by the names of their configs; of several, the JSON of each is one line."""
     for name, result in found.items():
-        if as_json:
-            print(
-                json.dumps(
-                    {"config": name, **result.as_json()} if named else result.as_json(), indent=None if named else 2
-                )
-            )
-        else:
+        if not as_json:
             print(f"config  {name}\n{result.text()}" if named else result.text())
+        elif named:
+            print(json.dumps({"config": name, **result.as_json()}))
+        else:
+            print(json.dumps(result.as_json(), indent=2))
     sys.stdout.flush()
 
 
